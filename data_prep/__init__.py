@@ -1,0 +1,1 @@
+"""Offline half: raw corpora -> packed rows of token ids with modality sidecars."""

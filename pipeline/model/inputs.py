@@ -1,0 +1,32 @@
+"""What a pipeline stage is given for one micro-batch, next to the hidden states of the stage before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from pipeline.attention import Plan
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class StageInputs:
+    """One micro-batch: its packed rows laid end to end as a single sequence of T tokens.
+
+    Every stage builds its own from the packs it maps; only hidden states travel between stages.
+    """
+
+    input_ids: torch.Tensor
+    """int64[T]; the image placeholder id at image positions."""
+    position_ids: torch.Tensor
+    """int64[T], counted from 0 in each segment."""
+    plan: Plan
+    """The attention plan of the micro-batch's sidecars."""
+    labels: torch.Tensor
+    """int64[T]: the token that position t predicts (already shifted), or IGNORE."""
+    image_positions: torch.Tensor
+    """int64[n_images * image_tokens]: positions of the image tokens, image by image; empty without images."""
+    pixels: torch.Tensor | None = None
+    """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""

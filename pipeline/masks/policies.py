@@ -1,0 +1,149 @@
+"""Attention policies: one-line predicates over sidecars, safe by construction through the commit index.
+
+Every policy allows token i to see token j of the same segment when ``j <= i``, or when its predicate unlocks the pair
+and j does not pass the clamp: ``j <= c(i)``. The two ablations have no clamp and leak their answers; they exist to show
+that they do, and must be asked for by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError, did_you_mean
+from pipeline.masks.sidecars import IMAGE, TEXT, BoolArray, Sidecars, TokenTable, token_table
+
+Unlock: TypeAlias = Callable[[TokenTable, TokenTable], BoolArray]
+"""``unlock(i, j)``: may i see j although j comes later? Called on tables of equal or broadcastable shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """Who may see whom in a packed row."""
+
+    name: str
+    summary: str
+    """One line for ``--help`` and pictures."""
+    unlock: Unlock | None = None
+    """None: nothing beyond causal."""
+    leaks: bool = False
+    """No clamp: tokens may see what is generated after them (ablations only)."""
+    needs_grid: bool = False
+    """Image tokens must lie on a 2-D grid (not come from a resampler)."""
+    grid: tuple[int, int] | None = None
+    """Patches per image as (rows, columns), for policies that need it."""
+
+    def table(self, sidecars: Sidecars) -> TokenTable:
+        """Return the columns this policy's predicate reads. Raises UserError when an image does not fit the grid."""
+        return token_table(sidecars, self.grid)
+
+
+_POLICIES = (
+    Policy("causal", "the baseline: every token sees what came before it"),
+    Policy(
+        "mma",
+        "media also see the given text that follows them in their turn (the paper's rule)",
+        lambda i, j: (i.modality != TEXT) & (j.modality == TEXT),
+    ),
+    Policy(
+        "mma_general",
+        "given tokens of different modality see each other within a turn",
+        lambda i, j: i.modality != j.modality,
+    ),
+    Policy(
+        "mma_general_instance",
+        "as mma_general, but two images count as different too",
+        lambda i, j: i.instance != j.instance,
+    ),
+    Policy(
+        "mma_aki",
+        "as the released AKI weights: images of the first turn see its text up to the assistant header",
+        lambda i, j: (i.modality == IMAGE) & (j.modality == TEXT) & (i.turn == 0),
+    ),
+    Policy(
+        "mixed",
+        "bidirectional inside one medium, causal elsewhere",
+        lambda i, j: (i.instance == j.instance) & (i.instance >= 0),
+    ),
+    Policy(
+        "mma_mixed",
+        "mma and mixed together",
+        lambda i, j: ((i.modality != TEXT) & (j.modality == TEXT)) | ((i.instance == j.instance) & (i.instance >= 0)),
+    ),
+    Policy(
+        "prefix",
+        "bidirectional among everything given in one turn (prefix LM)",
+        lambda i, j: (i.generated == 0) & (j.generated == 0),
+    ),
+    Policy(
+        "cca",
+        "concentric: inside an image, outer rings come before inner ones (arXiv 2410.15926)",
+        lambda i, j: (i.modality == IMAGE) & (i.instance == j.instance) & (i.ring == j.ring),
+        needs_grid=True,
+    ),
+    Policy(
+        "mma_unclamped",
+        "ablation, leaks: different modalities see each other, answers too (the paper's interleaved form, literally)",
+        lambda i, j: i.modality != j.modality,
+        leaks=True,
+    ),
+    Policy(
+        "image_to_answer",
+        "ablation, leaks: media see all later text of the segment, answers too",
+        lambda i, j: (i.modality != TEXT) & (j.modality == TEXT),
+        leaks=True,
+    ),
+)
+POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _POLICIES}
+
+
+def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | None = None) -> Policy:
+    """Return a policy by name.
+
+    Args:
+        name: a key of ``POLICIES``.
+        allow_leak: accept the ablations whose images see the answers.
+        grid: patches per image as (rows, columns); None when image tokens come from a resampler.
+
+    Raises:
+        UserError: the name is unknown, leaks without ``allow_leak``, or needs a grid that is not there.
+    """
+    if name not in POLICIES:
+        raise UserError(f"unknown mask policy '{name}'{did_you_mean(name, POLICIES)}; known: {', '.join(POLICIES)}")
+    policy = POLICIES[name]
+    if policy.leaks and not allow_leak:
+        raise UserError(
+            f"mask policy '{name}' shows the model the answers it is trained on; it is an ablation: "
+            "set allow_leak to true to run it knowingly, or use 'mma'"
+        )
+    if policy.needs_grid and grid is None:
+        raise UserError(
+            f"mask policy '{name}' orders image tokens by their place on a 2-D grid, and a resampler's have none: "
+            "use a connector that keeps the grid (linear, mlp), or the policy 'mma'"
+        )
+    return replace(policy, grid=grid) if policy.needs_grid else policy
+
+
+def dense_mask(policy: Policy | str, sidecars: Sidecars) -> torch.Tensor:
+    """Return bool[T, T], True where row i may see column j: the oracle of every fast backend, O(T^2) memory.
+
+    Padding tokens see only themselves, so that no softmax is empty.
+    """
+    policy = get_policy(policy) if isinstance(policy, str) else policy
+    table = policy.table(sidecars)
+    index = np.arange(len(table))
+    i, j = table[:, None], table[None, :]
+    past = index[None, :] <= index[:, None]
+    if policy.grid is not None:  # inside an image the order is by ring, not by index
+        inside = (i.modality == 1) & (i.instance == j.instance)
+        past = np.where(inside, j.ring <= i.ring, past)
+    allowed = past
+    if policy.unlock is not None:
+        clamp = i.segment_end if policy.leaks else i.commit
+        allowed = past | (policy.unlock(i, j) & (index[None, :] <= clamp))
+    same = (i.segment == j.segment) & (i.segment > 0)
+    return torch.from_numpy((same & allowed) | np.eye(len(table), dtype=np.bool_)).to(sidecars.segment.device)

@@ -1,0 +1,94 @@
+"""Process start-up and the process groups of the grid."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.config import ConfigError
+from pipeline.parallel.topology import Topology
+
+_RANK_VARIABLES = {
+    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
+    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
+    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+}
+
+
+def fill_rank_variables() -> None:
+    """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process."""
+    for name, others in _RANK_VARIABLES.items():
+        if name not in os.environ:
+            fallback = "1" if name == "WORLD_SIZE" else "0"
+            os.environ[name] = next((os.environ[other] for other in others if other in os.environ), fallback)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The communicators one rank takes part in."""
+
+    data: Any
+    """Ranks that hold the same stage."""
+    forward: Any
+    """Ranks one micro-batch passes through, for hidden states on their way forward."""
+    backward: Any
+    """The same ranks again, for gradients on their way back: on NCCL a second communicator lets a send of one
+    direction pass a receive of the other, where a single one would deadlock 1F1B."""
+    solo: Any
+    """This rank alone: what DeepSpeed is told is the model-parallel group."""
+    ends: Any
+    """First and last stage of this replica (tied embeddings); None with one stage or in between."""
+
+
+def create_groups(topology: Topology) -> Groups:
+    """Create every group of the grid on every rank in the same order, as torch requires; return this rank's own."""
+    data = [dist.new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
+    forward = [dist.new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
+    backward = [dist.new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
+    solo = [dist.new_group([rank]) for rank in range(topology.world)]
+    ends = None
+    if topology.pp > 1:
+        pairs = [[topology.rank_of(0, r), topology.rank_of(topology.pp - 1, r)] for r in range(topology.dp)]
+        made = [dist.new_group(pair) for pair in pairs]
+        ends = made[topology.replica] if topology.first or topology.last else None
+    own = topology.replica
+    return Groups(data[topology.stage], forward[own], backward[own], solo[topology.rank], ends)
+
+
+def device_of_rank() -> torch.device:
+    """Return this rank's GPU, or the CPU. Raises ConfigError when a node runs more ranks than it has GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise ConfigError(f"local rank {local} has no GPU of its own: start at most {torch.cuda.device_count()} ranks here")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def start_processes(timeout_s: int) -> None:
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs."""
+    import deepspeed
+    from deepspeed.ops import __compatible_ops__
+
+    # DeepSpeed would compile a shared-memory collective for CPUs at this point; gloo does without it.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(
+        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+    )
+
+
+def stop_processes() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Which decoder layers each pipeline stage holds, by cost or by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.config import ConfigError
+
+
+def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence[float] = ()) -> list[range]:
+    """Return the decoder layers of each stage.
+
+    Args:
+        layers: Decoder layers of the model.
+        stages: Pipeline stages.
+        by_hand: ``"9,12,11"``: layers of each stage, or empty.
+        costs: ``layers + 2`` relative costs: what precedes the layers (vision, connector, embedding), each layer, what
+            follows them (head and loss). Empty = every layer 1, ends 0.
+
+    Raises:
+        ConfigError: The hand-made split does not fit, or there are more stages than layers.
+    """
+    if stages > layers:
+        raise ConfigError(f"parallel.pp={stages} is more than the model's {layers} decoder layers: use at most {layers}")
+    counts = _parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or [0.0] + [1.0] * layers + [0.0], stages)
+    edges = [sum(counts[:stage]) for stage in range(stages + 1)]
+    return [range(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
+
+
+def _parse(text: str, layers: int, stages: int) -> list[int]:
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"parallel.split='{text}' is not a list of layer counts such as '9,12,11'") from None
+    if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
+        raise ConfigError(
+            f"parallel.split='{text}' must be {stages} counts of at least 1 that sum to {layers} decoder layers"
+        )
+    return counts
+
+
+def _balance(costs: Sequence[float], stages: int) -> list[int]:
+    """Minimise the most expensive stage (dynamic programming over contiguous splits; every stage has a layer)."""
+    layers = len(costs) - 2
+    total = [0.0]
+    for cost in costs[1:-1]:
+        total.append(total[-1] + cost)
+    best = [[float("inf")] * (layers + 1) for _ in range(stages + 1)]
+    cut = [[0] * (layers + 1) for _ in range(stages + 1)]
+    best[0][0] = 0.0
+    for stage in range(1, stages + 1):
+        ends = (costs[0] if stage == 1 else 0.0) + (costs[-1] if stage == stages else 0.0)
+        for hi in range(stage, layers + 1):
+            for lo in range(stage - 1, hi):
+                cost = max(best[stage - 1][lo], total[hi] - total[lo] + ends)
+                if cost < best[stage][hi]:
+                    best[stage][hi], cut[stage][hi] = cost, lo
+    edges = [layers]
+    for stage in range(stages, 0, -1):
+        edges.append(cut[stage][edges[-1]])
+    edges.reverse()
+    return [hi - lo for lo, hi in zip(edges, edges[1:], strict=False)]

@@ -1,0 +1,91 @@
+"""The grid of ranks: pipeline stages x data-parallel replicas.
+
+``rank = stage * dp + replica``: the replicas of a stage are neighbours, so ZeRO-3's gathers and reductions stay inside
+a node while only activations cross nodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeline.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Place of one rank in the grid."""
+
+    world: int
+    rank: int
+    pp: int
+
+    def __post_init__(self) -> None:
+        if self.world % self.pp:
+            raise ConfigError(
+                f"parallel.pp={self.pp} does not divide {self.world} ranks: start a multiple of {self.pp} ranks, "
+                f"or set --parallel.pp to one of {', '.join(str(n) for n in divisors(self.world))}"
+            )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of each stage."""
+        return self.world // self.pp
+
+    @property
+    def stage(self) -> int:
+        """Pipeline stage of this rank, from 0."""
+        return self.rank // self.dp
+
+    @property
+    def replica(self) -> int:
+        """Data-parallel index of this rank within its stage, from 0."""
+        return self.rank % self.dp
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank embeds tokens and images."""
+        return self.stage == 0
+
+    @property
+    def last(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.stage == self.pp - 1
+
+    def rank_of(self, stage: int, replica: int) -> int:
+        """Return the global rank at a place of the grid."""
+        return stage * self.dp + replica
+
+    def stage_ranks(self, stage: int) -> list[int]:
+        """Return the ranks that hold one stage: a data-parallel group."""
+        return [self.rank_of(stage, replica) for replica in range(self.dp)]
+
+    def replica_ranks(self, replica: int) -> list[int]:
+        """Return the ranks one micro-batch passes through: a pipeline group."""
+        return [self.rank_of(stage, replica) for stage in range(self.pp)]
+
+
+def divisors(number: int) -> list[int]:
+    """Return all divisors in ascending order."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def micro_batches(batch_packs: int, dp: int, asked: int) -> tuple[int, int]:
+    """Split the global batch: return (micro-batches per replica, packs per micro-batch).
+
+    Raises ConfigError where ``batch_packs`` packs cannot be shared evenly.
+    """
+    if batch_packs % dp:
+        near = ", ".join(str(n) for n in divisors(batch_packs))
+        raise ConfigError(
+            f"train.batch_packs={batch_packs} cannot be shared by {dp} data-parallel ranks: "
+            f"use a multiple of {dp}, or one of {near} ranks"
+        )
+    own = batch_packs // dp
+    count = asked or own
+    if own % count:
+        near = ", ".join(str(n) for n in divisors(own))
+        raise ConfigError(
+            f"parallel.micro_batches={count} does not divide the {own} packs of a data-parallel rank "
+            f"(train.batch_packs={batch_packs} / {dp} ranks): use one of {near}"
+        )
+    return count, own // count

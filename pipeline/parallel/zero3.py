@@ -1,0 +1,277 @@
+"""One stock DeepSpeed ZeRO-3 engine as a pipeline stage: every line that reaches into DeepSpeed's internals.
+
+DeepSpeed refuses ZeRO-2/3 inside its own pipeline engine. One engine per stage over the stage's data-parallel group
+composes with any outside schedule, given four corrections:
+
+1. *Group-local order check*: DeepSpeed compares parameter orders over the world; stages differ, so the first forward
+   would hang. It is compared over the stage's data-parallel group.
+2. *Backwards without a forward between*: each backward starts with `clear_backward_seen_flag`, else it overwrites the
+   gradient shard the one before it accumulated.
+3. *One gradient norm*: every rank of the grid holds a different piece, so the clip norm, and the decision to skip a
+   non-finite step, are taken over all ranks.
+4. *One accumulation step*: the schedule owns micro-batches and the caller scales its loss (see `ds_config`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from torch import nn
+
+from pipeline.parallel.groups import Groups
+from pipeline.parallel.topology import Topology
+
+TESTED_VERSIONS = ("0.19.8",)
+STATES = ("exp_avg", "exp_avg_sq")
+_HOLD = -1  # a module id that no module has: a parameter held under it stays gathered until the optimizer step
+
+
+class _Mpu:
+    """What DeepSpeed asks about model parallelism: plain data parallelism within the stage; the pipeline is ours."""
+
+    def __init__(self, topology: Topology, groups: Groups) -> None:
+        self._topology, self._groups = topology, groups
+
+    def get_data_parallel_group(self) -> Any:
+        return self._groups.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.dp
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.replica
+
+    def get_model_parallel_group(self) -> Any:
+        return self._groups.solo
+
+    def get_model_parallel_world_size(self) -> int:
+        return 1
+
+    def get_model_parallel_rank(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Outcome of an optimizer step; the same on every rank."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; not finite when the step was skipped."""
+    applied: bool
+
+
+def check_version() -> str | None:
+    """Return a warning when DeepSpeed's version is not one the corrections were tested with, else None."""
+    if deepspeed.__version__ in TESTED_VERSIONS:
+        return None
+    return f"DeepSpeed {deepspeed.__version__} was not tested here (tested: {', '.join(TESTED_VERSIONS)})"
+
+
+def sharder(topology: Topology, groups: Groups, ds_config: dict[str, Any]) -> Callable[[nn.Module], None]:
+    """Return a function that broadcasts a unit's weights from replica 0 of the stage and keeps this rank's shards."""
+    _compare_orders_within(groups.data)
+    mpu = _Mpu(topology, groups)
+    dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
+
+    def shard(unit: nn.Module) -> None:
+        deepspeed.zero.Init(
+            module=unit, data_parallel_group=groups.data, config_dict_or_path=ds_config, mpu=mpu, dtype=dtype
+        )
+
+    return shard
+
+
+def _compare_orders_within(group: Any) -> None:
+    """Correction 1: replace the world-wide comparison by one over the stage's data-parallel group."""
+
+    def same(ints: list[int]) -> None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+        mine = torch.tensor([len(ints), hash(tuple(ints)) % (1 << 62)], dtype=torch.long, device=device)
+        low, high = mine.clone(), mine.clone()
+        dist.all_reduce(low, op=dist.ReduceOp.MIN, group=group)
+        dist.all_reduce(high, op=dist.ReduceOp.MAX, group=group)
+        if not torch.equal(low, high):
+            raise RuntimeError("the data-parallel ranks of a stage touched different parameters or in another order")
+
+    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+        assert hasattr(module, "assert_ints_same_as_other_ranks"), f"{module.__name__} changed: see zero3.py"
+        module.assert_ints_same_as_other_ranks = same
+
+
+class Zero3Stage:
+    """A stage's module under ZeRO-3, driven by an outside schedule."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        topology: Topology,
+        groups: Groups,
+        ds_config: dict[str, Any],
+        resident: float,
+        reduce_once: bool,
+        tied: nn.Parameter | None = None,
+    ) -> None:
+        """Wrap a module whose parameters `sharder` has sharded.
+
+        Args:
+            module: The stage; forward takes (hidden | None, StageInputs).
+            optimizer: A torch optimizer over the module's trainable parameters.
+            topology: Place of this rank.
+            groups: Its process groups.
+            ds_config: Completed DeepSpeed configuration.
+            resident: Share of the stage's parameters kept gathered within a step.
+            reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
+            tied: This stage's copy of a weight that the first and the last stage share, when they are different ranks.
+        """
+        self.topology, self._groups, self._tied = topology, groups, tied
+        self._resident, self._reduce_once = resident, reduce_once
+        self.engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds_config, mpu=_Mpu(topology, groups)
+        )
+        self._zero = self.engine.optimizer
+        self._check_internals()
+        self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace = one optimizer step, not one forward
+        self._zero._get_norm_groups = self._global_norm  # correction 3
+        self._norm = 0.0
+
+    def _check_internals(self) -> None:
+        """Fail at start-up, not in mid-run, where DeepSpeed's internals are not the ones relied on."""
+        needed = ("parameter_offload", "fp16_groups", "averaged_gradients", "fp32_partitioned_groups_flat",
+                  "grad_position", "clear_backward_seen_flag", "_get_norm_groups",
+                  "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
+        missing = [name for name in needed if not hasattr(self._zero, name)]
+        if missing or not hasattr(self._zero.parameter_offload, "fwd_pre_hook"):
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks {missing or 'fwd_pre_hook'}: see zero3.py")
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped stage."""
+        return self.engine.module  # type: ignore[no-any-return]
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Surround all forwards and backwards of one optimizer step."""
+        self._hold()
+        self._zero.parameter_offload.get_param_coordinator().reset_step()
+        with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
+            yield
+        if self._tied is not None:  # equal shape and equal dp: the shards line up and can be summed pairwise
+            dist.all_reduce(self._grad_shard(self._tied), group=self._groups.ends)
+
+    def _hold(self) -> None:
+        """Keep parameters gathered, up to the resident share, until the optimizer step releases them."""
+        params = list(self.module.parameters())
+        left = self._resident * sum(param.ds_numel for param in params)
+        for param in params:
+            if param.ds_numel <= left:
+                left -= param.ds_numel
+                param.ds_active_sub_modules.add(_HOLD)
+
+    def forward(self, hidden: torch.Tensor | None, inputs: Any) -> torch.Tensor:
+        """Run one micro-batch forward."""
+        return self.engine(hidden, inputs)  # type: ignore[no-any-return]
+
+    def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:
+        """Run one micro-batch backward, from a loss or from the next stage's gradient of the hidden states."""
+        self._zero.clear_backward_seen_flag()  # correction 2
+        torch.autograd.backward(output, grad)
+
+    def step(self, lr: float) -> StepResult:
+        """Clip, update and re-shard; skipped on all ranks alike when the gradient norm is not finite."""
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+        return StepResult(self._norm, bool(self.engine.was_step_applied()))
+
+    def _grad_shard(self, param: nn.Parameter) -> torch.Tensor:
+        group, offset, count = self._zero.grad_position[self._zero.get_param_id(param)]
+        if self._zero.offload_optimizer:
+            return self._zero.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, count)  # type: ignore[no-any-return]
+        return self._zero.averaged_gradients[group][self._zero.fp16_groups[group].index(param)]  # type: ignore[no-any-return]
+
+    def _grad_shards(self) -> Iterator[torch.Tensor]:
+        for group, params in enumerate(self._zero.fp16_groups):
+            if self._zero.offload_optimizer:
+                yield from (self._grad_shard(param) for param in params if not self._second_copy(param))
+            else:
+                pairs = zip(params, self._zero.averaged_gradients[group], strict=True)
+                yield from (grad for param, grad in pairs if not self._second_copy(param))
+
+    def _second_copy(self, param: nn.Parameter) -> bool:
+        """Whether a tied weight is counted by the first stage already."""
+        return param is self._tied and not self.topology.first
+
+    def _global_norm(self) -> list[torch.Tensor]:
+        """Correction 3: the norm over all shards of all stages; -1 is DeepSpeed's word for "skip this step"."""
+        grads = list(self._grad_shards())
+        total = torch.zeros(1, dtype=torch.float64, device=grads[0].device)
+        for norm in torch._foreach_norm([grad.float() for grad in grads]):
+            total += norm.double() ** 2
+        total = total.to(self.engine.device)
+        dist.all_reduce(total)
+        norm = total.sqrt()[0]
+        self._norm = float(norm)
+        return [torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))]
+
+    def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (global name, parameter) of what the optimizer updates."""
+        return ((name, param) for name, param in self.module.named_parameters() if param.requires_grad)
+
+    def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (global name, parameter) of what stays fixed."""
+        return ((name, param) for name, param in self.module.named_parameters() if not param.requires_grad)
+
+    def master_shard(self, param: nn.Parameter, state: str | None = None) -> torch.Tensor:
+        """Return this rank's flat fp32 shard of a trainable parameter or of its optimizer state; writing is allowed."""
+        group, offset, count = self._zero.grad_position[self._zero.get_param_id(param)]
+        flat = self._zero.fp32_partitioned_groups_flat[group]
+        source = flat if state is None else self._optimizer_state(flat)[state]
+        return source.narrow(0, offset, count)  # type: ignore[no-any-return]
+
+    def _optimizer_state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return AdamW's state of one flat group, created as AdamW would create it at its first step."""
+        state = self._zero.optimizer.state[flat]
+        if not state:
+            device = flat.device if self._zero.optimizer.defaults.get("fused") else torch.device("cpu")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+            for name in STATES:
+                state[name] = torch.zeros_like(flat)
+        return state  # type: ignore[no-any-return]
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Updates AdamW has counted (skipped steps are not)."""
+        return int(self._optimizer_state(self._zero.fp32_partitioned_groups_flat[0])["step"])
+
+    def finish_load(self, optimizer_steps: int) -> None:
+        """Make the compute-type shards follow fp32 shards that were written through `master_shard`."""
+        for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+            self._optimizer_state(flat)["step"].fill_(optimizer_steps)
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        self.refresh_persistent()
+
+    def refresh_persistent(self) -> None:
+        """Gather again the small parameters DeepSpeed keeps whole, after their shards were written."""
+        persistent: Sequence[Any] = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    @staticmethod
+    def compute_shard(param: nn.Parameter) -> torch.Tensor:
+        """Return this rank's flat shard of a parameter in the compute type (all there is of a frozen one)."""
+        return param.ds_tensor.data.view(-1)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def full_shape(param: nn.Parameter) -> torch.Size:
+        """Return the shape of the whole parameter."""
+        return param.ds_shape  # type: ignore[no-any-return]

@@ -192,7 +192,7 @@ def _rings(modality: IntArray, instance: IntArray, segment: IntArray, grid: tupl
     if np.any(wrong := image & (lengths != rows * columns)):
         where = int(np.flatnonzero(wrong)[0])
         raise UserError(
-            f"image {instance[where]} at token {where} has {lengths[where]} tokens but the grid has {rows} x {columns}: "
+            f"image {instance[where]} at token {where} has {lengths[where]} tokens, its grid {rows} x {columns}: "
             "give the connector's grid, or choose a policy without one (mma, mixed)"
         )
     row, column = np.divmod(np.arange(len(segment)) - first, columns)
@@ -221,6 +221,7 @@ def _check_values(sidecars: Sidecars) -> None:
         "segment below 0": segment < 0,
         f"modality outside 0..{len(MODALITIES) - 1}": (modality < 0) | (modality >= len(MODALITIES)),
         "generated that is neither 0 nor 1": (generated != 0) & (generated != 1),
+        "generated medium (the model writes text only)": (generated == 1) & (modality != 0),
         "text with an instance, or a medium without one": (modality == 0) != (instance < 0),
     }
     for fault, where in bad.items():

@@ -1,0 +1,13 @@
+"""Attention under a plan: the mask of each packed segment, rebuilt from sidecars and never materialised."""
+
+from pipeline.attention.backends import BACKENDS, attend
+from pipeline.attention.plan import Plan, build_plan
+
+__all__ = ["BACKENDS", "Plan", "attend", "build_plan", "register"]
+
+
+def register() -> str:
+    """Make ``attn_implementation="mma"`` known to transformers (imported only here); returns the name."""
+    from pipeline.attention import hf
+
+    return hf.register()

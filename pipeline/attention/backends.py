@@ -1,0 +1,127 @@
+"""``attend``: the one attention call of every layer, over interchangeable backends."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+
+from data_prep.errors import UserError, did_you_mean
+from pipeline.attention.gather import gather_rows
+from pipeline.attention.pieces import attend_pieces, sdpa
+from pipeline.attention.plan import Plan
+from pipeline.attention.runs import Part
+from pipeline.attention.varlen import MAX_HEAD_SIZE, attend_varlen
+
+log = logging.getLogger(__name__)
+
+
+class Backend(Protocol):
+    """Attention of one row: q[1, H, T, D], k and v[1, H_kv, T, D] -> out[1, H, T, D]."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+    ) -> torch.Tensor:
+        """Attend; the plan, scaling and softcap are those of :func:`attend`."""
+        ...
+
+
+def attend(
+    q_BHTD: torch.Tensor,
+    k_BHkTD: torch.Tensor,
+    v_BHkTD: torch.Tensor,
+    plan: Plan,
+    *,
+    backend: str = "auto",
+    scaling: float | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attend one packed row (B = 1) under its plan; differentiable in q, k and v.
+
+    Args:
+        q_BHTD: queries [1, H, T, D].
+        k_BHkTD: keys [1, H_kv, T, D]; H_kv divides H.
+        v_BHkTD: values [1, H_kv, T, D].
+        plan: of exactly these T tokens, on the same device.
+        backend: a key of ``BACKENDS``, or ``auto``.
+        scaling: factor of the logits; default ``D ** -0.5``.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+
+    Returns:
+        out_BHTD [1, H, T, D]. Rows of padding are finite and mean nothing.
+
+    Raises:
+        UserError: unknown backend, or shapes that do not fit the plan.
+    """
+    _check(q_BHTD, k_BHkTD, plan)
+    name = _choose(q_BHTD.device.type, plan.policy.name) if backend == "auto" else backend
+    if name not in BACKENDS:
+        raise UserError(
+            f"unknown attention backend '{name}'{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}"
+        )
+    scaling = q_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    return BACKENDS[name](q_BHTD, k_BHkTD, v_BHkTD, plan, scaling=scaling, softcap=softcap)
+
+
+def _dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    return sdpa(q, k, v, plan.dense_mask, scaling=scaling, softcap=softcap)
+
+
+def _runsplit(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    runs = plan.runs
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
+    q_THD = gather_rows(q_THD, runs.queries)
+    k_KHD, v_KHD = gather_rows(k_THD, runs.keys), gather_rows(v_THD, runs.keys)
+    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_SIZE
+    kernel = _flash_part if flash and softcap is None else _pieces_part
+    q_sizes, k_sizes = [part.q_tokens for part in runs.parts], [part.k_tokens for part in runs.parts]
+    pieces = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
+    outs = [kernel(*tensors, part, scaling, softcap) for tensors, part in zip(pieces, runs.parts, strict=True)]
+    out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return gather_rows(out_THD, runs.outputs).transpose(0, 1)[None]
+
+
+def _flash_part(
+    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    assert softcap is None, "flash has no soft cap"
+    return attend_varlen(q_THD, k_KHD, v_KHD, part, scaling=scaling)
+
+
+def _pieces_part(
+    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_KHD, v_KHD))
+    return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
+
+
+BACKENDS: Mapping[str, Backend] = {"dense": _dense, "runsplit": _runsplit}
+
+
+@lru_cache(maxsize=64)
+def _choose(device: str, policy: str) -> str:
+    kernel = "one variable-length flash call" if device == "cuda" else "one fused attention per run"
+    log.info("attention: runsplit for policy %s on %s (%s)", policy, device, kernel)
+    return "runsplit"
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, plan: Plan) -> None:
+    if q.dim() != 4 or q.shape[0] != 1:
+        raise UserError(
+            f"a plan is one row: got queries of shape {tuple(q.shape)} where [1, H, T, D] is needed; "
+            "join the rows of a micro-batch into one with Sidecars.concat"
+        )
+    if q.shape[2] != len(plan) or k.shape[2] != len(plan):
+        raise UserError(
+            f"the plan is of {len(plan)} tokens, but the layer has {q.shape[2]} queries and {k.shape[2]} keys: "
+            "build the plan from the sidecars of the same micro-batch"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise UserError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: mend the model's configuration")

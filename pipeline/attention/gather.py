@@ -1,0 +1,35 @@
+"""A row gather whose backward is a deterministic gather-sum instead of atomic additions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.attention.runs import Gather
+
+
+class _GatherRows(torch.autograd.Function):
+    """``y = x[rows]``; in the backward each row of x sums its copies in a fixed order (fp32 inside for bf16)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:
+        ctx.gather = gather
+        return x.index_select(0, gather.rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient, gather = gradients[0], ctx.gather
+        flat = gradient.reshape(gradient.shape[0], -1)
+        # An embedding bag is the library's gather-sum: one kernel, no atomics, and bf16 is summed in fp32.
+        summed = F.embedding_bag(gather.bag, flat, gather.offsets, mode="sum")
+        return summed.view(-1, *gradient.shape[1:]), None
+
+
+def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
+    """Return ``x[gather.rows]`` along the first dimension ([T, ...] -> [K, ...]); None is the identity."""
+    if gather is None:
+        return x
+    gathered: torch.Tensor = _GatherRows.apply(x, gather)  # type: ignore[no-untyped-call]
+    return gathered

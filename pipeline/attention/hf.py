@@ -1,0 +1,85 @@
+"""The plug into Hugging Face decoders: attention implementation ``mma``, with the plan in place of the mask.
+
+A decoder layer hands ``attention_mask=`` through to its attention untouched, so a plan given there arrives here::
+
+    register()
+    model.set_attn_implementation("mma")
+    hidden = layer(hidden, attention_mask=plan, position_ids=..., position_embeddings=...)
+
+Any other mask (None, or the boolean one that ``generate`` makes) goes to the library's own sdpa, so that decoding with
+a KV cache works on the same model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from data_prep.errors import UserError
+from pipeline.attention.backends import attend
+from pipeline.attention.pieces import sdpa
+from pipeline.attention.plan import Plan
+
+NAME = "mma"
+
+
+def register() -> str:
+    """Make ``attn_implementation="mma"`` known to transformers; returns the name. Calling it again is harmless."""
+    AttentionInterface.register(NAME, mma_attention)
+    # Without a mask function of that name, generate() would drop padding masks without a word.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    return NAME
+
+
+def mma_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: Plan | torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend as transformers asks: q[B, H, T, D], k and v[B, H_kv, T, D] -> (out[B, T, H, D], None).
+
+    Raises:
+        UserError: with a plan, for attention dropout, or a sliding window shorter than the row's longest segment.
+    """
+    if not isinstance(attention_mask, Plan):
+        if softcap is not None:
+            return _capped(query, key, value, attention_mask, scaling, softcap), None
+        options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
+        out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        return out
+    plan = attention_mask
+    if dropout:
+        raise UserError(
+            f"attention dropout {dropout} is not supported: set attention_dropout to 0 in the model's config"
+        )
+    if sliding_window is not None and sliding_window < plan.longest_segment:
+        raise UserError(
+            f"a layer's sliding window of {sliding_window} tokens is shorter than a packed sample of "
+            f"{plan.longest_segment}: pack shorter samples, or choose a model with full attention"
+        )
+    return attend(query, key, value, plan, scaling=scaling, softcap=softcap).transpose(1, 2), None
+
+
+def _capped(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float | None,
+    softcap: float,
+) -> torch.Tensor:
+    """Soft-capped attention of a decoding step, which the library's sdpa refuses; out[B, T, H, D]."""
+    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = mask is None and q.shape[2] > 1
+    return sdpa(q, k, v, mask, scaling=scaling, softcap=softcap, is_causal=is_causal).transpose(1, 2)

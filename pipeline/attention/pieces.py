@@ -1,0 +1,98 @@
+"""Attention run by run with the library's fused kernel: any device, any dtype; the CPU's way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional as F
+
+from pipeline.attention.runs import Part
+
+QUERY_BLOCK = 512
+"""Queries of a long run are taken in blocks, so that the mask of a block stays O(T) and later keys are skipped."""
+
+
+def attend_pieces(
+    q_BHTD: torch.Tensor,
+    k_BHkKD: torch.Tensor,
+    v_BHkKD: torch.Tensor,
+    part: Part,
+    *,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Attend the T queries of a part to its K gathered keys, run by run; out[1, H, T, D]."""
+    lengths = [list(part.q_lengths), list(part.k_lengths), list(part.k_lengths)]
+    # Pieces come from split, never from slices: the backward of each slice would fill a whole row with zeros.
+    q_runs, k_runs, v_runs = (
+        torch.split(x, sizes, dim=2) for x, sizes in zip((q_BHTD, k_BHkKD, v_BHkKD), lengths, strict=True)
+    )
+    mask = BottomRight(q_BHTD) if part.causal else None
+    pieces = [
+        piece for q, k, v in zip(q_runs, k_runs, v_runs, strict=True) for piece in _run(q, k, v, mask, scaling, softcap)
+    ]
+    return torch.cat(pieces, dim=2)
+
+
+def sdpa(
+    q_BHTD: torch.Tensor,
+    k_BHkKD: torch.Tensor,
+    v_BHkKD: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    softcap: float | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Scaled dot-product attention with grouped heads, in the library's kernel unless logits are soft-capped.
+
+    ``mask`` [T, K] is boolean (True: visible). Soft-capping (Gemma 2) is ``softcap * tanh(logits / softcap)``.
+    """
+    grouped = q_BHTD.shape[1] != k_BHkKD.shape[1]
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BHkKD, v_BHkKD, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped
+        )
+    repeats = q_BHTD.shape[1] // k_BHkKD.shape[1]
+    k_BHKD, v_BHKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BHkKD, v_BHkKD))
+    logits = softcap * torch.tanh(q_BHTD @ k_BHKD.transpose(2, 3) * (scaling / softcap))
+    if is_causal:
+        mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
+    if mask is not None:
+        logits = logits.masked_fill(~mask, float("-inf"))
+    weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    return weights.to(v_BHKD.dtype) @ v_BHKD
+
+
+class BottomRight:
+    """Causal masks aligned bottom-right, cut from one triangle per call so that no piece builds its own."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self._device = like.device
+
+    def __call__(self, queries: int, keys: int) -> torch.Tensor:
+        """Return bool[queries, keys]: query t sees keys up to ``keys - queries + t``."""
+        return torch.ones(queries, keys, dtype=torch.bool, device=self._device).tril(keys - queries)
+
+
+def _run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BottomRight | None, scaling: float, softcap: float | None
+) -> Iterator[torch.Tensor]:
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None:
+        yield sdpa(q, k, v, None, scaling=scaling, softcap=softcap)
+    elif queries == keys and softcap is None:
+        yield sdpa(q, k, v, None, scaling=scaling, is_causal=True)
+    else:
+        for first in range(0, queries, QUERY_BLOCK):
+            block = q.narrow(2, first, min(QUERY_BLOCK, queries - first))
+            seen = keys - queries + first + block.shape[2]
+            yield sdpa(
+                block,
+                k.narrow(2, 0, seen),
+                v.narrow(2, 0, seen),
+                mask(block.shape[2], seen),
+                scaling=scaling,
+                softcap=softcap,
+            )

@@ -1,0 +1,153 @@
+"""Images: safe decoding, and the content-addressed store whose row ids the packs hold.
+
+A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files, memory
+mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; decoding happens where the
+pixels are needed, with ``decode_rgb``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import struct
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageOps
+
+from data_prep.errors import UserError
+from data_prep.packs import FileEntry, sha256_file
+from data_prep.quarantine import BadSample
+
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats that are read; others (EPS runs an interpreter) are never even tried."""
+STORE_FORMAT, STORE_VERSION = "mma-images", 1
+IMAGE_SCHEMA = pa.schema(
+    [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
+)
+_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+
+
+class BadImage(BadSample):
+    """The bytes are not a usable image; ``code`` and ``detail`` say why."""
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode any usable image to 8-bit RGB, upright.
+
+    The first frame of animations is taken, EXIF rotation is applied, transparency is composited on white and 16-bit
+    samples are scaled. Pillow's decompression-bomb limit stays in force and truncated files are refused.
+
+    Raises:
+        BadImage: empty, foreign, damaged, tiny or oversized bytes.
+    """
+    if not data:
+        raise BadImage("empty-file", "0 bytes")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if min(image.size) < 2:
+                raise BadImage("tiny-image", f"{image.width} x {image.height} pixels")
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+        except BadImage:
+            raise
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            raise BadImage("image-bomb", str(error)) from error
+        except Image.UnidentifiedImageError as error:
+            raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
+        except _DAMAGE as error:
+            raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
+    return _to_rgb(upright)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # `convert` would clip 16-bit samples to white
+        samples = np.asarray(image, dtype=np.int64)
+        return Image.fromarray((samples.clip(0, 65535) // 257).astype(np.uint8), "L").convert("RGB")
+    if image.mode == "F":
+        raise BadImage("odd-pixels", "floating-point samples have no known white")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+class ImageStore:
+    """Random access to the images of a store folder; memory-mapped, lazily opened, safe to pickle to workers."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Open a store. Raises UserError when ``store.json`` is absent, foreign or malformed."""
+        self.directory = Path(directory)
+        path = self.directory / "store.json"
+        if not path.is_file():
+            raise UserError(f"{self.directory}: no image store here (store.json is missing); run mma-prep again")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if (raw["format"], raw["version"]) != (STORE_FORMAT, STORE_VERSION):
+                raise UserError(f"{path}: not a {STORE_FORMAT} index of version {STORE_VERSION}; run mma-prep again")
+            self.shards = tuple(FileEntry(**entry) for entry in raw["shards"])
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error
+        self._starts = np.cumsum([0] + [entry.rows for entry in self.shards])
+        self._batches: dict[int, pa.RecordBatch] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": {}}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def identity(self) -> str:
+        """Sha256 of the index, which holds the sha256 of every shard: what packs remember of their store."""
+        return hashlib.sha256((self.directory / "store.json").read_bytes()).hexdigest()
+
+    def read(self, row: int) -> bytes:
+        """Return the encoded bytes of an image, as they were found. Raises IndexError outside the store."""
+        return bytes(self._cell("data", row).as_buffer())
+
+    def sha256(self, row: int) -> str:
+        """Return the hex sha256 of an image's encoded bytes."""
+        return bytes(self._cell("sha256", row).as_py()).hex()
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Return (width, height) in pixels, upright."""
+        return self._cell("width", row).as_py(), self._cell("height", row).as_py()
+
+    def verify(self) -> None:
+        """Hash every shard. Raises UserError naming the first missing or altered one."""
+        for entry in self.shards:
+            path = self.directory / entry.name
+            if not path.is_file():
+                raise UserError(f"{path}: listed in store.json but missing; run mma-prep again")
+            if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+                raise UserError(f"{path}: differs from store.json (damaged or edited); run mma-prep again")
+
+    def _cell(self, column: str, row: int) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"image {row} of {len(self)} in {self.directory}")
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        if which not in self._batches:
+            self._batches[which] = self._open(self.shards[which])
+        return self._batches[which].column(column)[row - int(self._starts[which])]
+
+    def _open(self, entry: FileEntry) -> pa.RecordBatch:
+        path = self.directory / entry.name
+        try:
+            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be read ({error}); run mma-prep again") from error
+        if batch.num_rows != entry.rows or batch.schema != IMAGE_SCHEMA:
+            raise UserError(f"{path}: not the images that store.json lists; run mma-prep again")
+        return batch

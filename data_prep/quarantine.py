@@ -1,0 +1,91 @@
+"""Dirty data: every unusable sample is rejected with a reason code, counted per corpus and listed in a file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from data_prep.errors import UserError
+
+CODES: Mapping[str, str] = {
+    "bad-json": "the line or member is not JSON",
+    "missing-key": "a key the format demands is absent or of another type",
+    "missing-image": "the image file does not exist or cannot be read",
+    "unsafe-path": "a path is absolute, climbs with '..' or is a link",
+    "empty-text": "the caption or question is empty",
+    "no-answer": "there is no answer to learn",
+    "bad-box": "the box is empty after clipping to the image",
+    "duplicate-id": "the id was seen before in this corpus",
+    "bad-encoding": "the text is not valid UTF-8, or holds NUL or a lone surrogate",
+    "bad-label": "the label is none of the format's labels",
+    "empty-file": "the image file holds no bytes",
+    "not-an-image": "the bytes are of no image format that is read",
+    "broken-image": "the image is truncated or damaged",
+    "image-bomb": "the image has more pixels than the decompression-bomb limit",
+    "tiny-image": "the image is smaller than 2 x 2 pixels",
+    "odd-pixels": "the pixel format cannot be turned into RGB",
+    "too-long": "the sample does not fit the token limits of its packs",
+    "too-many-images": "the sample holds more images than its packs allow",
+    "no-target": "no token of the sample would be supervised",
+    "wrong-template": "a conversation met a template that writes documents only",
+}
+"""Closed list of reasons: code -> one-line meaning."""
+
+
+class BadSample(Exception):  # noqa: N818 - an outcome of one sample, not a fault of the program
+    """One sample cannot be used; carries its code (a key of ``CODES``) and words that help to mend it."""
+
+    def __init__(self, code: str, detail: str = "") -> None:
+        assert code in CODES, code
+        super().__init__(f"{code}: {detail}" if detail else code)
+        self.code = code
+        self.detail = detail
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of a corpus's raw samples; always ``seen == kept + rejected``."""
+
+    kept: int = 0
+    codes: Mapping[str, int] = field(default_factory=dict)
+    """Rejected samples by reason code."""
+
+    @property
+    def rejected(self) -> int:
+        """Samples that were rejected, over all codes."""
+        return sum(self.codes.values())
+
+    @property
+    def seen(self) -> int:
+        """Samples that the raw files hold."""
+        return self.kept + self.rejected
+
+    def describe_codes(self) -> str:
+        """Return ``12 broken-image, 3 too-long``, most frequent first."""
+        ordered = sorted(self.codes.items(), key=lambda item: (-item[1], item[0]))
+        return ", ".join(f"{count} {code}" for code, count in ordered)
+
+
+def add_tallies(tallies: Iterable[Tally]) -> Tally:
+    """Return the sum of several tallies."""
+    kept, codes = 0, Counter[str]()
+    for tally in tallies:
+        kept += tally.kept
+        codes.update(tally.codes)
+    return Tally(kept, dict(sorted(codes.items())))
+
+
+def check_bad_fraction(tallies: Mapping[str, Tally], limit: float, listing: Path) -> None:
+    """Raise UserError when a corpus (a key of ``tallies``) lost more than ``limit`` of its samples, or all of them."""
+    for corpus, tally in tallies.items():
+        if tally.seen == 0:
+            raise UserError(f"corpora.{corpus}: the raw files hold no sample at all; mend its paths")
+        fraction = tally.rejected / tally.seen
+        if tally.kept == 0 or fraction > limit:
+            raise UserError(
+                f"corpora.{corpus}: {tally.rejected} of {tally.seen} samples ({fraction:.1%}) were rejected, "
+                f"above max_bad_fraction={limit:g}: {tally.describe_codes()}; "
+                f"every one is listed in {listing}; mend the data or raise max_bad_fraction"
+            )

@@ -1,0 +1,248 @@
+"""The recipe: one strict YAML file that says which raw corpora become which packs.
+
+Unknown keys are errors with their dotted path. Values may use ``${VAR}`` and ``${VAR:-default}``. ``root`` and ``out``
+are relative to the working directory; the tokenizer and the corpora are relative to ``root``.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from data_prep.errors import UserError, did_you_mean
+from data_prep.template import Order, Template
+
+SHIPPED = Path(__file__).parent / "recipes"
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TrainTokenizer(_Strict):
+    """Train a SentencePiece model on the corpora's own text."""
+
+    vocab_size: int = Field(1024, ge=300)
+    """Largest number of pieces, with special tokens and the 256 byte pieces."""
+    samples: int = Field(50_000, ge=1)
+    """Samples whose text is read, evenly over the corpora."""
+
+
+class TokenizerConfig(_Strict):
+    """Either an existing tokenizer or one that is trained first."""
+
+    path: str = ""
+    """Folder (or file) with ``tokenizer.json`` or ``tokenizer.model``."""
+    train: TrainTokenizer | None = None
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerConfig:
+        if bool(self.path) == (self.train is not None):
+            raise ValueError("name either a path or train: {vocab_size: ...}")
+        return self
+
+
+class CorpusConfig(BaseModel):
+    """A raw corpus: its ``type`` and the options of that reader."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Options of the reader, checked by the reader itself."""
+        return dict(self.model_extra or {})
+
+
+class PackConfig(_Strict):
+    """One pack set: what is blended, how it is written, and for how long."""
+
+    corpora: dict[str, float] = Field(min_length=1)
+    """Corpus -> weight. With ``draws``: its share of the draws. With ``epochs``: leave every weight at 1."""
+    template: str
+    """caption, plain, phi3, llama3 or qwen."""
+    length: int = Field(ge=8)
+    """Tokens per row."""
+    draws: int | None = Field(None, ge=1)
+    """Samples in the whole run, over all corpora (give this or ``epochs``)."""
+    epochs: int | None = Field(None, ge=1)
+    """Times every sample is drawn (give this or ``draws``)."""
+    shuffle: bool = True
+    """False keeps the corpora's own order (held-out sets)."""
+    system: str = ""
+    """System turn for conversations that bring none."""
+    prompt: str = ""
+    """Given text between the image and the caption of a document."""
+    order: Order = "image_first"
+    """Where images of a user turn go: image_first, text_first or as_written."""
+    max_text_tokens: int | None = Field(None, ge=1)
+    """Longest text of a sample in tokens (template included), besides its images."""
+    max_images: int | None = Field(None, ge=1)
+    """Most images in one row, so that shapes stay bounded; unset: as many as fit."""
+    too_long: Literal["reject", "cut"] = "reject"
+    """What happens to a sample above the limits: quarantine, or cut inside its generated tail (no end token then)."""
+
+    @field_validator("corpora", mode="before")
+    @classmethod
+    def _list_means_weight_one(cls, value: Any) -> Any:
+        return dict.fromkeys(value, 1.0) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PackConfig:
+        if (self.draws is None) == (self.epochs is None):
+            raise ValueError("give either draws or epochs")
+        if any(not weight > 0 for weight in self.corpora.values()):
+            raise ValueError("corpora: every weight must be above 0; leave a corpus out to drop it")
+        if self.epochs is not None and any(weight != 1 for weight in self.corpora.values()):
+            raise ValueError("corpora: weights need draws; with epochs every corpus is drawn in full")
+        self.to_template()
+        return self
+
+    def to_template(self) -> Template:
+        """Return the template with this set's settings. Raises UserError when they do not fit each other."""
+        return Template(self.template, system=self.system, prompt=self.prompt, order=self.order)
+
+
+class Recipe(_Strict):
+    """Everything data preparation does for one output folder."""
+
+    root: str
+    """Folder of the raw data."""
+    out: str
+    """Folder that receives tokenizer, image store and packs."""
+    tokenizer: TokenizerConfig
+    image_tokens: int = Field(ge=1)
+    """Positions one image takes; the model's connector must produce as many."""
+    corpora: dict[str, CorpusConfig] = Field(min_length=1)
+    packs: dict[str, PackConfig] = Field(min_length=1)
+    seed: int = Field(0, ge=0)
+    max_bad_fraction: float = Field(0.02, ge=0, le=1)
+    """Share of a corpus that may be quarantined before the job fails."""
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _text_means_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("corpora", "packs")
+    @classmethod
+    def _names_are_file_names(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", name):
+                raise ValueError(f"name {name!r} must be made of letters, digits and _.+-")
+        return value
+
+    @model_validator(mode="after")
+    def _packs_fit(self) -> Recipe:
+        for name, pack in self.packs.items():
+            for corpus in pack.corpora:
+                if corpus not in self.corpora:
+                    hint = did_you_mean(corpus, self.corpora)
+                    raise ValueError(f"packs.{name}.corpora.{corpus} is not defined under corpora{hint}")
+            if pack.length <= self.image_tokens:
+                raise ValueError(
+                    f"packs.{name}.length={pack.length} cannot hold one image of image_tokens={self.image_tokens} "
+                    "and any text: raise length or lower image_tokens"
+                )
+        return self
+
+    @property
+    def root_dir(self) -> Path:
+        """Folder of the raw data."""
+        return Path(self.root).expanduser()
+
+    @property
+    def out_dir(self) -> Path:
+        """Folder of the output."""
+        return Path(self.out).expanduser()
+
+    def specials(self) -> list[str]:
+        """Return the special tokens of all templates, sorted."""
+        return sorted({token for pack in self.packs.values() for token in pack.to_template().specials})
+
+
+_LEVELS: Mapping[int, Mapping[str, type[BaseModel]]] = {
+    1: {"": Recipe},
+    2: {"tokenizer": TokenizerConfig},
+    3: {"tokenizer": TrainTokenizer, "packs": PackConfig},
+}
+"""Models by depth of a key and its first component, for "did you mean"."""
+
+
+def shipped_recipes() -> list[str]:
+    """Return the names of the recipes that come with the package."""
+    return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+
+
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe given as a path or a shipped name. Raises UserError when there is none."""
+    for candidate in (Path(name), SHIPPED / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    names = shipped_recipes()
+    raise UserError(
+        f"recipe {name!r} is neither a file nor a shipped name{did_you_mean(name, names)}: {', '.join(names)}"
+    )
+
+
+def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        name: path of a YAML file, or the name of a shipped recipe.
+        overrides: top-level keys to replace, such as ``out`` and ``root``.
+
+    Raises:
+        UserError: the file is absent, not YAML, or a key or value is wrong; the message names it.
+    """
+    path = find_recipe(name)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of keys; see the shipped ones: {', '.join(shipped_recipes())}")
+    try:
+        return Recipe.model_validate(_expand({**raw, **(overrides or {})}, str(path.name)))
+    except ValidationError as error:
+        raise UserError(f"{path.name}: {_describe(error)}") from error
+
+
+def _expand(value: Any, where: str) -> Any:
+    """Replace environment variables in every text of a tree."""
+    if isinstance(value, dict):
+        return {key: _expand(item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand(item, where) for item in value]
+    return _VARIABLE.sub(lambda match: _variable(match, where), value) if isinstance(value, str) else value
+
+
+def _variable(match: re.Match[str], where: str) -> str:
+    name, default = match.group(1), match.group(2)
+    found = os.environ.get(name) or default
+    if found is None:
+        raise UserError(f"{where} uses ${{{name}}}, which is not set: export {name}=... or pass the value as a flag")
+    return found
+
+
+def _describe(error: ValidationError) -> str:
+    """Return the first problem as ``a.b.c: what and how to mend it``."""
+    first = error.errors()[0]
+    place: Sequence[Any] = first["loc"]
+    path = ".".join(str(part) for part in place)
+    if first["type"] == "extra_forbidden":
+        models = _LEVELS.get(len(place), {})
+        model = models.get(str(place[0])) or models.get("")
+        return f"unknown key {path}{did_you_mean(str(place[-1]), model.model_fields if model else ())}"
+    if first["type"] == "missing":
+        return f"{path} is missing: add it"
+    message = str(first["msg"]).removeprefix("Value error, ")
+    shown = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f" (found {first['input']!r})"
+    return f"{path}: {message}{shown}" if path else f"{message}{shown}"

@@ -1,0 +1,379 @@
+"""One tokenizer for every half of the project: Hugging Face fast tokenizers and SentencePiece models alike.
+
+Special tokens come only from ``Special`` pieces. Text that spells one (``<image>``, ``<|assistant|>``) is encoded as
+ordinary text, so no caption can open a turn or claim an image.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import UserError
+from data_prep.packs import IMAGE, TEXT, write_atomic
+from data_prep.template import EOS, Image, Piece, Special, Text
+
+if TYPE_CHECKING:
+    import tokenizers
+
+PAD = "<pad>"
+IMAGE_TOKEN = "<image>"
+META = "mma_tokenizer.json"
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+"""Files copied beside a Hugging Face tokenizer so that other libraries can load the saved folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of one sample with their sidecars; arrays of one length."""
+
+    ids: npt.NDArray[np.int32]
+    modality: npt.NDArray[np.int8]
+    instance: npt.NDArray[np.int16]
+    """Image index at image positions, -1 at text."""
+    generated: npt.NDArray[np.uint8]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def cut(self, length: int) -> Encoded:
+        """Return the first ``length`` tokens."""
+        return Encoded(self.ids[:length], self.modality[:length], self.instance[:length], self.generated[:length])
+
+
+class _Backend(ABC):
+    """What differs between the two kinds of tokenizer."""
+
+    filename: str
+
+    @abstractmethod
+    def payload(self) -> bytes:
+        """Return the bytes of the saved file."""
+
+    @abstractmethod
+    def size(self) -> int:
+        """Return the number of ids, including added ones."""
+
+    @abstractmethod
+    def find(self, name: str) -> int | None:
+        """Return the id of a token by its exact name, or None."""
+
+    @abstractmethod
+    def own(self, role: str) -> str | None:
+        """Return the name of the tokenizer's own ``eos`` or ``pad`` token, or None."""
+
+    @abstractmethod
+    def reserved(self) -> Mapping[int, str]:
+        """Return id -> name of tokens that text must never yield."""
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Encode text without adding anything around it."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """Decode ids that hold no reserved token."""
+
+    def strips_after(self, name: str) -> bool:
+        """Return whether white space after a special token is dropped (Phi-3 does)."""
+        return False
+
+
+class _HuggingFace(_Backend):
+    filename = "tokenizer.json"
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Sequence[str]) -> None:
+        from tokenizers import AddedToken
+
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True  # text that spells a special token stays text
+        self._tokenizer, self._config = tokenizer, config
+        added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
+        missing = [name for name in specials if name not in added or not added[name].special]
+        tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in missing])
+        self._added = tokenizer.get_added_tokens_decoder()
+        self._stripping = {token.content for token in self._added.values() if token.rstrip}
+
+    def payload(self) -> bytes:
+        return str(self._tokenizer.to_str(pretty=True)).encode()
+
+    def size(self) -> int:
+        return int(max(self._tokenizer.get_vocab(with_added_tokens=True).values())) + 1
+
+    def find(self, name: str) -> int | None:
+        found: int | None = self._tokenizer.token_to_id(name)
+        return found
+
+    def own(self, role: str) -> str | None:
+        token = self._config.get(f"{role}_token")
+        name = token.get("content") if isinstance(token, dict) else token
+        return name if isinstance(name, str) and self.find(name) is not None else None
+
+    def reserved(self) -> Mapping[int, str]:
+        return {index: token.content for index, token in self._added.items() if token.special}
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def strips_after(self, name: str) -> bool:
+        return name in self._stripping
+
+
+class _SentencePiece(_Backend):
+    filename = "tokenizer.model"
+
+    def __init__(self, model: bytes, specials: Sequence[str]) -> None:
+        from sentencepiece import SentencePieceProcessor
+
+        self._model = model
+        self._processor = SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model)
+        absent = [name for name in specials if self._inside(name) is None]
+        first = self._processor.get_piece_size()
+        self._appended = {name: first + offset for offset, name in enumerate(absent)}
+
+    def _inside(self, name: str) -> int | None:
+        index = int(self._processor.piece_to_id(name))
+        return None if index == self._processor.unk_id() else index
+
+    def payload(self) -> bytes:
+        return self._model
+
+    def size(self) -> int:
+        return int(self._processor.get_piece_size()) + len(self._appended)
+
+    def find(self, name: str) -> int | None:
+        return self._appended.get(name, self._inside(name))
+
+    def own(self, role: str) -> str | None:
+        index = self._processor.eos_id() if role == "eos" else self._processor.pad_id()
+        return None if index < 0 else str(self._processor.id_to_piece(index))
+
+    def reserved(self) -> Mapping[int, str]:
+        size = self._processor.get_piece_size()
+        control = {
+            index: self._processor.id_to_piece(index) for index in range(size) if self._processor.IsControl(index)
+        }
+        return {**control, **{index: name for name, index in self._appended.items()}}
+
+    def encode(self, text: str) -> list[int]:
+        return list(self._processor.encode(text))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return str(self._processor.decode(list(ids)))
+
+
+class Tokenizer:
+    """Pieces to ids with sidecars, and back. Make one with ``open`` (raw files) or ``load`` (a saved folder)."""
+
+    def __init__(self, backend: _Backend, tokens: Mapping[str, int], companions: Mapping[str, bytes]) -> None:
+        self._backend = backend
+        self._tokens = dict(tokens)
+        self._companions = dict(companions)
+        self._size = backend.size()
+        self._reserved = {**backend.reserved(), **{index: name for name, index in tokens.items()}}
+        self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
+        self._ordinary = functools.lru_cache(maxsize=1 << 14)(self._encode_ordinary)
+        self.pad_id = self._tokens[PAD]
+        self.image_id = self._tokens[IMAGE_TOKEN]
+
+    @classmethod
+    def open(cls, path: Path, specials: Sequence[str]) -> Tokenizer:
+        """Open raw tokenizer files and add what is missing of ``specials``, ``<pad>``, ``<eos>`` and ``<image>``.
+
+        Args:
+            path: a folder with ``tokenizer.json`` or ``tokenizer.model``, or one such file.
+            specials: names of special tokens the templates write.
+
+        Raises:
+            UserError: there is no tokenizer at ``path``, or it cannot be read.
+        """
+        file = _tokenizer_file(path)
+        companions = {name: (file.parent / name).read_bytes() for name in COMPANIONS if (file.parent / name).is_file()}
+        probe = _backend(file, companions, ())
+        names = {name: name for name in (*specials, IMAGE_TOKEN)}
+        names |= {alias: probe.own(role) or alias for alias, role in ((EOS, "eos"), (PAD, "pad"))}
+        backend = _backend(file, companions, sorted(set(names.values())))
+        tokens = {alias: index for alias, name in names.items() if (index := backend.find(name)) is not None}
+        assert tokens.keys() == names.keys()
+        return cls(backend, dict(sorted(tokens.items())), companions if isinstance(backend, _HuggingFace) else {})
+
+    @classmethod
+    def load(cls, directory: Path | str) -> Tokenizer:
+        """Load a folder written by ``save``. Raises UserError when it is absent or malformed."""
+        folder = Path(directory)
+        if not (folder / META).is_file():
+            raise UserError(f"{folder}: not a tokenizer folder of this project ({META} is missing); run mma-prep again")
+        tokens: dict[str, int] = json.loads((folder / META).read_text(encoding="utf-8"))["tokens"]
+        file = _tokenizer_file(folder)
+        companions = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
+        probe = _backend(file, companions, ())
+        appended = sorted((index, name) for name, index in tokens.items() if index >= probe.size())
+        return cls(_backend(file, companions, [name for _, name in appended]), tokens, companions)
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer to a folder; each file is replaced atomically."""
+        for name, data in self._files().items():
+            write_atomic(directory / name, data)
+
+    @property
+    def sha256(self) -> str:
+        """Identity of everything that shapes ids: the tokenizer's file and the special-token table."""
+        files = self._files()
+        return hashlib.sha256(files[self._backend.filename] + files[META]).hexdigest()
+
+    def __len__(self) -> int:
+        """Embedding rows the ids need."""
+        return self._size
+
+    def id_of(self, token: str) -> int:
+        """Return the id of a special token by the name templates use. Raises UserError when it was never added."""
+        if token not in self._tokens:
+            raise UserError(f"the tokenizer has no special token {token!r}: prepare the packs with a template using it")
+        return self._tokens[token]
+
+    def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
+        """Return ids and sidecars of pieces; every image takes ``image_tokens`` positions.
+
+        Neighbouring texts are encoded together, but never across the border of given and generated text, so a prompt
+        at inference has exactly the ids of the training prefix.
+        """
+        ids: list[int] = []
+        instance: list[int] = []
+        generated: list[int] = []
+        for run, index, flag in self._runs(pieces, image_tokens):
+            ids += run
+            instance += [index] * len(run)
+            generated += [flag] * len(run)
+        instances = np.array(instance, dtype=np.int16)
+        modality = np.where(instances >= 0, IMAGE, TEXT).astype(np.int8)
+        return Encoded(np.array(ids, dtype=np.int32), modality, instances, np.array(generated, dtype=np.uint8))
+
+    def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
+        """Return the text of ids; special tokens are written by name when ``specials``, else left out."""
+        words: list[str] = []
+        for special, run in groupby(ids, key=lambda index: int(index) in self._reserved):
+            if not special:
+                words.append(self._backend.decode([int(index) for index in run]))
+            elif specials:
+                words += [self._reserved[int(index)] for index in run]
+        return "".join(words)
+
+    def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Sequence[int], int, int]]:
+        """Yield (ids, image index or -1, generated flag) for runs of pieces."""
+        strip = False
+        for key, group in groupby(pieces, key=lambda piece: piece.generated if isinstance(piece, Text) else piece):
+            if isinstance(key, Special):
+                for _ in group:
+                    yield [self.id_of(key.token)], -1, int(key.generated)
+                strip = self._backend.strips_after(key.token)
+            elif isinstance(key, Image):
+                yield [self.image_id] * image_tokens, key.index, 0
+                strip = False
+            else:
+                text = "".join(piece.text for piece in group if isinstance(piece, Text))
+                yield self._ordinary(text.lstrip() if strip else text), -1, int(key)
+                strip = False
+
+    def _encode_ordinary(self, text: str) -> tuple[int, ...]:
+        """Encode text so that no special token comes out, even where the tokenizer would match one."""
+        ids = self._backend.encode(text)
+        if self._reserved.keys().isdisjoint(ids):
+            return tuple(ids)
+        if len(text) < 2:
+            return tuple(index for index in ids if index not in self._reserved)
+        match = self._spelled.search(text)
+        # A cut inside the spelled token: neither half spells it. Normalisers can spell one out of look-alike
+        # characters; then halving finds the place.
+        middle = match.start() + 1 if match else len(text) // 2
+        return self._encode_ordinary(text[:middle]) + self._encode_ordinary(text[middle:])
+
+    def _files(self) -> dict[str, bytes]:
+        meta = json.dumps({"tokens": self._tokens}, indent=1, sort_keys=True).encode() + b"\n"
+        return {self._backend.filename: self._backend.payload(), META: meta, **self._companions}
+
+
+def _tokenizer_file(path: Path) -> Path:
+    candidates = [path] if path.is_file() else [path / "tokenizer.json", path / "tokenizer.model"]
+    for candidate in candidates:
+        if candidate.is_file() and candidate.suffix in (".json", ".model"):
+            return candidate
+    raise UserError(f"tokenizer: {path} holds neither tokenizer.json nor tokenizer.model; name the folder of one")
+
+
+def _backend(file: Path, companions: Mapping[str, bytes], specials: Sequence[str]) -> _Backend:
+    try:
+        if file.suffix == ".model":
+            return _SentencePiece(file.read_bytes(), specials)
+        import tokenizers
+
+        config = json.loads(companions.get("tokenizer_config.json", b"{}"))
+        return _HuggingFace(tokenizers.Tokenizer.from_file(str(file)), config, specials)
+    except Exception as error:  # both libraries raise bare Exception and RuntimeError on a damaged file
+        raise UserError(f"tokenizer: {file} cannot be read ({error})") from error
+
+
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequence[str], out: Path) -> None:
+    """Train a unigram model on ``texts`` and write it to the file ``out``; the same texts give the same bytes.
+
+    Args:
+        texts: sentences; long ones are split at line ends.
+        vocab_size: largest number of pieces, special tokens and the 256 byte pieces included; fewer where the texts
+            do not hold as many.
+        specials: names that become control symbols: text never encodes to them.
+        out: path of the model file, replaced atomically.
+
+    Raises:
+        UserError: there is no text, or ``vocab_size`` is too small for its characters.
+    """
+    from sentencepiece import SentencePieceTrainer
+
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError("tokenizer.train: the corpora hold no text to train on; mend their paths")
+    model = io.BytesIO()
+    symbols = [name for name in dict.fromkeys((*specials, PAD, IMAGE_TOKEN)) if name not in (EOS, PAD)]
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            character_coverage=1.0,
+            normalization_rule_name="identity",  # lossless: decoding gives the text back
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 16,
+            num_threads=1,
+            unk_id=0,
+            bos_id=-1,
+            eos_id=1,
+            pad_id=2,
+            eos_piece=EOS,
+            pad_piece=PAD,
+            control_symbols=symbols,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1]
+        raise UserError(
+            f"tokenizer.train.vocab_size={vocab_size}: SentencePiece refused ({reason}); raise it"
+        ) from error
+    write_atomic(out, model.getvalue())

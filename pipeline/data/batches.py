@@ -1,0 +1,150 @@
+"""Builds each step's micro-batches from the packs, ahead of the step, in background threads."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from data_prep.errors import UserError
+from data_prep.images import BadImage, ImageStore, decode_rgb
+from data_prep.packs import PackReader, PackRow
+from pipeline.attention import build_plan
+from pipeline.data.order import BatchOrder
+from pipeline.masks import Policy, Sidecars, position_ids
+from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """This rank's micro-batches of one step, and what the whole step holds."""
+
+    micros: tuple[StageInputs, ...]
+    rows: range
+    """Rows of the global batch."""
+    targets: int
+    """Supervised tokens of the global batch, over all replicas: what the loss is divided by."""
+    tokens: int
+    """Tokens of this replica that are not padding."""
+    images: int
+    """Images of this replica."""
+
+
+def shifted_labels(row: PackRow) -> torch.Tensor:
+    """Return int64[L]: the supervised token that each position predicts, IGNORE where there is none."""
+    ids, segment = row.input_ids.astype(np.int64), row.segment
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    predicts = (row.generated[1:] == 1) & (segment[1:] == segment[:-1]) & (segment[1:] > 0)
+    labels[:-1][predicts] = ids[1:][predicts]
+    return torch.from_numpy(labels)
+
+
+def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None) -> StageInputs:
+    """Lay rows end to end as one sequence and build what a stage needs of it."""
+    sidecars = Sidecars.concat([Sidecars.from_row(row) for row in rows])
+    return StageInputs(
+        input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64)),
+        position_ids=position_ids(sidecars),
+        plan=build_plan(policy, sidecars),
+        labels=torch.cat([shifted_labels(row) for row in rows]),
+        image_positions=torch.nonzero(sidecars.instance >= 0).squeeze(1),
+        pixels=pixels,
+    )
+
+
+def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
+    """Move a micro-batch to the accelerator without waiting."""
+    if device.type == "cpu":
+        return inputs
+    move = {
+        name: getattr(inputs, name).to(device, non_blocking=True) for name in ("input_ids", "position_ids", "labels")
+    }
+    pixels = None if inputs.pixels is None else inputs.pixels.to(device, non_blocking=True)
+    positions = inputs.image_positions.to(device, non_blocking=True)
+    return replace(inputs, **move, plan=inputs.plan.to(device), image_positions=positions, pixels=pixels)
+
+
+class BatchSource:
+    """Yields `StepBatch` after `StepBatch`, read ahead by threads; its only state is where it started."""
+
+    def __init__(
+        self,
+        packs: PackReader,
+        *,
+        order: BatchOrder,
+        replica: int,
+        policy: Policy,
+        preprocess: Preprocess | None,
+        threads: int,
+        ahead: int,
+    ) -> None:
+        """Open the image store of a pack folder.
+
+        Args:
+            packs: The rows.
+            order: How they are shared.
+            replica: This rank's data-parallel index.
+            policy: Mask policy the plans are built for.
+            preprocess: Pixels of the vision tower; None on stages without it, which then read no image.
+            threads: Reading threads; 0 reads in the caller's.
+            ahead: Steps held ready.
+        """
+        self._packs, self._order, self._replica, self._policy = packs, order, replica, policy
+        self._preprocess = preprocess
+        store = packs.manifest.image_store
+        self._images = ImageStore(packs.directory / store) if store and preprocess is not None else None
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
+        self._ahead = max(1, ahead)
+
+    def steps(self, first: int, last: int) -> Iterator[StepBatch]:
+        """Yield the batches of steps ``first .. last - 1`` (0-based)."""
+        if self._pool is None:
+            yield from (self.read(step) for step in range(first, last))
+            return
+        waiting: deque[Future[StepBatch]] = deque()
+        for step in range(first, last):
+            waiting.append(self._pool.submit(self.read, step))
+            if len(waiting) > self._ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def read(self, step: int) -> StepBatch:
+        """Build one step's micro-batches. Raises UserError naming the row and image that cannot be read."""
+        consumed = step * self._order.batch_packs
+        micros, tokens, images = [], 0, 0
+        for micro in range(self._order.micros):
+            rows = [self._packs[i] for i in self._order.micro_rows(consumed, self._replica, micro)]
+            pixels = None if self._preprocess is None else self._pixels(rows, self._preprocess)
+            micros.append(stage_inputs(rows, self._policy, pixels))
+            tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
+            images += sum(len(row.image_row) for row in rows)
+        all_rows = self._order.global_rows(consumed)
+        targets = sum(self._packs.n_target(i) for i in all_rows)
+        return StepBatch(tuple(micros), all_rows, targets, tokens, images)
+
+    def _pixels(self, rows: list[PackRow], preprocess: Preprocess) -> torch.Tensor | None:
+        wanted = [int(i) for row in rows for i in row.image_row]
+        if not wanted:
+            return None
+        assert self._images is not None, "rows with images, but the packs name no image store"
+        return preprocess.batch([self._decode(self._images, i) for i in wanted])
+
+    @staticmethod
+    def _decode(store: ImageStore, index: int) -> object:
+        try:
+            return decode_rgb(store.read(index))
+        except BadImage as error:
+            raise UserError(
+                f"image {index} of the image store cannot be decoded ({error}): run mma-prep verify"
+            ) from error
+
+    def close(self) -> None:
+        """End the reading threads."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,89 @@
+"""Entry point of training: ``deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":  # run as a file: this folder must not shadow the packages of the same names
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_prep.errors import UserError
+from pipeline.flags import Invocation, parse
+from pipeline.recipe import to_yaml
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train from a recipe and flags; return the exit code (0 done or stopped, 2 for an error the user can mend)."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(parse(words))
+    except UserError as error:
+        if "--debug" in words:
+            raise
+        return _report(error)
+
+
+def _run(invocation: Invocation) -> int:
+    if invocation.print_config:
+        print(to_yaml(invocation.config), end="")
+        return 0
+    from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
+    from pipeline.training.blueprint import Blueprint
+    from pipeline.training.demo_data import prepare_demo
+    from pipeline.training.dry_run import describe
+
+    fill_rank_variables()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prepare_demo(invocation.config)
+    plan = Blueprint.draw(invocation, rank=rank, world=world)
+    if rank == 0:
+        print(describe(plan), flush=True)
+    if invocation.dry_run:
+        return 0
+    start_processes(plan.config.parallel.timeout_s)
+    try:
+        return _train(plan)
+    finally:
+        stop_processes()
+
+
+def _train(plan: Blueprint) -> int:
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.trainer import Trainer
+
+    folder, lead = RunFolder(plan.config.run_dir), plan.topology.rank == 0
+    if lead:
+        folder.create(plan.config, world=plan.topology.world)
+        folder.set_status("running", folder.status().get("step", 0))
+    trainer = None
+    try:
+        trainer = Trainer(plan, folder)
+        state = trainer.fit()
+    except BaseException as error:
+        if lead:
+            folder.set_status("failed", trainer.step if trainer else 0, error=str(error))
+        raise
+    if lead:
+        folder.clear_stop()
+        folder.set_status(state, trainer.step)
+        print(f"{state} at step {trainer.step}/{plan.steps}: {folder.path}", flush=True)
+    return 0
+
+
+def _report(error: UserError) -> int:
+    """Print one line; errors that every rank meets alike are printed by rank 0 only."""
+    import torch.distributed as dist
+
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif dist.is_initialized():
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The training run: trainer, checkpoints, metrics and the stop protocol."""

@@ -1,0 +1,98 @@
+"""Everything about a run that can be known, and refused, before a process group or a weight exists.
+
+Every rank draws the same blueprint from the same files, so an error found here is the same one line on all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.packs import Manifest, PackReader
+from pipeline.config import ConfigError, RunConfig
+from pipeline.data.order import BatchOrder
+from pipeline.flags import Invocation
+from pipeline.masks import Policy, get_policy
+from pipeline.masks.proof import check_rows
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
+from pipeline.parallel.partition import split_layers
+from pipeline.parallel.topology import Topology, micro_batches
+from pipeline.training.tokenizers import check_tokenizer
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A checked run: what is trained, on what, by which ranks, for how long."""
+
+    config: RunConfig
+    recipe: str
+    packs: PackReader
+    policy: Policy
+    spec: ModelSpec
+    topology: Topology
+    order: BatchOrder
+    splits: tuple[range, ...]
+    """Decoder layers of each pipeline stage."""
+    steps: int
+    """Optimizer steps of the whole run."""
+    bf16: bool
+    ds_config: dict[str, Any]
+
+    @classmethod
+    def draw(cls, invocation: Invocation, *, rank: int, world: int) -> Blueprint:
+        """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
+        config = invocation.config
+        raw_ds = read_ds_config(invocation.deepspeed)
+        topology = Topology(world, rank, config.parallel.pp)
+        micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+        packs = _open_packs(config)
+        manifest = packs.manifest
+        policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak)
+        spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
+        check_tokenizer(config, packs.directory / manifest.tokenizer)
+        steps = _count_steps(config, manifest)
+        check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
+        splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=spec.costs())
+        bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
+        return cls(
+            config, invocation.recipe, packs, policy, spec, topology,
+            BatchOrder(config.train.batch_packs, topology.dp, micros), tuple(splits), steps, bf16,
+            complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16),
+        )  # fmt: skip
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    @property
+    def layers(self) -> range:
+        """Decoder layers of this rank's stage."""
+        return self.splits[self.topology.stage]
+
+
+def _open_packs(config: RunConfig) -> PackReader:
+    if not config.data.packs:
+        raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
+    packs = PackReader(config.data.packs, verify=config.data.verify)
+    if packs.manifest.targets == 0:
+        raise ConfigError(f"{config.data.packs} holds 0 supervised tokens: nothing to learn; see mma-prep stats")
+    return packs
+
+
+def _count_steps(config: RunConfig, manifest: Manifest) -> int:
+    """Return the run's optimizer steps: as asked, or one pass over the packs (whose plan covers all epochs)."""
+    batch, folder = config.train.batch_packs, Path(config.data.packs)
+    available = manifest.rows // batch
+    if available == 0:
+        raise ConfigError(f"{folder} has {manifest.rows} packs, fewer than one step of train.batch_packs={batch}")
+    if config.train.steps > available:
+        raise ConfigError(
+            f"train.steps={config.train.steps} needs {config.train.steps * batch} packs, {folder} has {manifest.rows} "
+            f"({available} steps): plan more draws or epochs with mma-prep, or lower train.steps"
+        )
+    return config.train.steps or available

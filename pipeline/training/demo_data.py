@@ -1,0 +1,17 @@
+"""Prepares the built-in demo corpora where a recipe asks for them and they are not there yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import RunConfig
+
+
+def prepare_demo(config: RunConfig) -> None:
+    """Make the demo's packs when ``data.packs`` lies in ``data.demo`` and is missing; safe on all ranks at once."""
+    demo, packs = config.data.demo, Path(config.data.packs)
+    if not demo or (packs / "manifest.json").is_file() or Path(demo).resolve() not in packs.resolve().parents:
+        return
+    from data_prep.cli import ensure_demo
+
+    ensure_demo(Path(demo))

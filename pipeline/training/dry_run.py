@@ -1,0 +1,69 @@
+"""The plan of a run in words: what is printed before training, and all that ``--dry-run`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.parallel.schedule import bubble
+from pipeline.training.blueprint import Blueprint
+from pipeline.training.estimate import GIB, estimate, stage_parameters
+
+
+def describe(plan: Blueprint) -> str:
+    """Return the run's plan: model, data, batch arithmetic, stages, memory."""
+    return "\n".join([*_model_lines(plan), *_data_lines(plan), *_batch_lines(plan), *_stage_lines(plan)])
+
+
+def _model_lines(plan: Blueprint) -> Iterator[str]:
+    spec = plan.spec
+    yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
+    yield (
+        f"model    {spec.summary()}: {millions(spec.total_params)} parameters, "
+        f"{'vision frozen' if plan.config.model.vision.frozen else 'all trained'}"
+    )
+    yield f"mask     {plan.config.mask.policy}: proved leak-free on the first {plan.config.mask.prove_rows} rows"
+
+
+def _data_lines(plan: Blueprint) -> Iterator[str]:
+    manifest = plan.packs.manifest
+    filled = manifest.tokens / (manifest.rows * manifest.length)
+    yield (
+        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.length:,} tokens, {filled:.1%} filled, "
+        f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
+    )
+    for name, corpus in sorted(manifest.corpora.items()):
+        yield f"           {name}: {corpus.draws:,} draws of {corpus.samples:,} samples ({corpus.epochs:.2f} epochs)"
+
+
+def _batch_lines(plan: Blueprint) -> Iterator[str]:
+    order, topology, train = plan.order, plan.topology, plan.config.train
+    tokens = order.batch_packs * plan.packs.manifest.length
+    yield (
+        f"batch    {order.batch_packs} packs = {topology.dp} replicas x {order.micros} micro-batches x "
+        f"{order.micro_packs} packs = {tokens:,} tokens a step"
+    )
+    yield (
+        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} warm-up steps, cosine to {train.min_lr:.1e}; "
+        f"clip {train.clip_norm}, weight decay {train.weight_decay}"
+    )
+
+
+def _stage_lines(plan: Blueprint) -> Iterator[str]:
+    topology, parallel = plan.topology, plan.config.parallel
+    yield (
+        f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
+        f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}, resident {parallel.resident:g}"
+    )
+    for stage, layers in enumerate(plan.splits):
+        trained, frozen = stage_parameters(plan, stage)
+        need = estimate(plan, stage)
+        yield (
+            f"           stage {stage}: layers {layers.start}..{layers.stop - 1}, {millions(trained)} trained + "
+            f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB "
+            f"(states {need.states / GIB:.2f}, gathered {need.gathered / GIB:.2f}, activations {need.activations / GIB:.2f})"
+        )
+
+
+def millions(count: float) -> str:
+    """Return a parameter count as ``4.1M`` or ``3.82B``."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -1,0 +1,155 @@
+"""What a run reports: one line a step in metrics.jsonl, one console line every few steps, TensorBoard events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.packs import write_atomic
+
+# Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
+PEAK_TFLOPS: Mapping[str, float] = {
+    "H100": 989.4,
+    "H200": 989.4,
+    "H800": 989.4,
+    "GH200": 989.4,
+    "B200": 2250.0,
+    "A100": 312.0,
+    "A800": 312.0,
+    "L40S": 362.0,
+    "A40": 149.7,
+    "V100": 125.0,
+    "MI300X": 1307.4,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Return the device's peak FLOP/s, or None where it is not known (then there is no MFU)."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    known = [rate for part, rate in PEAK_TFLOPS.items() if part in name]
+    return max(known) * 1e12 if known else None
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One line of metrics.jsonl; totals are over all ranks."""
+
+    step: int
+    """1-based number of the step just done."""
+    loss: float
+    """Mean cross-entropy per supervised token of the global batch, in nats."""
+    lr: float
+    grad_norm: float | None
+    """Before clipping; None when it was not finite."""
+    applied: bool
+    """False when the update was skipped because the gradient was not finite."""
+    targets: int
+    tokens: int
+    images: int
+    consumed_packs: int
+    step_s: float
+    data_s: float
+    """Part of step_s spent waiting for data on the slowest rank."""
+    tokens_per_s: float
+    mfu: float | None
+    memory_gib: float | None
+    """Peak device memory of this process; None on CPUs."""
+
+
+class MetricsFile:
+    """metrics.jsonl: appended and flushed line by line; on resume, steps after the checkpoint are dropped."""
+
+    def __init__(self, path: Path, *, resume_step: int) -> None:
+        """Open for appending after ``resume_step``."""
+        if path.is_file():
+            lines = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= resume_step]
+            write_atomic(path, b"".join(lines))
+        self._stream = path.open("a", encoding="utf-8")
+
+    def write(self, stats: StepStats) -> None:
+        """Append one step."""
+        self._stream.write(json.dumps(asdict(stats)) + "\n")
+        self._stream.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stream.close()
+
+
+def _step_of(line: bytes) -> float:
+    """Return a line's step; a line torn by a crash counts as beyond any step."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+class Console:
+    """Prints progress on rank 0: one line every few steps, with the time left."""
+
+    def __init__(self, *, steps: int, first: int, every: int, world: int) -> None:
+        """Count from step ``first`` to ``steps``."""
+        self._steps, self._first, self._every, self._world = steps, first, every, world
+        self._began = time.monotonic()
+        self._since: list[StepStats] = []
+
+    def show(self, stats: StepStats) -> None:
+        """Print the line that is due at this step, averaged since the last one."""
+        self._since.append(stats)
+        if stats.step % self._every and stats.step != self._steps and stats.step != self._first + 1:
+            return
+        print(self._line(), flush=True)
+        self._since.clear()
+
+    def _line(self) -> str:
+        now, count = self._since[-1], len(self._since)
+        seconds = sum(s.step_s for s in self._since)
+        rate = sum(s.tokens for s in self._since) / seconds / self._world
+        parts = [
+            f"step {now.step}/{self._steps}",
+            f"loss {sum(s.loss for s in self._since) / count:.4f}",
+            f"lr {now.lr:.1e}",
+            f"grad {now.grad_norm:.2f}" if now.grad_norm is not None else "grad not finite",
+            f"tok/s/rank {rate:,.0f}",
+        ]
+        if now.mfu is not None:
+            parts.append(f"mfu {100 * sum(s.mfu or 0.0 for s in self._since) / count:.1f}%")
+        parts.append(f"data {100 * sum(s.data_s for s in self._since) / seconds:.1f}%")
+        if now.memory_gib is not None:
+            parts.append(f"mem {now.memory_gib:.1f} GiB")
+        skipped = sum(not s.applied for s in self._since)
+        parts += [f"SKIPPED {skipped}"] if skipped else []
+        return "  ".join([*parts, f"eta {self._eta(now.step)}"])
+
+    def _eta(self, step: int) -> str:
+        done = step - self._first
+        left = (time.monotonic() - self._began) / done * (self._steps - step) if done else 0.0
+        return clock(left)
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as ``42s``, ``3m07s`` or ``5h12m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:
+    """Return the events DeepSpeed's monitor writes for a step."""
+    shown = {
+        "loss": stats.loss,
+        "lr": stats.lr,
+        "grad_norm": stats.grad_norm,
+        "tokens_per_s": stats.tokens_per_s,
+        "mfu": stats.mfu,
+    }
+    return [(f"train/{name}", value, stats.step) for name, value in shown.items() if value is not None]

@@ -1,0 +1,261 @@
+"""The training loop of one run, on every rank."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+from pipeline.config import TrainSection
+from pipeline.data.batches import BatchSource, StepBatch, to_device
+from pipeline.model.build import build_stage, open_source
+from pipeline.model.preprocess import Preprocess
+from pipeline.parallel.groups import Groups, create_groups, device_of_rank
+from pipeline.parallel.runner import Runner
+from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
+from pipeline.training import checkpoint
+from pipeline.training.blueprint import Blueprint
+from pipeline.training.checkpoint import Checkpoint, CheckpointManifest
+from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
+from pipeline.training.run_folder import RunFolder, State
+from pipeline.training.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class _Totals:
+    """Sums over all ranks of one step."""
+
+    loss: float
+    tokens: int
+    images: int
+    stop: bool
+
+
+class Trainer:
+    """Owns this rank's stage, its data and the run's state (one integer: steps done)."""
+
+    def __init__(self, plan: Blueprint, folder: RunFolder) -> None:
+        """Build the stage, and load the newest whole checkpoint, or the weights the run starts from."""
+        self._plan, self._folder = plan, folder
+        self._device = device_of_rank()
+        self._lead = plan.topology.rank == 0
+        groups = create_groups(plan.topology)
+        self._stage = _build_engine(plan, groups, self._device)
+        self._runner = Runner(
+            self._stage, topology=plan.topology, groups=groups, width=plan.spec.hidden_size, dtype=plan.dtype,
+            schedule=plan.config.parallel.schedule,
+        )  # fmt: skip
+        self._peak = peak_flops(self._device)
+        self._skipped = 0
+        self.step = self._resume() or self._start()
+        self._saved = self.step
+
+    def _say(self, text: str) -> None:
+        if self._lead:
+            print(text, flush=True)
+
+    def _resume(self) -> int:
+        topology = self._plan.topology
+        found, complaints = checkpoint.newest_whole(self._folder.path, rank=topology.rank, world=topology.world)
+        for complaint in complaints:
+            self._say(f"skipping a damaged checkpoint: {complaint}")
+        if found is None:
+            return 0
+        _check_same_run(found, self._plan)
+        checkpoint.load(self._stage, found)
+        self._say(f"resuming from {found.path} (step {found.manifest.step}/{self._plan.steps})")
+        return found.manifest.step
+
+    def _start(self) -> int:
+        source = self._plan.config.init_from
+        if source and not is_export(source):
+            checkpoint.load(self._stage, checkpoint.open_checkpoint(source), weights_only=True)
+        if source:
+            self._say(f"starting from the weights of {source}")
+        return 0
+
+    def fit(self) -> State:
+        """Train to the last step, or until asked to stop; save; return how it ended."""
+        plan, config = self._plan, self._plan.config
+        metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._lead else None
+        console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
+        began, state = time.monotonic(), "done"
+        for batch, data_s in self._batches():
+            stats, stop = self._train_step(batch, data_s, began)
+            if metrics is not None:
+                metrics.write(stats)
+                console.show(stats)
+                if config.log.tensorboard:
+                    self._stage.engine.monitor.write_events(monitor_events(stats))
+            stop = stop and self.step < plan.steps
+            every = config.checkpoint.every_steps
+            if stop or (every and self.step % every == 0):
+                self._save()
+            if stop:
+                state = "stopped"
+                break
+        if self._saved != self.step or self.step == 0:
+            self._save()
+        if metrics is not None:
+            metrics.close()
+        return state  # type: ignore[return-value]
+
+    def _batches(self) -> Iterator[tuple[StepBatch, float]]:
+        """Yield each step's batch and the seconds spent waiting for it."""
+        plan = self._plan
+        source = BatchSource(
+            plan.packs, order=plan.order, replica=plan.topology.replica, policy=plan.policy,
+            preprocess=Preprocess.of(plan.spec) if plan.topology.first else None,
+            threads=plan.config.data.decode_threads, ahead=plan.config.data.prefetch_steps,
+        )  # fmt: skip
+        steps = source.steps(self.step, plan.steps)
+        try:
+            while True:
+                began = time.monotonic()
+                batch = next(steps, None)
+                if batch is None:
+                    return
+                yield batch, time.monotonic() - began
+        finally:
+            source.close()
+
+    def _train_step(self, batch: StepBatch, data_s: float, run_began: float) -> tuple[StepStats, bool]:
+        began = time.monotonic()
+        rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
+        scale = self._plan.topology.dp / max(1, batch.targets)
+        loss_sum = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
+        result = self._stage.step(rate)
+        self.step += 1
+        totals = self._sum_over_ranks(loss_sum, batch, self._wants_stop(run_began))
+        self._count_skips(result, batch)
+        return self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began), totals.stop
+
+    def _wants_stop(self, run_began: float) -> bool:
+        limit = self._plan.config.train.max_hours
+        late = bool(limit) and time.monotonic() - run_began > 3600 * limit
+        return self._lead and (late or self._folder.stop_asked())
+
+    def _sum_over_ranks(self, loss_sum: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
+        """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
+        first = self._plan.topology.first
+        own = [batch.tokens if first else 0, batch.images if first else 0, float(stop)]
+        sums = torch.cat([loss_sum.view(1), torch.tensor(own, dtype=torch.float64, device=loss_sum.device)])
+        dist.all_reduce(sums)
+        loss, tokens, images, stops = sums.tolist()
+        return _Totals(loss, int(tokens), int(images), stops > 0)
+
+    def _count_skips(self, result: StepResult, batch: StepBatch) -> None:
+        if result.applied:
+            self._skipped = 0
+            return
+        self._skipped += 1
+        rows = f"{batch.rows.start}..{batch.rows.stop - 1}"
+        self._say(f"step {self.step}: gradient not finite, update skipped on all ranks (rows {rows} of the packs)")
+        if self._skipped >= self._plan.config.train.max_skipped_steps:
+            raise UserError(
+                f"{self._skipped} steps in a row had a non-finite gradient (last rows {rows}): lower train.lr, "
+                f"or look at the rows with mma-prep inspect {self._plan.config.data.packs} --row {batch.rows.start}"
+            )
+
+    def _stats(
+        self, batch: StepBatch, result: StepResult, totals: _Totals, rate: float, data_s: float, step_s: float
+    ) -> StepStats:
+        per_second = totals.tokens / step_s
+        mfu = memory = None
+        if self._device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self._device) / 2**30
+        if self._peak is not None:
+            flops = self._plan.spec.step_flops(tokens=totals.tokens, images=totals.images)
+            mfu = flops / step_s / (self._peak * self._plan.topology.world)
+        norm = result.grad_norm if result.applied else None
+        return StepStats(
+            step=self.step, loss=totals.loss / max(1, batch.targets), lr=rate, grad_norm=norm, applied=result.applied,
+            targets=batch.targets, tokens=totals.tokens, images=totals.images, consumed_packs=batch.rows.stop,
+            step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu, memory_gib=memory,
+        )  # fmt: skip
+
+    def _save(self) -> None:
+        plan = self._plan
+        manifest = CheckpointManifest(
+            step=self.step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=self.step * plan.order.batch_packs,
+            plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
+            dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan),
+        )  # fmt: skip
+        saved = checkpoint.save(self._stage, self._folder.path / "checkpoints", manifest)
+        self._saved = self.step
+        if self._lead:
+            checkpoint.prune(self._folder.path, plan.config.checkpoint.keep_last)
+            self._folder.set_status("running", self.step)
+        self._say(f"saved {saved}")
+
+
+def is_export(path: str) -> bool:
+    """Whether ``init_from`` names an export folder rather than a run or a checkpoint."""
+    return (Path(path) / "config.json").is_file()
+
+
+def model_card(plan: Blueprint) -> dict[str, object]:
+    """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
+    manifest = plan.packs.manifest
+    return {
+        **plan.spec.card(),
+        "policy": plan.config.mask.policy,
+        "template": manifest.template,
+        "image_id": manifest.image_id,
+        "pad_id": manifest.pad_id,
+        "eos_ids": list(manifest.eos_ids),
+        "tokenizer": str((plan.packs.directory / manifest.tokenizer).resolve()),
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "dtype": "bfloat16" if plan.bf16 else "float32",
+    }
+
+
+def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:
+    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not."""
+    trained = [param for param in stage.parameters() if param.requires_grad]
+    matrices = [param for param in trained if len(Zero3Stage.full_shape(param)) > 1]
+    vectors = [param for param in trained if len(Zero3Stage.full_shape(param)) <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero3Stage:
+    topology, config = plan.topology, plan.config
+    warning = check_version()
+    if warning and topology.rank == 0:
+        print(f"warning: {warning}", flush=True)
+    module = build_stage(
+        plan.spec, layers=plan.layers, first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
+        seed=config.train.seed, source=open_source(config.model, config.init_from if is_export(config.init_from) else ""),
+        reads=topology.replica == 0, shard=sharder(topology, groups, plan.ds_config),
+        gradient_checkpointing=config.train.gradient_checkpointing, vision_frozen=config.model.vision.frozen,
+    )  # fmt: skip
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, train), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    return Zero3Stage(
+        module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
+        resident=config.parallel.resident, reduce_once=config.parallel.reduce_once,
+    )  # fmt: skip
+
+
+def _check_same_run(found: Checkpoint, plan: Blueprint) -> None:
+    """Refuse to continue on other data: the order of rows is part of the run's state."""
+    manifest = found.manifest
+    if manifest.plan_sha256 != plan.packs.manifest.plan_sha256:
+        raise UserError(
+            f"{found.path} was trained on packs with another plan than {plan.config.data.packs} has: "
+            "give the packs it was started with, or another --run-dir (with --init-from for its weights)"
+        )
+    if manifest.batch_packs != plan.order.batch_packs:
+        raise UserError(
+            f"{found.path} was trained with train.batch_packs={manifest.batch_packs}, now {plan.order.batch_packs}: "
+            "keep it, or start another --run-dir with --init-from"
+        )

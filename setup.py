@@ -6,7 +6,7 @@ setup(
     name="mma-pipeline",
     version="0.1.0",
     description="DeepSpeed training pipeline for Modality-Mutual Attention (arXiv 2503.02597)",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]),
     package_data={"pipeline": ["recipes/*.yaml"], "data_prep": ["recipes/*.yaml"]},
     install_requires=[

@@ -1,0 +1,32 @@
+# Everything a newcomer needs: `make demo` (set up, run the main job), `make test` (set up, check, test).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test check quick clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup  ## raw corpora -> packs -> PT -> SFT with MMA on 2 ranks -> export -> held-out accuracy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mma demo $(DEMO_FLAGS)
+
+check: setup  ## style, types, shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find slurm -name '*.sh' -exec $(BIN)/shellcheck {} +
+
+test: check  ## every test, slow ones included
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TEST_FLAGS)
+
+quick: setup  ## tests that start no processes
+	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+
+clean:  ## forget the demo's data and runs
+	rm -rf data/demo runs/demo_*

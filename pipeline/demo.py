@@ -1,0 +1,130 @@
+"""``mma demo``: the whole way once, on the built-in world, with the commands a user would type."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import UserError
+from data_prep.packs import PackReader
+from pipeline.training.metrics import clock
+from pipeline.training.run_folder import RunFolder
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA, RUNS = Path("data/demo"), Path("runs")
+DESCRIPTION = """\
+Draw a small world, tokenize and pack it, pre-train on its captions, instruction-tune with Modality-Mutual Attention,
+export the model, measure it on held-out scenes and ask it a question. Every step is an ordinary command, printed
+before it runs; steps that are done already are skipped, an interrupted one resumes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of the demo."""
+
+    run: str
+    recipe: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return RUNS / self.run
+
+    @property
+    def export(self) -> Path:
+        """Where its model is exported to."""
+        return self.folder / "export"
+
+
+PT = Stage("demo_pt", "demo_pt")
+MMA = Stage("demo_sft", "demo_sft", ("--init-from", str(PT.folder)))
+CAUSAL = Stage("demo_sft_causal", "demo_sft", ("--init-from", str(PT.folder), "--mask.policy", "causal"))
+
+
+def demo_command(argv: Sequence[str]) -> int:
+    """Run the demo; return 0. Raises UserError when a step fails."""
+    parser = argparse.ArgumentParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
+    parser.add_argument("--no-compare", action="store_true", help="leave out the causal twin of the SFT run")
+    options = parser.parse_args(list(argv))
+    began, ranks = time.monotonic(), options.ranks or default_ranks()
+    stages = [PT, MMA] if options.no_compare else [PT, MMA, CAUSAL]
+    _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
+    for stage in stages:
+        _train(stage, ranks)
+    for stage in stages[1:]:
+        if not (stage.export / "config.json").is_file():
+            _call(["mma", "export", str(stage.folder), "--out", str(stage.export)], f"export {stage.run}")
+    _measure(stages)
+    print(f"\nall done in {clock(time.monotonic() - began)}")
+    for name, path in {"data": DATA, "packs": DATA / "packs", "run": MMA.folder, "model": MMA.export}.items():
+        print(f"  {name:6} {path}")
+    return 0
+
+
+def default_ranks() -> int:
+    """Two processes, but never more than there are GPUs where there are any."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) or 2 if torch.cuda.is_available() else 2
+
+
+def _train(stage: Stage, ranks: int) -> None:
+    if RunFolder(str(stage.folder)).status().get("state") == "done":
+        print(f"\n# {stage.run} is trained already ({stage.folder}); remove the folder to train it again")
+        return
+    flags = ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
+    command = ["deepspeed", "--num_accelerators", str(ranks), str(ROOT / "pipeline/train.py"), *flags]
+    _call([*command, "--run-dir", str(stage.folder), *stage.flags], f"train {stage.run} on {ranks} ranks")
+
+
+def _measure(stages: Sequence[Stage]) -> None:
+    compare = ["--compare", str(CAUSAL.export)] if CAUSAL in stages else []
+    packs = DATA / "packs" / "eval"
+    _call(["mma", "evaluate", "--model", str(MMA.export), "--packs", str(packs), *compare], "held-out accuracy")
+    image, question = held_out_example(packs)
+    _call(["mma", "generate", str(image), question, "--model", str(MMA.export)], "one held-out question")
+
+
+def held_out_example(packs: Path) -> tuple[Path, str]:
+    """Write the first held-out image to the run folder and return it with a question about it."""
+    from data_prep.images import ImageStore
+
+    reader = PackReader(packs)
+    row = reader[0]
+    path = MMA.folder / "held_out.png"
+    path.write_bytes(ImageStore(packs / reader.manifest.image_store).read(int(row.image_row[0])))
+    return path, "how many red circles are there?"
+
+
+def _call(command: list[str], what: str) -> None:
+    """Print and run one command as a user would; the launcher's own log lines are left out."""
+    print(f"\n# {what}\n$ {' '.join(command)}", flush=True)
+    program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        [program, *command[1:]], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not noise(line):
+            print(line, end="", flush=True)
+    if process.wait():
+        raise UserError(
+            f"'{what}' ended with exit code {process.returncode}: mend what it says above, then run mma demo again"
+        )
+
+
+def noise(line: str) -> bool:
+    """Whether a line is the launcher's or the library's own chatter."""
+    return (
+        line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
+    ) or not line.strip()

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 
 from data_prep.errors import UserError, did_you_mean
+from pipeline.attention.flex import attend_flex
 from pipeline.attention.gather import gather_rows
 from pipeline.attention.pieces import attend_pieces, sdpa
 from pipeline.attention.plan import Plan
@@ -72,6 +73,12 @@ def _dense(
     return sdpa(q, k, v, plan.dense_mask, scaling=scaling, softcap=softcap)
 
 
+def _flex(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    return attend_flex(q, k, v, plan.block_mask, scaling=scaling, softcap=softcap)
+
+
 def _runsplit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
@@ -102,7 +109,7 @@ def _pieces_part(
     return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
 
 
-BACKENDS: Mapping[str, Backend] = {"dense": _dense, "runsplit": _runsplit}
+BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "runsplit": _runsplit}
 
 
 @lru_cache(maxsize=64)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from pipeline.attention.runs import Part
 
-QUERY_BLOCK = 512
+QUERY_BLOCK = 256
 """Queries of a long run are taken in blocks, so that the mask of a block stays O(T) and later keys are skipped."""
 
 
@@ -28,9 +28,10 @@ def attend_pieces(
     q_runs, k_runs, v_runs = (
         torch.split(x, sizes, dim=2) for x, sizes in zip((q_BHTD, k_BHkKD, v_BHkKD), lengths, strict=True)
     )
-    mask = BottomRight(q_BHTD) if part.causal else None
     pieces = [
-        piece for q, k, v in zip(q_runs, k_runs, v_runs, strict=True) for piece in _run(q, k, v, mask, scaling, softcap)
+        piece
+        for q, k, v in zip(q_runs, k_runs, v_runs, strict=True)
+        for piece in _run(q, k, v, part.causal, scaling, softcap)
     ]
     return torch.cat(pieces, dim=2)
 
@@ -65,34 +66,16 @@ def sdpa(
     return weights.to(v_BHKD.dtype) @ v_BHKD
 
 
-class BottomRight:
-    """Causal masks aligned bottom-right, cut from one triangle per call so that no piece builds its own."""
-
-    def __init__(self, like: torch.Tensor) -> None:
-        self._device = like.device
-
-    def __call__(self, queries: int, keys: int) -> torch.Tensor:
-        """Return bool[queries, keys]: query t sees keys up to ``keys - queries + t``."""
-        return torch.ones(queries, keys, dtype=torch.bool, device=self._device).tril(keys - queries)
-
-
 def _run(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: BottomRight | None, scaling: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, scaling: float, softcap: float | None
 ) -> Iterator[torch.Tensor]:
     queries, keys = q.shape[2], k.shape[2]
-    if mask is None:
-        yield sdpa(q, k, v, None, scaling=scaling, softcap=softcap)
-    elif queries == keys and softcap is None:
-        yield sdpa(q, k, v, None, scaling=scaling, is_causal=True)
-    else:
-        for first in range(0, queries, QUERY_BLOCK):
-            block = q.narrow(2, first, min(QUERY_BLOCK, queries - first))
-            seen = keys - queries + first + block.shape[2]
-            yield sdpa(
-                block,
-                k.narrow(2, 0, seen),
-                v.narrow(2, 0, seen),
-                mask(block.shape[2], seen),
-                scaling=scaling,
-                softcap=softcap,
-            )
+    if not causal or (queries == keys <= QUERY_BLOCK):
+        yield sdpa(q, k, v, None, scaling=scaling, softcap=softcap, is_causal=causal)
+        return
+    for first in range(0, queries, QUERY_BLOCK):
+        block = q.narrow(2, first, min(QUERY_BLOCK, queries - first))
+        before = keys - queries + first  # keys ahead of the block's own tokens, visible to all of it
+        seen = before + block.shape[2]
+        mask = torch.ones(block.shape[2], seen, dtype=torch.bool, device=q.device).tril(before)
+        yield sdpa(block, k.narrow(2, 0, seen), v.narrow(2, 0, seen), mask, scaling=scaling, softcap=softcap)

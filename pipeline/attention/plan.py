@@ -7,7 +7,9 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from torch.nn.attention.flex_attention import BlockMask
 
+from pipeline.attention.flex import build_block_mask
 from pipeline.attention.runs import PADDING_CHUNK, RunSplit, split_runs
 from pipeline.masks.policies import Policy, dense_mask, get_policy
 from pipeline.masks.sidecars import Sidecars, run_first, run_starts
@@ -39,6 +41,11 @@ class Plan:
     def dense_mask(self) -> torch.Tensor:
         """The oracle's bool[T, T] on the plan's device, O(T^2): only the ``dense`` backend asks for it."""
         return dense_mask(self.policy, self.sidecars).to(self.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The ``flex`` backend's block mask on the plan's device."""
+        return build_block_mask(self.policy, self.sidecars, self.device)
 
     @cached_property
     def pairs(self) -> int:

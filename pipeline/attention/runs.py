@@ -119,7 +119,7 @@ def split_runs(policy: Policy, sidecars: Sidecars) -> RunSplit:
     order = None if policy.grid is None else _ring_order(table)
     if order is not None:
         table = table[order]
-    runs = _runs(policy, table)
+    runs = query_runs(policy, table)
     runs = runs.take(np.argsort(runs.full, kind="stable"))
     q_index, k_index = expand(runs.start, runs.end), expand(runs.span_start, runs.span_end)
     if order is not None:
@@ -139,7 +139,7 @@ def expand(start: IntArray, end: IntArray) -> IntArray:
 
 
 @dataclass(frozen=True)
-class _Runs:
+class QueryRuns:
     """Query runs [start, end), each with the ranges of tokens that are its keys, in order."""
 
     start: IntArray
@@ -155,12 +155,12 @@ class _Runs:
         counts = np.bincount(self.span_run, weights=self.span_end - self.span_start, minlength=len(self.start))
         return counts.astype(np.int64)
 
-    def take(self, order: IntArray) -> _Runs:
+    def take(self, order: IntArray) -> QueryRuns:
         """Return the runs in another order (a permutation)."""
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
         spans = np.argsort(rank[self.span_run], kind="stable")
-        return _Runs(
+        return QueryRuns(
             start=self.start[order],
             end=self.end[order],
             full=self.full[order],
@@ -170,14 +170,15 @@ class _Runs:
         )
 
 
-def _runs(policy: Policy, table: TokenTable) -> _Runs:
+def query_runs(policy: Policy, table: TokenTable) -> QueryRuns:
+    """Cut a row (its tokens in the order the policy is causal in) into runs, ascending."""
     index = np.arange(len(table))
     chunk = (index - run_first(run_starts(table.segment))) % PADDING_CHUNK == 0
     opens = run_starts(table.segment) | ((table.segment == 0) & chunk)
     if policy.unlock is None:
         start = np.flatnonzero(opens)
         end = np.append(start[1:], len(table))
-        return _Runs(start, end, np.zeros(len(start), dtype=np.bool_), np.arange(len(start)), start, end)
+        return QueryRuns(start, end, np.zeros(len(start), dtype=np.bool_), np.arange(len(start)), start, end)
     starts = opens | run_starts(table.modality, table.instance, table.generated, table.ring)
     atoms = _Atoms.build(policy, table, starts, run_first(opens))
     return atoms.merge()
@@ -212,7 +213,7 @@ class _Atoms:
         full = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
         return cls(start, end, segment_first[start], full, left[unlocked], right[unlocked])
 
-    def merge(self) -> _Runs:
+    def merge(self) -> QueryRuns:
         """Join neighbours that see the same keys up to causality into runs."""
         count = np.bincount(self.left, minlength=len(self.start))
         head = np.flatnonzero(~self._joins_previous(count))
@@ -227,7 +228,7 @@ class _Atoms:
         order = np.argsort(span_run, kind="stable")  # before the run, what is unlocked after it, the run itself
         span_start = np.concatenate([self.first_key[head], self.start[extra], start])
         span_end = np.concatenate([start, self.end[extra], end])
-        return _Runs(start, end, self.full[tail], span_run[order], span_start[order], span_end[order])
+        return QueryRuns(start, end, self.full[tail], span_run[order], span_start[order], span_end[order])
 
     def _joins_previous(self, count: IntArray) -> BoolArray:
         """Mark atoms that see what the atom before them sees, but for causality within the two."""

@@ -1,0 +1,61 @@
+"""Readers of raw corpora: one file each, which knows its format and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from pydantic import ValidationError
+
+from data_prep.corpora.base import Corpus, Input
+from data_prep.corpora.llava import LLaVA
+from data_prep.corpora.nlvr import NLVR
+from data_prep.corpora.refcoco import RefCOCO
+from data_prep.corpora.vqav2 import VQAv2
+from data_prep.corpora.webdataset import WebDataset
+from data_prep.errors import UserError, did_you_mean
+
+__all__ = ["CORPORA", "Corpus", "build_corpus"]
+
+CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
+    {
+        "llava": LLaVA,
+        "nlvr": NLVR,
+        "refcoco": RefCOCO,
+        "vqav2": VQAv2,
+        "webdataset": WebDataset,
+    }
+)
+"""What a recipe may name as a corpus ``type``."""
+
+
+def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
+    """Return the reader of a corpus whose raw files lie under ``root``.
+
+    Raises:
+        UserError: the kind or an option is unknown, an option has a wrong value, or a raw file is missing.
+    """
+    if kind not in CORPORA:
+        raise UserError(f"unknown corpus type '{kind}'{did_you_mean(kind, CORPORA)}; known: {', '.join(CORPORA)}")
+    reader = CORPORA[kind]
+    known = [name for name in reader.model_fields if name != "root"]
+    for name in options:
+        if name not in known:
+            raise UserError(f"{kind}.{name}: unknown option{did_you_mean(name, known)}; known: {', '.join(known)}")
+    try:
+        corpus = reader(root=root, **options)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        where = ".".join([kind, *map(str, first["loc"])])
+        raise UserError(f"{where}={first['input']!r}: {first['msg']}") from None
+    _check_inputs(kind, corpus)
+    return corpus
+
+
+def _check_inputs(kind: str, corpus: Corpus) -> None:
+    for name, (what, path) in corpus.inputs().items():
+        if not (path.is_file() if what is Input.FILE else path.is_dir()):
+            raise UserError(f"{kind}.{name}: there is no {what.value} {path}; set '{name}' or the corpus root")
+    corpus.files()

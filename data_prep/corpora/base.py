@@ -1,0 +1,139 @@
+"""What every corpus reader is: options checked by pydantic, stable shards, and rows that become examples or rejects."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from enum import Enum
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.example import Example, Reject
+from data_prep.quarantine import BadSample
+
+Row: TypeAlias = Mapping[str, Any]
+
+
+class Input(Enum):
+    """Marks an option that names raw data, relative to the corpus root; it must exist when the corpus is built."""
+
+    FILE = "file"
+    FOLDER = "folder"
+
+
+RawFile: TypeAlias = Annotated[Path, Input.FILE]
+RawFolder: TypeAlias = Annotated[Path, Input.FOLDER]
+
+
+class Corpus(BaseModel, ABC):
+    """One raw corpus: its fields are the options a recipe may give.
+
+    Shards are the unit of parallel work. Their names are safe as file names and depend on the raw files alone, never
+    on the number of workers. A bad row becomes a ``Reject``; only a file that is bad as a whole raises ``UserError``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+
+    root: Path = Field(exclude=True)
+    """Folder that all other paths are relative to."""
+
+    @abstractmethod
+    def shards(self) -> Sequence[str]:
+        """Return the names of the units of work, in order."""
+
+    @abstractmethod
+    def examples(self, shard: str) -> Iterator[Example | Reject]:
+        """Yield what each raw sample of a shard becomes, in file order."""
+
+    def files(self) -> Sequence[Path]:
+        """Return the raw files whose change makes earlier output stale (image folders are not listed)."""
+        return [path for kind, path in self.inputs().values() if kind is Input.FILE]
+
+    def inputs(self) -> dict[str, tuple[Input, Path]]:
+        """Return the marked path options that are set: option name -> what it must be, and where it is."""
+        marked = {}
+        for name, info in type(self).model_fields.items():
+            kind, value = next((mark for mark in info.metadata if isinstance(mark, Input)), None), getattr(self, name)
+            if kind is not None and value is not None:
+                marked[name] = kind, self.root / value
+        return marked
+
+
+class Malformed(NamedTuple):
+    """Stands in a table for a row that could not be parsed."""
+
+    why: str
+
+
+def as_row(value: object) -> Row:
+    """Return a JSON object. Raises BadSample: bad-json for a malformed row, missing-key for any other value."""
+    if isinstance(value, Malformed):
+        raise BadSample("bad-json", value.why)
+    if not isinstance(value, Mapping):
+        raise BadSample("missing-key", f"expected an object with keys, found {type(value).__name__}")
+    return value
+
+
+class RowCorpus(Corpus):
+    """A corpus of numbered rows; a shard is a fixed slice of them.
+
+    Subclasses say how the rows are read, how a row is identified, and what a row becomes.
+    """
+
+    rows_per_shard: ClassVar[int] = 4096
+
+    @abstractmethod
+    def read_rows(self) -> Sequence[object]:
+        """Read the raw files; called once per process. Raises UserError where a file is bad as a whole."""
+
+    @abstractmethod
+    def row_id(self, row: Row) -> str:
+        """Return the row's id. Raises BadSample where it has none."""
+
+    @abstractmethod
+    def read_row(self, row: Row, sample: str) -> Iterable[Example]:
+        """Return the examples of one row, whose ids begin with ``sample``. Raises BadSample where it is bad."""
+
+    def shards(self) -> Sequence[str]:
+        """Return ``rows-00000000`` and so on, named by the first row of each slice."""
+        return [f"rows-{first:08d}" for first in range(0, len(self.rows), self.rows_per_shard)]
+
+    def examples(self, shard: str) -> Iterator[Example | Reject]:
+        """Yield what each row of the slice becomes."""
+        first = int(shard.removeprefix("rows-"))
+        for number in range(first, min(first + self.rows_per_shard, len(self.rows))):
+            yield from self._row_outcome(number)
+
+    @cached_property
+    def rows(self) -> Sequence[object]:
+        """All rows, read on first use and kept for the life of the process."""
+        return self.read_rows()
+
+    def _row_outcome(self, number: int) -> Iterable[Example | Reject]:
+        sample = f"row-{number}"
+        try:
+            row = as_row(self.rows[number])
+            sample = self.row_id(row)
+            if number in self._repeats:
+                raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
+            return list(self.read_row(row, sample))
+        except BadSample as problem:
+            return [Reject(sample, problem.code, problem.detail)]
+
+    @cached_property
+    def _repeats(self) -> frozenset[int]:
+        """Numbers of the rows whose id an earlier row has: known to every shard without talking to the others."""
+        seen: set[str] = set()
+        repeats = set()
+        for number in range(len(self.rows)):
+            try:
+                sample = self.row_id(as_row(self.rows[number]))
+            except BadSample:
+                continue
+            if sample in seen:
+                repeats.add(number)
+            seen.add(sample)
+        return frozenset(repeats)

@@ -1,0 +1,122 @@
+"""Values out of untrusted rows: each helper returns a clean value or raises BadSample with the code to count."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from pydantic import AfterValidator
+
+from data_prep.corpora.base import Row
+from data_prep.example import Example, ImageRef, Turn
+from data_prep.quarantine import BadSample
+
+
+def require(row: Row, key: str, *kinds: type) -> Any:
+    """Return ``row[key]``, which must be of one of ``kinds`` (a bool is never a number)."""
+    value = row.get(key)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        found = f"is {type(value).__name__}" if key in row else "is missing"
+        raise BadSample("missing-key", f"key '{key}' {found}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def key_text(row: Row, key: str) -> str:
+    """Return an id, which formats write as a number or as text. Raises BadSample (missing-key, bad-encoding)."""
+    return clean(str(require(row, key, str, int)), key)
+
+
+def text(row: Row, key: str, empty: str = "empty-text") -> str:
+    """Return ``row[key]`` stripped. Raises BadSample: missing-key, bad-encoding, or ``empty`` where nothing is left."""
+    value = clean(require(row, key, str), key)
+    if not value:
+        raise BadSample(empty, f"'{key}' holds no text")
+    return value
+
+
+def clean(value: str, what: str) -> str:
+    """Return text without surrounding white space. Raises BadSample (bad-encoding) for NUL and lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as problem:
+        # Files are read with "surrogateescape", so bytes that are not UTF-8 end up here as well.
+        raise BadSample("bad-encoding", f"'{what}' is not UTF-8 text from character {problem.start}") from None
+    if "\0" in value:
+        raise BadSample("bad-encoding", f"'{what}' holds a NUL character")
+    return value.strip()
+
+
+def find_image(folder: Path, name: str) -> ImageRef:
+    """Return the image ``name`` under ``folder``.
+
+    Raises:
+        BadSample: unsafe-path where the name is absolute, climbs, or leads through a link out of the folder;
+            missing-image where there is no such file.
+    """
+    relative = PurePosixPath(clean(name, "image name").replace("\\", "/"))
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise BadSample("unsafe-path", f"image name {name!r} does not stay in its folder")
+    path = folder / relative
+    if not path.is_file():
+        raise BadSample("missing-image", f"no file {relative} in the image folder")
+    if not path.resolve().is_relative_to(_resolved(folder)):
+        raise BadSample("unsafe-path", f"{relative} is a link out of the image folder")
+    return ImageRef(name=str(relative), path=path)
+
+
+@functools.lru_cache(maxsize=16)
+def _resolved(folder: Path) -> Path:
+    """Follow the links of an image folder once: it may itself be reached through links, its images may not."""
+    return folder.resolve()
+
+
+class Box(NamedTuple):
+    """A box in fractions of the image's width and height: upper left and lower right corner."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def __str__(self) -> str:
+        """Write the box as AKI does: ``<bbox>[x1, y1][x2, y2]</bbox>`` with three decimals."""
+        return f"<bbox>[{self.left:.3f}, {self.top:.3f}][{self.right:.3f}, {self.bottom:.3f}]</bbox>"
+
+
+def normalised_box(xywh: Sequence[object], width: float, height: float) -> Box:
+    """Return a pixel box ``[x, y, w, h]`` as fractions with three decimals, clipped to the image.
+
+    Raises:
+        BadSample: bad-box where it is not four finite numbers or nothing of it is left.
+    """
+    numbers = [float(value) for value in xywh if isinstance(value, int | float) and math.isfinite(value)]
+    if len(numbers) != 4 or len(xywh) != 4 or min(width, height) <= 0:
+        raise BadSample("bad-box", f"box {list(xywh)} in an image of {width} x {height} px")
+    x, y, w, h = numbers
+    corners = (x / width, y / height, (x + w) / width, (y + h) / height)
+    box = Box(*(round(min(max(corner, 0.0), 1.0), 3) for corner in corners))
+    if not (box.left < box.right and box.top < box.bottom):
+        raise BadSample("bad-box", f"box {list(xywh)} is empty in an image of {width} x {height} px")
+    return box
+
+
+def ask(
+    sample: str, images: Sequence[ImageRef], question: str, answer: str, *, family: str = "", **meta: str
+) -> Example:
+    """Return the commonest example: images and a question given, an answer generated."""
+    turns = (Turn("user", (*images, question)), Turn("assistant", (answer,)))
+    return Example(sample, turns, family=family, meta=meta)
+
+
+def slot(name: str) -> AfterValidator:
+    """Return a validator for prompt options: ``{name}`` must stand in the text once; ``str.replace`` fills it."""
+
+    def check(template: str) -> str:
+        if template.count(f"{{{name}}}") != 1:
+            raise ValueError(f"must hold {{{name}}} exactly once")
+        return template
+
+    return AfterValidator(check)

@@ -1,0 +1,60 @@
+"""VQAv2: questions and annotations in two files, joined by question_id; COCO images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
+from data_prep.corpora.fields import ask, find_image, key_text, require, slot, text
+from data_prep.corpora.tables import load_list
+from data_prep.example import Example
+from data_prep.quarantine import BadSample
+
+SHORT_ANSWER = "Answer the question using a single word or phrase. {question}"
+
+
+class VQAv2(RowCorpus):
+    """One question a row; the answer is the annotators' commonest, the family is ``question_type``."""
+
+    questions: RawFile = Path("v2_OpenEnded_mscoco_train2014_questions.json")
+    """``{"questions": [{image_id, question, question_id}]}``"""
+    annotations: RawFile = Path("v2_mscoco_train2014_annotations.json")
+    """``{"annotations": [{question_id, multiple_choice_answer, question_type, ...}]}``"""
+    images: RawFolder = Path("train2014")
+    """Folder of the images."""
+    image_prefix: str = "COCO_train2014_"
+    """An image is ``PREFIX%012d.jpg``; empty for the 2017 names."""
+    prompt: Annotated[str, slot("question")] = SHORT_ANSWER
+    """What the user says; the default is AKI's."""
+
+    def read_rows(self) -> Sequence[object]:
+        """Join both files; of an annotation only what is learned is kept (ten answers a question fill memory)."""
+        answers = {
+            annotation["question_id"]: {
+                key: annotation[key] for key in ("multiple_choice_answer", "question_type") if key in annotation
+            }
+            for annotation in load_list(self.root / self.annotations, "annotations")
+            if isinstance(annotation, dict) and isinstance(annotation.get("question_id"), int | str)
+        }
+        return [
+            {**question, **answers.get(question["question_id"], {})}
+            if isinstance(question, dict) and isinstance(question.get("question_id"), int | str)
+            else question
+            for question in load_list(self.root / self.questions, "questions")
+        ]
+
+    def row_id(self, row: Row) -> str:
+        """Return the question_id."""
+        return key_text(row, "question_id")
+
+    def read_row(self, row: Row, sample: str) -> Iterable[Example]:
+        """Return the question about its image with its answer."""
+        question = text(row, "question")
+        if "multiple_choice_answer" not in row:
+            raise BadSample("no-answer", "no annotation has this question_id")
+        answer = text(row, "multiple_choice_answer", empty="no-answer")
+        image = find_image(self.root / self.images, f"{self.image_prefix}{require(row, 'image_id', int):012d}.jpg")
+        family = text(row, "question_type") if "question_type" in row else ""
+        yield ask(sample, [image], self.prompt.replace("{question}", question), answer, family=family)

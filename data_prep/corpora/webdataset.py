@@ -1,0 +1,142 @@
+"""Captioned images in webdataset tars, in the layout img2dataset writes (CC12M, BLIP3-KALE, DataComp, ...)."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+from urllib.parse import quote
+
+from pydantic import field_validator
+
+from data_prep.corpora.base import Corpus, Malformed, as_row
+from data_prep.corpora.fields import clean, text
+from data_prep.errors import UserError
+from data_prep.example import Example, ImageRef, Reject, Turn
+from data_prep.quarantine import BadSample
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+TEXT_SUFFIXES = ("txt", "json")
+
+
+class Member(NamedTuple):
+    """A file of a tar that belongs to a sample, read into memory."""
+
+    key: str
+    suffix: str
+    data: bytes
+    unsafe: str = ""
+    """Why it must not be used: a link, a device, or a name that leaves the folder."""
+
+
+class WebDataset(Corpus):
+    """Tars of ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and ``KEY.json``; one tar is one shard.
+
+    Tars are streamed, nothing is extracted, and only regular files with plain relative names are read.
+    """
+
+    tars: str = "*.tar"
+    """Which tars, as a glob pattern relative to the root."""
+    caption_key: str | None = None
+    """Take the caption from this key of ``KEY.json`` (KALE: ``cogvlm_caption``) instead of from ``KEY.txt``."""
+
+    @field_validator("tars")
+    @classmethod
+    def _relative(cls, pattern: str) -> str:
+        if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
+            raise ValueError("must be a pattern below the root")
+        return pattern
+
+    def shards(self) -> Sequence[str]:
+        """Return the tars' relative paths without ``.tar``, escaped to be file names."""
+        return list(self._tars)
+
+    def files(self) -> Sequence[Path]:
+        """Return the tars in the order of their names."""
+        return list(self._tars.values())
+
+    @cached_property
+    def _tars(self) -> dict[str, Path]:
+        paths = sorted(path for path in self.root.glob(self.tars) if path.is_file())
+        if not paths:
+            raise UserError(f"tars='{self.tars}' matches no file under {self.root}")
+        return {quote(path.relative_to(self.root).as_posix().removesuffix(".tar"), safe=""): path for path in paths}
+
+    def examples(self, shard: str) -> Iterator[Example | Reject]:
+        """Yield the samples of one tar. Raises UserError where the tar as a whole is damaged."""
+        path, seen = self._tars[shard], set()
+        for key, members in _samples(path):
+            sample = f"{shard}/{key}".encode(errors="backslashreplace").decode()
+            try:
+                if key in seen:
+                    raise BadSample("duplicate-id", f"key {key} occurs twice in {path.name}")
+                yield self._example(sample, path.name, members)
+            except BadSample as problem:
+                yield Reject(sample, problem.code, problem.detail)
+            seen.add(key)
+
+    def _example(self, sample: str, tar: str, members: dict[str, Member]) -> Example:
+        clean(next(iter(members.values())).key, "key")
+        for member in members.values():
+            if member.unsafe:
+                raise BadSample("unsafe-path", member.unsafe)
+        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        if image is None:
+            raise BadSample("missing-image", f"no member {sample}.{'|'.join(IMAGE_SUFFIXES)}")
+        ref = ImageRef(name=f"{tar}/{image.key}.{image.suffix}", data=image.data)
+        turns = (Turn("user", (ref,)), Turn("assistant", (self._caption(members),)))
+        return Example(sample, turns, kind="document")
+
+    def _caption(self, members: dict[str, Member]) -> str:
+        if self.caption_key is None and "txt" in members:
+            caption = clean(members["txt"].data.decode(errors="surrogateescape"), "txt")
+            if not caption:
+                raise BadSample("empty-text", "the caption is empty")
+            return caption
+        if "json" not in members:
+            raise BadSample("missing-key", "the sample has no text member")
+        try:
+            about: object = json.loads(members["json"].data.decode(errors="surrogateescape"))
+        except (ValueError, RecursionError) as problem:
+            about = Malformed(str(problem))
+        return text(as_row(about), self.caption_key or "caption")
+
+
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Gather neighbouring members of the same key, as the format demands."""
+    key, members = "", dict[str, Member]()
+    for member in _members(path):
+        if member.key != key or member.suffix in members:
+            if members:
+                yield key, members
+            key, members = member.key, {}
+        members[member.suffix] = member
+    if members:
+        yield key, members
+
+
+def _members(path: Path) -> Iterator[Member]:
+    """Stream the members that make up samples."""
+    try:
+        with tarfile.open(path, "r|*") as tar:
+            for info in tar:
+                name = PurePosixPath(info.name)
+                key, _, suffix = name.name.partition(".")
+                if not info.isdir() and key and suffix.lower() in IMAGE_SUFFIXES + TEXT_SUFFIXES:
+                    yield _read(tar, info, str(name.parent / key), suffix.lower())
+    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+        raise UserError(f"{path}: damaged tar ({problem}); download it again") from None
+
+
+def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:
+    name = PurePosixPath(info.name)
+    if name.is_absolute() or ".." in name.parts:
+        return Member(key, suffix, b"", f"member name {info.name!r} does not stay in its folder")
+    file = tar.extractfile(info) if info.isreg() else None
+    if file is None:
+        return Member(key, suffix, b"", f"member {info.name!r} is a link or a device, not a file")
+    return Member(key, suffix, file.read())

@@ -1,0 +1,109 @@
+"""Builds a stage unit by unit, so that no rank ever holds more than one unsharded layer."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from pipeline.model.spec import ModelSpec
+from pipeline.model.stage import Stage
+from pipeline.model.weights import WeightSource
+
+
+def build_stage(
+    spec: ModelSpec,
+    *,
+    layers: range,
+    first: bool,
+    last: bool,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    seed: int,
+    source: WeightSource | None = None,
+    reads: bool = True,
+    shard: Callable[[nn.Module], None] | None = None,
+    gradient_checkpointing: bool = False,
+) -> Stage:
+    """Build the stage of decoder layers ``layers``.
+
+    Each unit (an encoder block, the connector, the embedding, a decoder layer, the norm, the head) is made in memory,
+    filled, cast and handed to ``shard`` before the next. From scratch, a unit's values depend on ``seed`` and its
+    global name alone: any split into stages gives the same model to the bit.
+
+    Args:
+        spec: the model.
+        layers: global indices of the decoder layers.
+        first: adds vision tower, connector and embedding.
+        last: adds final norm and head.
+        dtype: type of the parameters; values are drawn or read in fp32 and cast.
+        device: where units end up before they are sharded.
+        seed: of what starts from scratch.
+        source: pretrained weights; parts it does not hold start from scratch.
+        reads: whether this rank fills the units; where False they are zeros, to be overwritten by a broadcast.
+        shard: called with each finished unit (ZeRO-3 partitions it there).
+        gradient_checkpointing: recompute decoder layers in the backward pass.
+
+    Raises:
+        UserError: a weight file cannot be read.
+    """
+    llm = spec.meta_llm()
+    vision = spec.meta_vision() if first else None
+    stage = Stage(
+        spec, llm, vision, layers=layers, first=first, last=last, gradient_checkpointing=gradient_checkpointing
+    )
+    for name, unit in stage.units():
+        family = vision if name.startswith("vision.") else llm
+        unit.to_empty(device="cpu")
+        _fill(name, unit, family, seed=seed, source=source, reads=reads)
+        for param in unit.parameters():  # only parameters: buffers such as rotary frequencies stay in fp32
+            param.data = param.data.to(device=device, dtype=dtype)
+            param.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
+        unit.to(device)
+        if shard is not None:
+            shard(unit)
+    if stage.shares_head:
+        stage.lm_head.weight = stage.model.embed_tokens.weight
+    return stage.train()
+
+
+@torch.no_grad()
+def _fill(
+    name: str, unit: nn.Module, family: PreTrainedModel | None, *, seed: int, source: WeightSource | None, reads: bool
+) -> None:
+    """Give a unit's parameters and buffers their values, in fp32 on the CPU."""
+    # A head tied to an embedding on another stage starts as the same draw.
+    drawn_as = "model.embed_tokens" if name == "lm_head" and family is not None and _is_tied(family) else name
+    loaded = source is not None and all(f"{name}.{own}" in source for own, _ in unit.named_parameters())
+    for param in unit.parameters():
+        param._is_hf_initialized = loaded or not reads  # the library's initialisers pass over such parameters
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_seed_of(seed, drawn_as))
+        if name == "connector":
+            unit.apply(_reset)
+        else:
+            assert family is not None
+            unit.apply(family._init_weights)
+    for own, param in unit.named_parameters():
+        if not reads:
+            param.zero_()
+        elif loaded and source is not None:
+            source.fill(f"{name}.{own}", param)
+        del param._is_hf_initialized
+
+
+def _is_tied(family: PreTrainedModel) -> bool:
+    return bool(family.config.tie_word_embeddings)
+
+
+def _reset(module: nn.Module) -> None:
+    if hasattr(module, "reset_parameters"):
+        module.reset_parameters()
+
+
+def _seed_of(seed: int, name: str) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") % (1 << 63)

@@ -1,0 +1,90 @@
+"""Connectors: patch features of the vision tower -> image tokens of the language model's width.
+
+B images, P patches, N image tokens, D feature width, H heads.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from pipeline.config import ConnectorConfig
+
+
+class PerceiverAttention(nn.Module):
+    """Latents attend to the features and to themselves; without biases."""
+
+    def __init__(self, width: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_features = nn.LayerNorm(width)
+        self.norm_latents = nn.LayerNorm(width)
+        self.to_q = nn.Linear(width, heads * head_dim, bias=False)
+        self.to_kv = nn.Linear(width, 2 * heads * head_dim, bias=False)
+        self.to_out = nn.Linear(heads * head_dim, width, bias=False)
+
+    def forward(self, features_BPD: torch.Tensor, latents_BND: torch.Tensor) -> torch.Tensor:
+        """Return the update of the latents, [B, N, D]."""
+        latents_BND = self.norm_latents(latents_BND)
+        keys_BKD = torch.cat([self.norm_features(features_BPD), latents_BND], dim=1)
+        q, k, v = (self._split(x) for x in (self.to_q(latents_BND), *self.to_kv(keys_BKD).chunk(2, dim=-1)))
+        out_BHNE = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out_BHNE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class PerceiverBlock(nn.Module):
+    """Attention and feed-forward, each on a residual."""
+
+    def __init__(self, width: int, config: ConnectorConfig) -> None:
+        super().__init__()
+        hidden = config.ff_mult * width
+        self.attention = PerceiverAttention(width, config.heads, config.head_dim)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False)
+        )
+
+    def forward(self, features_BPD: torch.Tensor, latents_BND: torch.Tensor) -> torch.Tensor:
+        """Return the next latents, [B, N, D]."""
+        latents_BND = latents_BND + self.attention(features_BPD, latents_BND)
+        return latents_BND + self.feed_forward(latents_BND)  # type: ignore[no-any-return]
+
+
+class PerceiverResampler(nn.Module):
+    """Learned queries read any number of patches into a fixed number of tokens (arXiv 2204.14198; AKI's connector)."""
+
+    def __init__(self, width: int, out_width: int, config: ConnectorConfig) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.empty(config.latents, width))
+        self.blocks = nn.ModuleList(PerceiverBlock(width, config) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.projection = nn.Linear(width, out_width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the queries; sub-modules draw their own weights."""
+        nn.init.normal_(self.latents)
+
+    def forward(self, features_BPD: torch.Tensor) -> torch.Tensor:
+        """Return image tokens [B, latents, out_width]."""
+        latents_BND = self.latents.expand(len(features_BPD), -1, -1)
+        for block in self.blocks:
+            latents_BND = block(features_BPD, latents_BND)
+        return self.projection(self.norm(latents_BND))  # type: ignore[no-any-return]
+
+
+class MlpConnector(nn.Sequential):
+    """One token a patch through two linear layers (LLaVA-1.5, arXiv 2310.03744): [B, P, width] -> [B, P, out_width]."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__(nn.Linear(width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+
+
+def build_connector(config: ConnectorConfig, *, width: int, out_width: int) -> nn.Module:
+    """Build the connector from features of ``width`` to tokens of ``out_width``."""
+    if config.kind == "mlp":
+        return MlpConnector(width, out_width)
+    return PerceiverResampler(width, out_width, config)

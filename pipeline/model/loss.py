@@ -1,0 +1,103 @@
+"""The language-model head and its loss, without ever holding all logits.
+
+n supervised rows, d hidden width, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+CHUNK_LOGITS = 1 << 25
+"""Logits held at once: 128 MiB in fp32, whatever the vocabulary and the row's length."""
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies; gradients are made in the forward pass, chunk by chunk, while logits are at hand."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        h_ND: torch.Tensor,
+        w_VD: torch.Tensor,
+        labels_N: torch.Tensor,
+        scale: float,
+        softcap: float | None,
+        chunk_rows: int,
+        with_grad: bool,
+    ) -> torch.Tensor:
+        loss_dtype = torch.promote_types(h_ND.dtype, torch.float32)
+        loss = torch.zeros((), dtype=loss_dtype, device=h_ND.device)
+        dh_ND = torch.empty_like(h_ND) if with_grad and ctx.needs_input_grad[0] else None
+        dw_VD = torch.zeros_like(w_VD, dtype=loss_dtype) if with_grad and ctx.needs_input_grad[1] else None
+        for start in range(0, len(h_ND), chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            h_CD, labels_C1 = h_ND[rows], labels_N[rows, None]
+            logits_CV = F.linear(h_CD, w_VD).to(loss_dtype).mul_(scale)
+            if softcap is not None:
+                logits_CV = logits_CV.div_(softcap).tanh_().mul_(softcap)
+            lse_C1 = logits_CV.logsumexp(-1, keepdim=True)
+            loss += (lse_C1 - logits_CV.gather(1, labels_C1)).sum()
+            if dh_ND is None and dw_VD is None:
+                continue
+            slope = None if softcap is None else 1 - (logits_CV / softcap).square()
+            d_CV = logits_CV.sub_(lse_C1).exp_()  # softmax, in place of the logits
+            d_CV.scatter_add_(1, labels_C1, torch.full_like(lse_C1, -1.0))
+            d_CV = d_CV.mul_(scale) if slope is None else d_CV.mul_(slope).mul_(scale)
+            d_CV = d_CV.to(h_ND.dtype)
+            if dh_ND is not None:
+                dh_ND[rows] = d_CV @ w_VD
+            if dw_VD is not None:
+                dw_VD += d_CV.T @ h_CD
+        ctx.gradients, ctx.weight_dtype = (dh_ND, dw_VD), w_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        dh_ND, dw_VD = ctx.gradients
+        dh_ND = None if dh_ND is None else dh_ND * grads[0].to(dh_ND.dtype)
+        dw_VD = None if dw_VD is None else (dw_VD * grads[0]).to(ctx.weight_dtype)
+        return dh_ND, dw_VD, None, None, None, None, None
+
+
+def linear_cross_entropy(
+    h_ND: torch.Tensor,
+    w_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+) -> torch.Tensor:
+    """Return the *sum* over rows of the cross-entropy of ``softcap(scale * h @ w.T)``; a scalar of at least fp32.
+
+    Args:
+        h_ND: hidden states of the supervised rows.
+        w_VD: weight of the head.
+        labels_N: int64, the row each must predict, 0 .. V-1.
+        scale: factor of the logits (Granite).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2 and 3).
+        chunk_rows: rows whose logits are held at once; default: what ``CHUNK_LOGITS`` allows.
+
+    No rows give an exact 0.0 that is still connected to both inputs, so that every rank runs the same backward.
+    """
+    chunk_rows = chunk_rows or max(16, CHUNK_LOGITS // len(w_VD))
+    with_grad = torch.is_grad_enabled()
+    loss: torch.Tensor = _ChunkedCrossEntropy.apply(h_ND, w_VD, labels_N, scale, softcap, chunk_rows, with_grad)
+    return loss
+
+
+class LMHead(nn.Linear):
+    """The output projection, computing its loss in its own forward: ZeRO-3 gathers a weight only there."""
+
+    def __init__(self, width: int, vocab_rows: int, *, scale: float = 1.0, softcap: float | None = None) -> None:
+        """Make an unbiased head; ``scale`` and ``softcap`` as in :func:`linear_cross_entropy`."""
+        super().__init__(width, vocab_rows, bias=False)
+        self.scale, self.softcap = scale, softcap
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        """Return the summed loss of hidden[n, d] against labels int64[n]."""
+        return linear_cross_entropy(hidden, self.weight, labels, scale=self.scale, softcap=self.softcap)

@@ -1,0 +1,186 @@
+"""A pipeline stage: some decoder layers, and at the ends what comes before and after them.
+
+T packed tokens of one micro-batch, D hidden width. Parameter names are global, the same in every split:
+``vision.*``, ``connector.*``, ``model.embed_tokens.weight``, ``model.layers.<i>.*``, ``model.norm.weight``,
+``lm_head.weight``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pipeline.attention import register
+from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.loss import LMHead
+from pipeline.model.spec import ModelSpec
+
+
+class Decoder(nn.Module):
+    """The stage's part of the language model, under the names of the whole."""
+
+    embed_tokens: nn.Module
+    norm: nn.Module
+
+    def __init__(self, layers: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({str(index): layer for index, layer in layers.items()})
+
+
+class Stage(nn.Module):
+    """Decoder layers ``layers``; the first stage adds vision tower, connector and embedding, the last norm and head.
+
+    Modules are the family's own, on the meta device until `pipeline.model.build` fills them. The forward pass touches
+    a parameter only inside the module that owns it, as ZeRO-3 needs.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        llm: PreTrainedModel,
+        vision: PreTrainedModel | None,
+        *,
+        layers: range,
+        first: bool,
+        last: bool,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        """Lay out a stage.
+
+        Args:
+            spec: the model.
+            llm: the whole language model on the meta device, whose modules the stage takes.
+            vision: the vision tower on the meta device; None unless ``first``.
+            layers: global indices of its decoder layers.
+            first: holds vision tower, connector and embedding.
+            last: holds the final norm, the head and the loss.
+            gradient_checkpointing: recompute each decoder layer in the backward pass.
+        """
+        super().__init__()
+        self.spec, self.first, self.last = spec, first, last
+        self.gradient_checkpointing = gradient_checkpointing
+        llm.config._attn_implementation = register()
+        self.model = Decoder({index: llm.model.layers[index] for index in layers})
+        if first:
+            assert vision is not None
+            self.vision = vision
+            self.connector = spec.meta_connector()
+            self.model.embed_tokens = llm.model.embed_tokens
+        if last:
+            self.model.norm = llm.model.norm
+            with torch.device("meta"):
+                self.lm_head = _head(spec)
+        # Held in a tuple, out of the module tree: casting the stage to bf16 must not round the rotary frequencies.
+        self._rotary = (type(llm.model.rotary_emb)(config=spec.llm),)
+        self._per_type = "layer_type" in inspect.signature(self._rotary[0].forward).parameters
+
+    def units(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (global name, module) of the pieces that are built, filled and sharded one at a time."""
+        if self.first:
+            for name, module in self.vision.named_children():
+                if name == "encoder":
+                    yield from ((f"vision.encoder.layers.{i}", layer) for i, layer in enumerate(module.layers))
+                else:
+                    yield f"vision.{name}", module
+            yield "connector", self.connector
+            yield "model.embed_tokens", self.model.embed_tokens
+        yield from ((f"model.layers.{index}", layer) for index, layer in self.model.layers.items())
+        if self.last:
+            yield "model.norm", self.model.norm
+            if not self.shares_head:
+                yield "lm_head", self.lm_head
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether the head's weight is this stage's embedding."""
+        return self.spec.tied and self.first and self.last
+
+    def train(self, mode: bool = True) -> Stage:
+        """Set training mode; a frozen tower stays in evaluation mode."""
+        super().train(mode)
+        if self.first and self.spec.vision_frozen:
+            self.vision.eval()
+        return self
+
+    def forward(self, hidden: torch.Tensor | None, inputs: StageInputs) -> torch.Tensor:
+        """Run one micro-batch.
+
+        Args:
+            hidden: [1, T, D] from the stage before; None on the first.
+            inputs: the micro-batch, on the stage's device.
+
+        Returns:
+            Hidden states [1, T, D]; on the last stage the *sum* of the supervised tokens' losses, an fp32 scalar.
+        """
+        hidden_1TD = self._embed(inputs) if hidden is None else hidden
+        hidden_1TD = self._decode(hidden_1TD, inputs)
+        if not self.last:
+            return hidden_1TD
+        supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
+        hidden_ND = self.model.norm(hidden_1TD[0].index_select(0, supervised))
+        return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
+
+    def _embed(self, inputs: StageInputs) -> torch.Tensor:
+        embeds_1TD = self.model.embed_tokens(inputs.input_ids[None])
+        images_MD = self._image_tokens(inputs.pixels, embeds_1TD)
+        if inputs.pixels is None:
+            assert not len(inputs.image_positions), "image positions without pixels"
+            embeds_1TD = embeds_1TD + images_MD.sum() * 0.0
+        else:
+            embeds_1TD = embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
+        multiplier = getattr(self.spec.llm, "embedding_multiplier", None)  # Granite scales whatever enters its layers
+        return embeds_1TD if multiplier is None else embeds_1TD * multiplier
+
+    def _image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Return image tokens [M, D], one run of the tower for all images.
+
+        Without images one black image goes the same way: ZeRO-3 hangs when a rank leaves out a module.
+        """
+        if pixels is None:
+            side = self.spec.preprocess.size_px
+            pixels = torch.zeros(1, 3, side, side, device=like.device)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.vision_frozen):
+            features_BPD = self.vision(pixel_values=pixels.to(like.dtype)).last_hidden_state
+        patches_BPD = features_BPD[:, -self.spec.patches :]  # CLIP's first feature is its class token
+        return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
+
+    def _decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs) -> torch.Tensor:
+        positions_1T = inputs.position_ids[None]
+        rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
+        for index, layer in self.model.layers.items():
+            options = {
+                "attention_mask": inputs.plan,
+                "position_ids": positions_1T,
+                "position_embeddings": rotary[self._layer_type(int(index))],
+            }
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden_1TD = checkpoint(layer, hidden_1TD, use_reentrant=False, preserve_rng_state=False, **options)
+            else:
+                hidden_1TD = layer(hidden_1TD, **options)
+        return hidden_1TD
+
+    def _layer_type(self, index: int) -> str:
+        return str(self.spec.llm.layer_types[index]) if self._per_type else ""
+
+    def _rotary_embeddings(self, hidden_1TD: torch.Tensor, positions_1T: torch.Tensor) -> dict[str, Any]:
+        """Return (cos, sin) by layer type; families with one rotary embedding have the type ""."""
+        rotary = self._rotary[0].to(hidden_1TD.device)
+        kinds = {self._layer_type(int(index)) for index in self.model.layers}
+        if not self._per_type:
+            return {kind: rotary(hidden_1TD, positions_1T) for kind in kinds}
+        return {kind: rotary(hidden_1TD, positions_1T, kind) for kind in kinds}
+
+
+def _head(spec: ModelSpec) -> LMHead:
+    return LMHead(
+        spec.width,
+        spec.vocab_rows,
+        scale=1.0 / float(getattr(spec.llm, "logits_scaling", 1.0)),
+        softcap=getattr(spec.llm, "final_logit_softcapping", None),
+    )

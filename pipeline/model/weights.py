@@ -1,0 +1,180 @@
+"""Pretrained weights, read from safetensors one tensor at a time by their global names.
+
+Two kinds of folder: a Hugging Face model (the language model, or a SigLIP or CLIP tower), and an export of this
+project, which holds every part. Names and shapes are checked when a source is opened, before anything is built.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from data_prep.errors import UserError
+from pipeline.model.spec import ModelSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_UNREAD_TOWER = re.compile(
+    r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
+)
+
+
+class TensorFolder:
+    """The tensors of one folder of safetensors files, sharded or single."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Read the index. Raises UserError when the folder has no safetensors, or an index that leaves the folder."""
+        self.directory = Path(directory)
+        self.files = self._index()
+
+    def _index(self) -> dict[str, Path]:
+        index, single = self.directory / INDEX, self.directory / SINGLE
+        if index.is_file():
+            return {key: self._inside(name) for key, name in _weight_map(index).items()}
+        if single.is_file():
+            with _open(single) as file:
+                return dict.fromkeys(file.keys(), single)
+        if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
+            raise UserError(
+                f"{self.directory} holds pickled weights only, which are not read (they can run code): "
+                "convert them with save_pretrained(..., safe_serialization=True)"
+            )
+        raise UserError(f"{self.directory} holds neither {SINGLE} nor {INDEX}: name a folder with safetensors weights")
+
+    def _inside(self, name: str) -> Path:
+        path = self.directory / name
+        if Path(name).name != name or not path.is_file():
+            raise UserError(
+                f"{self.directory / INDEX} lists {name!r}, which is not a file of the folder: copy it again"
+            )
+        return path
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading it."""
+        return tuple(_open(self.files[key]).get_slice(key).get_shape())
+
+    def read(self, key: str) -> torch.Tensor:
+        """Read one tensor, on the CPU, in the type it was saved in."""
+        tensor: torch.Tensor = _open(self.files[key]).get_tensor(key)
+        return tensor
+
+
+class WeightSource:
+    """Where parameters come from, by global name; parts without a folder are not in it and start from scratch."""
+
+    def __init__(self) -> None:
+        """Start empty; see :meth:`open` and :meth:`open_export`."""
+        self._where: dict[str, tuple[TensorFolder, str]] = {}
+
+    @classmethod
+    def open(cls, spec: ModelSpec) -> WeightSource | None:
+        """Open the folders a spec names; None when everything starts from scratch.
+
+        Raises UserError listing missing or unexpected names, or naming a tensor of another shape.
+        """
+        source = cls()
+        if spec.llm_source:
+            source._add_llm(spec, TensorFolder(spec.llm_source))
+        if spec.vision_source:
+            source._add_tower(spec, TensorFolder(spec.vision_source))
+        return source if source._where else None
+
+    @classmethod
+    def open_export(cls, spec: ModelSpec, directory: Path | str) -> WeightSource:
+        """Open an export of this project as the source of all parts. Raises UserError as :meth:`open` does."""
+        source, folder = cls(), TensorFolder(directory)
+        shapes = dict(global_shapes(spec))
+        source._add(folder, shapes, {name: name for name in shapes}, folder.files)
+        return source
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def fill(self, name: str, into: torch.Tensor) -> None:
+        """Copy a parameter into a tensor of its shape; vocabulary rows the folder lacks become the mean of its rows."""
+        folder, key = self._where[name]
+        values = folder.read(key)
+        into[: len(values)].copy_(values) if values.dim() else into.copy_(values)
+        if name in _VOCABULARY and len(values) < len(into):
+            into[len(values) :] = values.float().mean(dim=0).to(into.dtype)
+
+    def _add_llm(self, spec: ModelSpec, folder: TensorFolder) -> None:
+        shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith(("model.", "lm_head."))}
+        spare = ("lm_head.weight",) if spec.tied else ()
+        found = [key for key in folder.files if not key.endswith("inv_freq") and key not in spare]
+        self._add(folder, shapes, {name: name for name in shapes}, found)
+        if spec.tied:  # a last stage apart from the first holds its own copy
+            self._where["lm_head.weight"] = self._where["model.embed_tokens.weight"]
+
+    def _add_tower(self, spec: ModelSpec, folder: TensorFolder) -> None:
+        shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith("vision.")}
+        prefix = "vision_model." if any(key.startswith("vision_model.") for key in folder.files) else ""
+        keys = {name: prefix + name.removeprefix("vision.") for name in shapes}
+        found = [key for key in folder.files if not self._unread(key, prefix, spec) or key in keys.values()]
+        self._add(folder, shapes, keys, found)
+
+    @staticmethod
+    def _unread(key: str, prefix: str, spec: ModelSpec) -> bool:
+        """Whether a tower's tensor is one nothing reads: text half, pooling, layers past ``num_hidden_layers``."""
+        layer = re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(prefix))
+        if layer:
+            return int(layer[1]) >= spec.vision.num_hidden_layers
+        return bool(_UNREAD_TOWER.match(key.removeprefix(prefix)))
+
+    def _add(
+        self,
+        folder: TensorFolder,
+        shapes: Mapping[str, tuple[int, ...]],
+        keys: Mapping[str, str],
+        found: Iterable[str],
+    ) -> None:
+        missing = sorted(set(keys.values()) - set(folder.files))
+        unexpected = sorted(set(found) - set(keys.values()))
+        for fault, names in (("lacks", missing), ("has, but the config does not,", unexpected)):
+            if names:
+                raise UserError(
+                    f"{folder.directory} {fault} {len(names)} tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
+                    ": its weights and its config.json belong to different models"
+                )
+        for name, shape in shapes.items():
+            saved = folder.shape(keys[name])
+            shorter = name in _VOCABULARY and saved[0] <= shape[0] and saved[1:] == shape[1:]
+            if saved != shape and not shorter:
+                raise UserError(f"{folder.directory}: {keys[name]} is {list(saved)}, the config says {list(shape)}")
+            self._where[name] = (folder, keys[name])
+
+
+def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (global name, shape) of every parameter of the whole model; a tied head is not listed."""
+    parts: tuple[tuple[str, Any], ...] = (
+        ("vision.", spec.meta_vision()),
+        ("connector.", spec.meta_connector()),
+        ("", spec.meta_llm()),
+    )
+    for prefix, module in parts:
+        yield from ((prefix + name, tuple(param.shape)) for name, param in module.named_parameters())
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        return {
+            str(key): str(name) for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
+        }
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} is damaged ({error}): copy the folder again") from error
+
+
+@cache
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read ({error}): copy it again") from error

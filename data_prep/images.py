@@ -1,8 +1,8 @@
 """Images: safe decoding, and the content-addressed store whose row ids the packs hold.
 
-A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files, memory
-mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; decoding happens where the
-pixels are needed, with ``decode_rgb``.
+A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files,
+memory mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; decoding happens where
+the pixels are needed, with ``decode_rgb``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_prep.errors import UserError
 from data_prep.packs import FileEntry, sha256_file
@@ -61,7 +61,7 @@ def decode_rgb(data: bytes) -> Image.Image:
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise BadImage("image-bomb", str(error)) from error
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
         except _DAMAGE as error:
             raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error

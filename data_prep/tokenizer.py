@@ -278,18 +278,14 @@ class Tokenizer:
     def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Sequence[int], int, int]]:
         """Yield (ids, image index or -1, generated flag) for runs of pieces."""
         strip = False
-        for key, group in groupby(pieces, key=lambda piece: piece.generated if isinstance(piece, Text) else piece):
-            if isinstance(key, Special):
-                for _ in group:
-                    yield [self.id_of(key.token)], -1, int(key.generated)
-                strip = self._backend.strips_after(key.token)
-            elif isinstance(key, Image):
-                yield [self.image_id] * image_tokens, key.index, 0
-                strip = False
+        for piece in _joined(pieces):
+            if isinstance(piece, Special):
+                yield [self.id_of(piece.token)], -1, int(piece.generated)
+            elif isinstance(piece, Image):
+                yield [self.image_id] * image_tokens, piece.index, 0
             else:
-                text = "".join(piece.text for piece in group if isinstance(piece, Text))
-                yield self._ordinary(text.lstrip() if strip else text), -1, int(key)
-                strip = False
+                yield self._ordinary(piece.text.lstrip() if strip else piece.text), -1, int(piece.generated)
+            strip = isinstance(piece, Special) and self._backend.strips_after(piece.token)
 
     def _encode_ordinary(self, text: str) -> tuple[int, ...]:
         """Encode text so that no special token comes out, even where the tokenizer would match one."""
@@ -307,6 +303,16 @@ class Tokenizer:
     def _files(self) -> dict[str, bytes]:
         meta = json.dumps({"tokens": self._tokens}, indent=1, sort_keys=True).encode() + b"\n"
         return {self._backend.filename: self._backend.payload(), META: meta, **self._companions}
+
+
+def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield pieces with neighbouring texts of one kind (given or generated) joined."""
+    kinds = groupby(pieces, key=lambda piece: (type(piece), isinstance(piece, Text) and piece.generated))
+    for (kind, generated), group in kinds:
+        if kind is Text:
+            yield Text("".join(piece.text for piece in group if isinstance(piece, Text)), generated)
+        else:
+            yield from group
 
 
 def _tokenizer_file(path: Path) -> Path:

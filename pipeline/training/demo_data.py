@@ -12,6 +12,6 @@ def prepare_demo(config: RunConfig) -> None:
     demo, packs = config.data.demo, Path(config.data.packs)
     if not demo or (packs / "manifest.json").is_file() or Path(demo).resolve() not in packs.resolve().parents:
         return
-    from data_prep.cli import ensure_demo
+    from data_prep.demo_packs import ensure_demo
 
     ensure_demo(Path(demo))

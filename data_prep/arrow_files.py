@@ -1,0 +1,84 @@
+"""Arrow IPC files that appear whole or not at all: streamed to a temporary file, synced, hashed, renamed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+
+from data_prep.packs import FileEntry, sha256_file
+
+BATCH_ROWS = 1024
+"""Rows of every record batch but the last: readers find row ``i`` in batch ``i // BATCH_ROWS``."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that becomes ``path`` when the block ends well and vanishes when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb+") as stream:
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ArrowWriter:
+    """Streams rows to one Arrow IPC file in batches of ``batch_rows``; use as a context manager.
+
+    ``entry`` holds the file's size, hash and number of rows once the block has ended well.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS) -> None:
+        self._path, self._schema, self._batch_rows = path, schema, batch_rows
+        self._rows: list[tuple[Any, ...]] = []
+        self._written = 0
+        self.entry = FileEntry(path.name, 0, "")
+
+    def __enter__(self) -> ArrowWriter:
+        self._context = atomic_path(self._path)
+        self._temporary = self._context.__enter__()
+        self._sink = pa.OSFile(str(self._temporary), "wb")
+        self._stream = pa.ipc.new_file(self._sink, self._schema)
+        return self
+
+    def append(self, row: tuple[Any, ...]) -> None:
+        """Add one row: values in the order of the schema."""
+        self._rows.append(row)
+        if len(self._rows) == self._batch_rows:
+            self._flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._flush()
+        self._stream.close()
+        self._sink.close()
+        if kind is None:
+            digest, size = sha256_file(self._temporary), self._temporary.stat().st_size
+            self.entry = FileEntry(self._path.name, size, digest, self._written)
+        self._context.__exit__(kind, error, trace)
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        values = zip(*self._rows, strict=True)
+        columns = [pa.array(column, type=field.type) for column, field in zip(values, self._schema, strict=True)]
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._written += len(self._rows)
+        self._rows.clear()
+
+
+def open_batches(path: Path) -> list[pa.RecordBatch]:
+    """Map an Arrow IPC file into memory and return its record batches. Raises OSError or ArrowInvalid."""
+    reader = pa.ipc.open_file(pa.memory_map(str(path)))
+    return [reader.get_batch(index) for index in range(reader.num_record_batches)]

@@ -1,0 +1,80 @@
+"""The supervision audit: does every corpus teach something? Counted over the draws of a plan, before packs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import UserError
+from data_prep.samples import Columns
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusAudit:
+    """What one corpus gives to a pack set, over its draws in the plan."""
+
+    draws: int
+    samples: int
+    """Distinct samples that the corpus holds."""
+    tokens: int
+    targets: int
+    """Supervised tokens."""
+    without_target: int
+    """Draws in which no token is supervised."""
+    truncated: int
+    """Draws whose answer was cut."""
+    unended: int
+    """Draws whose last target does not end the turn (the model would not learn to stop)."""
+
+    @property
+    def epochs(self) -> float:
+        """Times each sample is drawn, on average."""
+        return self.draws / self.samples
+
+    @property
+    def target_share(self) -> float:
+        """Supervised tokens as a share of all tokens."""
+        return self.targets / max(1, self.tokens)
+
+
+def audit_corpus(columns: Columns, drawn: npt.NDArray[np.int64]) -> CorpusAudit:
+    """Count what the drawn samples (numbers into ``columns``, with repeats) supervise."""
+    targets = columns.n_target[drawn]
+    return CorpusAudit(
+        draws=len(drawn),
+        samples=len(columns),
+        tokens=int(columns.n_tokens[drawn].sum()),
+        targets=int(targets.sum()),
+        without_target=int(np.count_nonzero(targets == 0)),
+        truncated=int(np.count_nonzero(columns.truncated[drawn])),
+        unended=int(np.count_nonzero(~columns.ended[drawn])),
+    )
+
+
+def check_audit(name: str, audits: Mapping[str, CorpusAudit]) -> None:
+    """Refuse a pack set that would train nothing, or never teach a corpus's answers to end.
+
+    Raises:
+        UserError: no token of the set is supervised, or no draw of a corpus supervises its end of turn.
+    """
+    if sum(audit.targets for audit in audits.values()) == 0:
+        raise UserError(f"packs.{name}: no token would be supervised, so the loss would be 0; mend template or corpora")
+    for corpus, audit in audits.items():
+        if audit.draws and audit.unended == audit.draws:
+            raise UserError(
+                f"packs.{name}.corpora.{corpus}: no draw supervises its end of turn "
+                f"({audit.truncated} of {audit.draws} are cut): raise max_text_tokens or length"
+            )
+
+
+def warnings(name: str, audits: Mapping[str, CorpusAudit]) -> list[str]:
+    """Return lines about what is allowed but worth a look: truncated answers and draws without a target."""
+    lines = []
+    for corpus, audit in audits.items():
+        for count, what in ((audit.truncated, "cut answers"), (audit.without_target, "no target")):
+            if count:
+                lines.append(f"note: packs.{name}.corpora.{corpus}: {count:,} of {audit.draws:,} draws have {what}")
+    return lines

@@ -1,0 +1,171 @@
+"""``mma-prep``: raw corpora -> packs.
+
+Heavy libraries are imported inside the commands, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.errors import UserError
+
+if TYPE_CHECKING:
+    from data_prep.progress import Reporter
+    from data_prep.recipe import Recipe
+    from data_prep.workers import Team
+
+_OVERVIEW = """\
+Turn raw image-text corpora into packed rows for training.
+
+  raw shards --ingest--> tokens + images --plan--> order of rows --materialize--> packs
+
+Every step continues where it was stopped, and does only what changed. The result is the
+same to the byte for any number of workers.
+"""
+_EXAMPLES = """\
+examples:
+  mma-prep demo data/demo                     draw a small world and pack it (under a minute)
+  mma-prep run nlvr --out data/nlvr           all steps of a shipped recipe
+  mma-prep run my_recipe.yaml --workers 16    all steps of your own
+  mma-prep inspect data/demo/packs/sft --row 3
+  mma-prep verify data/demo                   hash everything
+
+on a cluster:
+  mpiexec -n 64 python -m mpi4py -m data_prep ingest RECIPE
+  mma-prep ingest RECIPE --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+  mma-prep plan RECIPE && mma-prep materialize RECIPE
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit code (2 and one line for what the user can mend)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        command: Callable[[argparse.Namespace], None] = arguments.command
+        command(arguments)
+    except UserError as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"mma-prep: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # `mma-prep inspect ... | head`
+        sys.stderr.close()
+    except KeyboardInterrupt:
+        print("mma-prep: stopped; the same command continues", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    debug = argparse.ArgumentParser(add_help=False)
+    debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    work = argparse.ArgumentParser(add_help=False, parents=[debug])
+    work.add_argument("--workers", type=int, metavar="N", help="local processes (default: one per core)")
+    recipe = argparse.ArgumentParser(add_help=False, parents=[work])
+    recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    recipe.add_argument("--out", metavar="DIR", help="output folder (default: the recipe's)")
+    recipe.add_argument("--root", metavar="DIR", help="raw data folder (default: the recipe's)")
+    share = argparse.ArgumentParser(add_help=False, parents=[recipe])
+    share.add_argument("--shard", metavar="I/N", help="do share I of N (a Slurm array's task)")
+    folder = argparse.ArgumentParser(add_help=False, parents=[debug])
+    folder.add_argument("directory", type=Path, metavar="DIR", help="a pack folder, or an output folder with several")
+
+    demo = commands.add_parser("demo", parents=[work], help="draw a small world and pack it")
+    demo.add_argument("out", type=Path, metavar="OUT", help="output folder")
+    demo.add_argument("--scenes", type=int, default=20_000, metavar="N", help="scenes to draw (default: %(default)s)")
+    demo.add_argument("--held-out", type=int, default=600, metavar="N", help="held-out scenes (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="of the drawing (default: %(default)s)")
+    demo.set_defaults(command=_demo)
+    for name, parent, command, text in (
+        ("run", recipe, _run, "all steps: ingest, plan, materialize"),
+        ("ingest", share, _ingest, "step 1: tokenise samples and gather images"),
+        ("plan", recipe, _plan, "step 2: blend, order and pack; writes an index only"),
+        ("materialize", share, _materialize, "step 3: write the packs"),
+        ("verify", folder, _verify, "hash packs, tokenizer, plan and image store"),
+        ("stats", folder, _stats, "corpora, lengths and packing efficiency"),
+    ):
+        commands.add_parser(name, parents=[parent], help=text, description=text).set_defaults(command=command)
+    inspect = commands.add_parser("inspect", parents=[folder], help="show a packed row, decoded")
+    inspect.add_argument("--row", type=int, default=0, metavar="N", help="row number from 0 (default: %(default)s)")
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _load(arguments: argparse.Namespace) -> Recipe:
+    from data_prep.recipe import load_recipe
+
+    overrides = {key: getattr(arguments, key) for key in ("out", "root") if getattr(arguments, key) is not None}
+    return load_recipe(arguments.recipe, overrides)
+
+
+def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], object]) -> None:
+    """Run work with the processes the user asked for; under MPI every rank ends when one fails."""
+    from data_prep.progress import Reporter
+    from data_prep.workers import form_team
+
+    reporter = Reporter()
+    team = form_team(arguments.workers, getattr(arguments, "shard", None), reporter.say)
+    if team is not None:
+        work(team, Reporter(quiet=not team.talks))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from data_prep.demo_packs import Demo, make_demo
+
+    demo = Demo(arguments.scenes, arguments.held_out, arguments.seed)
+    _with_team(arguments, lambda team, reporter: make_demo(arguments.out, demo, team, reporter))
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from data_prep.steps import run
+
+    recipe = _load(arguments)
+    _with_team(arguments, lambda team, reporter: run(recipe, team, reporter))
+
+
+def _ingest(arguments: argparse.Namespace) -> None:
+    from data_prep.ingest import ingest
+
+    recipe = _load(arguments)
+    _with_team(arguments, lambda team, reporter: ingest(recipe, team, reporter))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from data_prep.plan import plan
+
+    recipe = _load(arguments)
+    _with_team(arguments, lambda team, reporter: team.serial(lambda: plan(recipe, reporter)))
+
+
+def _materialize(arguments: argparse.Namespace) -> None:
+    from data_prep.materialize import materialize
+
+    recipe = _load(arguments)
+    _with_team(arguments, lambda team, reporter: materialize(recipe, team, reporter))
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from data_prep.verify import verify
+
+    for line in verify(arguments.directory):
+        print(line, flush=True)
+
+
+def _stats(arguments: argparse.Namespace) -> None:
+    from data_prep.stats import show_stats
+
+    show_stats(arguments.directory)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from data_prep.inspect import show_row
+
+    show_row(arguments.directory, arguments.row)

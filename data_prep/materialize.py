@@ -1,0 +1,277 @@
+"""Step 3: the packs. Rows are written in plan order, one file per slice of rows, then the manifest."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.errors import UserError
+from data_prep.images import ImageStore
+from data_prep.packs import (
+    IMAGE,
+    TEXT,
+    CorpusStats,
+    FileEntry,
+    Manifest,
+    PackRow,
+    Source,
+    count_targets,
+    sha256_file,
+    write_atomic,
+    write_rows,
+)
+from data_prep.plan import Plan, Store, pack_intakes, pack_units, plan_path, require_ingested
+from data_prep.progress import Reporter
+from data_prep.quarantine import Tally
+from data_prep.recipe import PackConfig, Recipe
+from data_prep.samples import Sample, SampleReader
+from data_prep.tokenizer import Tokenizer
+from data_prep.workers import Team
+from data_prep.workspace import Unit, Workspace, digest
+
+FILE_BYTES = 32 << 20
+"""Size of a row file: small enough to spread over workers, large enough to be few."""
+_BYTES_PER_TOKEN = 14
+
+
+@dataclass(frozen=True, slots=True)
+class RowFileJob:
+    """One row file to be made: rows ``[start, stop)`` of the plan in ``folder``."""
+
+    folder: Path
+    key: str
+    number: int
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        """The row file."""
+        return self.folder / f"rows-{self.number:05d}.arrow"
+
+    @property
+    def marker(self) -> Path:
+        """Its done-marker."""
+        return _work(self.folder) / f"rows-{self.number:05d}.json"
+
+    def done(self) -> dict[str, Any] | None:
+        """Return what the finished file holds, or None when it is missing or was made from other inputs."""
+        if not (self.marker.is_file() and self.path.is_file()):
+            return None
+        found: dict[str, Any] = json.loads(self.marker.read_text(encoding="utf-8"))
+        same = found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
+        return found if same else None
+
+
+def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
+    """Write the packs of every set whose plan, images or tokenizer changed.
+
+    Raises:
+        UserError: a step before is incomplete.
+    """
+    space = Workspace(recipe)
+    ready = team.serial(lambda: require_ingested(space))
+    for name, pack in recipe.packs.items():
+        jobs = team.serial(functools.partial(_prepare, space, name, pack, ready))
+        waiting = [job for job in jobs if job.done() is None]
+        if waiting:
+            with reporter.task(f"materialize {name} ({team.description})", len(team.share(waiting))) as task:
+                team.map(write_row_file, waiting, lambda _: task.advance(Tally()))
+        team.serial(functools.partial(_finish, space, name, pack, ready, jobs, reporter))
+    team.serial(functools.partial(_prune_stores, space, ready))
+
+
+def _work(folder: Path) -> Path:
+    return folder / ".work"
+
+
+def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Store) -> list[RowFileJob]:
+    """Write down what workers need to know, and return the row files of a pack set."""
+    folder = space.packs(name)
+    plan = Plan.load(plan_path(folder))
+    units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
+    key = digest([plan.sha256, ImageStore(ready.images).identity, ready.tokenizer_sha256, space.recipe.image_tokens])
+    context = {
+        "units": [[unit.corpus, unit.shard, str(unit.folder)] for unit in units],
+        "store": ready.images.name,
+        "image_tokens": space.recipe.image_tokens,
+        "length": pack.length,
+    }
+    write_atomic(_work(folder) / f"context-{key[:12]}.json", json.dumps(context).encode())
+    Tokenizer.load(space.tokenizer).save(folder / "tokenizer")
+    per_file = max(1, FILE_BYTES // (_BYTES_PER_TOKEN * pack.length))
+    starts = range(0, plan.rows, per_file)
+    return [
+        RowFileJob(folder, key, number, start, min(start + per_file, plan.rows)) for number, start in enumerate(starts)
+    ]
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a worker process keeps between the row files of one pack set."""
+
+    plan: Plan
+    samples: SampleReader
+    tokenizer: Tokenizer
+    image_tokens: int
+    length: int
+
+
+@functools.lru_cache(maxsize=1)
+def _context(folder: Path, key: str) -> _Context:
+    raw = json.loads((_work(folder) / f"context-{key[:12]}.json").read_text(encoding="utf-8"))
+    units = [Unit(corpus, shard, Path(place)) for corpus, shard, place in raw["units"]]
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    samples = SampleReader(units, raw["store"])
+    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, raw["image_tokens"], raw["length"])
+
+
+def write_row_file(job: RowFileJob) -> None:
+    """Make one row file and its done-marker."""
+    context = _context(job.folder, job.key)
+    bounds = np.searchsorted(context.plan.row, np.arange(job.start, job.stop + 1))
+    rows = [_row(context, range(first, last)) for first, last in itertools.pairwise(bounds.tolist())]
+    (job.folder / "manifest.json").unlink(missing_ok=True)  # it describes other rows from here on
+    entry = write_rows(job.path, rows, context.length)
+    counts = {
+        "targets": sum(row.n_target for row in rows),
+        "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
+        "max_images": max(len(row.image_row) for row in rows),
+        "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
+    }
+    write_atomic(job.marker, json.dumps({"key": job.key, "file": asdict(entry), **counts}).encode())
+
+
+def _row(context: _Context, draws: range) -> PackRow:
+    plan = context.plan
+    samples = [context.samples.read(int(plan.unit[draw]), int(plan.index[draw])) for draw in draws]
+    sources = tuple(
+        Source(plan.names[plan.corpus[draw]], sample.name, int(plan.draw[draw]), sample.family)
+        for draw, sample in zip(draws, samples, strict=True)
+    )
+    tokenizer = context.tokenizer
+    return pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
+
+
+def pack_row(
+    samples: Sequence[Sample], sources: tuple[Source, ...], length: int, image_tokens: int, image_id: int, pad_id: int
+) -> PackRow:
+    """Lay samples one after the other into a row of ``length`` tokens, padded at its end."""
+    ids = np.concatenate([sample.input_ids for sample in samples])
+    modality = np.where(ids == image_id, IMAGE, TEXT).astype(np.int8)  # text never yields the image id
+    places = np.cumsum(modality, dtype=np.int64) - 1
+    instance = np.where(modality == IMAGE, places // image_tokens, -1).astype(np.int16)
+    segment = np.repeat(np.arange(1, len(samples) + 1), [len(sample.input_ids) for sample in samples]).astype(np.int32)
+    generated = np.concatenate([sample.generated for sample in samples])
+    image_row = np.concatenate([sample.images for sample in samples])
+    assert np.count_nonzero(modality) == len(image_row) * image_tokens, "image positions and images disagree"
+    segment = _padded(segment, length, 0)
+    generated = _padded(generated, length, 0)
+    return PackRow(
+        input_ids=_padded(ids, length, pad_id),
+        modality=_padded(modality, length, TEXT),
+        segment=segment,
+        instance=_padded(instance, length, -1),
+        generated=generated,
+        image_row=image_row,
+        n_target=count_targets(segment, generated),
+        source=sources,
+    )
+
+
+def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[Any]:
+    return np.pad(values, (0, length - len(values)), constant_values=fill)
+
+
+def _finish(
+    space: Workspace, name: str, pack: PackConfig, ready: Store, jobs: Sequence[RowFileJob], reporter: Reporter
+) -> None:
+    """Write the manifest once every row file is there."""
+    found = [job.done() for job in jobs]
+    missing = found.count(None)
+    if missing:
+        reporter.say(f"materialize {name}: this share is done; {missing} row files are left to the other shares")
+        return
+    folder = space.packs(name)
+    manifest = _manifest(space, name, pack, ready, [entry for entry in found if entry is not None])
+    text = manifest.to_json().encode()
+    path = folder / "manifest.json"
+    if not path.is_file() or path.read_bytes() != text:
+        write_atomic(path, text)
+        _remove_strangers(folder, manifest, jobs)
+    reporter.say(
+        f"packs {name}: {manifest.rows:,} rows of {manifest.length}, {manifest.tokens:,} tokens, "
+        f"{manifest.targets:,} supervised, in {folder}"
+    )
+
+
+def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files: Sequence[dict[str, Any]]) -> Manifest:
+    recipe, folder = space.recipe, space.packs(name)
+    tokenizer, plan = Tokenizer.load(folder / "tokenizer"), Plan.load(plan_path(folder))
+    store, template = ImageStore(ready.images), pack.to_template()
+    rows = [FileEntry(**entry["file"]) for entry in files]
+    targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
+    if targets == 0:
+        raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
+    corpora = {
+        corpus: CorpusStats(audit.draws, audit.samples, audit.epochs, audit.tokens, audit.targets)
+        for corpus, audit in plan.audits.items()
+    }
+    sources = {corpus: recipe.corpora[corpus].model_dump() for corpus in pack.corpora}
+    return Manifest(
+        length=pack.length,
+        rows=plan.rows,
+        targets=targets,
+        tokens=tokens,
+        image_tokens=recipe.image_tokens,
+        max_images=max(entry["max_images"] for entry in files),
+        max_segment_tokens=max(entry["max_segment_tokens"] for entry in files),
+        vocab_size=len(tokenizer),
+        pad_id=tokenizer.pad_id,
+        image_id=tokenizer.image_id,
+        eos_ids=tuple(sorted({tokenizer.id_of(token) for token in template.ends})),
+        tokenizer="tokenizer",
+        tokenizer_sha256=tokenizer.sha256,
+        template=pack.template,
+        plan_sha256=plan.sha256,
+        image_store=os.path.relpath(ready.images, folder) if len(store) else "",
+        image_store_sha256=store.identity if len(store) else "",
+        corpora=corpora,
+        files=(*rows, *_other_files(folder)),
+        seed=recipe.seed,
+        recipe={**pack.model_dump(), "name": name, "sources": sources},
+    )
+
+
+def _other_files(folder: Path) -> list[FileEntry]:
+    paths = [plan_path(folder), *sorted((folder / "tokenizer").iterdir())]
+    return [FileEntry(str(path.relative_to(folder)), path.stat().st_size, sha256_file(path)) for path in paths]
+
+
+def _remove_strangers(folder: Path, manifest: Manifest, jobs: Sequence[RowFileJob]) -> None:
+    """Remove what an earlier plan or a killed writer left: row files, markers, contexts and temporary files."""
+    listed = {entry.name for entry in manifest.files}
+    kept = {job.marker.name for job in jobs} | {f"context-{job.key[:12]}.json" for job in jobs}
+    strangers = [path for path in folder.glob("rows-*.arrow") if path.name not in listed]
+    strangers += [path for path in _work(folder).iterdir() if path.name not in kept]
+    for path in [*strangers, *folder.glob(".*.tmp"), *(folder / "tokenizer").glob(".*.tmp")]:
+        path.unlink(missing_ok=True)
+
+
+def _prune_stores(space: Workspace, ready: Store) -> None:
+    """Remove sealed image stores that no packs of this output folder refer to any more."""
+    manifests = [Manifest.load(path.parent) for path in space.out.glob("packs/*/manifest.json")]
+    used = {Path(manifest.image_store).name for manifest in manifests} | {ready.images.name}
+    for store in space.images.iterdir():
+        if store.name not in used and len(manifests) >= len(space.recipe.packs):
+            shutil.rmtree(store, ignore_errors=True)

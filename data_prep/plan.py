@@ -1,0 +1,211 @@
+"""Step 2: which sample goes to which row, for the whole run. The order of rows is the order of training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.arrow_files import atomic_path
+from data_prep.audit import CorpusAudit, audit_corpus, check_audit, warnings
+from data_prep.errors import UserError
+from data_prep.packing import exact_draws, interleave, pack_in_order, pack_windows, sample_order
+from data_prep.packs import sha256_file
+from data_prep.progress import Reporter
+from data_prep.recipe import PackConfig, Recipe
+from data_prep.samples import Columns, read_columns
+from data_prep.seal import seal_store
+from data_prep.tokenizer import Tokenizer
+from data_prep.workspace import Intake, Unit, Workspace, describe_missing
+
+PLAN_VERSION = 1
+PLAN_SCHEMA = pa.schema(
+    [("row", pa.int64()), ("corpus", pa.int16()), ("unit", pa.int32()), ("index", pa.int32()), ("draw", pa.int64())]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One entry per draw, sorted by row; arrays of one length, mapped from the file."""
+
+    row: npt.NDArray[np.int64]
+    corpus: npt.NDArray[np.int16]
+    unit: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    draw: npt.NDArray[np.int64]
+    """Number of the draw in the blended order."""
+    names: tuple[str, ...]
+    """Corpus names."""
+    audits: dict[str, CorpusAudit]
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        """Number of packed rows."""
+        return int(self.row[-1]) + 1 if len(self.row) else 0
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan. Raises UserError when it is absent or damaged."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            columns = {name: table.column(name).to_numpy() for name in PLAN_SCHEMA.names}
+            meta = json.loads(table.schema.metadata[b"plan"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no readable plan ({error}); run the plan step first") from error
+        audits = {name: CorpusAudit(**meta["audits"][name]) for name in meta["corpora"]}
+        return cls(**columns, names=tuple(meta["corpora"]), audits=audits, sha256=sha256_file(path))
+
+
+def plan_path(folder: Path) -> Path:
+    """Return the plan of a pack folder."""
+    return folder / "plan.arrow"
+
+
+def pack_units(intakes: Sequence[Intake]) -> list[Unit]:
+    """Return the units of a pack set in the order that the plan numbers them."""
+    return [unit for intake in intakes for unit in intake.units]
+
+
+def pack_intakes(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[Intake]:
+    """Return the intakes of one pack set in recipe order."""
+    return [space.intake(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
+
+
+def plan(recipe: Recipe, reporter: Reporter) -> Store:
+    """Plan every pack set whose inputs changed.
+
+    Raises:
+        UserError: ingest is incomplete, or a pack set would supervise nothing.
+    """
+    space = Workspace(recipe)
+    ready = require_ingested(space)
+    for name, pack in recipe.packs.items():
+        intakes = pack_intakes(space, pack, ready.tokenizer_sha256)
+        path = plan_path(space.packs(name))
+        settings = _settings(recipe, pack, intakes)
+        if _settings_of(path) != settings:
+            table, audits = _make(name, pack, recipe.seed, intakes)
+            for line in warnings(name, audits):
+                reporter.say(line)
+            _write(path, table, settings, audits)
+        reporter.say(describe(name, pack, Plan.load(path)))
+    return ready
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """What ingest left: the tokenizer's identity and the sealed image store."""
+
+    tokenizer_sha256: str
+    images: Path
+
+
+def require_ingested(space: Workspace) -> Store:
+    """Return what ingest left, sealing the store if the last share has not.
+
+    Raises:
+        UserError: units are missing; the message counts them and names the first.
+    """
+    tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
+    units = pack_units(space.intakes(tokenizer_sha256))
+    missing = [unit for unit in units if not unit.is_done()]
+    if missing:
+        raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
+    return Store(tokenizer_sha256, seal_store(units, space.images))
+
+
+def describe(name: str, pack: PackConfig, made: Plan) -> str:
+    """Return one line: rows, packing efficiency and epochs per corpus."""
+    tokens = sum(audit.tokens for audit in made.audits.values())
+    epochs = ", ".join(f"{corpus} {audit.epochs:.2f}" for corpus, audit in made.audits.items())
+    full = tokens / max(1, made.rows * pack.length)
+    rows = f"{len(made.row):,} draws in {made.rows:,} rows of {pack.length}"
+    return f"plan {name}: {rows}, {full:.1%} full; epochs: {epochs}"
+
+
+def _settings(recipe: Recipe, pack: PackConfig, intakes: Sequence[Intake]) -> dict[str, Any]:
+    """Everything a plan depends on; two plans with equal settings are equal."""
+    return {
+        "version": PLAN_VERSION,
+        "seed": recipe.seed,
+        "pack": pack.model_dump(include={"corpora", "length", "draws", "epochs", "shuffle", "max_images"}),
+        "units": [[unit.corpus, unit.shard, unit.report().sha256] for unit in pack_units(intakes)],
+    }
+
+
+def _settings_of(path: Path) -> dict[str, Any] | None:
+    """Return the settings of the plan at ``path``, or None where there is no whole one."""
+    try:
+        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+        settings: dict[str, Any] = json.loads(schema.metadata[b"plan"])["settings"]
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        return None
+    return settings
+
+
+def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]) -> tuple[pa.Table, dict[str, CorpusAudit]]:
+    columns = [read_columns(intake.units) for intake in intakes]
+    first_unit = np.cumsum([0] + [len(intake.units) for intake in intakes])
+    drawn = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
+    audits = {
+        intake.corpus: audit_corpus(part, chosen) for intake, part, chosen in zip(intakes, columns, drawn, strict=True)
+    }
+    check_audit(name, audits)
+    order = interleave([len(chosen) for chosen in drawn])
+    if not pack.shuffle:
+        order = np.sort(order)
+    blend = np.argsort(order, kind="stable")  # positions of corpus 0's draws, then corpus 1's, ...
+    values = {
+        "unit": [part.unit[chosen] + start for part, chosen, start in zip(columns, drawn, first_unit, strict=False)],
+        "index": [part.index[chosen] for part, chosen in zip(columns, drawn, strict=True)],
+        "tokens": [part.n_tokens[chosen] for part, chosen in zip(columns, drawn, strict=True)],
+        "images": [part.n_images[chosen] for part, chosen in zip(columns, drawn, strict=True)],
+    }
+    blended = {key: np.empty(len(order), dtype=np.int64) for key in values}
+    for key, parts in values.items():
+        blended[key][blend] = np.concatenate(parts)
+    rows = _rows(pack, seed, blended["tokens"], blended["images"])
+    final = np.argsort(rows, kind="stable")
+    arrays = [rows, order, blended["unit"], blended["index"], np.arange(len(order))]
+    fields = [pa.array(array[final], type=field.type) for array, field in zip(arrays, PLAN_SCHEMA, strict=True)]
+    return pa.Table.from_arrays(fields, schema=PLAN_SCHEMA), audits
+
+
+def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[Columns]) -> list[npt.NDArray[np.int64]]:
+    """Return, per corpus, the numbers of its samples in the order they are drawn."""
+    if pack.draws is None:
+        counts = [len(part) * (pack.epochs or 1) for part in columns]
+    else:
+        counts = exact_draws([pack.corpora[name] for name in names], pack.draws)
+    if not pack.shuffle:
+        return [np.resize(np.arange(len(part)), count) for part, count in zip(columns, counts, strict=True)]
+    return [
+        sample_order(len(part), count, seed, name) for name, part, count in zip(names, columns, counts, strict=True)
+    ]
+
+
+def _rows(
+    pack: PackConfig, seed: int, tokens: npt.NDArray[np.int64], images: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    if not pack.shuffle:
+        return pack_in_order(tokens, images, pack.length, pack.max_images)
+    return pack_windows(tokens, images, pack.length, pack.max_images, seed)
+
+
+def _write(path: Path, table: pa.Table, settings: dict[str, Any], audits: dict[str, CorpusAudit]) -> None:
+    audit = {name: asdict(entry) for name, entry in audits.items()}
+    meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audit}, sort_keys=True)
+    table = table.replace_schema_metadata({"plan": meta})
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)

@@ -1,0 +1,87 @@
+"""Progress for people: a live bar on a terminal, plain lines in logs, silence where another process talks."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from data_prep.quarantine import Tally, add_tallies
+
+_LINE_EVERY_S = 5.0
+
+
+class Task:
+    """Progress of one step over its units."""
+
+    def __init__(self, label: str, total: int, show: Callable[[Task], None]) -> None:
+        self.label, self.total, self._show = label, total, show
+        self.done = 0
+        self.tally = Tally()
+        self.start = time.monotonic()
+
+    def advance(self, tally: Tally | None = None) -> None:
+        """Count one unit as done, with what became of its samples where that is known."""
+        self.done += 1
+        if tally is not None:
+            self.tally = add_tallies([self.tally, tally])
+        self._show(self)
+
+    @property
+    def detail(self) -> str:
+        """``1,200 samples, 3 rejected`` for steps that read samples."""
+        if not self.tally.seen:
+            return ""
+        return f"{self.tally.seen:,} samples, {self.tally.rejected:,} rejected"
+
+    @property
+    def eta_s(self) -> float:
+        """Seconds left at the pace so far."""
+        return (time.monotonic() - self.start) * (self.total - self.done) / max(1, self.done)
+
+
+class Reporter:
+    """Writes progress to ``stream``; ``quiet`` for processes that must not talk."""
+
+    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+        self._stream = stream or sys.stdout
+        self._quiet = quiet
+
+    def say(self, line: str) -> None:
+        """Write one line."""
+        if not self._quiet:
+            print(line, file=self._stream, flush=True)
+
+    @contextmanager
+    def task(self, label: str, total: int) -> Iterator[Task]:
+        """Show the progress of a step over ``total`` units."""
+        if self._quiet:
+            yield Task(label, total, lambda task: None)
+        elif self._stream.isatty():
+            yield from self._bar(label, total)
+        else:
+            yield from self._lines(label, total)
+
+    def _lines(self, label: str, total: int) -> Iterator[Task]:
+        last = time.monotonic()
+
+        def show(task: Task) -> None:
+            nonlocal last
+            if task.done == task.total or time.monotonic() - last >= _LINE_EVERY_S:
+                last = time.monotonic()
+                words = [f"{label}: {task.done}/{task.total}", task.detail, f"eta {task.eta_s:.0f} s"]
+                self.say("  ".join(word for word in words if word))
+
+        yield Task(label, total, show)
+
+    def _bar(self, label: str, total: int) -> Iterator[Task]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        detail = TextColumn("{task.fields[detail]}")
+        with Progress(*columns, detail, console=Console(file=self._stream)) as bar:
+            row = bar.add_task(label, total=total, detail="")
+            yield Task(label, total, lambda task: bar.update(row, completed=task.done, detail=task.detail))

@@ -1,0 +1,103 @@
+"""Reading tokenised samples back: whole columns for the plan, single samples for the packs."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.arrow_files import BATCH_ROWS, open_batches
+from data_prep.errors import UserError
+from data_prep.workspace import Unit
+
+_OPEN_UNITS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """Per-sample numbers of one corpus, over its units in order; arrays of one length."""
+
+    unit: npt.NDArray[np.int64]
+    """Number of the unit within ``units``."""
+    index: npt.NDArray[np.int64]
+    """Number of the sample within its unit."""
+    n_tokens: npt.NDArray[np.int64]
+    n_images: npt.NDArray[np.int64]
+    n_target: npt.NDArray[np.int64]
+    truncated: npt.NDArray[np.bool_]
+    ended: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+
+def read_columns(units: Sequence[Unit]) -> Columns:
+    """Read the numbers a plan needs; token ids stay on disk. Raises UserError when a unit cannot be read."""
+    parts: dict[str, list[Any]] = {name: [] for name in ("n_tokens", "n_images", "n_target", "truncated", "ended")}
+    counts = []
+    for unit in units:
+        batches = _open(unit)
+        counts.append(sum(batch.num_rows for batch in batches))
+        for name, arrays in parts.items():
+            arrays += [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
+    numbers = {name: _concatenate(arrays, np.int64) for name, arrays in parts.items() if name.startswith("n_")}
+    flags = {name: _concatenate(arrays, np.bool_) for name, arrays in parts.items() if not name.startswith("n_")}
+    index = _concatenate([np.arange(count) for count in counts], np.int64)
+    return Columns(np.repeat(np.arange(len(units)), counts), index, **numbers, **flags)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One tokenised sample; arrays are views into the mapped file."""
+
+    name: str
+    family: str
+    input_ids: npt.NDArray[np.int32]
+    generated: npt.NDArray[np.uint8]
+    images: npt.NDArray[np.int64]
+    """Rows of the image store."""
+
+
+class SampleReader:
+    """Random access to samples of many units; the most recently used units stay mapped."""
+
+    def __init__(self, units: Sequence[Unit], store: str) -> None:
+        self._units, self._store = units, store
+        self._open: OrderedDict[int, tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]] = OrderedDict()
+
+    def read(self, unit: int, index: int) -> Sample:
+        """Return sample ``index`` of unit ``unit``."""
+        batches, rows = self._unit(unit)
+        batch, local = batches[index // BATCH_ROWS], index % BATCH_ROWS
+        return Sample(
+            batch.column("sample")[local].as_py(),
+            batch.column("family")[local].as_py(),
+            batch.column("input_ids")[local].values.to_numpy(),
+            batch.column("generated")[local].values.to_numpy(),
+            rows[batch.column("images")[local].values.to_numpy()],
+        )
+
+    def _unit(self, number: int) -> tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]:
+        if number not in self._open:
+            unit = self._units[number]
+            self._open[number] = (_open(unit), np.fromfile(unit.rows(self._store), dtype=np.int64))
+            if len(self._open) > _OPEN_UNITS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(number)
+        return self._open[number]
+
+
+def _open(unit: Unit) -> list[pa.RecordBatch]:
+    try:
+        return open_batches(unit.tokens)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise UserError(f"{unit.tokens}: cannot be read ({error}); delete its folder and run ingest again") from error
+
+
+def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    return np.concatenate([*arrays, np.empty(0, dtype=dtype)]).astype(dtype, copy=False)

@@ -1,0 +1,62 @@
+"""What packs hold, counted from the rows: corpora, lengths, packing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.packs import Manifest, PackReader
+from data_prep.verify import pack_folders
+
+_BAR = 40
+_BINS = 12
+
+
+def show_stats(directory: Path, console: Console | None = None) -> None:
+    """Print the statistics of one pack folder, or of all in an output folder. Raises UserError."""
+    console = console or Console(highlight=False)
+    for folder in pack_folders(directory):
+        reader = PackReader(folder)
+        manifest = reader.manifest
+        full = manifest.tokens / max(1, manifest.rows * manifest.length)
+        console.print(
+            f"\n[bold]{folder}[/]: {manifest.rows:,} rows of {manifest.length} tokens, {full:.1%} full, "
+            f"{manifest.targets:,} supervised ({manifest.targets / max(1, manifest.tokens):.1%}), "
+            f"at most {manifest.max_images} images in a row"
+        )
+        console.print(corpus_table(manifest))
+        console.print("segment lengths in tokens")
+        for line in histogram(segment_lengths(reader)):
+            console.print("  " + line)
+
+
+def corpus_table(manifest: Manifest) -> Table:
+    """Return draws, epochs and supervision by corpus."""
+    table = Table("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name, stats in manifest.corpora.items():
+        share = stats.tokens / max(1, manifest.tokens)
+        supervised = f"{stats.targets:,} ({stats.targets / max(1, stats.tokens):.1%})"
+        numbers = (f"{stats.samples:,}", f"{stats.draws:,}", f"{stats.epochs:.2f}", f"{stats.tokens:,}", supervised)
+        table.add_row(name, *numbers, f"{share:.1%}")
+    return table
+
+
+def segment_lengths(reader: PackReader) -> npt.NDArray[np.int64]:
+    """Return the lengths of all packed samples in tokens."""
+    counts = [np.bincount(row.segment)[1:] for row in reader]
+    return np.concatenate([*counts, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+
+def histogram(values: npt.NDArray[np.int64]) -> Iterator[str]:
+    """Yield the lines of a text histogram."""
+    counts, edges = np.histogram(values, bins=min(_BINS, max(1, int(np.ptp(values)) + 1)))
+    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
+        bar = "#" * round(_BAR * count / max(1, counts.max()))
+        yield f"{low:6.0f} - {high:6.0f}  {count:9,}  {bar}"

@@ -1,0 +1,207 @@
+"""The output folder: where every step puts its files, and how it knows that they are done.
+
+::
+
+    OUT/tokenizer/                               one tokenizer for all pack sets
+    OUT/ingest/CORPUS/FINGERPRINT/SHARD.*        tokenised samples, one unit per raw shard; ``.json`` is the done-marker
+    OUT/images/KEY/                              the sealed image store
+    OUT/packs/SET/                               the packs
+    OUT/rejects.jsonl                            every quarantined sample, with its reason
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from data_prep.corpora import build_corpus
+from data_prep.quarantine import Tally
+from data_prep.recipe import PackConfig, Recipe
+from data_prep.template import Template
+
+if TYPE_CHECKING:
+    from data_prep.corpora.base import Corpus
+
+INGEST_VERSION = 1
+"""Raised whenever the same raw sample would become other tokens: old units are then made again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """How a pack set writes its samples: everything besides the raw data that shapes tokens."""
+
+    template: Template
+    image_tokens: int
+    length: int
+    max_text_tokens: int | None
+    max_images: int | None
+    too_long: Literal["reject", "cut"]
+
+    @classmethod
+    def of(cls, pack: PackConfig, image_tokens: int) -> Writing:
+        """Return the writing that a pack set asks for."""
+        template = pack.to_template()
+        return cls(template, image_tokens, pack.length, pack.max_text_tokens, pack.max_images, pack.too_long)
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One raw shard of one corpus, written in one way: the smallest piece of work, and its files."""
+
+    corpus: str
+    shard: str
+    folder: Path
+
+    @property
+    def tokens(self) -> Path:
+        """Tokenised samples (Arrow IPC)."""
+        return self.folder / f"{self.shard}.arrow"
+
+    @property
+    def images(self) -> Path:
+        """Distinct images of the unit; removed once the store that holds them is sealed."""
+        return self.folder / f"{self.shard}.images"
+
+    @property
+    def digests(self) -> Path:
+        """Raw sha256 of the distinct images, 32 bytes each, in order of first use."""
+        return self.folder / f"{self.shard}.sha256"
+
+    @property
+    def rejects(self) -> Path:
+        """Quarantined samples, one JSON line each."""
+        return self.folder / f"{self.shard}.rejects"
+
+    @property
+    def marker(self) -> Path:
+        """Done-marker with the hash of the tokens; written last."""
+        return self.folder / f"{self.shard}.json"
+
+    def rows(self, store: str) -> Path:
+        """Store row of every distinct image (int64), for one sealed store."""
+        return self.folder / f"{self.shard}.rows-{store}"
+
+    def report(self) -> UnitReport:
+        """Read the done-marker. Raises OSError when the unit is not done."""
+        raw = json.loads(self.marker.read_text(encoding="utf-8"))
+        return UnitReport(Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
+
+    def is_done(self) -> bool:
+        """Return whether the unit's files are all in place."""
+        if not (self.marker.is_file() and self.tokens.is_file()):
+            return False
+        report = self.report()
+        whole = self.tokens.stat().st_size == report.size
+        return whole and (not report.images or self.images.is_file() or self._is_sealed())
+
+    def _is_sealed(self) -> bool:
+        stores = self.folder.parents[2] / "images"
+        keys = [path.name.rpartition("-")[2] for path in self.folder.glob(f"{glob.escape(self.shard)}.rows-*")]
+        return any((stores / key / "store.json").is_file() for key in keys)
+
+
+@dataclass(frozen=True, slots=True)
+class UnitReport:
+    """What a done unit holds."""
+
+    tally: Tally
+    images: int
+    """Distinct images."""
+    size: int
+    """Bytes of the token file."""
+    sha256: str
+    """Hash of the token file."""
+
+    def to_json(self) -> str:
+        """Return the done-marker's text."""
+        fields = {"kept": self.tally.kept, "codes": dict(self.tally.codes), "images": self.images}
+        return json.dumps({**fields, "bytes": self.size, "sha256": self.sha256}, sort_keys=True) + "\n"
+
+
+@dataclass(frozen=True)
+class Intake:
+    """One corpus written in one way; shared by all pack sets that write it so."""
+
+    corpus: str
+    kind: str
+    options: dict[str, Any]
+    root: Path
+    tokenizer: Path
+    writing: Writing
+    folder: Path
+    shards: tuple[str, ...]
+
+    @property
+    def units(self) -> list[Unit]:
+        """Units of the corpus in its own order."""
+        return [Unit(self.corpus, shard, self.folder) for shard in self.shards]
+
+
+class Workspace:
+    """Paths and contents of one recipe's output folder."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.out = recipe.out_dir
+        self.tokenizer = self.out / "tokenizer"
+        self.images = self.out / "images"
+        self.rejects = self.out / "rejects.jsonl"
+
+    def packs(self, name: str) -> Path:
+        """Folder of a pack set."""
+        return self.out / "packs" / name
+
+    @cached_property
+    def corpora(self) -> dict[str, Corpus]:
+        """Readers of the corpora that some pack set uses. Raises UserError for wrong options or missing files."""
+        used = {name for pack in self.recipe.packs.values() for name in pack.corpora}
+        return {
+            name: build_corpus(config.type, config.options, self.recipe.root_dir)
+            for name, config in self.recipe.corpora.items()
+            if name in used
+        }
+
+    def raw_fingerprint(self, corpus: str) -> str:
+        """Identity of a corpus's reader and raw files (names, sizes and times, not contents)."""
+        config = self.recipe.corpora[corpus]
+        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.corpora[corpus].files()]
+        return digest([INGEST_VERSION, config.type, config.options, self.corpora[corpus].shards(), files])
+
+    def intake(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> Intake:
+        """Return how a corpus enters a pack set."""
+        config = self.recipe.corpora[corpus]
+        writing = Writing.of(pack, self.recipe.image_tokens)
+        key = digest([self._raw_fingerprints[corpus], asdict(writing), tokenizer_sha256])[:12]
+        folder = self.out / "ingest" / corpus / key
+        shards = tuple(self.corpora[corpus].shards())
+        root = self.recipe.root_dir
+        return Intake(corpus, config.type, config.options, root, self.tokenizer, writing, folder, shards)
+
+    def intakes(self, tokenizer_sha256: str) -> list[Intake]:
+        """Return the distinct intakes of all pack sets, in recipe order."""
+        every = [
+            self.intake(corpus, pack, tokenizer_sha256)
+            for pack in self.recipe.packs.values()
+            for corpus in pack.corpora
+        ]
+        return list({intake.folder: intake for intake in every}.values())
+
+    @cached_property
+    def _raw_fingerprints(self) -> dict[str, str]:
+        return {name: self.raw_fingerprint(name) for name in self.corpora}
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+def describe_missing(units: Sequence[Unit]) -> str:
+    """Return ``12 units, the first vqa/rows-00003``."""
+    return f"{len(units)} unit{'s' * (len(units) > 1)}, the first {units[0].corpus}/{units[0].shard}"

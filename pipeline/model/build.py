@@ -13,6 +13,8 @@ from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 
+INITIALISED = "_is_hf_initialized"
+
 
 def build_stage(
     spec: ModelSpec,
@@ -59,14 +61,14 @@ def build_stage(
         family = vision if name.startswith("vision.") else llm
         unit.to_empty(device="cpu")
         _fill(name, unit, family, seed=seed, source=source, reads=reads)
-        for param in unit.parameters():  # only parameters: buffers such as rotary frequencies stay in fp32
-            param.data = param.data.to(device=device, dtype=dtype)
+        for param in unit.parameters():
+            param.data = param.data.to(dtype)
             param.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
         unit.to(device)
         if shard is not None:
             shard(unit)
     if stage.shares_head:
-        stage.lm_head.weight = stage.model.embed_tokens.weight
+        stage.lm_head.register_parameter("weight", stage.model.embed_tokens.get_parameter("weight"))
     return stage.train()
 
 
@@ -79,7 +81,8 @@ def _fill(
     drawn_as = "model.embed_tokens" if name == "lm_head" and family is not None and _is_tied(family) else name
     loaded = source is not None and all(f"{name}.{own}" in source for own, _ in unit.named_parameters())
     for param in unit.parameters():
-        param._is_hf_initialized = loaded or not reads  # the library's initialisers pass over such parameters
+        if loaded or not reads:  # the library's initialisers pass over parameters marked so, and fill only buffers
+            setattr(param, INITIALISED, True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed_of(seed, drawn_as))
         if name == "connector":
@@ -92,7 +95,7 @@ def _fill(
             param.zero_()
         elif loaded and source is not None:
             source.fill(f"{name}.{own}", param)
-        del param._is_hf_initialized
+        vars(param).pop(INITIALISED, None)
 
 
 def _is_tied(family: PreTrainedModel) -> bool:

@@ -33,7 +33,7 @@ class PerceiverAttention(nn.Module):
         return self.to_out(out_BHNE.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
 
 class PerceiverBlock(nn.Module):

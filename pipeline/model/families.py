@@ -100,9 +100,8 @@ def _family(key: str, raw: Mapping[str, Any], known: tuple[str, ...]) -> str:
     if family is None:
         raise ConfigError(f"{key}: no model_type: set {key}.source to a local folder, or {key}.config.model_type")
     if family not in known:
-        raise ConfigError(
-            f"{key}: model_type '{family}' is not supported{did_you_mean(str(family), known)}; known: {', '.join(known)}"
-        )
+        guess = did_you_mean(str(family), known)
+        raise ConfigError(f"{key}: model_type '{family}' is not supported{guess}; known: {', '.join(known)}")
     return str(family)
 
 

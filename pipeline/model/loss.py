@@ -85,9 +85,8 @@ def linear_cross_entropy(
     No rows give an exact 0.0 that is still connected to both inputs, so that every rank runs the same backward.
     """
     chunk_rows = chunk_rows or max(16, CHUNK_LOGITS // len(w_VD))
-    with_grad = torch.is_grad_enabled()
-    loss: torch.Tensor = _ChunkedCrossEntropy.apply(h_ND, w_VD, labels_N, scale, softcap, chunk_rows, with_grad)
-    return loss
+    options = (scale, softcap, chunk_rows, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(h_ND, w_VD, labels_N, *options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class LMHead(nn.Linear):

@@ -90,7 +90,7 @@ class ModelSpec:
         Longrope switches its frequencies for the whole row when one position passes the short limit, so that a long
         sample would change its neighbours.
         """
-        limit = getattr(self.llm, "max_position_embeddings", None)
+        limit: int | None = getattr(self.llm, "max_position_embeddings", None)
         rope = getattr(self.llm, "rope_parameters", None) or {}
         if rope.get("rope_type") == "longrope":
             short = rope.get("original_max_position_embeddings") or limit

@@ -126,7 +126,7 @@ class WeightSource:
         """Whether a tower's tensor is one nothing reads: text half, pooling, layers past ``num_hidden_layers``."""
         layer = re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(prefix))
         if layer:
-            return int(layer[1]) >= spec.vision.num_hidden_layers
+            return int(layer[1]) >= int(spec.vision.num_hidden_layers)
         return bool(_UNREAD_TOWER.match(key.removeprefix(prefix)))
 
     def _add(
@@ -140,9 +140,10 @@ class WeightSource:
         unexpected = sorted(set(found) - set(keys.values()))
         for fault, names in (("lacks", missing), ("has, but the config does not,", unexpected)):
             if names:
+                listed = ", ".join(names[:3] + ["..."] * (len(names) > 3))
                 raise UserError(
-                    f"{folder.directory} {fault} {len(names)} tensors ({', '.join(names[:3])}{', ...' * (len(names) > 3)})"
-                    ": its weights and its config.json belong to different models"
+                    f"{folder.directory} {fault} {len(names)} tensors ({listed}): "
+                    "its weights and its config.json belong to different models"
                 )
         for name, shape in shapes.items():
             saved = folder.shape(keys[name])

@@ -1,0 +1,84 @@
+"""Parameters and floating-point operations of a model, counted on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from pipeline.model.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by part of the model."""
+
+    vision: int
+    connector: int
+    embed: int
+    layers: tuple[int, ...]
+    """Each decoder layer."""
+    norm: int
+    head: int
+    """0 where the head is the embedding."""
+    patches: int
+    """Vision tokens of one image."""
+    image_tokens: int
+    vision_frozen: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> Counts:
+        """Count a model's parameters without allocating any."""
+        llm = spec.meta_llm()
+        return cls(
+            vision=_size(spec.meta_vision()),
+            connector=_size(spec.meta_connector()),
+            embed=_size(llm.model.embed_tokens),
+            layers=tuple(_size(layer) for layer in llm.model.layers),
+            norm=_size(llm.model.norm),
+            head=0 if spec.tied else _size(llm.lm_head),
+            patches=spec.patches,
+            image_tokens=spec.image_tokens,
+            vision_frozen=spec.vision_frozen,
+        )
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.vision + self.connector + self.embed + sum(self.layers) + self.norm + self.head
+
+    def of_stage(self, layers: range, *, first: bool, last: bool) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of a stage; a tied head on another stage than the embedding is a copy."""
+        trained = sum(self.layers[layers.start : layers.stop])
+        if first:
+            trained += self.connector + self.embed + (0 if self.vision_frozen else self.vision)
+        if last:
+            trained += self.norm + (self.head or (0 if first else self.embed))
+        return trained, self.vision if first and self.vision_frozen else 0
+
+    def step_flops(self, *, tokens: int, targets: int, images: int) -> float:
+        """Return the operations of a step: 6 a parameter a token (2 forward, 4 backward), 2 where nothing trains.
+
+        Scores and recomputation are left out, so an MFU from this is a lower bound. The head counts its supervised
+        tokens only, the connector its image tokens.
+        """
+        decoder = 6.0 * sum(self.layers) * tokens + 6.0 * (self.head or self.embed) * targets
+        vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * images
+        return decoder + vision + 6.0 * self.connector * self.image_tokens * images
+
+    def stage_costs(self, *, image_share: float, target_share: float) -> Sequence[float]:
+        """Return relative costs for `split_layers`: before the layers, each layer, after them.
+
+        Args:
+            image_share: Images per packed token.
+            target_share: Supervised tokens per packed token.
+        """
+        vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * image_share
+        before = vision + 6.0 * self.connector * self.image_tokens * image_share
+        after = 6.0 * (self.head or self.embed) * target_share
+        return [before, *(6.0 * count for count in self.layers), after]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())

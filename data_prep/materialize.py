@@ -146,6 +146,7 @@ def write_row_file(job: RowFileJob) -> None:
     counts = {
         "targets": sum(row.n_target for row in rows),
         "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
+        "images": sum(len(row.image_row) for row in rows),
         "max_images": max(len(row.image_row) for row in rows),
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
     }
@@ -234,6 +235,7 @@ def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files
         targets=targets,
         tokens=tokens,
         image_tokens=recipe.image_tokens,
+        images=sum(entry["images"] for entry in files),
         max_images=max(entry["max_images"] for entry in files),
         max_segment_tokens=max(entry["max_segment_tokens"] for entry in files),
         vocab_size=len(tokenizer),

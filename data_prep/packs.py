@@ -125,6 +125,8 @@ class Manifest:
     """Tokens that are not padding, over all rows."""
     image_tokens: int
     """Positions one image takes; the model's connector must produce as many."""
+    images: int
+    """Images over all rows, repeats counted."""
     max_images: int
     """Largest number of images in one row."""
     max_segment_tokens: int

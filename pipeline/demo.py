@@ -124,7 +124,6 @@ def _call(command: list[str], what: str) -> None:
 
 
 def noise(line: str) -> bool:
-    """Whether a line is the launcher's or the library's own chatter."""
-    return (
-        line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
-    ) or not line.strip()
+    """Whether a line is the launcher's own chatter."""
+    chatter = line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
+    return chatter or not line.strip()

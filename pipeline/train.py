@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 if __name__ == "__main__":  # run as a file: this folder must not shadow the packages of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -13,6 +14,9 @@ if __name__ == "__main__":  # run as a file: this folder must not shadow the pac
 from data_prep.errors import UserError
 from pipeline.flags import Invocation, parse
 from pipeline.recipe import to_yaml
+
+if TYPE_CHECKING:
+    from pipeline.training.blueprint import Blueprint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

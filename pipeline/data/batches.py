@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from PIL import Image
 
 from data_prep.errors import UserError
 from data_prep.images import BadImage, ImageStore, decode_rgb
@@ -136,7 +137,7 @@ class BatchSource:
         return preprocess.batch([self._decode(self._images, i) for i in wanted])
 
     @staticmethod
-    def _decode(store: ImageStore, index: int) -> object:
+    def _decode(store: ImageStore, index: int) -> Image.Image:
         try:
             return decode_rgb(store.read(index))
         except BadImage as error:

@@ -37,7 +37,9 @@ def read_ds_config(path: str) -> dict[str, Any]:
             raise ConfigError(f"--deepspeed {path}: '{key}' is set by the recipe: remove it and use {owner}")
     zero = raw.get("zero_optimization", {})
     if zero.get("stage") != 3:
-        raise ConfigError(f"--deepspeed {path}: zero_optimization.stage={zero.get('stage')}: this trainer runs ZeRO stage 3")
+        raise ConfigError(
+            f"--deepspeed {path}: zero_optimization.stage={zero.get('stage')}: this trainer runs ZeRO stage 3"
+        )
     return {key: value for key, value in raw.items() if key not in _OWNED}
 
 

@@ -68,7 +68,9 @@ def device_of_rank() -> torch.device:
         return torch.device("cpu")
     local = int(os.environ["LOCAL_RANK"])
     if local >= torch.cuda.device_count():
-        raise ConfigError(f"local rank {local} has no GPU of its own: start at most {torch.cuda.device_count()} ranks here")
+        raise ConfigError(
+            f"local rank {local} has no GPU of its own: start at most {torch.cuda.device_count()} ranks here"
+        )
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 

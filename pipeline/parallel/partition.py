@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from pipeline.config import ConfigError
 
@@ -21,10 +22,14 @@ def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence
         ConfigError: The hand-made split does not fit, or there are more stages than layers.
     """
     if stages > layers:
-        raise ConfigError(f"parallel.pp={stages} is more than the model's {layers} decoder layers: use at most {layers}")
-    counts = _parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or [0.0] + [1.0] * layers + [0.0], stages)
+        raise ConfigError(
+            f"parallel.pp={stages} is more than the model's {layers} decoder layers: use at most {layers}"
+        )
+    counts = (
+        _parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or [0.0] + [1.0] * layers + [0.0], stages)
+    )
     edges = [sum(counts[:stage]) for stage in range(stages + 1)]
-    return [range(lo, hi) for lo, hi in zip(edges, edges[1:], strict=False)]
+    return [range(lo, hi) for lo, hi in pairwise(edges)]
 
 
 def _parse(text: str, layers: int, stages: int) -> list[int]:
@@ -59,4 +64,4 @@ def _balance(costs: Sequence[float], stages: int) -> list[int]:
     for stage in range(stages, 0, -1):
         edges.append(cut[stage][edges[-1]])
     edges.reverse()
-    return [hi - lo for lo, hi in zip(edges, edges[1:], strict=False)]
+    return [hi - lo for lo, hi in pairwise(edges)]

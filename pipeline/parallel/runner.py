@@ -54,7 +54,9 @@ class Runner:
                 work.wait()
         return total
 
-    def _forward(self, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def _forward(
+        self, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         hidden = None
         if not self._topology.first:
             hidden = self._receive(self._previous, inputs.input_ids.numel(), self._groups.forward).requires_grad_()

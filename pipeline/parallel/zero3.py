@@ -169,7 +169,7 @@ class Zero3Stage:
 
     def _hold(self) -> None:
         """Keep parameters gathered, up to the resident share, until the optimizer step releases them."""
-        params = list(self.module.parameters())
+        params: list[Any] = list(self.module.parameters())
         left = self._resident * sum(param.ds_numel for param in params)
         for param in params:
             if param.ds_numel <= left:
@@ -267,11 +267,11 @@ class Zero3Stage:
             persistent[0].all_gather(persistent)
 
     @staticmethod
-    def compute_shard(param: nn.Parameter) -> torch.Tensor:
+    def compute_shard(param: Any) -> torch.Tensor:
         """Return this rank's flat shard of a parameter in the compute type (all there is of a frozen one)."""
         return param.ds_tensor.data.view(-1)  # type: ignore[no-any-return]
 
     @staticmethod
-    def full_shape(param: nn.Parameter) -> torch.Size:
+    def full_shape(param: Any) -> torch.Size:
         """Return the shape of the whole parameter."""
         return param.ds_shape  # type: ignore[no-any-return]

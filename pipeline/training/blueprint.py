@@ -17,6 +17,7 @@ from pipeline.data.order import BatchOrder
 from pipeline.flags import Invocation
 from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
+from pipeline.model.counts import Counts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
 from pipeline.parallel.partition import split_layers
@@ -33,6 +34,7 @@ class Blueprint:
     packs: PackReader
     policy: Policy
     spec: ModelSpec
+    counts: Counts
     topology: Topology
     order: BatchOrder
     splits: tuple[range, ...]
@@ -51,15 +53,20 @@ class Blueprint:
         micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
         packs = _open_packs(config)
         manifest = packs.manifest
-        policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak)
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
+        spec.check_segments(manifest.max_segment_tokens)
+        policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
         steps = _count_steps(config, manifest)
         check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
-        splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=spec.costs())
+        counts = Counts.of(spec)
+        costs = counts.stage_costs(
+            image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens
+        )
+        splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=costs)
         bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
         return cls(
-            config, invocation.recipe, packs, policy, spec, topology,
+            config, invocation.recipe, packs, policy, spec, counts, topology,
             BatchOrder(config.train.batch_packs, topology.dp, micros), tuple(splits), steps, bf16,
             complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16),
         )  # fmt: skip
@@ -73,6 +80,10 @@ class Blueprint:
     def layers(self) -> range:
         """Decoder layers of this rank's stage."""
         return self.splits[self.topology.stage]
+
+    def stage_parameters(self, stage: int) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of one stage."""
+        return self.counts.of_stage(self.splits[stage], first=stage == 0, last=stage == len(self.splits) - 1)
 
 
 def _open_packs(config: RunConfig) -> PackReader:

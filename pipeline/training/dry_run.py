@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.parallel.schedule import bubble
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.estimate import GIB, estimate, stage_parameters
+from pipeline.training.estimate import GIB, estimate
 
 
 def describe(plan: Blueprint) -> str:
@@ -18,7 +18,8 @@ def _model_lines(plan: Blueprint) -> Iterator[str]:
     spec = plan.spec
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
     yield (
-        f"model    {spec.summary()}: {millions(spec.total_params)} parameters, "
+        f"model    {spec.llm.model_type} {spec.layers} x {spec.width} + {spec.connector.kind} + {spec.vision.model_type}: "
+        f"{millions(plan.counts.total)} parameters, "
         f"{'vision frozen' if plan.config.model.vision.frozen else 'all trained'}"
     )
     yield f"mask     {plan.config.mask.policy}: proved leak-free on the first {plan.config.mask.prove_rows} rows"
@@ -28,7 +29,7 @@ def _data_lines(plan: Blueprint) -> Iterator[str]:
     manifest = plan.packs.manifest
     filled = manifest.tokens / (manifest.rows * manifest.length)
     yield (
-        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.length:,} tokens, {filled:.1%} filled, "
+        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.length:,} tokens, {filled:.1%} full, "
         f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
     )
     for name, corpus in sorted(manifest.corpora.items()):
@@ -43,8 +44,8 @@ def _batch_lines(plan: Blueprint) -> Iterator[str]:
         f"{order.micro_packs} packs = {tokens:,} tokens a step"
     )
     yield (
-        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} warm-up steps, cosine to {train.min_lr:.1e}; "
-        f"clip {train.clip_norm}, weight decay {train.weight_decay}"
+        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} of warm-up, "
+        f"cosine to {train.min_lr:.1e}; clip {train.clip_norm}, weight decay {train.weight_decay}"
     )
 
 
@@ -55,12 +56,12 @@ def _stage_lines(plan: Blueprint) -> Iterator[str]:
         f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}, resident {parallel.resident:g}"
     )
     for stage, layers in enumerate(plan.splits):
-        trained, frozen = stage_parameters(plan, stage)
+        trained, frozen = plan.stage_parameters(stage)
         need = estimate(plan, stage)
+        parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in ("states", "gathered", "activations"))
         yield (
             f"           stage {stage}: layers {layers.start}..{layers.stop - 1}, {millions(trained)} trained + "
-            f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB "
-            f"(states {need.states / GIB:.2f}, gathered {need.gathered / GIB:.2f}, activations {need.activations / GIB:.2f})"
+            f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"
         )
 
 

@@ -31,7 +31,7 @@ class MemoryEstimate:
 
 def estimate(plan: Blueprint, stage: int) -> MemoryEstimate:
     """Estimate the peak device memory of a rank of one stage."""
-    trained, frozen = stage_parameters(plan, stage)
+    trained, frozen = plan.stage_parameters(stage)
     size, dp = (2 if plan.bf16 else 4), plan.topology.dp
     parallel = plan.config.parallel
     states = (trained * (size + 4 + 8 + 4) + frozen * size) / dp
@@ -39,26 +39,11 @@ def estimate(plan: Blueprint, stage: int) -> MemoryEstimate:
     return MemoryEstimate(states, gathered, _activations(plan, stage, size))
 
 
-def stage_parameters(plan: Blueprint, stage: int) -> tuple[int, int]:
-    """Return (trained, frozen) parameters of one stage."""
-    spec, splits = plan.spec, plan.splits
-    trained = spec.layer_params * len(splits[stage])
-    frozen = 0
-    if stage == 0:
-        trained += spec.connector_params + spec.embed_params
-        if plan.config.model.vision.frozen:
-            frozen += spec.vision_params
-        else:
-            trained += spec.vision_params
-    if stage == len(splits) - 1:
-        trained += spec.norm_params + (0 if spec.tied and stage == 0 else spec.head_params)
-    return trained, frozen
-
-
 def _activations(plan: Blueprint, stage: int, size: int) -> float:
     """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
-    spec, tokens = plan.spec, plan.order.micro_packs * plan.packs.manifest.length
-    one_layer = tokens * (16 * spec.hidden_size + 3 * spec.ffn_size) * size
+    width, tokens = plan.spec.width, plan.order.micro_packs * plan.packs.manifest.length
+    feed_forward = int(getattr(plan.spec.llm, "intermediate_size", 4 * width))
+    one_layer = float(tokens * (16 * width + 3 * feed_forward) * size)
     layers = len(plan.splits[stage])
     alive = (
         min(len(plan.splits) - stage, plan.order.micros)
@@ -66,5 +51,5 @@ def _activations(plan: Blueprint, stage: int, size: int) -> float:
         else plan.order.micros
     )
     if plan.config.train.gradient_checkpointing:
-        return alive * layers * tokens * spec.hidden_size * size + one_layer
+        return alive * layers * tokens * width * size + one_layer
     return alive * layers * one_layer

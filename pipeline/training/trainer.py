@@ -13,8 +13,8 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from pipeline.config import TrainSection
 from pipeline.data.batches import BatchSource, StepBatch, to_device
-from pipeline.model.build import build_stage, open_source
-from pipeline.model.preprocess import Preprocess
+from pipeline.model.build import build_stage
+from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups, create_groups, device_of_rank
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
@@ -47,7 +47,7 @@ class Trainer:
         groups = create_groups(plan.topology)
         self._stage = _build_engine(plan, groups, self._device)
         self._runner = Runner(
-            self._stage, topology=plan.topology, groups=groups, width=plan.spec.hidden_size, dtype=plan.dtype,
+            self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
             schedule=plan.config.parallel.schedule,
         )  # fmt: skip
         self._peak = peak_flops(self._device)
@@ -110,7 +110,7 @@ class Trainer:
         plan = self._plan
         source = BatchSource(
             plan.packs, order=plan.order, replica=plan.topology.replica, policy=plan.policy,
-            preprocess=Preprocess.of(plan.spec) if plan.topology.first else None,
+            preprocess=plan.spec.preprocess if plan.topology.first else None,
             threads=plan.config.data.decode_threads, ahead=plan.config.data.prefetch_steps,
         )  # fmt: skip
         steps = source.steps(self.step, plan.steps)
@@ -170,7 +170,7 @@ class Trainer:
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak is not None:
-            flops = self._plan.spec.step_flops(tokens=totals.tokens, images=totals.images)
+            flops = self._plan.counts.step_flops(tokens=totals.tokens, targets=batch.targets, images=totals.images)
             mfu = flops / step_s / (self._peak * self._plan.topology.world)
         norm = result.grad_norm if result.applied else None
         return StepStats(
@@ -182,7 +182,8 @@ class Trainer:
     def _save(self) -> None:
         plan = self._plan
         manifest = CheckpointManifest(
-            step=self.step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=self.step * plan.order.batch_packs,
+            step=self.step, optimizer_steps=self._stage.optimizer_steps,
+            consumed_packs=self.step * plan.order.batch_packs,
             plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
             dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan),
         )  # fmt: skip
@@ -203,7 +204,7 @@ def model_card(plan: Blueprint) -> dict[str, object]:
     """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
     manifest = plan.packs.manifest
     return {
-        **plan.spec.card(),
+        "spec": plan.spec.to_dict(),
         "policy": plan.config.mask.policy,
         "template": manifest.template,
         "image_id": manifest.image_id,
@@ -229,11 +230,13 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero
     warning = check_version()
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
+    export = config.init_from if is_export(config.init_from) else ""
+    source = WeightSource.open_export(plan.spec, export) if export else WeightSource.open(plan.spec)
     module = build_stage(
         plan.spec, layers=plan.layers, first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
-        seed=config.train.seed, source=open_source(config.model, config.init_from if is_export(config.init_from) else ""),
+        seed=config.train.seed, source=source,
         reads=topology.replica == 0, shard=sharder(topology, groups, plan.ds_config),
-        gradient_checkpointing=config.train.gradient_checkpointing, vision_frozen=config.model.vision.frozen,
+        gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     train = config.train
     optimizer = torch.optim.AdamW(

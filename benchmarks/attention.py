@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,12 +127,12 @@ def _wall_clock(work: Callable[[], object]) -> float:
 
 
 def _cuda_clock(work: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
     work()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 def peak_mib(work: Callable[[], object], device: str) -> float:
@@ -168,8 +169,8 @@ def measure(kind: str, tokens: int, heads: Heads, options: argparse.Namespace) -
         plan = ready_plan(sidecars, backend, options.device)
         inputs.both(plan, kernel)  # builds what is built once: the dense mask, the compiled kernel
         with torch.no_grad():
-            forward = milliseconds(lambda p=plan, b=kernel: inputs.forward(p, b), options.device, options.seconds)
-        both = milliseconds(lambda p=plan, b=kernel: inputs.both(p, b), options.device, options.seconds)
+            forward = milliseconds(partial(inputs.forward, plan, kernel), options.device, options.seconds)
+        both = milliseconds(partial(inputs.both, plan, kernel), options.device, options.seconds)
         both_ms[backend] = both
         yield Result(
             kind=kind,
@@ -178,8 +179,8 @@ def measure(kind: str, tokens: int, heads: Heads, options: argparse.Namespace) -
             backend=backend,
             forward_ms=forward,
             both_ms=both,
-            plan_ms=milliseconds(lambda b=backend: ready_plan(sidecars, b, options.device), "cpu", 0.1),
-            peak_mib=peak_mib(lambda p=plan, b=kernel: inputs.both(p, b), options.device),
+            plan_ms=milliseconds(partial(ready_plan, sidecars, backend, options.device), "cpu", 0.1),
+            peak_mib=peak_mib(partial(inputs.both, plan, kernel), options.device),
             pairs=plan.pairs,
             tflops=14 * heads.query * heads.size * plan.pairs / both / 1e9,
             vs_causal=both / both_ms["causal"] if "causal" in both_ms else 0.0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,9 +24,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient, gather = gradients[0], ctx.gather
         flat = gradient.reshape(gradient.shape[0], -1)
-        # An embedding bag is the library's gather-sum: one kernel, no atomics, and bf16 is summed in fp32.
-        summed = F.embedding_bag(gather.bag, flat, gather.offsets, mode="sum")
-        return summed.view(-1, *gradient.shape[1:]), None
+        return _sum_rows(flat, gather.bag, gather.offsets).view(-1, *gradient.shape[1:]), None
 
 
 def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
@@ -33,3 +33,17 @@ def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
         return x
     gathered: torch.Tensor = _GatherRows.apply(x, gather)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def _sum_rows(source_KW: torch.Tensor, bag: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    if source_KW.is_cuda and source_KW.dtype != torch.float64 and _has_triton():
+        from pipeline.attention.gather_triton import sum_rows
+
+        return sum_rows(source_KW, bag, offsets)
+    # An embedding bag is the library's own gather-sum: no atomics, and bf16 is summed in fp32.
+    return F.embedding_bag(bag, source_KW, offsets, mode="sum", include_last_offset=True)
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None

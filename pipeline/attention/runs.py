@@ -14,6 +14,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from pipeline.masks.atoms import Atoms, causal_order, cut_atoms, expand
 from pipeline.masks.policies import Policy
 from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_first, run_starts
 
@@ -74,15 +75,15 @@ class Gather:
     bag: torch.Tensor
     """Rows of y grouped by the row of x they were taken from; int64[K]."""
     offsets: torch.Tensor
-    """Where each row of x has its group in ``bag``; int64[T]."""
+    """Where each row of x has its group in ``bag``, and the total; int64[T + 1]."""
 
     @classmethod
     def build(cls, index: IntArray, rows: int) -> Gather | None:
         """Make the gather of ``index`` from ``rows`` rows; None for the identity."""
         if len(index) == rows and np.array_equal(index, np.arange(rows)):
             return None
-        counts = np.bincount(index, minlength=rows)
-        arrays = index, np.argsort(index, kind="stable"), np.cumsum(counts) - counts
+        ends = np.cumsum(np.bincount(index, minlength=rows))
+        arrays = index, np.argsort(index, kind="stable"), np.append(0, ends)
         return cls(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
 
     def to(self, device: torch.device | str) -> Gather:
@@ -116,7 +117,7 @@ def split_runs(policy: Policy, sidecars: Sidecars) -> RunSplit:
     Raises UserError when an image does not fit the policy's grid.
     """
     table = policy.table(sidecars)
-    order = None if policy.grid is None else _ring_order(table)
+    order = causal_order(policy, table)
     if order is not None:
         table = table[order]
     runs = query_runs(policy, table)
@@ -128,14 +129,6 @@ def split_runs(policy: Policy, sidecars: Sidecars) -> RunSplit:
     parts = [Part.build(not kind, q_lengths[full == kind], k_lengths[full == kind]) for kind in (False, True)]
     gathers = (Gather.build(index, len(table)) for index in (q_index, np.argsort(q_index), k_index))
     return RunSplit(tuple(part for part in parts if part.q_lengths), *gathers)
-
-
-def expand(start: IntArray, end: IntArray) -> IntArray:
-    """Concatenate the ranges ``start[n]..end[n]``; int64[sum of lengths]."""
-    lengths = end - start
-    ends = np.cumsum(lengths)
-    shift: IntArray = np.repeat(start - (ends - lengths), lengths)
-    return shift + np.arange(len(shift))
 
 
 @dataclass(frozen=True)
@@ -171,86 +164,47 @@ class QueryRuns:
 
 
 def query_runs(policy: Policy, table: TokenTable) -> QueryRuns:
-    """Cut a row (its tokens in the order the policy is causal in) into runs, ascending."""
+    """Cut a row (its tokens in the policy's causal order) into runs, ascending."""
     index = np.arange(len(table))
     chunk = (index - run_first(run_starts(table.segment))) % PADDING_CHUNK == 0
     opens = run_starts(table.segment) | ((table.segment == 0) & chunk)
-    if policy.unlock is None:
-        start = np.flatnonzero(opens)
-        end = np.append(start[1:], len(table))
-        return QueryRuns(start, end, np.zeros(len(start), dtype=np.bool_), np.arange(len(start)), start, end)
-    starts = opens | run_starts(table.modality, table.instance, table.generated, table.ring)
-    atoms = _Atoms.build(policy, table, starts, run_first(opens))
-    return atoms.merge()
+    return _merge(cut_atoms(policy, table, opens))
 
 
-@dataclass(frozen=True)
-class _Atoms:
-    """Maximal runs of tokens alike to every policy, and the pairs of them that the policy unlocks."""
-
-    start: IntArray
-    end: IntArray
-    first_key: IntArray
-    """Where the atom's segment begins."""
-    full: BoolArray
-    """Tokens of the atom see each other both ways."""
-    left: IntArray
-    """Unlocked pairs, ascending: atom ``left[n]`` sees all of the later atom ``right[n]``."""
-    right: IntArray
-
-    @classmethod
-    def build(cls, policy: Policy, table: TokenTable, starts: BoolArray, segment_first: IntArray) -> _Atoms:
-        """Find atoms and evaluate the policy once per pair of atoms within reach of each other."""
-        assert policy.unlock is not None
-        start = np.flatnonzero(starts)
-        end = np.append(start[1:], len(table))
-        heads = table[start]
-        limit = heads.segment_end if policy.leaks else heads.commit
-        own = np.arange(len(start))
-        last = (np.cumsum(starts) - 1)[limit]
-        left, right = np.repeat(own, last - own), expand(own + 1, last + 1)
-        unlocked = policy.unlock(heads[left], heads[right])
-        full = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
-        return cls(start, end, segment_first[start], full, left[unlocked], right[unlocked])
-
-    def merge(self) -> QueryRuns:
-        """Join neighbours that see the same keys up to causality into runs."""
-        count = np.bincount(self.left, minlength=len(self.start))
-        head = np.flatnonzero(~self._joins_previous(count))
-        tail = np.append(head[1:], len(self.start)) - 1
-        start, end = self.start[head], self.end[tail]
-        run_of = np.full(len(self.start), -1)
-        run_of[tail] = np.arange(len(tail))
-        kept = run_of[self.left] >= 0
-        extra = self.right[kept]
-        own = np.arange(len(head))
-        span_run = np.concatenate([own, run_of[self.left[kept]], own])
-        order = np.argsort(span_run, kind="stable")  # before the run, what is unlocked after it, the run itself
-        span_start = np.concatenate([self.first_key[head], self.start[extra], start])
-        span_end = np.concatenate([start, self.end[extra], end])
-        return QueryRuns(start, end, self.full[tail], span_run[order], span_start[order], span_end[order])
-
-    def _joins_previous(self, count: IntArray) -> BoolArray:
-        """Mark atoms that see what the atom before them sees, but for causality within the two."""
-        offset = np.cumsum(count) - count
-        previous = np.maximum(np.arange(len(count)) - 1, 0)
-        mine = np.arange(len(self.right)) - count[self.left]  # the end of the previous atom's list, aligned with mine
-        differs = self.right[np.maximum(mine, 0)] != self.right
-        same_later = np.bincount(self.left, weights=differs, minlength=len(count)) == 0
-        more = count[previous] - count  # a full atom's list names its neighbour, a causal one's does not
-        names_me = np.append(self.right, -1)[offset[previous]] == np.arange(len(count))
-        alike = np.where(self.full, (more == 1) & names_me, more == 0)
-        joins: BoolArray = (
-            alike & same_later & (self.full == self.full[previous]) & (self.first_key == self.first_key[previous])
-        )
-        joins[:1] = False
-        return joins
+def _merge(atoms: Atoms) -> QueryRuns:
+    """Join neighbours that see the same keys up to causality into runs."""
+    head = np.flatnonzero(~_joins_previous(atoms))
+    tail = np.append(head[1:], len(atoms)) - 1
+    start, end = atoms.start[head], atoms.end[tail]
+    run_of = np.full(len(atoms), -1)
+    run_of[tail] = np.arange(len(tail))
+    kept = run_of[atoms.left] >= 0
+    later = atoms.right[kept]
+    own = np.arange(len(head))
+    span_run = np.concatenate([own, run_of[atoms.left[kept]], own])
+    order = np.argsort(span_run, kind="stable")  # before the run, what is unlocked after it, the run itself
+    span_start = np.concatenate([atoms.first_key[head], atoms.start[later], start])
+    span_end = np.concatenate([start, atoms.end[later], end])
+    return QueryRuns(start, end, atoms.full[tail], span_run[order], span_start[order], span_end[order])
 
 
-def _ring_order(table: TokenTable) -> IntArray:
-    """Tokens with each image's sorted by ring, all others in place: in this order concentric attention is causal."""
-    piece = np.cumsum(run_starts(table.segment, table.modality, table.instance))
-    return np.lexsort((table.ring, piece))
+def _joins_previous(atoms: Atoms) -> BoolArray:
+    """Mark atoms that see what the atom before them sees, but for causality within the two."""
+    own = np.arange(len(atoms))
+    previous = np.maximum(own - 1, 0)
+    count = np.bincount(atoms.left, minlength=len(atoms))
+    offset = np.cumsum(count) - count
+    # The list of the atom before ends where mine begins, so its tail lies one length of mine earlier.
+    tail = np.maximum(np.arange(len(atoms.right)) - count[atoms.left], 0)
+    differs = atoms.right[tail] != atoms.right
+    same_later = np.bincount(atoms.left, weights=differs, minlength=len(atoms)) == 0
+    more = count[previous] - count  # a full atom's list names its neighbour first, a causal one's does not
+    names_me = np.append(atoms.right, -1)[offset[previous]] == own
+    alike = np.where(atoms.full, (more == 1) & names_me, more == 0)
+    same_kind = atoms.full == atoms.full[previous]
+    joins: BoolArray = alike & same_later & same_kind & (atoms.first_key == atoms.first_key[previous])
+    joins[:1] = False
+    return joins
 
 
 def _move(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

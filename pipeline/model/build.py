@@ -103,8 +103,9 @@ def _is_tied(family: PreTrainedModel) -> bool:
 
 
 def _reset(module: nn.Module) -> None:
-    if hasattr(module, "reset_parameters"):
-        module.reset_parameters()
+    reset: Callable[[], None] | None = getattr(module, "reset_parameters", None)
+    if reset is not None:
+        reset()
 
 
 def _seed_of(seed: int, name: str) -> int:

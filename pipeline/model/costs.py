@@ -112,7 +112,7 @@ def _head_dim(spec: ModelSpec) -> int:
 
 def _tower_flops(spec: ModelSpec, tower: nn.Module) -> float:
     patches, config = spec.patches, spec.vision
-    attention = 4.0 * config.hidden_size * patches**2 * config.num_hidden_layers
+    attention = 4.0 * int(config.hidden_size) * patches**2 * int(config.num_hidden_layers)
     return 2.0 * _matrices(tower) * patches + attention
 
 

@@ -127,20 +127,21 @@ class Stage(nn.Module):
         return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
 
     def _embed(self, inputs: StageInputs) -> torch.Tensor:
-        embeds_1TD = self.model.embed_tokens(inputs.input_ids[None])
+        embeds_1TD: torch.Tensor = self.model.embed_tokens(inputs.input_ids[None])
         images_MD = self._image_tokens(inputs.pixels, embeds_1TD)
         if inputs.pixels is None:
             assert not len(inputs.image_positions), "image positions without pixels"
             embeds_1TD = embeds_1TD + images_MD.sum() * 0.0
         else:
             embeds_1TD = embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
-        multiplier = getattr(self.spec.llm, "embedding_multiplier", None)  # Granite scales whatever enters its layers
+        # Granite scales whatever enters its layers, images too.
+        multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
         return embeds_1TD if multiplier is None else embeds_1TD * multiplier
 
     def _image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
         """Return image tokens [M, D], one run of the tower for all images.
 
-        Without images one black image goes the same way: ZeRO-3 hangs when a rank leaves out a module.
+        Without images one blank image goes the same way: ZeRO-3 hangs when a rank leaves out a module.
         """
         if pixels is None:
             side = self.spec.preprocess.size_px

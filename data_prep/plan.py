@@ -24,7 +24,7 @@ from data_prep.seal import seal_store
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Unit, Workspace, describe_missing
 
-PLAN_VERSION = 1
+PLAN_VERSION = 2
 PLAN_SCHEMA = pa.schema(
     [("row", pa.int64()), ("corpus", pa.int16()), ("unit", pa.int32()), ("index", pa.int32()), ("draw", pa.int64())]
 )

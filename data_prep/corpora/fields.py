@@ -60,7 +60,11 @@ def find_image(folder: Path, name: str) -> ImageRef:
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
         raise BadSample("unsafe-path", f"image name {name!r} does not stay in its folder")
     path = folder / relative
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except OSError as problem:  # a name longer than the file system allows, a folder without permission
+        raise BadSample("missing-image", str(problem.strerror)) from None
+    if not found:
         raise BadSample("missing-image", f"no file {relative} in the image folder")
     if not path.resolve().is_relative_to(_resolved(folder)):
         raise BadSample("unsafe-path", f"{relative} is a link out of the image folder")

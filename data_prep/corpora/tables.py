@@ -18,6 +18,7 @@ from data_prep.errors import UserError
 CHUNK_BYTES = 1 << 20
 _OPENING = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
+_DELIMITER = re.compile(r"[ \t\r\n]*[,\]]")
 
 
 def load_json(path: Path) -> Any:
@@ -127,6 +128,8 @@ def _elements(path: Path) -> Iterator[tuple[int, int]]:
 def _end_of_value(decoder: json.JSONDecoder, buffer: str, at: int) -> int:
     """Return where the value at ``at`` ends, or the buffer's length where it may go on beyond."""
     try:
-        return decoder.raw_decode(buffer, at)[1]
+        end = decoder.raw_decode(buffer, at)[1]
     except (ValueError, RecursionError):
         return len(buffer)
+    # A value is whole only when its delimiter is in sight: "0." at the buffer's edge begins with a complete "0".
+    return end if _DELIMITER.match(buffer, end) else len(buffer)

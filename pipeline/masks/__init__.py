@@ -1,6 +1,21 @@
-"""Attention masks as pure functions of per-token sidecars: commit index, policies and their dense oracle."""
+"""Attention masks as pure functions of per-token sidecars: commit index, policies, their oracle and their proof."""
 
+from pipeline.masks.layout import parse_layout
 from pipeline.masks.policies import POLICIES, Policy, dense_mask, get_policy
+from pipeline.masks.proof import Proof, check_rows, prove
 from pipeline.masks.sidecars import MODALITIES, Sidecars, commit_index, position_ids
 
-__all__ = ["MODALITIES", "POLICIES", "Policy", "Sidecars", "commit_index", "dense_mask", "get_policy", "position_ids"]
+__all__ = [
+    "MODALITIES",
+    "POLICIES",
+    "Policy",
+    "Proof",
+    "Sidecars",
+    "check_rows",
+    "commit_index",
+    "dense_mask",
+    "get_policy",
+    "parse_layout",
+    "position_ids",
+    "prove",
+]

@@ -1,0 +1,165 @@
+"""Proof, on the layered attention graph of a row, that no answer leaks and that decoding with a cache is exact.
+
+A token's hidden state after L layers depends on the tokens reachable from it in L steps along allowed pairs. Two
+questions need only the *latest* token of a kind within reach, so what is propagated is one integer per token: in each
+layer it becomes the maximum over the tokens seen. That is exact, and costs O(T + unlocked pairs) per layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from data_prep.errors import UserError
+from pipeline.masks.atoms import Atoms, causal_order, cut_atoms
+from pipeline.masks.policies import Policy, get_policy
+from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_starts
+
+if TYPE_CHECKING:
+    from data_prep.packs import PackReader
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """How a token's hidden state comes to depend on one it must not depend on."""
+
+    layer: int
+    """First layer (counted from 1) after which it does."""
+    tokens: tuple[int, ...]
+    """The tokens on the way, from the dependent one to the forbidden one; ``layer`` steps."""
+
+    def __str__(self) -> str:
+        steps = " -> ".join(str(token) for token in self.tokens)
+        return f"token {self.tokens[0]} reads token {self.tokens[-1]} after layer {self.layer} ({steps})"
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """What :func:`prove` found on one row."""
+
+    policy: str
+    layers: int
+    targets: int
+    """Supervised tokens whose predictions were examined."""
+    leak: Path | None
+    """From the position that predicts a target to that target or a later answer; None: no answer leaks."""
+    inexact: Path | None
+    """From a token to one beyond its commit index; None: prefill and cached decoding give the training states."""
+
+    @property
+    def leak_free(self) -> bool:
+        """No prediction depends on what it predicts, nor on any answer after it."""
+        return self.leak is None
+
+    @property
+    def kv_exact(self) -> bool:
+        """Every hidden state depends only on tokens up to its commit index."""
+        return self.inexact is None
+
+
+def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
+    """Examine every token of a row under ``layers`` layers of attention.
+
+    Raises UserError for an unknown policy, fewer than one layer, or an image that does not fit the policy's grid.
+    """
+    if layers < 1:
+        raise UserError(f"a proof needs at least one layer of attention, got {layers}")
+    policy = get_policy(policy) if isinstance(policy, str) else policy
+    graph = _Graph.build(policy, sidecars)
+    table = graph.table
+    index = np.arange(len(table))
+    predicts = np.zeros(len(table), dtype=np.bool_)
+    predicts[:-1] = (table.generated[1:] == 1) & (table.segment[1:] == table.segment[:-1])
+    predicts &= table.segment > 0
+    answers = np.where((table.generated == 1) & (table.segment > 0), index, -1)
+    return Proof(
+        policy=policy.name,
+        layers=layers,
+        targets=int(predicts.sum()),
+        leak=graph.first(answers, lambda reach: predicts & (reach > index), layers),
+        inexact=graph.first(index, lambda reach: reach > table.commit, layers),
+    )
+
+
+def check_rows(policy: Policy, reader: PackReader, rows: Iterable[int], layers: int) -> int:
+    """Prove the policy on these rows of a pack folder; returns how many were examined.
+
+    Raises UserError naming the first row with a leak and the way the answer takes.
+    """
+    examined = 0
+    for row in rows:
+        proof = prove(policy, Sidecars.from_row(reader[row]), layers)
+        if proof.leak is not None:
+            raise UserError(
+                f"mask policy '{policy.name}' leaks answers in row {row} of {reader.directory}: {proof.leak}; "
+                "train with a policy that respects the commit index, such as 'mma'"
+            )
+        examined += 1
+    return examined
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """One layer of attention between the tokens of a row, in the policy's causal order."""
+
+    table: TokenTable
+    atoms: Atoms
+    atom: IntArray
+    """The atom of each token."""
+    firsts: IntArray
+    """Where each atom's unlocked pairs begin in the list of pairs."""
+    order: IntArray
+    """The row's own index of each token."""
+
+    @classmethod
+    def build(cls, policy: Policy, sidecars: Sidecars) -> _Graph:
+        table = policy.table(sidecars)
+        order = causal_order(policy, table)
+        order = np.arange(len(table)) if order is None else order
+        table = table[order]
+        atoms = cut_atoms(policy, table, run_starts(table.segment) | (table.segment == 0))
+        atom = np.repeat(np.arange(len(atoms)), atoms.end - atoms.start)
+        return cls(table, atoms, atom, np.flatnonzero(run_starts(atoms.left)), order)
+
+    def step(self, reach: IntArray) -> IntArray:
+        """Return for each token the maximum of ``reach`` over the tokens it sees."""
+        atoms = self.atoms
+        base = np.cumsum(atoms.start == atoms.first_key)[self.atom] * (len(reach) + 1)
+        past = np.maximum.accumulate(reach + base) - base  # a later segment's base hides what came before it
+        best = np.maximum.reduceat(reach, atoms.start)
+        later = np.where(atoms.full, best, -1)
+        if len(self.firsts):
+            sees = atoms.left[self.firsts]
+            later[sees] = np.maximum(later[sees], np.maximum.reduceat(best[atoms.right], self.firsts))
+        latest: IntArray = np.maximum(past, later[self.atom])
+        return latest
+
+    def first(self, reach: IntArray, forbidden: Callable[[IntArray], BoolArray], layers: int) -> Path | None:
+        """Propagate until some token reaches what is forbidden to it, or nothing changes, or layers are used up."""
+        history = [reach]
+        for layer in range(1, layers + 1):
+            history.append(self.step(history[-1]))
+            if (found := forbidden(history[-1])).any():
+                return Path(layer, self._trace(int(found.argmax()), history))
+            if np.array_equal(history[-1], history[-2]):
+                return None
+        return None
+
+    def _trace(self, token: int, history: list[IntArray]) -> tuple[int, ...]:
+        """Walk back from a token to the one whose index arrived at it."""
+        tokens, wanted = [token], history[-1][token]
+        for reach in reversed(history[:-1]):
+            token = int(np.flatnonzero(self._sees(token) & (reach == wanted))[0])
+            tokens.append(token)
+        return tuple(int(self.order[token]) for token in tokens)
+
+    def _sees(self, token: int) -> BoolArray:
+        atoms, atom = self.atoms, self.atom[token]
+        seen = np.zeros(len(self.table), dtype=np.bool_)
+        seen[atoms.first_key[atom] : atoms.end[atom] if atoms.full[atom] else token + 1] = True
+        for other in atoms.right[atoms.left == atom]:
+            seen[atoms.start[other] : atoms.end[other]] = True
+        return seen

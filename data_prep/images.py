@@ -24,12 +24,13 @@ from data_prep.errors import UserError
 from data_prep.packs import FileEntry, sha256_file
 from data_prep.quarantine import BadSample
 
-FORMATS = ("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats that are read; others (EPS runs an interpreter) are never even tried."""
 STORE_FORMAT, STORE_VERSION = "mma-images", 1
 IMAGE_SCHEMA = pa.schema(
     [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
 )
+Image.init()  # Pillow registers some of these formats only on demand, and `open` looks them up by name
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline.masks.policies import Policy
+from pipeline.masks.policies import Policy, Unlock
 from pipeline.masks.sidecars import BoolArray, IntArray, TokenTable, run_first, run_starts
+
+PAIRS_PER_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,22 @@ def cut_atoms(policy: Policy, table: TokenTable, opens: BoolArray) -> Atoms:
     end = np.append(start[1:], len(table))
     heads = table[start]
     limit = heads.segment_end if policy.leaks else heads.commit
-    own = np.arange(len(start))
     last = (np.cumsum(starts) - 1)[limit]
-    left, right = np.repeat(own, last - own), expand(own + 1, last + 1)
-    unlocked = policy.unlock(heads[left], heads[right])
     full = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
-    return Atoms(start, end, first[start], full, left[unlocked], right[unlocked])
+    return Atoms(start, end, first[start], full, *_unlocked_pairs(policy.unlock, heads, last))
+
+
+def _unlocked_pairs(unlock: Unlock, heads: TokenTable, last: IntArray) -> tuple[IntArray, IntArray]:
+    """Return the pairs (atom, later atom up to ``last[atom]``) that are unlocked, evaluated in bounded batches."""
+    own = np.arange(len(last))
+    batch = np.cumsum(last - own) // PAIRS_PER_BATCH
+    lefts, rights = [], []
+    for atoms in np.split(own, np.flatnonzero(np.diff(batch)) + 1):
+        left, right = np.repeat(atoms, last[atoms] - atoms), expand(atoms + 1, last[atoms] + 1)
+        unlocked = unlock(heads[left], heads[right])
+        lefts.append(left[unlocked])
+        rights.append(right[unlocked])
+    return np.concatenate(lefts), np.concatenate(rights)
 
 
 def causal_order(policy: Policy, table: TokenTable) -> IntArray | None:

@@ -100,3 +100,9 @@ class LMHead(nn.Linear):
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """Return the summed loss of hidden[n, d] against labels int64[n]."""
         return linear_cross_entropy(hidden, self.weight, labels, scale=self.scale, softcap=self.softcap)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return all logits of hidden[..., d], at least fp32[..., V]; for inference on a few rows."""
+        raw = F.linear(hidden, self.weight)
+        logits = raw.to(torch.promote_types(raw.dtype, torch.float32)) * self.scale
+        return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -97,6 +97,11 @@ class Stage(nn.Module):
                 yield "lm_head", self.lm_head
 
     @property
+    def rotary(self) -> nn.Module:
+        """The family's rotary embedding, which has no parameters."""
+        return self._rotary[0]
+
+    @property
     def shares_head(self) -> bool:
         """Whether the head's weight is this stage's embedding."""
         return self.spec.tied and self.first and self.last
@@ -118,28 +123,24 @@ class Stage(nn.Module):
         Returns:
             Hidden states [1, T, D]; on the last stage the *sum* of the supervised tokens' losses, an fp32 scalar.
         """
-        hidden_1TD = self._embed(inputs) if hidden is None else hidden
-        hidden_1TD = self._decode(hidden_1TD, inputs)
+        hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs)
         if not self.last:
             return hidden_1TD
         supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
         hidden_ND = self.model.norm(hidden_1TD[0].index_select(0, supervised))
         return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
 
-    def _embed(self, inputs: StageInputs) -> torch.Tensor:
+    def embed(self, inputs: StageInputs) -> torch.Tensor:
+        """Return the token embeddings with image tokens in their places, [1, T, D]; first stage only."""
         embeds_1TD: torch.Tensor = self.model.embed_tokens(inputs.input_ids[None])
-        images_MD = self._image_tokens(inputs.pixels, embeds_1TD)
+        images_MD = self.image_tokens(inputs.pixels, embeds_1TD)
         if inputs.pixels is None:
             assert not len(inputs.image_positions), "image positions without pixels"
-            embeds_1TD = embeds_1TD + images_MD.sum() * 0.0
-        else:
-            embeds_1TD = embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
-        # Granite scales whatever enters its layers, images too.
-        multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
-        return embeds_1TD if multiplier is None else embeds_1TD * multiplier
+            return embeds_1TD + images_MD.sum() * 0.0
+        return embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
 
-    def _image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return image tokens [M, D], one run of the tower for all images.
+    def image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+        """Return image tokens [images * image_tokens, D] in the type of ``like``: one run of the tower for all images.
 
         Without images one blank image goes the same way: ZeRO-3 hangs when a rank leaves out a module.
         """
@@ -151,7 +152,11 @@ class Stage(nn.Module):
         patches_BPD = features_BPD[:, -self.spec.patches :]  # CLIP's first feature is its class token
         return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
 
-    def _decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs) -> torch.Tensor:
+    def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs) -> torch.Tensor:
+        """Run this stage's decoder layers, [1, T, D] -> [1, T, D]."""
+        multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
+        if self.first and multiplier is not None:  # Granite scales whatever enters its layers, images too
+            hidden_1TD = hidden_1TD * multiplier
         positions_1T = inputs.position_ids[None]
         rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
         for index, layer in self.model.layers.items():
@@ -171,7 +176,7 @@ class Stage(nn.Module):
 
     def _rotary_embeddings(self, hidden_1TD: torch.Tensor, positions_1T: torch.Tensor) -> dict[str, Any]:
         """Return (cos, sin) by layer type; families with one rotary embedding have the type ""."""
-        rotary = self._rotary[0].to(hidden_1TD.device)
+        rotary = self.rotary.to(hidden_1TD.device)
         kinds = {self._layer_type(int(index)) for index in self.model.layers}
         if not self._per_type:
             return {kind: rotary(hidden_1TD, positions_1T) for kind in kinds}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
+from data_prep.template import template_of
 from pipeline.config import TrainSection
 from pipeline.data.batches import BatchSource, StepBatch, to_device
 from pipeline.model.build import build_stage
@@ -206,7 +207,7 @@ def model_card(plan: Blueprint) -> dict[str, object]:
     return {
         "spec": plan.spec.to_dict(),
         "policy": plan.config.mask.policy,
-        "template": manifest.template,
+        "template": asdict(template_of(manifest)),
         "image_id": manifest.image_id,
         "pad_id": manifest.pad_id,
         "eos_ids": list(manifest.eos_ids),

@@ -133,7 +133,7 @@ def slow_loss(stage: Stage, model: PreTrainedModel, inputs: StageInputs, *, poli
     sidecars = inputs.plan.sidecars
     embeds = model.get_input_embeddings()(inputs.input_ids[None])[0]
     if inputs.pixels is not None:
-        images = stage._image_tokens(inputs.pixels, embeds)
+        images = stage.image_tokens(inputs.pixels, embeds)
         embeds = embeds.index_copy(0, inputs.image_positions, images)
     allowed = dense_mask(policy, sidecars)
     total = embeds.new_zeros(())

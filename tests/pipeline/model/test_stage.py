@@ -164,14 +164,14 @@ def test_images_are_put_where_their_positions_say() -> None:
     stage = whole_stage(tiny_spec())
     inputs = stage_inputs(random_sidecars(1, 3, padding=0), dtype=F32)
     assert inputs.pixels is not None
-    embeds = stage._embed(inputs)[0]
-    images = stage._image_tokens(inputs.pixels, embeds).unflatten(0, (-1, IMAGE_TOKENS))
+    embeds = stage.embed(inputs)[0]
+    images = stage.image_tokens(inputs.pixels, embeds).unflatten(0, (-1, IMAGE_TOKENS))
     for index in range(len(inputs.pixels)):
         assert torch.equal(embeds[inputs.plan.sidecars.instance == index], images[index])
 
 
 def test_casting_the_stage_keeps_rotary_frequencies_exact() -> None:
     stage: Stage = whole_stage(tiny_spec())
-    before = stage._rotary[0].inv_freq.clone()
+    before = stage.rotary.inv_freq.clone()
     stage.bfloat16()
-    assert stage._rotary[0].inv_freq.dtype == F32 and torch.equal(stage._rotary[0].inv_freq, before)
+    assert stage.rotary.inv_freq.dtype == F32 and torch.equal(stage.rotary.inv_freq, before)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -94,8 +94,11 @@ class RowCorpus(Corpus):
         """Return the row's id. Raises BadSample where it has none."""
 
     @abstractmethod
-    def read_row(self, row: Row, sample: str) -> Iterable[Example]:
-        """Return the examples of one row, whose ids begin with ``sample``. Raises BadSample where it is bad."""
+    def read_row(self, row: Row, sample: str) -> Iterable[Example | Reject]:
+        """Return what one row becomes; all ids begin with ``sample``. Raises BadSample where the row as a whole is bad.
+
+        A row of another split than the one asked for becomes nothing.
+        """
 
     def shards(self) -> Sequence[str]:
         """Return ``rows-00000000`` and so on, named by the first row of each slice."""
@@ -104,22 +107,22 @@ class RowCorpus(Corpus):
     def examples(self, shard: str) -> Iterator[Example | Reject]:
         """Yield what each row of the slice becomes."""
         first = int(shard.removeprefix("rows-"))
-        for number in range(first, min(first + self.rows_per_shard, len(self.rows))):
-            yield from self._row_outcome(number)
+        for number, row in enumerate(self.rows[first : first + self.rows_per_shard], first):
+            yield from self._row_outcome(number, row)
 
     @cached_property
     def rows(self) -> Sequence[object]:
         """All rows, read on first use and kept for the life of the process."""
         return self.read_rows()
 
-    def _row_outcome(self, number: int) -> Iterable[Example | Reject]:
+    def _row_outcome(self, number: int, value: object) -> Iterable[Example | Reject]:
         sample = f"row-{number}"
         try:
-            row = as_row(self.rows[number])
+            row = as_row(value)
             sample = self.row_id(row)
             if number in self._repeats:
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
-            return list(self.read_row(row, sample))
+            return list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
         except BadSample as problem:
             return [Reject(sample, problem.code, problem.detail)]
 
@@ -128,12 +131,20 @@ class RowCorpus(Corpus):
         """Numbers of the rows whose id an earlier row has: known to every shard without talking to the others."""
         seen: set[str] = set()
         repeats = set()
-        for number in range(len(self.rows)):
+        for number, value in enumerate(self.rows):
             try:
-                sample = self.row_id(as_row(self.rows[number]))
+                sample = self.row_id(as_row(value))
             except BadSample:
                 continue
             if sample in seen:
                 repeats.add(number)
             seen.add(sample)
         return frozenset(repeats)
+
+
+def attempt(sample: str, make: Callable[[], Example]) -> Example | Reject:
+    """Return one of the several examples of a row, or why it alone cannot be used."""
+    try:
+        return make()
+    except BadSample as problem:
+        return Reject(sample, problem.code, problem.detail)

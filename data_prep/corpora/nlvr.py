@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from data_prep.corpora.base import Malformed, RawFile, RawFolder, Row, RowCorpus
+from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
 from data_prep.corpora.fields import ask, key_text, require, slot, text
 from data_prep.corpora.tables import json_lines
 from data_prep.example import Example, ImageRef, Turn
@@ -46,37 +46,28 @@ class NLVR(RowCorpus):
     """The words for a true and for a false sentence."""
 
     def read_rows(self) -> Sequence[object]:
-        """Return the lines whose picture lies in the groups asked for, and those that do not say."""
-        return [row for row in json_lines(self.root / self.sentences) if self._wanted(row)]
-
-    def _wanted(self, row: object) -> bool:
-        identifier = row.get("identifier") if isinstance(row, Mapping) else None
-        path = self._by_name.get(self._file_name(str(identifier), 0))
-        if isinstance(row, Malformed) or path is None:
-            return True  # kept here so that it is counted as rejected
-        group = path.parent.name
-        return group not in self.exclude_groups and (self.groups is None or group in self.groups)
+        """Index the lines."""
+        return json_lines(self.root / self.sentences)
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
         """Where each image lies, by its file name."""
         return {path.name: path for path in sorted((self.root / self.images).glob("*/*.png")) if not path.is_symlink()}
 
-    def _file_name(self, identifier: str, permutation: int) -> str:
-        return f"{self.sentences.stem}-{identifier}-{permutation}.png"
-
     def row_id(self, row: Row) -> str:
         """Return the identifier ``n-m``."""
         return key_text(row, "identifier")
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
-        """Return one example for each picture used."""
-        names = [self._file_name(sample, permutation) for permutation in range(self.permutations)]
-        for permutation, name in enumerate(names):
+        """Return one example for each picture used; none where the pictures lie in another group."""
+        for permutation in range(self.permutations):
+            name = f"{self.sentences.stem}-{sample}-{permutation}.png"
             if name not in self._by_name:
                 raise BadSample("missing-image", f"no {name} in any folder of {self.images}")
-            image = ImageRef(name, path=self._by_name[name])
-            yield self._example(row, f"{sample}-{permutation}", image)
+            path = self._by_name[name]
+            group = path.parent.name
+            if group not in self.exclude_groups and (self.groups is None or group in self.groups):
+                yield self._example(row, f"{sample}-{permutation}", ImageRef(name, path=path))
 
     def _example(self, row: Row, sample: str, image: ImageRef) -> Example:
         if self.task == "caption":

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -16,9 +16,10 @@ from data_prep.corpora.base import Malformed
 from data_prep.errors import UserError
 
 CHUNK_BYTES = 1 << 20
-_OPENING = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*\[")
+_BEFORE = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*")  # a byte order mark, as latin-1 reads it
 _BETWEEN = re.compile(r"[ \t\r\n,]*")
-_DELIMITER = re.compile(r"[ \t\r\n]*[,\]]")
+_COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
+_DELIMITER = re.compile(r"[ \t\r\n]*[,\]}]")
 
 
 def load_json(path: Path) -> Any:
@@ -39,19 +40,13 @@ def load_list(path: Path, key: str) -> list[Any]:
     return rows
 
 
-def load_dict(path: Path) -> dict[str, Any]:
-    """Return a JSON file's top-level object. Raises UserError where it is anything else."""
-    content = load_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected an object of samples by id; is this the right file?")
-    return content
-
-
 class Spans(Sequence[object]):
     """Rows that are read from their place in the file when asked for: memory is 16 bytes a row."""
 
-    def __init__(self, path: Path, spans: Iterator[tuple[int, int]]) -> None:
+    def __init__(self, path: Path, spans: Iterator[tuple[int, int]], *, members: bool = False) -> None:
+        """Take ``(start, size)`` in bytes of every row; ``members`` are ``"key": value`` pairs of an object."""
         self._path = path
+        self._braces = ("{", "}") if members else ("", "")
         self._starts, self._sizes = array("q"), array("q")
         for start, size in spans:
             self._starts.append(start)
@@ -60,6 +55,9 @@ class Spans(Sequence[object]):
     def __len__(self) -> int:
         return len(self._starts)
 
+    def __iter__(self) -> Iterator[object]:
+        return self._read(range(len(self)))
+
     @overload
     def __getitem__(self, number: int) -> object: ...
     @overload
@@ -67,12 +65,19 @@ class Spans(Sequence[object]):
     def __getitem__(self, number: int | slice) -> object:
         """Return the parsed row, or ``Malformed`` where it is not JSON."""
         if isinstance(number, slice):
-            return [self[each] for each in range(*number.indices(len(self)))]
+            return list(self._read(range(*number.indices(len(self)))))
+        return next(self._read(range(len(self))[number : number + 1 or None]))
+
+    def _read(self, numbers: Iterable[int]) -> Iterator[object]:
         with self._path.open("rb") as file:
-            file.seek(self._starts[number])
-            raw = file.read(self._sizes[number])
+            for number in numbers:
+                file.seek(self._starts[number])
+                yield self._parse(file.read(self._sizes[number]))
+
+    def _parse(self, raw: bytes) -> object:
+        before, after = self._braces
         try:
-            return json.loads(raw.decode(errors="surrogateescape"))
+            return json.loads(before + raw.decode(errors="surrogateescape") + after)
         except (ValueError, RecursionError) as problem:
             return Malformed(str(problem))
 
@@ -97,25 +102,39 @@ def json_array(path: Path) -> Spans:
     Raises:
         UserError: the top level is not a list, or the file is not JSON.
     """
-    return Spans(path, _elements(path))
+    return Spans(path, _elements(path, (_DELIMITER,), "[]"))
 
 
-def _elements(path: Path) -> Iterator[tuple[int, int]]:
-    """Find where each element of a top-level list lies, holding little more than one element in memory."""
+def json_members(path: Path) -> Spans:
+    """Return the members of a JSON file's top-level object as rows ``{key: value}``, however large the file is.
+
+    Raises:
+        UserError: the top level is not an object, or the file is not JSON.
+    """
+    return Spans(path, _elements(path, (_COLON, _DELIMITER), "{}"), members=True)
+
+
+def _elements(path: Path, followers: Sequence[re.Pattern[str]], brackets: str) -> Iterator[tuple[int, int]]:
+    """Find where each element of the top level lies, holding little more than one element in memory.
+
+    ``followers`` say what must follow each JSON value of an element: a colon after a key, a delimiter after the last.
+    """
+    opening, closing = brackets[0], brackets[1]
     decoder = json.JSONDecoder()
     # In latin-1 a character is a byte, so offsets in the text are offsets in the file; JSON's own marks are ASCII.
     with path.open(encoding="latin-1", newline="") as file:
         buffer, base = file.read(CHUNK_BYTES), 0
-        opening = _OPENING.match(buffer)
-        if opening is None:
-            raise UserError(f"{path}: expected a JSON list at the top level; is this the right file?")
-        at = opening.end()
+        at = len(_BEFORE.match(buffer)[0])  # type: ignore[index]  # matches the empty string too
+        if not buffer.startswith(opening, at):
+            what = "list" if opening == "[" else "object"
+            raise UserError(f"{path}: expected a JSON {what} at the top level; is this the right file?")
+        at += 1
         while True:
-            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]  # matches the empty string too
-            if buffer.startswith("]", at):
+            at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]
+            if buffer.startswith(closing, at):
                 return
-            end = _end_of_value(decoder, buffer, at)
-            if end < len(buffer):
+            end = _end_of_element(decoder, buffer, at, followers)
+            if end is not None:
                 yield base + at, end - at
                 at = end
                 continue
@@ -125,11 +144,21 @@ def _elements(path: Path) -> Iterator[tuple[int, int]]:
             buffer, base, at = buffer[at:] + more, base + at, 0
 
 
-def _end_of_value(decoder: json.JSONDecoder, buffer: str, at: int) -> int:
-    """Return where the value at ``at`` ends, or the buffer's length where it may go on beyond."""
-    try:
-        end = decoder.raw_decode(buffer, at)[1]
-    except (ValueError, RecursionError):
-        return len(buffer)
-    # A value is whole only when its delimiter is in sight: "0." at the buffer's edge begins with a complete "0".
-    return end if _DELIMITER.match(buffer, end) else len(buffer)
+def _end_of_element(
+    decoder: json.JSONDecoder, buffer: str, at: int, followers: Sequence[re.Pattern[str]]
+) -> int | None:
+    """Return where the element at ``at`` ends, or None where it may go on beyond the buffer.
+
+    An element is whole only when what must follow is in sight: ``0.`` at the buffer's edge begins with a whole ``0``.
+    """
+    end = at
+    for follower in followers:
+        try:
+            end = decoder.raw_decode(buffer, at)[1]
+        except (ValueError, RecursionError):
+            return None
+        after = follower.match(buffer, end)
+        if after is None:
+            return None
+        at = after.end()
+    return end

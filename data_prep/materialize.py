@@ -39,6 +39,8 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.workers import Team
 from data_prep.workspace import Unit, Workspace, digest
 
+ROWS_VERSION = 1
+"""Raised whenever the same plan would become other rows or markers."""
 FILE_BYTES = 32 << 20
 """Size of a row file: small enough to spread over workers, large enough to be few."""
 _BYTES_PER_TOKEN = 14
@@ -100,7 +102,15 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Store) -> lis
     folder = space.packs(name)
     plan = Plan.load(plan_path(folder))
     units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
-    key = digest([plan.sha256, ImageStore(ready.images).identity, ready.tokenizer_sha256, space.recipe.image_tokens])
+    key = digest(
+        [
+            ROWS_VERSION,
+            plan.sha256,
+            ImageStore(ready.images).identity,
+            ready.tokenizer_sha256,
+            space.recipe.image_tokens,
+        ]
+    )
     context = {
         "units": [[unit.corpus, unit.shard, str(unit.folder)] for unit in units],
         "store": ready.images.name,
@@ -146,6 +156,7 @@ def write_row_file(job: RowFileJob) -> None:
     counts = {
         "targets": sum(row.n_target for row in rows),
         "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
+        "images": sum(len(row.image_row) for row in rows),
         "images": sum(len(row.image_row) for row in rows),
         "max_images": max(len(row.image_row) for row in rows),
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
@@ -221,7 +232,7 @@ def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files
     tokenizer, plan = Tokenizer.load(folder / "tokenizer"), Plan.load(plan_path(folder))
     store, template = ImageStore(ready.images), pack.to_template()
     rows = [FileEntry(**entry["file"]) for entry in files]
-    targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
+    targets, tokens, images = (sum(entry[key] for entry in files) for key in ("targets", "tokens", "images"))
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
     corpora = {
@@ -236,6 +247,7 @@ def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files
         tokens=tokens,
         image_tokens=recipe.image_tokens,
         images=sum(entry["images"] for entry in files),
+        images=images,
         max_images=max(entry["max_images"] for entry in files),
         max_segment_tokens=max(entry["max_segment_tokens"] for entry in files),
         vocab_size=len(tokenizer),

@@ -187,7 +187,7 @@ class Tokenizer:
         self._tokens = dict(tokens)
         self._companions = dict(companions)
         self._size = backend.size()
-        self._reserved = {**backend.reserved(), **{index: name for name, index in tokens.items()}}
+        self._reserved = {**{index: name for name, index in tokens.items()}, **backend.reserved()}
         self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
         self._ordinary = functools.lru_cache(maxsize=1 << 14)(self._encode_ordinary)
         self.pad_id = self._tokens[PAD]

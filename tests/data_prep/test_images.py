@@ -1,0 +1,129 @@
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_prep.errors import UserError
+from data_prep.images import BadImage, ImageStore, decode_rgb
+from tests.data_prep.raw import make_recipe, png, prepare, write_world
+
+W, H = 6, 4
+
+
+def encode(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def flat(mode: str, value: object) -> Image.Image:
+    return Image.new(mode, (W, H), value)
+
+
+def sixteen_bit(value: int) -> bytes:
+    return encode(Image.fromarray(np.full((H, W), value, dtype=np.uint16)))
+
+
+def palette_with_hole() -> bytes:
+    image = Image.new("P", (W, H), 0)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    return encode(image, transparency=0)
+
+
+def rotated() -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees
+    return encode(flat("RGB", (9, 9, 9)), "JPEG", exif=exif)
+
+
+def animation(kind: str) -> bytes:
+    frames = [flat("RGB", (255, 0, 0)), flat("RGB", (0, 0, 255))]
+    return encode(
+        frames[0], kind, save_all=True, append_images=frames[1:], **({"lossless": True} if kind == "WEBP" else {})
+    )
+
+
+GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], tuple[int, int]]] = {
+    "rgb": (lambda: encode(flat("RGB", (10, 20, 30))), (10, 20, 30), (W, H)),
+    "grey": (lambda: encode(flat("L", 77)), (77, 77, 77), (W, H)),
+    "one-bit": (lambda: encode(flat("1", 1)), (255, 255, 255), (W, H)),
+    "16-bit is scaled": (lambda: sixteen_bit(128 * 257), (128, 128, 128), (W, H)),
+    "16-bit dark stays dark": (lambda: sixteen_bit(300), (1, 1, 1), (W, H)),
+    "clear pixels are white": (lambda: encode(flat("RGBA", (255, 0, 0, 0))), (255, 255, 255), (W, H)),
+    "half clear": (lambda: encode(flat("RGBA", (0, 0, 0, 128))), (127, 127, 127), (W, H)),
+    "grey with alpha": (lambda: encode(flat("LA", (0, 0))), (255, 255, 255), (W, H)),
+    "palette with a hole": (palette_with_hole, (255, 255, 255), (W, H)),
+    "cmyk": (lambda: encode(flat("CMYK", (0, 0, 0, 255)), "JPEG"), (0, 0, 0), (W, H)),
+    "exif rotation": (rotated, (9, 9, 9), (H, W)),
+    "gif first frame": (lambda: animation("GIF"), (255, 0, 0), (W, H)),
+    "webp first frame": (lambda: animation("WEBP"), (255, 0, 0), (W, H)),
+    "tiff": (lambda: encode(flat("RGB", (1, 2, 3)), "TIFF"), (1, 2, 3), (W, H)),
+}
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_pixel_format_becomes_upright_rgb(name: str) -> None:
+    make, colour, size = GOOD[name]
+    image = decode_rgb(make())
+    assert (image.mode, image.size) == ("RGB", size)
+    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
+
+
+def noise(kind: str) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return encode(Image.fromarray(pixels), kind)
+
+
+BAD: dict[str, tuple[Callable[[], bytes], str]] = {
+    "empty": (lambda: b"", "empty-file"),
+    "html": (lambda: b"<html><body>404</body></html>", "not-an-image"),
+    "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
+    "truncated jpeg": (lambda: noise("JPEG")[:-400], "broken-image"),
+    "truncated png": (lambda: noise("PNG")[:-4000], "broken-image"),
+    "one pixel": (lambda: encode(Image.new("RGB", (1, 1))), "tiny-image"),
+    "float": (lambda: encode(flat("F", 0.5), "TIFF"), "odd-pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_unusable_bytes_are_refused_with_their_code(name: str) -> None:
+    make, code = BAD[name]
+    with pytest.raises(BadImage) as caught:
+        decode_rgb(make())
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize("factor", [1.5, 3.0], ids=["warned about", "refused by Pillow"])
+def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    data = png(1, (40, 40))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(1600 / factor))
+    with pytest.raises(BadImage, match="image-bomb"):
+        decode_rgb(data)
+
+
+def test_decoding_leaves_the_callers_warning_filters_alone() -> None:
+    before = list(warnings.filters)
+    decode_rgb(png(1))
+    assert warnings.filters == before
+
+
+def test_the_store_keeps_each_image_once_with_its_bytes(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    prepare(make_recipe(tmp_path))
+    store = ImageStore(next((tmp_path / "out" / "images").iterdir()))
+    data = [store.read(row) for row in range(len(store))]
+    drawn = {png(seed) for seed in (*(key for key in range(60) if key % 10), 7, *(n for n in range(30) if n % 5))}
+    assert set(data) == drawn and len(data) == len(drawn)
+    assert {store.size(row) for row in range(len(store))} == {(8, 6)}
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.sha256(3) == store.sha256(3)
+    store.verify()
+    shard = store.directory / store.shards[0].name
+    shard.write_bytes(shard.read_bytes().replace(data[0], data[0][::-1]))
+    with pytest.raises(UserError, match=r"images-00000.arrow: differs"):
+        store.verify()

@@ -1,0 +1,130 @@
+"""Exports a checkpoint as one self-contained folder of safetensors: ``mma export RUN OUT``.
+
+The folder holds ``config.json`` (see `pipeline.serving.card`), ``model-00001-of-000NN.safetensors`` with their index,
+and ``tokenizer/``. It appears whole or not at all, and no more than one shard is in memory at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from data_prep.errors import UserError
+from data_prep.tokenizer import Tokenizer
+from pipeline.model.weights import INDEX, global_shapes
+from pipeline.serving.card import CONFIG, ModelCard
+
+SHARD_BYTES = 4 << 30
+
+
+class SavedModel(Protocol):
+    """What an export is made from: a checkpoint, read one parameter at a time."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """What the checkpoint says of its model."""
+        ...
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (global name, whole parameter)."""
+        ...
+
+
+def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
+    """Export the newest checkpoint of a run folder, or one checkpoint folder; see :func:`export`."""
+    from pipeline.training.checkpoint import open_checkpoint  # loads DeepSpeed, which nothing else here needs
+
+    checkpoint = open_checkpoint(run)
+    return export(checkpoint, out, dtype=dtype, step=checkpoint.manifest.step)
+
+
+def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int = 0) -> Path:
+    """Write a checkpoint's model to the folder ``out``.
+
+    Args:
+        saved: the checkpoint.
+        out: a folder that does not exist yet.
+        dtype: ``bfloat16``, ``float32``, or ``auto`` for the type the model was trained in.
+        step: optimizer steps it has seen, for the record.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder exists, the tokenizer is gone, or the checkpoint lacks a parameter.
+    """
+    out = Path(out)
+    if out.exists():
+        raise UserError(f"{out} exists: give a new folder, or remove it first")
+    card = ModelCard.from_meta(saved.meta, step=step)
+    card = card if dtype == "auto" else replace(card, dtype=dtype)
+    tokenizer = Tokenizer.load(saved.meta["tokenizer"])
+    hidden = out.with_name(f".{out.name}.tmp")
+    shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
+    try:
+        _write_weights(card, _checked(card, saved), hidden)
+        tokenizer.save(hidden / card.tokenizer)
+        _write_json(hidden / CONFIG, card.to_config())
+        hidden.rename(out)
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return out
+
+
+def _checked(card: ModelCard, saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Pass on the parameters the model has; the second copy of a tied head is dropped."""
+    missing = dict(global_shapes(card.spec))
+    for name, tensor in saved.parameters():
+        if card.spec.tied and name == "lm_head.weight":
+            continue
+        if missing.pop(name, None) != tuple(tensor.shape):
+            raise UserError(f"the checkpoint's {name} of shape {list(tensor.shape)} is not of the model it describes")
+        yield name, tensor
+    if missing:
+        raise UserError(f"the checkpoint lacks {len(missing)} parameters ({', '.join(sorted(missing)[:3])}, ...)")
+
+
+def _write_weights(card: ModelCard, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+    """Write shards of at most ``SHARD_BYTES`` as they fill, then name them and index them."""
+    shards: list[list[str]] = []
+    waiting: dict[str, torch.Tensor] = {}
+    total = 0
+
+    def flush() -> None:
+        save_file(waiting, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+        _sync(folder / f"shard-{len(shards)}")
+        shards.append(list(waiting))
+        waiting.clear()
+
+    for name, tensor in parameters:
+        size = tensor.numel() * card.torch_dtype.itemsize
+        if waiting and sum(x.nbytes for x in waiting.values()) + size > SHARD_BYTES:
+            flush()
+        waiting[name] = tensor.to(card.torch_dtype).contiguous()
+        total += size
+    flush()
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"shard-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,202 @@
+"""A trained model, loaded from an export: asks it questions, or scores conversations with the training mask."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import PreTrainedModel
+
+from data_prep.errors import UserError
+from data_prep.example import ImageRef, Turn
+from data_prep.images import BadImage, decode_rgb
+from data_prep.template import Template
+from data_prep.tokenizer import Encoded, Tokenizer
+from pipeline.attention import build_plan
+from pipeline.masks import Policy, Sidecars, get_policy, position_ids
+from pipeline.model.build import build_stage
+from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.spec import ModelSpec
+from pipeline.model.stage import Stage
+from pipeline.model.weights import WeightSource
+from pipeline.serving.card import ModelCard
+from pipeline.serving.prefill import PromptBatch, generating_class
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation up to where the model speaks: ids with sidecars, and its images in reading order."""
+
+    encoded: Encoded
+    images: tuple[Image.Image, ...] = ()
+
+    @property
+    def sidecars(self) -> Sidecars:
+        """Sidecars of the prompt as one segment."""
+        columns = {
+            name: torch.from_numpy(getattr(self.encoded, name).astype(np.int64))
+            for name in ("modality", "instance", "generated")
+        }
+        return Sidecars(segment=torch.ones(len(self.encoded), dtype=torch.long), **columns)
+
+
+class MultimodalModel:
+    """An exported model with its tokenizer, template and mask policy; made by :func:`load_model`."""
+
+    def __init__(self, card: ModelCard, stage: Stage, tokenizer: Tokenizer) -> None:
+        """Join the parts; ``stage`` is the whole model as one stage."""
+        self.card, self.tokenizer = card, tokenizer
+        self.spec: ModelSpec = stage.spec
+        self.template: Template = card.template
+        self.policy: Policy = get_policy(card.policy, allow_leak=True, grid=self.spec.mask_grid)
+        self._stage = stage.eval()
+        self._llm = _generator(stage)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self._stage.parameters()).device
+
+    def prompt(self, turns: Sequence[Turn]) -> Prompt:
+        """Write a conversation as training wrote it, up to and including the assistant's header.
+
+        Earlier assistant turns are kept as history. Raises UserError for an image that cannot be read.
+        """
+        asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
+        images = [part for turn in asked for part in turn.parts if not isinstance(part, str)]
+        encoded = self.tokenizer.encode(self.template.prompt_pieces(turns), self.spec.image_tokens)
+        return Prompt(encoded, tuple(_decode(image) for image in images))
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Return what the language model reads of images: [n, image_tokens, width]."""
+        pixels = self.spec.preprocess.batch(images).to(self.device)
+        like = next(self._stage.connector.parameters())
+        return self._stage.image_tokens(pixels, like).view(len(images), self.spec.image_tokens, self.spec.width)
+
+    @torch.inference_mode()
+    def logits(self, prompt: Prompt) -> torch.Tensor:
+        """Return the logits after every token, at least fp32[T, V]: one full forward pass under the training mask."""
+        inputs = self._inputs(prompt)
+        hidden = self._stage.decode(self._stage.embed(inputs), inputs)
+        return self._stage.lm_head.logits(self._stage.model.norm(hidden))[0]
+
+    @torch.inference_mode()
+    def generate_ids(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> Any:
+        """Continue prompts together through the library's ``generate`` (greedy unless ``options`` say otherwise).
+
+        Args:
+            prompts: of any lengths; they are padded on the left.
+            max_new_tokens: most tokens to generate for each.
+            options: of transformers' ``generate``: ``num_beams``, ``do_sample``, ``return_dict_in_generate``, ...
+
+        Returns:
+            What ``generate`` returns: int64[B, new tokens], without the prompts.
+
+        Raises:
+            UserError: a prompt is longer than the model's positions or its sliding window allow.
+        """
+        for prompt in prompts:
+            self._check_length(len(prompt.encoded), max_new_tokens)
+        embeds = [(prompt.sidecars, self._stage.embed(self._inputs(prompt))[0]) for prompt in prompts]
+        batch = PromptBatch.of(self.policy, embeds)
+        options = {"do_sample": False, "eos_token_id": list(self.card.eos_ids), **options}
+        return self._llm.generate(
+            inputs_embeds=batch.embeds,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            prefill_mask=batch.prefill_mask,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=self.card.pad_id,
+            **options,
+        )
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Return the answers to prompts as text; arguments as :meth:`generate_ids`."""
+        if not prompts:
+            return []
+        rows = self.generate_ids(prompts, max_new_tokens=max_new_tokens, **options)
+        return [self.answer_text(row.tolist()) for row in rows]
+
+    def answer_text(self, ids: Sequence[int]) -> str:
+        """Decode generated ids up to the first end token."""
+        ends = [place for place, index in enumerate(ids) if index in self.card.eos_ids]
+        return self.tokenizer.decode(ids[: ends[0]] if ends else ids).strip()
+
+    def _inputs(self, prompt: Prompt) -> StageInputs:
+        sidecars, device = prompt.sidecars, self.device
+        ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
+        pixels = self.spec.preprocess.batch(prompt.images).to(device) if prompt.images else None
+        return StageInputs(
+            input_ids=ids,
+            position_ids=position_ids(sidecars, self.policy.grid).to(device),
+            plan=build_plan(self.policy, sidecars).to(device),
+            labels=torch.full_like(ids, IGNORE),
+            image_positions=(sidecars.instance >= 0).nonzero().squeeze(1).to(device),
+            pixels=pixels,
+        )
+
+    def _check_length(self, tokens: int, new: int) -> None:
+        limit, window = self.spec.longest_segment, getattr(self.spec.llm, "sliding_window", None)
+        if limit is not None and tokens + new > limit:
+            raise UserError(
+                f"the conversation takes {tokens} tokens, with the answer's {new} more than the model's {limit}: "
+                "drop early turns or images, or ask for fewer new tokens"
+            )
+        if window is not None and tokens > window:
+            raise UserError(
+                f"the conversation takes {tokens} tokens, more than the {window} a layer's sliding window can mask "
+                "as in training: drop early turns or images"
+            )
+
+
+def load_model(
+    directory: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> MultimodalModel:
+    """Load an export folder.
+
+    Args:
+        directory: made by ``mma export``.
+        device: where the model runs.
+        dtype: type of the weights; default: the type they were exported in.
+
+    Raises:
+        UserError: the folder is not an export, or its files do not belong together.
+    """
+    card = ModelCard.load(directory)
+    spec = card.spec
+    stage = build_stage(
+        spec,
+        layers=range(spec.layers),
+        first=True,
+        last=True,
+        dtype=dtype or card.torch_dtype,
+        device=device,
+        seed=0,
+        source=WeightSource.open_export(spec, directory),
+    )
+    return MultimodalModel(card, stage.requires_grad_(False), Tokenizer.load(Path(directory) / card.tokenizer))
+
+
+def _decode(image: ImageRef) -> Image.Image:
+    try:
+        return decode_rgb(image.read())
+    except (OSError, BadImage) as error:
+        raise UserError(f"image {image.name} cannot be read: {error}") from error
+
+
+def _generator(stage: Stage) -> PreTrainedModel:
+    """Return the family's own language model, able to prefill with a mask, around the stage's modules."""
+    with torch.device("meta"):
+        llm = generating_class(type(stage.spec.llm))(stage.spec.llm)
+    llm.model.embed_tokens, llm.model.norm = stage.model.embed_tokens, stage.model.norm
+    llm.model.layers = nn.ModuleList(stage.model.layers.values())
+    llm.model.rotary_emb = stage.rotary.to(stage.lm_head.weight.device)
+    llm.lm_head.weight = stage.lm_head.weight
+    return llm.eval()

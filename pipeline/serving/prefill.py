@@ -1,0 +1,75 @@
+"""``generate`` with the training mask: the prompt is read in one pass under it, then decoding is causal and cached.
+
+With a commit-respecting policy (see `pipeline.masks`) this computes exactly what training computed: a generated token
+sees everything before it, and no given token ever sees past the end of its own given run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
+
+
+class PrefillMask:
+    """Mixin of a causal language model: ``generate(..., prefill_mask=bool[B, 1, P, P])`` masks the prompt with it."""
+
+    config: Any
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool = False, prefill_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Put the mask in place of the library's on the pass that reads the prompt, and only there."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration or prefill_mask is None:
+            return inputs
+        keys = prefill_mask.shape[-1]
+        past = inputs.get("past_key_values")
+        if past is not None:  # a static cache has its final length from the start
+            keys = past.get_mask_sizes(prefill_mask.shape[-2], 0)[0]
+        mask = F.pad(prefill_mask, (0, keys - prefill_mask.shape[-1]))
+        kinds = getattr(self.config, "layer_types", None)
+        return {**inputs, "attention_mask": dict.fromkeys(kinds, mask) if kinds else mask}
+
+
+def generating_class(config_class: type) -> type[PreTrainedModel]:
+    """Return the family's own causal language model with :class:`PrefillMask` mixed in."""
+    family = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
+    return type(family.__name__, (PrefillMask, family), {})
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts of different lengths, padded on the left to P tokens."""
+
+    embeds: torch.Tensor
+    """[B, P, D]; zeros where padded."""
+    attention_mask: torch.Tensor
+    """int64[B, P]; 0 where padded."""
+    position_ids: torch.Tensor
+    """int64[B, P]; 0 where padded."""
+    prefill_mask: torch.Tensor
+    """bool[B, 1, P, P]; a padded row sees itself, so that no softmax is empty."""
+
+    @classmethod
+    def of(cls, policy: Policy, prompts: Sequence[tuple[Sidecars, torch.Tensor]]) -> PromptBatch:
+        """Lay out prompts, each given by its sidecars (length T) and embeddings [T, D]."""
+        longest = max(len(sidecars) for sidecars, _ in prompts)
+        embeds, real, positions, masks = [], [], [], []
+        for sidecars, embeds_TD in prompts:
+            gap, device = longest - len(sidecars), embeds_TD.device
+            embeds.append(F.pad(embeds_TD, (0, 0, gap, 0)))
+            real.append(F.pad(torch.ones(len(sidecars), dtype=torch.long, device=device), (gap, 0)))
+            positions.append(F.pad(position_ids(sidecars, policy.grid).to(device), (gap, 0)))
+            allowed = F.pad(dense_mask(policy, sidecars).to(device), (gap, 0, gap, 0))
+            masks.append(allowed | torch.eye(longest, dtype=torch.bool, device=device))
+        return cls(torch.stack(embeds), torch.stack(real), torch.stack(positions), torch.stack(masks)[:, None])

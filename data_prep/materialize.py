@@ -157,7 +157,6 @@ def write_row_file(job: RowFileJob) -> None:
         "targets": sum(row.n_target for row in rows),
         "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
         "images": sum(len(row.image_row) for row in rows),
-        "images": sum(len(row.image_row) for row in rows),
         "max_images": max(len(row.image_row) for row in rows),
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
     }
@@ -232,7 +231,7 @@ def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files
     tokenizer, plan = Tokenizer.load(folder / "tokenizer"), Plan.load(plan_path(folder))
     store, template = ImageStore(ready.images), pack.to_template()
     rows = [FileEntry(**entry["file"]) for entry in files]
-    targets, tokens, images = (sum(entry[key] for entry in files) for key in ("targets", "tokens", "images"))
+    targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
     corpora = {
@@ -247,7 +246,6 @@ def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files
         tokens=tokens,
         image_tokens=recipe.image_tokens,
         images=sum(entry["images"] for entry in files),
-        images=images,
         max_images=max(entry["max_images"] for entry in files),
         max_segment_tokens=max(entry["max_segment_tokens"] for entry in files),
         vocab_size=len(tokenizer),

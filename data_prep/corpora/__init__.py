@@ -9,11 +9,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
+from data_prep.corpora.gqa import GQA
 from data_prep.corpora.llava import LLaVA
 from data_prep.corpora.nlvr import NLVR
+from data_prep.corpora.ocrvqa import OCRVQA
 from data_prep.corpora.refcoco import RefCOCO
+from data_prep.corpora.scienceqa import ScienceQA
+from data_prep.corpora.visual_genome import VisualGenome
 from data_prep.corpora.vqav2 import VQAv2
+from data_prep.corpora.vsr import VSR
 from data_prep.corpora.webdataset import WebDataset
 from data_prep.errors import UserError, did_you_mean
 
@@ -21,10 +27,16 @@ __all__ = ["CORPORA", "Corpus", "build_corpus"]
 
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
+        "aokvqa": AOKVQA,
+        "gqa": GQA,
         "llava": LLaVA,
         "nlvr": NLVR,
+        "ocrvqa": OCRVQA,
         "refcoco": RefCOCO,
+        "scienceqa": ScienceQA,
+        "visual_genome": VisualGenome,
         "vqav2": VQAv2,
+        "vsr": VSR,
         "webdataset": WebDataset,
     }
 )

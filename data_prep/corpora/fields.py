@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pydantic import AfterValidator
 
-from data_prep.corpora.base import Row
+from data_prep.corpora.base import Row, as_row
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
 
@@ -27,6 +27,12 @@ def require(row: Row, key: str, *kinds: type) -> Any:
 def key_text(row: Row, key: str) -> str:
     """Return an id, which formats write as a number or as text. Raises BadSample (missing-key, bad-encoding)."""
     return clean(str(require(row, key, str, int)), key)
+
+
+def member(row: Row) -> tuple[str, Row]:
+    """Return the key and the object of a row ``{key: object}``. Raises BadSample: missing-key, bad-encoding."""
+    [(key, value)] = row.items()
+    return clean(key, "key"), as_row(value)
 
 
 def text(row: Row, key: str, empty: str = "empty-text") -> str:

@@ -66,7 +66,7 @@ class Spans(Sequence[object]):
         """Return the parsed row, or ``Malformed`` where it is not JSON."""
         if isinstance(number, slice):
             return list(self._read(range(*number.indices(len(self)))))
-        return next(self._read(range(len(self))[number : number + 1 or None]))
+        return next(self._read([range(len(self))[number]]))
 
     def _read(self, numbers: Iterable[int]) -> Iterator[object]:
         with self._path.open("rb") as file:

@@ -30,7 +30,18 @@ GOLDENS = [
     ),
     pytest.param("vqav2", "vqav2", {}, "golden", id="vqav2"),
     pytest.param("refcoco", "refcoco", {"direction": "both"}, "golden", id="refcoco"),
+    pytest.param(
+        "refcoco", "refcoco", {"annotations": "finetune_refcocog_train.json"}, "golden_refcocog", id="refcocog"
+    ),
     pytest.param("llava", "llava", {}, "golden", id="llava"),
+    pytest.param("gqa", "gqa", {}, "golden", id="gqa"),
+    pytest.param("vsr", "vsr", {}, "golden", id="vsr"),
+    pytest.param("ocrvqa", "ocrvqa", {}, "golden", id="ocrvqa"),
+    pytest.param("aokvqa", "aokvqa", {}, "golden", id="aokvqa"),
+    pytest.param("aokvqa", "aokvqa", {"shuffle": False}, "golden_in_order", id="aokvqa-in-order"),
+    pytest.param("scienceqa", "scienceqa", {}, "golden", id="scienceqa"),
+    pytest.param("scienceqa", "scienceqa", {"only_images": True}, "golden_only_images", id="scienceqa-images"),
+    pytest.param("visual_genome", "visual_genome", {}, "golden", id="visual-genome"),
     pytest.param("nlvr", "nlvr", {"permutations": 2}, "golden_verify", id="nlvr-verify"),
     pytest.param("nlvr", "nlvr", {"task": "caption"}, "golden_caption", id="nlvr-caption"),
 ]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from string import ascii_uppercase
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from data_prep.corpora import tables
 from data_prep.corpora.base import Malformed
+from data_prep.corpora.choices import Options, shuffled
 from data_prep.corpora.fields import find_image, normalised_box
 from data_prep.errors import UserError
 from data_prep.quarantine import BadSample
@@ -45,6 +48,37 @@ def test_a_streamed_list_equals_the_parsed_one(
 
 
 @IN_A_TMP_PATH
+@given(
+    members=st.dictionaries(st.text(max_size=6), VALUES, max_size=6),
+    indent=st.sampled_from([None, 1]),
+    ascii_only=st.booleans(),
+    chunk=st.integers(24, 64),
+)
+def test_streamed_members_equal_the_parsed_object(
+    members: dict[str, Any], indent: int | None, ascii_only: bool, chunk: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "members.json"
+    path.write_text(json.dumps(members, indent=indent, ensure_ascii=ascii_only), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "CHUNK_BYTES", chunk)
+        streamed = list(tables.json_members(path))
+    assert streamed == [{key: value} for key, value in members.items()]
+
+
+@IN_A_TMP_PATH
+@given(rows=st.lists(VALUES, min_size=1, max_size=6), data=st.data())
+def test_rows_are_reached_by_number_and_by_slice(rows: list[Any], data: st.DataObject, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows))
+    table = tables.json_array(path)
+    number = data.draw(st.integers(-len(rows), len(rows) - 1))
+    part = data.draw(st.slices(len(rows)))
+    assert len(table) == len(rows)
+    assert table[number] == rows[number]
+    assert table[part] == rows[part]
+
+
+@IN_A_TMP_PATH
 @given(rows=st.lists(VALUES, max_size=6), end=st.sampled_from(["\n", "\r\n", "\n\n"]))
 def test_lines_are_rows_and_empty_lines_are_not(rows: list[Any], end: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
@@ -61,12 +95,37 @@ def test_a_bad_line_spoils_itself_only(tmp_path: Path) -> None:
     assert isinstance(fourth, Malformed)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "3", "[1, 2", "[1, }", '["a', "[1] "[:2]])
+@pytest.mark.parametrize("content", ["", "{}", "3", "[1, 2", "[1, }", '["a'])
 def test_a_list_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"rows\.json"):
         tables.json_array(path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"a"', '{"a": 1', '{"a" 1}'])
+def test_an_object_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "members.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"members\.json"):
+        tables.json_members(path)
+
+
+@given(texts=st.lists(st.text(min_size=1), min_size=2, max_size=8, unique=True), key=st.text(), data=st.data())
+def test_the_letter_follows_the_right_option(texts: list[str], key: str, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, len(texts) - 1))
+    shown = shuffled(Options(tuple(texts), ascii_uppercase[right]), key)
+    assert sorted(shown.texts) == sorted(texts)
+    assert shown.texts[ascii_uppercase.index(shown.answer)] == texts[right]
+    assert shown == shuffled(Options(tuple(texts), ascii_uppercase[right]), key)
+
+
+def test_every_option_comes_equally_often_in_every_place() -> None:
+    letters = Counter(
+        shuffled(Options(("a", "b", "c", "d"), "A"), f"question {number}").answer for number in range(800)
+    )
+    assert set(letters) == set("ABCD")
+    assert max(letters.values()) - min(letters.values()) < 80
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""Visual Genome: short descriptions of boxed regions, about fifty an image."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Annotated, ClassVar
+from urllib.parse import urlsplit
+
+from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, as_row, attempt
+from data_prep.corpora.fields import ask, find_image, key_text, normalised_box, require, slot, text
+from data_prep.corpora.refcoco import DESCRIBE_REGION
+from data_prep.corpora.tables import json_array
+from data_prep.errors import UserError
+from data_prep.example import Example, ImageRef, Reject
+from data_prep.quarantine import BadSample
+
+
+class VisualGenome(RowCorpus):
+    """``[{id, regions: [{region_id, phrase, x, y, width, height}]}]``; each region is an example of its own.
+
+    The file has 5.4 million regions and is never in memory as a whole.
+    """
+
+    rows_per_shard: ClassVar[int] = 512  # images, about 25 thousand regions
+
+    regions: RawFile = Path("region_descriptions.json")
+    """The regions by image."""
+    image_data: RawFile = Path("image_data.json")
+    """``[{image_id, width, height, url}]``: where each image lies and how large the boxes' canvas is."""
+    images: RawFolder = Path()
+    """Folder that holds ``VG_100K`` and ``VG_100K_2``; an image lies where the last two parts of its URL say."""
+    prompt: Annotated[str, slot("box")] = DESCRIBE_REGION
+    """What the user says; the default is AKI's."""
+
+    def read_rows(self) -> Sequence[object]:
+        """Index the file; the regions of an image are read when needed."""
+        return json_array(self.root / self.regions)
+
+    @cached_property
+    def _image_data(self) -> dict[object, Mapping[str, object]]:
+        path = self.root / self.image_data
+        entries = [entry for entry in json_array(path) if isinstance(entry, Mapping) and "image_id" in entry]
+        if not entries:
+            raise UserError(f"{path}: no entry has an 'image_id'; is this the right file?")
+        return {entry["image_id"]: entry for entry in entries}
+
+    def row_id(self, row: Row) -> str:
+        """Return the image's id."""
+        return key_text(row, "id")
+
+    def read_row(self, row: Row, sample: str) -> Iterable[Example | Reject]:
+        """Return one example for each region of the image; its id is ``IMAGE-REGION``."""
+        about = self._image_data.get(row["id"])
+        if about is None:
+            raise BadSample("missing-image", f"image {row['id']} is not in {self.image_data}")
+        image = find_image(self.root / self.images, "/".join(_url_parts(text(about, "url"))[-2:]))
+        size = require(about, "width", int), require(about, "height", int)
+        seen: set[str] = set()
+        for number, region in enumerate(require(row, "regions", list)):
+            one = f"{sample}-{_region_id(region, number)}"
+            yield attempt(one, partial(self._example, one, image, size, region, repeated=one in seen))
+            seen.add(one)
+
+    def _example(
+        self, sample: str, image: ImageRef, size: tuple[int, int], value: object, *, repeated: bool
+    ) -> Example:
+        region = as_row(value)
+        if repeated:
+            raise BadSample("duplicate-id", "the image has a region of this id already")
+        xywh = [require(region, key, int, float) for key in ("x", "y", "width", "height")]
+        phrase = text(region, "phrase")
+        return ask(sample, [image], self.prompt.replace("{box}", str(normalised_box(xywh, *size))), phrase)
+
+
+def _region_id(region: object, number: int) -> str:
+    identifier = region.get("region_id") if isinstance(region, Mapping) else None
+    return str(identifier) if isinstance(identifier, int) else f"row-{number}"
+
+
+def _url_parts(url: str) -> tuple[str, ...]:
+    return PurePosixPath(urlsplit(url).path).parts

@@ -32,6 +32,10 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 """Relative error (norm over norm) allowed against float64 on the same inputs."""
 
 
+TABLES = {"causal": "runs", "runsplit": "runs", "lse": "rectangles", "flex": "block_mask", "dense": "dense_mask"}
+"""What each backend reads of a plan: built at first use, and timed with the plan."""
+
+
 class Heads(NamedTuple):
     """Query heads, key heads, head size."""
 
@@ -150,8 +154,7 @@ def peak_mib(work: Callable[[], object], device: str) -> float:
 def ready_plan(sidecars: Sidecars, backend: str, device: str) -> Plan:
     """Build the plan with everything the backend needs, on the device."""
     plan = build_plan("causal" if backend == "causal" else "mma", sidecars).to(device)
-    if backend == "flex":
-        assert plan.block_mask is not None
+    getattr(plan, TABLES[backend])
     if device == "cuda":
         torch.cuda.synchronize()
     return plan
@@ -207,7 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the flags; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     cuda = torch.cuda.is_available()
-    backends = ["causal", "dense", "runsplit", *(["flex"] if cuda else [])]
+    backends = ["causal", "dense", "runsplit", "lse", *(["flex"] if cuda else [])]
     sizes = [4096, 8192, 16384, 32768] if cuda else [2048, 4096, 8192, 16384, 32768]
     heads = ["32,8,128", "32,32,96", "16,8,128"] if cuda else ["8,8,64"]
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))

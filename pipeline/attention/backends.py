@@ -10,14 +10,19 @@ from typing import Protocol
 import torch
 
 from data_prep.errors import UserError, did_you_mean
+from pipeline.attention import loops, varlen
 from pipeline.attention.flex import attend_flex
 from pipeline.attention.gather import gather_rows
+from pipeline.attention.lse import Kernels, attend_lse
 from pipeline.attention.pieces import attend_pieces, sdpa
-from pipeline.attention.plan import Plan
+from pipeline.attention.plan import MAX_COPIES, Plan
 from pipeline.attention.runs import Part
 from pipeline.attention.varlen import MAX_HEAD_SIZE, attend_varlen
 
 log = logging.getLogger(__name__)
+
+LSE_COPIES = 8.0
+"""Beyond this many gathered keys per token, ``auto`` merges two flash calls on CUDA instead of gathering."""
 
 
 class Backend(Protocol):
@@ -58,7 +63,7 @@ def attend(
         UserError: unknown backend, or shapes that do not fit the plan.
     """
     _check(q_BHTD, k_BHkTD, plan)
-    name = _choose(q_BHTD.device.type, plan.policy.name) if backend == "auto" else backend
+    name = choose_backend(plan, q_BHTD.device.type, softcap) if backend == "auto" else backend
     if name not in BACKENDS:
         raise UserError(
             f"unknown attention backend '{name}'{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}"
@@ -86,13 +91,31 @@ def _runsplit(
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
     q_THD = gather_rows(q_THD, runs.queries)
     k_KHD, v_KHD = gather_rows(k_THD, runs.keys), gather_rows(v_THD, runs.keys)
-    flash = q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_SIZE
-    kernel = _flash_part if flash and softcap is None else _pieces_part
+    kernel = _flash_part if _flash_fits(q) and softcap is None else _pieces_part
     q_sizes, k_sizes = [part.q_tokens for part in runs.parts], [part.k_tokens for part in runs.parts]
     pieces = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
     outs = [kernel(*tensors, part, scaling, softcap) for tensors, part in zip(pieces, runs.parts, strict=True)]
     out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return gather_rows(out_THD, runs.outputs).transpose(0, 1)[None]
+
+
+def _lse(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    if softcap is not None:
+        raise UserError("attention backend 'lse' has no soft cap of logits: use 'runsplit' for this model")
+    kernels: Kernels = varlen if _flash_fits(q) else loops
+    if q.is_cuda and kernels is loops:
+        raise UserError(
+            f"attention backend 'lse' needs fp16 or bf16 on CUDA, got {q.dtype}: train in bf16, or use 'runsplit'"
+        )
+    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
+    out_THD = attend_lse(q_THD, k_THD, v_THD, plan.rectangles, scaling=scaling, kernels=kernels)
+    return out_THD.transpose(0, 1)[None]
+
+
+def _flash_fits(q: torch.Tensor) -> bool:
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_SIZE
 
 
 def _flash_part(
@@ -109,14 +132,25 @@ def _pieces_part(
     return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
 
 
-BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "runsplit": _runsplit}
+BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}
+
+
+def choose_backend(plan: Plan, device: str, softcap: float | None = None) -> str:
+    """Return the backend ``auto`` stands for, and log why once."""
+    mergeable = softcap is None and plan.order is None and not plan.bidirectional
+    if mergeable and plan.copies > (LSE_COPIES if device == "cuda" else MAX_COPIES):
+        name, reason = "lse", "samples with so many media that gathering keys would cost more"
+    elif device == "cuda":
+        name, reason = "runsplit", "one variable-length flash call over gathered keys"
+    else:
+        name, reason = "runsplit", "one fused attention per run"
+    _say_once(f"attention: {name} for policy {plan.policy.name} on {device}: {reason}")
+    return name
 
 
 @lru_cache(maxsize=64)
-def _choose(device: str, policy: str) -> str:
-    kernel = "one variable-length flash call" if device == "cuda" else "one fused attention per run"
-    log.info("attention: runsplit for policy %s on %s (%s)", policy, device, kernel)
-    return "runsplit"
+def _say_once(message: str) -> None:
+    log.info(message)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, plan: Plan) -> None:

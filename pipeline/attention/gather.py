@@ -23,8 +23,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient, gather = gradients[0], ctx.gather
-        flat = gradient.reshape(gradient.shape[0], -1)
-        return _sum_rows(flat, gather.bag, gather.offsets).view(-1, *gradient.shape[1:]), None
+        return scatter_sum(gradient, gather), None
 
 
 def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
@@ -33,6 +32,11 @@ def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
         return x
     gathered: torch.Tensor = _GatherRows.apply(x, gather)  # type: ignore[no-untyped-call]
     return gathered
+
+
+def scatter_sum(y: torch.Tensor, gather: Gather) -> torch.Tensor:
+    """Return for each row of x the sum of its copies in y: [K, ...] -> [T, ...], in a fixed order."""
+    return _sum_rows(y.reshape(y.shape[0], -1), gather.bag, gather.offsets).view(-1, *y.shape[1:])
 
 
 def _sum_rows(source_KW: torch.Tensor, bag: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

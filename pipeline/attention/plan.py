@@ -9,20 +9,32 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
+from data_prep.errors import UserError
 from pipeline.attention.flex import build_block_mask
-from pipeline.attention.runs import PADDING_CHUNK, RunSplit, split_runs
+from pipeline.attention.lse import Rectangles, build_rectangles
+from pipeline.attention.runs import PADDING_CHUNK, QueryRuns, RunSplit, query_runs, split_runs
+from pipeline.masks.atoms import causal_order
 from pipeline.masks.policies import Policy, dense_mask, get_policy
-from pipeline.masks.sidecars import Sidecars, run_first, run_starts
+from pipeline.masks.sidecars import IntArray, Sidecars, run_first, run_starts
+
+MAX_COPIES = 64
+"""Run-split refuses to gather more keys than this many times the row's tokens."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Plan:
-    """How one packed row of T tokens attends; made by :func:`build_plan`."""
+    """How one packed row of T tokens attends; made by :func:`build_plan`.
+
+    The tables of each backend are built at its first use and kept, so that all layers share them.
+    """
 
     policy: Policy
     sidecars: Sidecars
     """On the CPU, wherever the tables are."""
-    runs: RunSplit
+    cut: QueryRuns
+    """The row's runs, in the policy's causal order; on the CPU."""
+    order: IntArray | None
+    """That order; None for the row's own."""
     device: torch.device
 
     def __len__(self) -> int:
@@ -38,33 +50,56 @@ class Plan:
         return int(np.bincount(segment[segment > 0], minlength=1).max())
 
     @cached_property
-    def dense_mask(self) -> torch.Tensor:
-        """The oracle's bool[T, T] on the plan's device, O(T^2): only the ``dense`` backend asks for it."""
-        return dense_mask(self.policy, self.sidecars).to(self.device)
+    def copies(self) -> float:
+        """Keys that run-split gathers, per token of the row: 1 where nothing is unlocked."""
+        return float(self.cut.key_counts.sum() / max(len(self), 1))
 
     @cached_property
-    def block_mask(self) -> BlockMask:
-        """The ``flex`` backend's block mask on the plan's device."""
-        return build_block_mask(self.policy, self.sidecars, self.device)
+    def bidirectional(self) -> bool:
+        """Some run's tokens see each other both ways."""
+        return bool(np.any(self.cut.full & (self.cut.end - self.cut.start > 1)))
 
     @cached_property
     def pairs(self) -> int:
         """Allowed (query, key) pairs of tokens that are not padding: the work of one head."""
-        total = 0
-        for part in self.runs.parts:
-            q, k = (np.asarray(lengths, dtype=np.int64) for lengths in (part.q_lengths, part.k_lengths))
-            total += int((q * k - (q * (q - 1) // 2 if part.causal else 0)).sum())
-        return total - self._padding_pairs
-
-    @property
-    def _padding_pairs(self) -> int:
+        queries, keys = self.cut.end - self.cut.start, self.cut.key_counts
+        hidden = np.where(self.cut.full, 0, queries * (queries - 1) // 2)
         segment = self.sidecars.segment.numpy()
         place = (np.arange(len(segment)) - run_first(run_starts(segment))) % PADDING_CHUNK
-        return int((place + 1)[segment == 0].sum())
+        return int((queries * keys - hidden).sum()) - int((place + 1)[segment == 0].sum())
+
+    @cached_property
+    def runs(self) -> RunSplit:
+        """The ``runsplit`` backend's tables on the plan's device.
+
+        Raises UserError when a sample alternates between media and text so often that its keys would be copied more
+        than ``MAX_COPIES`` times.
+        """
+        if self.copies > MAX_COPIES:
+            raise UserError(
+                f"attention backend 'runsplit' would copy the row's keys {self.copies:.0f} times over, its samples "
+                "alternating between media and text hundreds of times: use 'lse' (or 'flex' on CUDA)"
+            )
+        return split_runs(self.cut, self.order, len(self)).to(self.device)
+
+    @cached_property
+    def rectangles(self) -> Rectangles:
+        """The ``lse`` backend's tables on the plan's device. Raises UserError for a bidirectional policy."""
+        return build_rectangles(self.cut, len(self)).to(self.device)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """The ``flex`` backend's block mask on the plan's device. Raises UserError for a policy that reorders."""
+        return build_block_mask(self.policy, self.sidecars, self.device)
+
+    @cached_property
+    def dense_mask(self) -> torch.Tensor:
+        """The oracle's bool[T, T] on the plan's device, O(T^2): only the ``dense`` backend asks for it."""
+        return dense_mask(self.policy, self.sidecars).to(self.device)
 
     def to(self, device: torch.device | str) -> Plan:
-        """Return the plan with its tables on ``device`` (asynchronously from pinned memory)."""
-        return Plan(self.policy, self.sidecars, self.runs.to(device), torch.device(device))
+        """Return the plan for ``device``; its tables are built there."""
+        return Plan(self.policy, self.sidecars, self.cut, self.order, torch.device(device))
 
 
 def build_plan(policy: Policy | str, sidecars: Sidecars) -> Plan:
@@ -79,4 +114,7 @@ def build_plan(policy: Policy | str, sidecars: Sidecars) -> Plan:
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     local = Sidecars(*(getattr(sidecars, name).cpu() for name in Sidecars.__dataclass_fields__))
-    return Plan(policy, local, split_runs(policy, local), torch.device("cpu"))
+    table = policy.table(local)
+    order = causal_order(policy, table)
+    cut = query_runs(policy, table if order is None else table[order])
+    return Plan(policy, local, cut, order, torch.device("cpu"))

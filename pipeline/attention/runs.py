@@ -14,9 +14,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipeline.masks.atoms import Atoms, causal_order, cut_atoms, expand
+from pipeline.masks.atoms import Atoms, cut_atoms, expand
 from pipeline.masks.policies import Policy
-from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_first, run_starts
+from pipeline.masks.sidecars import BoolArray, IntArray, TokenTable, run_first, run_starts
 
 PADDING_CHUNK = 64
 """Padding is attended in causal chunks of at most this many tokens, so that kernels cover every row cheaply."""
@@ -80,8 +80,11 @@ class Gather:
     @classmethod
     def build(cls, index: IntArray, rows: int) -> Gather | None:
         """Make the gather of ``index`` from ``rows`` rows; None for the identity."""
-        if len(index) == rows and np.array_equal(index, np.arange(rows)):
-            return None
+        return None if len(index) == rows and np.array_equal(index, np.arange(rows)) else cls.of(index, rows)
+
+    @classmethod
+    def of(cls, index: IntArray, rows: int) -> Gather:
+        """Make the gather of ``index`` from ``rows`` rows."""
         ends = np.cumsum(np.bincount(index, minlength=rows))
         arrays = index, np.argsort(index, kind="stable"), np.append(0, ends)
         return cls(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
@@ -111,23 +114,21 @@ class RunSplit:
         return RunSplit(parts, *gathers)
 
 
-def split_runs(policy: Policy, sidecars: Sidecars) -> RunSplit:
-    """Cut a row into runs. O(T + gathered keys) time and memory.
+def split_runs(runs: QueryRuns, order: IntArray | None, tokens: int) -> RunSplit:
+    """Turn a row's runs into attention calls; O(T + gathered keys) time and memory.
 
-    Raises UserError when an image does not fit the policy's grid.
+    Args:
+        runs: of the row, its tokens in the policy's causal order.
+        order: that order; None for the row's own.
+        tokens: T.
     """
-    table = policy.table(sidecars)
-    order = causal_order(policy, table)
-    if order is not None:
-        table = table[order]
-    runs = query_runs(policy, table)
     runs = runs.take(np.argsort(runs.full, kind="stable"))
     q_index, k_index = expand(runs.start, runs.end), expand(runs.span_start, runs.span_end)
     if order is not None:
         q_index, k_index = order[q_index], order[k_index]
     q_lengths, k_lengths, full = runs.end - runs.start, runs.key_counts, runs.full
     parts = [Part.build(not kind, q_lengths[full == kind], k_lengths[full == kind]) for kind in (False, True)]
-    gathers = (Gather.build(index, len(table)) for index in (q_index, np.argsort(q_index), k_index))
+    gathers = (Gather.build(index, tokens) for index in (q_index, np.argsort(q_index), k_index))
     return RunSplit(tuple(part for part in parts if part.q_lengths), *gathers)
 
 
@@ -137,8 +138,12 @@ class QueryRuns:
 
     start: IntArray
     end: IntArray
+    first_key: IntArray
+    """Where the run's segment begins."""
     full: BoolArray
+    """Tokens of the run see each other both ways."""
     span_run: IntArray
+    """The run each range of keys belongs to, ascending."""
     span_start: IntArray
     span_end: IntArray
 
@@ -156,6 +161,7 @@ class QueryRuns:
         return QueryRuns(
             start=self.start[order],
             end=self.end[order],
+            first_key=self.first_key[order],
             full=self.full[order],
             span_run=rank[self.span_run][spans],
             span_start=self.span_start[spans],
@@ -183,9 +189,10 @@ def _merge(atoms: Atoms) -> QueryRuns:
     own = np.arange(len(head))
     span_run = np.concatenate([own, run_of[atoms.left[kept]], own])
     order = np.argsort(span_run, kind="stable")  # before the run, what is unlocked after it, the run itself
-    span_start = np.concatenate([atoms.first_key[head], atoms.start[later], start])
+    first_key, full = atoms.first_key[head], atoms.full[tail]
+    span_start = np.concatenate([first_key, atoms.start[later], start])
     span_end = np.concatenate([start, atoms.end[later], end])
-    return QueryRuns(start, end, atoms.full[tail], span_run[order], span_start[order], span_end[order])
+    return QueryRuns(start, end, first_key, full, span_run[order], span_start[order], span_end[order])
 
 
 def _joins_previous(atoms: Atoms) -> BoolArray:

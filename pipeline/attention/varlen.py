@@ -1,4 +1,7 @@
-"""One thin adapter over torch's variable-length flash attention, whose signature moved between releases."""
+"""One thin adapter over torch's variable-length flash attention, whose signature moved between releases.
+
+Queries are [T, H, D], keys and values [K, H_kv, D], in fp16 or bf16 on CUDA with D at most ``MAX_HEAD_SIZE``.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,11 @@ _PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 def attend_varlen(
     q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, *, scaling: float
 ) -> torch.Tensor:
-    """Attend the T queries of a part to its K gathered keys in one flash call; out[T, H, D].
-
-    Needs fp16 or bf16 on CUDA and a head size of at most ``MAX_HEAD_SIZE``.
-    """
-    # Rows past the last offset come back as garbage gradients, so the runs must cover every row.
-    assert part.q_tokens == q_THD.shape[0] and part.k_tokens == k_KHkD.shape[0], "a part does not cover its rows"
-    options: dict[str, Any] = {}
-    if "window_size" in _PARAMETERS:  # torch 2.11 and later
-        options["window_size"] = (-1, 0) if part.causal else (-1, -1)
-    else:
-        options["is_causal"] = part.causal
-    if "enable_gqa" in _PARAMETERS:
-        options["enable_gqa"] = q_THD.shape[1] != k_KHkD.shape[1]
+    """Attend the T queries of a part to its K gathered keys in one flash call; out[T, H, D], differentiable."""
+    _check_cover(q_THD, k_KHkD, part)
+    window = (-1, 0) if part.causal else (-1, -1)
+    offered = {"window_size": window, "is_causal": part.causal, "enable_gqa": q_THD.shape[1] != k_KHkD.shape[1]}
+    options: dict[str, Any] = {name: value for name, value in offered.items() if name in _PARAMETERS}
     if "scale" in _PARAMETERS:
         options["scale"] = scaling
     else:
@@ -37,3 +32,50 @@ def attend_varlen(
     out = varlen.varlen_attn(q_THD, k_KHkD, v_KHkD, part.cu_q, part.cu_k, part.max_q, part.max_k, **options)
     assert isinstance(out, torch.Tensor)
     return out
+
+
+def forward_with_lse(
+    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return out[T, H, D] and the log-sum-exp of the logits, fp32[H, T]; not differentiable."""
+    _check_cover(q_THD, k_KHkD, part)
+    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(part, scaling)}
+    given["enable_gqa"] = q_THD.shape[1] != k_KHkD.shape[1]
+    out, lse, _ = _call(torch.ops.torch_attn._varlen_attn.default, given)
+    return out, lse
+
+
+def backward_with_lse(
+    gradient_THD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_KHkD: torch.Tensor,
+    v_KHkD: torch.Tensor,
+    out_THD: torch.Tensor,
+    lse_HT: torch.Tensor,
+    part: Part,
+    scaling: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
+    _check_cover(q_THD, k_KHkD, part)
+    # Without dropout the random state is never read, but the operator wants one.
+    state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
+    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(part, scaling), "rng_state": state}
+    given |= {"grad_out": gradient_THD.contiguous(), "out": out_THD, "lse": lse_HT.contiguous()}
+    dq, dk, dv = _call(torch.ops.torch_attn._varlen_attn_backward.default, given)
+    return dq, dk, dv
+
+
+def _check_cover(q_THD: torch.Tensor, k_KHkD: torch.Tensor, part: Part) -> None:
+    # Rows past the last offset come back as garbage gradients, so the runs must cover every row.
+    assert part.q_tokens == q_THD.shape[0] and part.k_tokens == k_KHkD.shape[0], "a part does not cover its rows"
+
+
+def _options(part: Part, scaling: float) -> dict[str, Any]:
+    bounds = {"cu_seq_q": part.cu_q, "cu_seq_k": part.cu_k, "max_q": part.max_q, "max_k": part.max_k}
+    window = [-1, 0] if part.causal else [-1, -1]
+    return {**bounds, "is_causal": part.causal, "scale": scaling, "window_size": window}
+
+
+def _call(operator: Any, given: dict[str, Any]) -> Any:
+    known = {argument.name for argument in operator._schema.arguments}
+    return operator(**{name: value for name, value in given.items() if name in known})

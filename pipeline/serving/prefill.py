@@ -24,11 +24,16 @@ class PrefillMask:
     config: Any
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool = False, prefill_mask: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        prefill_mask: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Put the mask in place of the library's on the pass that reads the prompt, and only there."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
-            *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration or prefill_mask is None:
             return inputs

@@ -1,0 +1,103 @@
+"""Tiny exports of any family, conversations with drawn images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from data_prep.example import ImageRef, Turn
+from data_prep.template import Template
+from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from pipeline.model.spec import ModelSpec
+from pipeline.model.stage import Stage
+from pipeline.serving.export import export
+from tests.pipeline.model.helpers import IMAGE_TOKENS, model_config, whole_stage
+
+WORDS = [
+    "what colour is the circle",
+    "how many squares are there",
+    "red green blue yellow",
+    "one two three four",
+    "left",
+]
+TEMPLATE = Template("plain")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint looks like to the exporter."""
+
+    stage: Stage
+    meta: dict[str, Any]
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from ((name, param.detach()) for name, param in self.stage.named_parameters())
+
+
+def make_tokenizer(folder: Path) -> Tokenizer:
+    train_sentencepiece(WORDS, 400, TEMPLATE.specials, folder / "tokenizer.model")
+    tokenizer = Tokenizer.open(folder / "tokenizer.model", TEMPLATE.specials)
+    tokenizer.save(folder / "tokenizer")
+    return tokenizer
+
+
+def make_saved(folder: Path, family: str = "llama", *, policy: str = "mma", **llm: Any) -> Saved:
+    tokenizer = make_tokenizer(folder)
+    config = model_config(family, **llm)
+    spec = ModelSpec.resolve(config, vocab_size=len(tokenizer), image_tokens=IMAGE_TOKENS)
+    meta = {
+        "spec": spec.to_dict(),
+        "policy": policy,
+        "template": asdict(TEMPLATE),
+        "image_id": tokenizer.image_id,
+        "pad_id": tokenizer.pad_id,
+        "eos_ids": [tokenizer.id_of(name) for name in TEMPLATE.ends],
+        "tokenizer": str(folder / "tokenizer"),
+        "dtype": "float32",
+    }
+    return Saved(whole_stage(spec), meta)
+
+
+def make_export(folder: Path, family: str = "llama", **options: Any) -> Path:
+    return export(make_saved(folder, family, **options), folder / "export")
+
+
+def picture(seed: int) -> ImageRef:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (20 + seed, 24, 3), generator=generator, dtype=torch.uint8)
+    data = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(data, "PNG")
+    return ImageRef(f"picture {seed}", data=data.getvalue())
+
+
+def user(*parts: str | ImageRef) -> Turn:
+    return Turn("user", tuple(parts))
+
+
+def assistant(text: str) -> Turn:
+    return Turn("assistant", (text,))
+
+
+CONVERSATIONS: tuple[tuple[Turn, ...], ...] = (
+    (
+        user(picture(1), "what colour is the circle"),
+        assistant("red"),
+        user("how many squares are there", picture(2)),
+        assistant("two"),
+        user("what colour is the left"),
+    ),
+    (user(picture(3), picture(4), "how many squares are there"),),
+    (user("one two three"),),
+    (Turn("system", ("one",)), user("what colour", picture(5)), assistant("blue"), user("how many")),
+)
+
+
+def relabel(turns: tuple[Turn, ...], text: str) -> tuple[Turn, ...]:
+    """The same conversation with another last question."""
+    return (*turns[:-1], replace(turns[-1], parts=(text,)))

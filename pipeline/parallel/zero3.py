@@ -235,7 +235,7 @@ class Zero3Stage:
         group, offset, count = self._zero.grad_position[self._zero.get_param_id(param)]
         flat = self._zero.fp32_partitioned_groups_flat[group]
         source = flat if state is None else self._optimizer_state(flat)[state]
-        return source.narrow(0, offset, count)  # type: ignore[no-any-return]
+        return source.detach().narrow(0, offset, count)  # type: ignore[no-any-return]
 
     def _optimizer_state(self, flat: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return AdamW's state of one flat group, created as AdamW would create it at its first step."""

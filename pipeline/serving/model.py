@@ -71,7 +71,7 @@ class MultimodalModel:
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
         images = [part for turn in asked for part in turn.parts if not isinstance(part, str)]
         encoded = self.tokenizer.encode(self.template.prompt_pieces(turns), self.spec.image_tokens)
-        return Prompt(encoded, tuple(_decode(image) for image in images))
+        return Prompt(encoded, tuple(read_image(image) for image in images))
 
     @torch.inference_mode()
     def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -184,11 +184,20 @@ def load_model(
     return MultimodalModel(card, stage.requires_grad_(False), Tokenizer.load(Path(directory) / card.tokenizer))
 
 
-def _decode(image: ImageRef) -> Image.Image:
+def read_image(image: ImageRef) -> Image.Image:
+    """Read and decode an image. Raises UserError naming it when it cannot be used."""
     try:
-        return decode_rgb(image.read())
-    except (OSError, BadImage) as error:
+        return decode_image(image.name, image.read())
+    except OSError as error:
         raise UserError(f"image {image.name} cannot be read: {error}") from error
+
+
+def decode_image(name: str, data: bytes) -> Image.Image:
+    """Decode an image's bytes. Raises UserError naming it when it cannot be used."""
+    try:
+        return decode_rgb(data)
+    except BadImage as error:
+        raise UserError(f"image {name} cannot be used: {error}") from error
 
 
 def _generator(stage: Stage) -> PreTrainedModel:

@@ -1,0 +1,200 @@
+"""Accuracy of exported models on a held-out pack folder, family by family, beside the best constant guess.
+
+A pack's segment is asked as it was packed: its tokens up to the last generated run are the prompt, and that run is the
+reference. Nothing is re-tokenised, so a model is asked exactly as it was trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.errors import UserError
+from data_prep.images import ImageStore
+from data_prep.packs import PackReader, PackRow, write_atomic
+from data_prep.tokenizer import Encoded, Tokenizer
+from pipeline.serving.model import MultimodalModel, Prompt, decode_image
+
+SPARE_TOKENS = 8
+"""Tokens an answer may be longer than the longest reference."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One segment of a pack: what is asked, and the answer on record."""
+
+    sample: str
+    family: str
+    prompt: Encoded
+    image_rows: tuple[int, ...]
+    """Rows of the image store, in reading order."""
+    reference_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers of one family."""
+
+    asked: int
+    right: int
+    guess: int
+    """Right answers of the constant that answers this family best, chosen on these very questions."""
+
+    @property
+    def accuracy(self) -> float:
+        """Share of right answers."""
+        return self.right / self.asked
+
+    @property
+    def chance(self) -> float:
+        """Share the best constant gets right."""
+        return self.guess / self.asked
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question's outcome, for the record."""
+
+    sample: str
+    family: str
+    reference: str
+    answer: str
+    right: bool
+
+
+def questions(packs: PackReader) -> Iterator[Question]:
+    """Yield the questions of a pack folder in order; segments that generate nothing are passed over."""
+    for row in packs:
+        for number, source in enumerate(row.source, start=1):
+            found = _question(row, number)
+            if found is not None:
+                prompt, images, reference = found
+                yield Question(source.sample, source.family or source.dataset, prompt, images, reference)
+
+
+def _question(row: PackRow, number: int) -> tuple[Encoded, tuple[int, ...], tuple[int, ...]] | None:
+    own = np.flatnonzero(row.segment == number)
+    generated = row.generated[own]
+    written = np.flatnonzero(generated)
+    if not len(written):
+        return None
+    stop = int(written[-1]) + 1
+    given = np.flatnonzero(generated[:stop] == 0)
+    start = int(given[-1]) + 1 if len(given) else 0
+    if start == 0:  # nothing is asked: a text-only document
+        return None
+    instance = row.instance[own][:start]
+    media = np.unique(instance[instance >= 0])
+    local = np.where(instance >= 0, np.searchsorted(media, instance), -1).astype(np.int16)
+    ids = row.input_ids[own]
+    prompt = Encoded(ids[:start].copy(), row.modality[own][:start].copy(), local, generated[:start].copy())
+    return prompt, tuple(int(row.image_row[index]) for index in media), tuple(ids[start:stop].tolist())
+
+
+def normal(text: str) -> str:
+    """Return an answer as it is compared: lower case, single spaces, no final full stop."""
+    return " ".join(text.lower().split()).rstrip(".").rstrip()
+
+
+def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = None, batch: int = 16) -> list[Answer]:
+    """Ask a model every question of a pack folder, greedily, in batches of similar length.
+
+    Args:
+        model: an exported model.
+        packs: a held-out folder, made with the model's tokenizer.
+        limit: ask only the first so many questions.
+        batch: questions asked together.
+
+    Raises:
+        UserError: the packs were made with another tokenizer, image size or hold no question.
+    """
+    _check_same(model, packs)
+    asked = list(islice(questions(packs), limit))
+    if not asked:
+        raise UserError(f"{packs.directory} holds no question with an answer: give a held-out pack folder")
+    store = packs.manifest.image_store
+    images = ImageStore(packs.directory / store) if store else None
+    longest = max(len(question.reference_ids) for question in asked) + SPARE_TOKENS
+    order = sorted(range(len(asked)), key=lambda index: len(asked[index].prompt))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch):
+        chosen = order[start : start + batch]
+        prompts = [_prompt(asked[index], images) for index in chosen]
+        for index, text in zip(chosen, model.generate(prompts, max_new_tokens=longest), strict=True):
+            answers[index] = _judge(asked[index], text, model)
+    return [answers[index] for index in range(len(asked))]
+
+
+def _check_same(model: MultimodalModel, packs: PackReader) -> None:
+    manifest = packs.manifest
+    if manifest.image_tokens != model.spec.image_tokens:
+        raise UserError(
+            f"{packs.directory} gives an image {manifest.image_tokens} tokens, the model {model.spec.image_tokens}: "
+            "make the packs with the model's image_tokens"
+        )
+    if Tokenizer.load(packs.directory / manifest.tokenizer).sha256 != model.tokenizer.sha256:
+        raise UserError(f"{packs.directory} was made with another tokenizer than the model has: make it again with it")
+
+
+def _prompt(question: Question, images: ImageStore | None) -> Prompt:
+    if question.image_rows and images is None:
+        raise UserError(f"sample {question.sample} has images, but the packs name no image store: make them again")
+    rows = [(row, images.read(row)) for row in question.image_rows] if images is not None else []
+    return Prompt(question.prompt, tuple(decode_image(f"{row} of the image store", data) for row, data in rows))
+
+
+def _judge(question: Question, text: str, model: MultimodalModel) -> Answer:
+    reference = model.answer_text(question.reference_ids)
+    right = normal(text) == normal(reference)
+    return Answer(question.sample, question.family, reference, text, right)
+
+
+def scores(answers: Sequence[Answer]) -> dict[str, Score]:
+    """Count right answers by family, in order of name, and over all (``all``; its guess answers each family apart)."""
+    table: dict[str, Score] = {}
+    for family in sorted({answer.family for answer in answers}):
+        own = [answer for answer in answers if answer.family == family]
+        best = Counter(normal(answer.reference) for answer in own).most_common(1)[0][1]
+        table[family] = Score(len(own), sum(answer.right for answer in own), best)
+    sums = [sum(getattr(score, name) for score in table.values()) for name in ("asked", "right", "guess")]
+    return {**table, "all": Score(*sums)}
+
+
+def show(results: dict[str, list[Answer]], console: Console) -> None:
+    """Print accuracies by family, one column for each model, beside the best constant guess."""
+    tables = {name: scores(answers) for name, answers in results.items()}
+    first = next(iter(tables.values()))
+    table = Table(title="exact-match accuracy", title_justify="left")
+    table.add_column("family")
+    for name in ("questions", "best guess", *tables):
+        table.add_column(name, justify="right")
+    for family, score in first.items():
+        own = [f"{100 * table_[family].accuracy:.1f} %" for table_ in tables.values()]
+        table.add_row(family, str(score.asked), f"{100 * score.chance:.1f} %", *own, end_section=family != "all")
+    console.print(table)
+    console.print("best guess: the constant answer that is right most often in its family, chosen on these questions")
+    if len(tables) > 1:
+        console.print("one run of each model on these questions: a comparison of two runs, not of two methods")
+
+
+def save(results: dict[str, list[Answer]], path: Path) -> None:
+    """Write scores and every answer as JSON."""
+    content = {
+        name: {
+            "scores": {
+                family: {**asdict(score), "accuracy": score.accuracy, "chance": score.chance}
+                for family, score in scores(answers).items()
+            },
+            "answers": [asdict(answer) for answer in answers],
+        }
+        for name, answers in results.items()
+    }
+    write_atomic(path, json.dumps(content, indent=1).encode() + b"\n")

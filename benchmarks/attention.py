@@ -210,13 +210,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Read the flags; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     cuda = torch.cuda.is_available()
-    backends = ["causal", "dense", "runsplit", "lse", *(["flex"] if cuda else [])]
+    backends = ["causal", "dense", "runsplit", "lse"]
     sizes = [4096, 8192, 16384, 32768] if cuda else [2048, 4096, 8192, 16384, 32768]
     heads = ["32,8,128", "32,32,96", "16,8,128"] if cuda else ["8,8,64"]
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--tokens", nargs="+", type=int, default=sizes)
     parser.add_argument("--heads", nargs="+", default=heads, metavar="H,H_KV,D")
-    parser.add_argument("--backends", nargs="+", default=backends, choices=backends)
+    parser.add_argument("--backends", nargs="+", default=backends, choices=[*backends, "flex"])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if cuda else "cpu")
     parser.add_argument("--seconds", type=float, default=0.3 if cuda else 2.0, help="time per measurement")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write environment and results here")

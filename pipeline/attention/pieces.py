@@ -50,13 +50,15 @@ def sdpa(
 
     ``mask`` [T, K] is boolean (True: visible). Soft-capping (Gemma 2) is ``softcap * tanh(logits / softcap)``.
     """
-    grouped = q_BHTD.shape[1] != k_BHkKD.shape[1]
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BHkKD, v_BHkKD, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped
-        )
     repeats = q_BHTD.shape[1] // k_BHkKD.shape[1]
+    masked_on_cuda = mask is not None and q_BHTD.is_cuda  # grouped heads and a mask have no fused kernel there
+    if softcap is None and not masked_on_cuda:
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BHkKD, v_BHkKD, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=repeats > 1
+        )
     k_BHKD, v_BHKD = (x.repeat_interleave(repeats, dim=1) for x in (k_BHkKD, v_BHkKD))
+    if softcap is None:
+        return F.scaled_dot_product_attention(q_BHTD, k_BHKD, v_BHKD, attn_mask=mask, scale=scaling)
     logits = softcap * torch.tanh(q_BHTD @ k_BHKD.transpose(2, 3) * (scaling / softcap))
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
+from data_prep.corpora.chat import Chat
 from data_prep.corpora.gqa import GQA
 from data_prep.corpora.llava import LLaVA
 from data_prep.corpora.nlvr import NLVR
@@ -28,6 +29,7 @@ __all__ = ["CORPORA", "Corpus", "build_corpus"]
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
         "aokvqa": AOKVQA,
+        "chat": Chat,
         "gqa": GQA,
         "llava": LLaVA,
         "nlvr": NLVR,
@@ -61,7 +63,8 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join([kind, *map(str, first["loc"])])
-        raise UserError(f"{where}={first['input']!r}: {first['msg']}") from None
+        given = "" if first["type"] == "missing" else f"={first['input']!r}"
+        raise UserError(f"{where}{given}: {first['msg'].removeprefix('Value error, ')}") from None
     _check_inputs(kind, corpus)
     return corpus
 

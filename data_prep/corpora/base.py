@@ -66,12 +66,13 @@ class Malformed(NamedTuple):
     """Stands in a table for a row that could not be parsed."""
 
     why: str
+    code: str = "bad-json"
 
 
 def as_row(value: object) -> Row:
-    """Return a JSON object. Raises BadSample: bad-json for a malformed row, missing-key for any other value."""
+    """Return a JSON object. Raises BadSample: the code of a malformed row, missing-key for any other value."""
     if isinstance(value, Malformed):
-        raise BadSample("bad-json", value.why)
+        raise BadSample(value.code, value.why)
     if not isinstance(value, Mapping):
         raise BadSample("missing-key", f"expected an object with keys, found {type(value).__name__}")
     return value
@@ -91,7 +92,7 @@ class RowCorpus(Corpus):
 
     @abstractmethod
     def row_id(self, row: Row) -> str:
-        """Return the row's id. Raises BadSample where it has none."""
+        """Return the row's id, or nothing where the number of the row is to serve. Raises BadSample for a bad one."""
 
     @abstractmethod
     def read_row(self, row: Row, sample: str) -> Iterable[Example | Reject]:
@@ -110,6 +111,10 @@ class RowCorpus(Corpus):
         for number, row in enumerate(self.rows[first : first + self.rows_per_shard], first):
             yield from self._row_outcome(number, row)
 
+    def rows_with_ids(self) -> Iterable[object]:
+        """Return all rows as far as ``row_id`` looks at them; a reader may leave out what is large."""
+        return self.rows
+
     @cached_property
     def rows(self) -> Sequence[object]:
         """All rows, read on first use and kept for the life of the process."""
@@ -119,7 +124,7 @@ class RowCorpus(Corpus):
         sample = f"row-{number}"
         try:
             row = as_row(value)
-            sample = self.row_id(row)
+            sample = self.row_id(row) or sample
             if number in self._repeats:
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
             return list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
@@ -131,12 +136,12 @@ class RowCorpus(Corpus):
         """Numbers of the rows whose id an earlier row has: known to every shard without talking to the others."""
         seen: set[str] = set()
         repeats = set()
-        for number, value in enumerate(self.rows):
+        for number, value in enumerate(self.rows_with_ids()):
             try:
                 sample = self.row_id(as_row(value))
             except BadSample:
                 continue
-            if sample in seen:
+            if sample and sample in seen:
                 repeats.add(number)
             seen.add(sample)
         return frozenset(repeats)

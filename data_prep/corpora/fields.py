@@ -6,11 +6,12 @@ import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator
 
 from data_prep.corpora.base import Row, as_row
+from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
 
@@ -53,6 +54,25 @@ def clean(value: str, what: str) -> str:
     if "\0" in value:
         raise BadSample("bad-encoding", f"'{what}' holds a NUL character")
     return value.strip()
+
+
+def _below_root(pattern: str) -> str:
+    path = PurePosixPath(pattern)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ValueError("must be a glob pattern below the root")
+    return pattern
+
+
+Pattern: TypeAlias = Annotated[str, AfterValidator(_below_root)]
+"""An option that names several raw files, relative to the corpus root."""
+
+
+def matching_files(root: Path, option: str, pattern: str) -> list[Path]:
+    """Return the files under ``root`` that a pattern matches, by name. Raises UserError where there are none."""
+    paths = sorted(path for path in root.glob(pattern) if path.is_file())
+    if not paths:
+        raise UserError(f"{option}='{pattern}' matches no file under {root}")
+    return paths
 
 
 def find_image(folder: Path, name: str) -> ImageRef:

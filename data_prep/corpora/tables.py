@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import re
 from array import array
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, overload
 
@@ -162,3 +164,32 @@ def _end_of_element(
             return None
         at = after.end()
     return end
+
+
+class Chain(Sequence[object]):
+    """Several tables as one."""
+
+    def __init__(self, tables: Sequence[Sequence[object]]) -> None:
+        self._tables = tables
+        self._starts = list(accumulate((len(table) for table in tables), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __iter__(self) -> Iterator[object]:
+        return chain.from_iterable(self._tables)
+
+    @overload
+    def __getitem__(self, number: int) -> object: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[object]: ...
+    def __getitem__(self, number: int | slice) -> object:
+        """Return a row, or rows; a slice has no step."""
+        if isinstance(number, slice):
+            start, stop, step = number.indices(len(self))
+            assert step == 1, "slices of a chain have no step"
+            parts = zip(self._tables, self._starts, strict=False)
+            return [row for table, first in parts for row in table[max(0, start - first) : max(0, stop - first)]]
+        at = range(len(self))[number]
+        table = bisect_right(self._starts, at) - 1
+        return self._tables[table][at - self._starts[table]]

@@ -11,10 +11,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 from urllib.parse import quote
 
-from pydantic import field_validator
-
 from data_prep.corpora.base import Corpus, Malformed, as_row
-from data_prep.corpora.fields import clean, text
+from data_prep.corpora.fields import Pattern, clean, matching_files, text
 from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Reject, Turn
 from data_prep.quarantine import BadSample
@@ -39,17 +37,10 @@ class WebDataset(Corpus):
     Tars are streamed, nothing is extracted, and only regular files with plain relative names are read.
     """
 
-    tars: str = "*.tar"
-    """Which tars, as a glob pattern relative to the root."""
+    tars: Pattern = "*.tar"
+    """Which tars, as a glob pattern."""
     caption_key: str | None = None
     """Take the caption from this key of ``KEY.json`` (KALE: ``cogvlm_caption``) instead of from ``KEY.txt``."""
-
-    @field_validator("tars")
-    @classmethod
-    def _relative(cls, pattern: str) -> str:
-        if PurePosixPath(pattern).is_absolute() or ".." in PurePosixPath(pattern).parts:
-            raise ValueError("must be a pattern below the root")
-        return pattern
 
     def shards(self) -> Sequence[str]:
         """Return the tars' relative paths without ``.tar``, escaped to be file names."""
@@ -61,9 +52,7 @@ class WebDataset(Corpus):
 
     @cached_property
     def _tars(self) -> dict[str, Path]:
-        paths = sorted(path for path in self.root.glob(self.tars) if path.is_file())
-        if not paths:
-            raise UserError(f"tars='{self.tars}' matches no file under {self.root}")
+        paths = matching_files(self.root, "tars", self.tars)
         return {quote(path.relative_to(self.root).as_posix().removesuffix(".tar"), safe=""): path for path in paths}
 
     def examples(self, shard: str) -> Iterator[Example | Reject]:

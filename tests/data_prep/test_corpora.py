@@ -34,6 +34,26 @@ GOLDENS = [
         "refcoco", "refcoco", {"annotations": "finetune_refcocog_train.json"}, "golden_refcocog", id="refcocog"
     ),
     pytest.param("llava", "llava", {}, "golden", id="llava"),
+    pytest.param(
+        "chat",
+        "chat",
+        {"data": "part-*.jsonl", "images_column": "images", "id_column": "uid", "images": "pictures"},
+        "golden_jsonl",
+        id="chat-jsonl",
+    ),
+    pytest.param(
+        "chat",
+        "chat",
+        {
+            "data": "*.parquet",
+            "messages_column": "conversations",
+            "images_column": "image",
+            "role_key": "from",
+            "content_key": "value",
+        },
+        "golden_parquet",
+        id="chat-parquet",
+    ),
     pytest.param("gqa", "gqa", {}, "golden", id="gqa"),
     pytest.param("vsr", "vsr", {}, "golden", id="vsr"),
     pytest.param("ocrvqa", "ocrvqa", {}, "golden", id="ocrvqa"),
@@ -118,6 +138,9 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
         pytest.param("refcoco", {"direction": "up"}, r"refcoco\.direction='up': .*'phrase'", id="choice"),
         pytest.param("nlvr", {"permutations": 7}, r"nlvr\.permutations=7: .*less than or equal to 6", id="range"),
         pytest.param("webdataset", {"tars": "none/*.tar"}, r"tars='none/\*\.tar' matches no file", id="no-tars"),
+        pytest.param("chat", {}, r"chat\.data: Field required", id="required"),
+        pytest.param("chat", {"data": "*.csv"}, r"chat\.data='\*\.csv': must end in \.jsonl or \.parquet", id="format"),
+        pytest.param("chat", {"data": "none*.jsonl"}, r"data='none\*\.jsonl' matches no file", id="no-data"),
         pytest.param("webdataset", {"tars": "../*.tar"}, r"webdataset\.tars=.*below the root", id="climbing-pattern"),
     ],
 )
@@ -135,16 +158,19 @@ def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message:
         pytest.param("refcoco", "annotations", b'{"images": [], "annotations": [{}]}', "no 'image_id'", id="no-join"),
         pytest.param("llava", "conversations", b'{"id": 1}', "a JSON list at the top level", id="no-array"),
         pytest.param("llava", "conversations", b'[{"id": 1}, {"id"', "cut short, from byte 12", id="cut-array"),
+        pytest.param("chat", "data", b"PAR1 cut", "not a Parquet file", id="cut-parquet"),
         pytest.param("webdataset", "tars", b"<html>not found</html>", "damaged tar", id="html-tar"),
     ],
 )
 def test_a_file_that_is_bad_as_a_whole_is_named(
     kind: str, file: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
-    bad = tmp_path / "bad.tar"
+    patterns = {"webdataset": "bad.tar", "chat": "bad.parquet"}
+    bad = tmp_path / patterns.get(kind, "bad.json")
     bad.write_bytes(content)
-    root = tmp_path if kind == "webdataset" else FIXTURES / kind
-    corpus = build_corpus(kind, {file: "bad.tar" if kind == "webdataset" else str(bad)}, root)
+    corpus = build_corpus(
+        kind, {file: bad.name if kind in patterns else str(bad)}, tmp_path if kind in patterns else FIXTURES / kind
+    )
     with pytest.raises(UserError, match=message) as caught:
         outcomes(corpus)
     assert str(bad) in str(caught.value)
@@ -155,6 +181,12 @@ def test_a_tar_cut_short_is_an_error_not_a_smaller_corpus(tmp_path: Path) -> Non
     (tmp_path / "00000.tar").write_bytes(whole[:1000])
     with pytest.raises(UserError, match="damaged tar"):
         outcomes(build_corpus("webdataset", {}, tmp_path))
+
+
+def test_a_missing_parquet_column_is_named() -> None:
+    corpus = build_corpus("chat", {"data": "*.parquet", "messages_column": "conversation"}, FIXTURES / "chat")
+    with pytest.raises(UserError, match=r"no column 'conversation' \(did you mean 'conversations'\?\)"):
+        corpus.shards()
 
 
 def test_an_image_that_is_a_link_out_of_its_folder_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""Conversations with image markers in their text, as LLaVA introduced them and most chat files write them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from data_prep.corpora.fields import clean
+from data_prep.example import ImageRef, Part, Role, Turn
+from data_prep.quarantine import BadSample
+
+MARKER = "<image>"
+
+
+class Spoken(NamedTuple):
+    """A turn before its image markers are looked at."""
+
+    role: Role
+    text: str
+
+
+def check_order(spoken: Sequence[Spoken]) -> None:
+    """Refuse conversations that do not alternate user, assistant, user, ... up to an answer.
+
+    Raises:
+        BadSample: no-answer where the last word is the user's; bad-label where somebody speaks out of turn.
+    """
+    turns = spoken[1:] if spoken and spoken[0].role == "system" else spoken
+    if not turns or turns[-1].role != "assistant":
+        raise BadSample("no-answer", "the conversation does not end with an answer")
+    for number, turn in enumerate(turns):
+        if turn.role != ("user", "assistant")[number % 2]:
+            raise BadSample("bad-label", f"turn {number + 1} is by the {turn.role}: speakers must alternate")
+
+
+def insert_images(spoken: Sequence[Spoken], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
+    """Put the images where the markers of the user's turns stand, or first of all where there is no marker.
+
+    Raises:
+        BadSample: missing-image where markers and images differ in number.
+    """
+    marks = sum(turn.text.count(MARKER) for turn in spoken if turn.role == "user")
+    if marks not in (0, len(images)) or (marks == 0 and len(images) > 1):
+        raise BadSample("missing-image", f"{marks} {MARKER} markers for {len(images)} images")
+    opening: tuple[Part, ...] = tuple(images) if marks == 0 else ()
+    waiting = iter(images)
+    turns = []
+    for turn in spoken:
+        if turn.role != "user":
+            turns.append(Turn(turn.role, (turn.text,)))
+            continue
+        parts = _split(turn.text, waiting) if marks else (turn.text,)
+        turns.append(Turn("user", (*opening, *parts)))
+        opening = ()
+    return tuple(turns)
+
+
+def _split(said: str, waiting: Iterator[ImageRef]) -> tuple[Part, ...]:
+    """Replace each marker by the next image; white space around a marker belongs to the marker."""
+    parts = list[Part]()
+    for number, piece in enumerate(said.split(MARKER)):
+        if number:
+            parts.append(next(waiting))
+        if clean(piece, "value"):
+            parts.append(piece.strip())
+    return tuple(parts)

@@ -67,11 +67,9 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> Workspace:
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     intakes = space.intakes(tokenizer_sha256)
     jobs = [UnitJob(unit, intake) for intake in intakes for unit in intake.units]
-    waiting = [job for job in jobs if not job.unit.is_done()]
-    if waiting:
-        mine = team.share(waiting)
-        with reporter.task(f"ingest ({team.description})", len(mine)) as task:
-            team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
+    waiting = [job for job in team.share(jobs) if not job.unit.is_done()]
+    with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
+        team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
     team.serial(lambda: _conclude(space, intakes, reporter))
     return space
 

@@ -85,10 +85,9 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     ready = team.serial(lambda: require_ingested(space))
     for name, pack in recipe.packs.items():
         jobs = team.serial(functools.partial(_prepare, space, name, pack, ready))
-        waiting = [job for job in jobs if job.done() is None]
-        if waiting:
-            with reporter.task(f"materialize {name} ({team.description})", len(team.share(waiting))) as task:
-                team.map(write_row_file, waiting, lambda _: task.advance(Tally()))
+        waiting = [job for job in team.share(jobs) if job.done() is None]
+        with reporter.task(f"materialize {name} ({team.description})", len(waiting)) as task:
+            team.map(write_row_file, waiting, lambda _: task.advance(Tally()))
         team.serial(functools.partial(_finish, space, name, pack, ready, jobs, reporter))
     team.serial(functools.partial(_prune_stores, space, ready))
 

@@ -57,7 +57,7 @@ class Reporter:
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
         """Show the progress of a step over ``total`` units."""
-        if self._quiet:
+        if self._quiet or not total:
             yield Task(label, total, lambda task: None)
         elif self._stream.isatty():
             yield from self._bar(label, total)

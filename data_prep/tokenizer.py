@@ -228,9 +228,11 @@ class Tokenizer:
         return cls(_backend(file, companions, [name for _, name in appended]), tokens, companions)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer to a folder; each file is replaced atomically."""
+        """Write the tokenizer to a folder; files that differ are replaced atomically."""
         for name, data in self._files().items():
-            write_atomic(directory / name, data)
+            path = directory / name
+            if not path.is_file() or path.read_bytes() != data:
+                write_atomic(path, data)
 
     @property
     def sha256(self) -> str:

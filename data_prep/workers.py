@@ -28,11 +28,14 @@ class Team(ABC):
 
     @abstractmethod
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run ``task`` on this team's share of ``items``; ``done`` gets each result as it comes, in any order."""
+        """Run ``task`` on the items; ``done`` gets each result as it comes, in any order."""
 
+    @abstractmethod
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items this process answers for (its progress counts them)."""
-        return items
+        """Return the items this process answers for.
+
+        Always divide the whole list: what is left to do differs from one member to the next.
+        """
 
     def serial(self, task: Callable[[], R]) -> R:
         """Run a task that must run once; every member of the team returns its result."""
@@ -57,9 +60,8 @@ class LocalTeam(Team):
         return items[self.index :: self.count]
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run ``task`` on the share."""
-        mine = self.share(items)
-        results = map(task, mine) if min(self.workers, len(mine)) <= 1 else self._spread(task, mine)
+        """Spread the items over the processes."""
+        results = map(task, items) if min(self.workers, len(items)) <= 1 else self._spread(task, items)
         for result in results:
             done(result)
 
@@ -97,10 +99,10 @@ class MpiTeam(Team):
         return items[self._comm.Get_rank() :: self._comm.Get_size()]
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run ``task`` on the share."""
+        """Run this rank's items, then wait for the other ranks; a UserError of one is raised on all."""
         problem = None
         try:
-            for item in self.share(items):
+            for item in items:
                 done(task(item))
         except UserError as error:
             problem = str(error)

@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.recipe import load_recipe, shipped_recipes
+from data_prep.template import Template
+from tests.data_prep.raw import recipe_dict, write_recipe
+
+VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "LLM_DIR")
+
+
+def edited(tmp_path: Path, path: str, value: Any) -> str:
+    """A recipe file with one key (dotted path) set, or removed where the value is ``...``."""
+    content: dict[str, Any] = recipe_dict(tmp_path / "raw", tmp_path / "out")
+    *parents, last = path.split(".")
+    place = content
+    for name in parents:
+        place = place[name]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return str(write_recipe(tmp_path / "recipe.yaml", content))
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in VARIABLES:
+        monkeypatch.setenv(variable, "/somewhere")
+    recipe = load_recipe(name)
+    assert recipe.packs and recipe.specials()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("sed", 1, "unknown key sed (did you mean 'seed'?)"),
+        ("packs.pt.lenght", 1, "unknown key packs.pt.lenght (did you mean 'length'?)"),
+        ("tokenizer.tran", {}, "unknown key tokenizer.tran (did you mean 'train'?)"),
+        ("tokenizer.train.vocab", 9, "unknown key tokenizer.train.vocab (did you mean 'vocab_size'?)"),
+        ("image_tokens", ..., "image_tokens is missing: add it"),
+        ("packs.pt.template", "phi", "packs.pt: template 'phi' is unknown (did you mean 'phi3'?)"),
+        ("packs.pt.template", ..., "packs.pt.template is missing"),
+        ("packs.pt.length", "long", "packs.pt.length: "),
+        ("packs.pt.length", 4, "greater than or equal to 8"),
+        ("packs.sft.epochs", 2, "packs.sft: give either draws or epochs"),
+        ("packs.pt.epochs", ..., "packs.pt: give either draws or epochs"),
+        ("packs.sft.corpora.talk", 0, "every weight must be above 0"),
+        ("packs.pt.corpora", {"captions": 2.0}, "weights need draws"),
+        ("packs.pt.corpora", ["caption"], "packs.pt.corpora.caption is not defined under corpora (did you mean"),
+        ("packs.pt.system", "be kind", "has no turns"),
+        ("image_tokens", 64, "packs.pt.length=64 cannot hold one image of image_tokens=64"),
+        ("tokenizer", {}, "tokenizer: name either a path or train"),
+        ("max_bad_fraction", 1.5, "max_bad_fraction: "),
+        ("corpora", {"../up": {"type": "llava"}}, "name '../up' must be made of"),
+        ("root", "${NOT_SET_ANYWHERE}/x", "root uses ${NOT_SET_ANYWHERE}, which is not set: export NOT_SET_ANYWHERE="),
+    ],
+)  # fmt: skip
+def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(
+    tmp_path: Path, path: str, value: object, message: str
+) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(edited(tmp_path, path, value))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("", "a recipe is a mapping")],
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_an_unknown_name_suggests_a_shipped_one() -> None:
+    with pytest.raises(UserError, match="did you mean 'nlvr'"):
+        load_recipe("nlvrr")
+
+
+def test_variables_defaults_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAW_HERE", "/raw")
+    file = edited(tmp_path, "root", "${RAW_HERE}/${SUB_FOLDER:-sub}")
+    assert load_recipe(file).root == "/raw/sub"
+    monkeypatch.setenv("SUB_FOLDER", "other")
+    assert load_recipe(file, {"out": "elsewhere"}).root == "/raw/other"
+    assert load_recipe(file, {"out": "elsewhere"}).out_dir == Path("elsewhere")
+
+
+def test_a_pack_set_knows_its_template(tmp_path: Path) -> None:
+    recipe = load_recipe(edited(tmp_path, "packs.sft.system", "be kind"))
+    assert recipe.packs["sft"].to_template() == Template("plain", system="be kind")

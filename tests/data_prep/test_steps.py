@@ -1,0 +1,282 @@
+"""The three steps together, on small raw corpora with real readers, tokenizers and processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.images import ImageStore
+from data_prep.ingest import ingest
+from data_prep.materialize import materialize
+from data_prep.packs import Manifest, PackReader
+from data_prep.plan import plan
+from data_prep.progress import Reporter
+from data_prep.template import template_of
+from data_prep.tokenizer import Tokenizer
+from data_prep.verify import verify
+from data_prep.workers import LocalTeam, Team
+from tests.data_prep.raw import (
+    make_recipe,
+    png,
+    prepare,
+    recipe_dict,
+    tree_hashes,
+    write_llava,
+    write_recipe,
+    write_tar,
+    write_world,
+)
+
+QUIET = Reporter(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world with its packs, made by one process; tests must not change it."""
+    folder = tmp_path_factory.mktemp("made")
+    write_world(folder / "raw")
+    prepare(make_recipe(folder))
+    return folder
+
+
+def drawn(out: Path, name: str) -> list[tuple[str, str]]:
+    return [(source.dataset, source.sample) for row in PackReader(out / "packs" / name) for source in row.source]
+
+
+def test_each_pack_set_draws_what_the_recipe_says(made: Path) -> None:
+    out = made / "out"
+    captions = drawn(out, "pt")
+    assert len(captions) == 120 and {captions.count(one) for one in captions} == {2}
+    sft = [dataset for dataset, _ in drawn(out, "sft")]
+    assert (sft.count("talk"), sft.count("captions")) == (76, 25)
+    held_out = [sample.partition("-")[0] for _, sample in drawn(out, "eval")]
+    assert held_out == [f"talk{n}" for n in range(30)]
+
+
+def test_rows_hold_the_contract(made: Path) -> None:
+    for name in ("pt", "sft", "eval"):
+        reader = PackReader(made / "out" / "packs" / name, verify=True)
+        manifest, store = reader.manifest, ImageStore(reader.directory / reader.manifest.image_store)
+        assert sum(row.n_target for row in reader) == manifest.targets
+        for row in reader:
+            used = np.count_nonzero(row.segment)
+            assert (row.segment[:used] > 0).all() and set(row.segment[:used]) == set(range(1, len(row.source) + 1))
+            assert (row.input_ids[used:] == manifest.pad_id).all() and not row.generated[used:].any()
+            assert ((row.modality == 1) == (row.instance >= 0)).all()
+            assert ((row.modality == 1) == (row.input_ids == manifest.image_id)).all()
+            assert np.bincount(row.instance[row.instance >= 0], minlength=0).tolist() == [4] * len(row.image_row)
+            assert all(0 <= image < len(store) for image in row.image_row)
+            ends = [np.flatnonzero(row.segment == one)[-1] for one in range(1, len(row.source) + 1)]
+            assert all(row.generated[end] and row.input_ids[end] in manifest.eos_ids for end in ends)
+
+
+def test_a_segment_decodes_to_its_sample_and_its_image(made: Path) -> None:
+    reader = PackReader(made / "out" / "packs" / "pt")
+    tokenizer = Tokenizer.load(reader.directory / reader.manifest.tokenizer)
+    store = ImageStore(reader.directory / reader.manifest.image_store)
+    for row in reader:
+        for segment, source in enumerate(row.source, start=1):
+            number = int(source.sample[-9:])
+            at = row.segment == segment
+            assert tokenizer.decode(row.input_ids[at & (row.modality == 0)]) == f"a caption about {number} things"
+            (instance,) = set(row.instance[at & (row.modality == 1)])
+            assert store.read(int(row.image_row[instance])) == png(7 if number % 10 == 0 else number)
+
+
+def test_inference_finds_the_template_of_its_packs(made: Path) -> None:
+    assert template_of(Manifest.load(made / "out" / "packs" / "sft")).name == "plain"
+
+
+@pytest.mark.parametrize("workers", [2, 3])
+def test_the_bytes_do_not_depend_on_the_number_of_workers(made: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(made / "raw", tmp_path / "raw")
+    prepare(make_recipe(tmp_path), workers)
+    assert tree_hashes(tmp_path / "out") == tree_hashes(made / "out")
+
+
+def test_shares_of_an_array_make_the_same_bytes_and_say_what_is_missing(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "raw", tmp_path / "raw")
+    recipe = make_recipe(tmp_path)
+    shares: list[Team] = [LocalTeam(1, index, 2) for index in range(2)]
+    ingest(recipe, shares[1], QUIET)
+    with pytest.raises(UserError, match=r"ingest is incomplete: 4 units, the first captions/.*; run `mma-prep ingest`"):
+        plan(recipe, QUIET)
+    ingest(recipe, shares[0], QUIET)
+    plan(recipe, QUIET)
+    for share in shares:
+        materialize(recipe, share, QUIET)
+    assert tree_hashes(tmp_path / "out") == tree_hashes(made / "out")
+
+
+def test_a_rerun_does_nothing_and_a_change_redoes_only_what_it_touches(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    prepare(make_recipe(tmp_path, tokenizer={"train": {"vocab_size": 400, "samples": 1000}}))
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    said = prepare(make_recipe(tmp_path))
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    unchanged = {path for path in times if path.name != "rejects.jsonl" and ".work" not in path.parts}
+    assert all(again[path] == times[path] for path in unchanged)
+    assert not any("/4" in line or "materialize" in line for line in said)
+
+    reweighted = recipe_dict(tmp_path / "raw", tmp_path / "out")["packs"]
+    reweighted["sft"]["corpora"] = {"talk": 1.0, "captions": 1.0}
+    said = prepare(make_recipe(tmp_path, packs=reweighted))
+    assert [line.split()[1] for line in said if line.startswith("materialize")] == ["sft"]
+    assert not any(line.startswith(("ingest (", "tokenizer")) for line in said)
+
+
+def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    prepare(make_recipe(tmp_path))
+    (old,) = (tmp_path / "out" / "images").iterdir()
+    write_tar(tmp_path / "raw" / "captions" / "00001.tar", {"000000099": (png(200), "something new")})
+    prepare(make_recipe(tmp_path))
+    (new,) = (tmp_path / "out" / "images").iterdir()
+    assert new != old
+    assert "captions/00001/000000099" in {sample.replace("%2F", "/") for _, sample in drawn(tmp_path / "out", "pt")}
+    assert list(verify(tmp_path / "out"))
+
+    fresh = tmp_path / "fresh"
+    shutil.copytree(tmp_path / "raw", fresh / "raw")
+    prepare(make_recipe(fresh))
+    assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
+
+
+def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    bad = {
+        "a": (b"<html>", "no image"),
+        "b": (png(1)[:-30], "cut"),
+        "c": (png(1), "nul \0 here"),
+        "d": (png(2), "long " * 100),
+        "e": (png(3), "fine"),
+    }
+    write_tar(tmp_path / "raw" / "captions" / "00009.tar", bad)
+    with pytest.raises(UserError, match=r"corpora.captions: 8 of 130 .*max_bad_fraction=0: .*rejects.jsonl"):
+        prepare(make_recipe(tmp_path))
+    prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
+    listed = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    codes = {entry["sample"][-1]: entry["code"] for entry in listed}
+    assert codes == {"a": "not-an-image", "b": "broken-image", "c": "bad-encoding", "d": "too-long"}
+    assert len(drawn(tmp_path / "out", "pt")) == 2 * 61
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        ({"template": "caption", "corpora": ["talk"]}, "wrong-template"),
+        ({"max_text_tokens": 3}, "too-long"),
+        ({"max_text_tokens": 24, "too_long": "cut"}, "no draw supervises its end of turn"),
+    ],
+)
+def test_packs_that_would_teach_nothing_are_refused(tmp_path: Path, pack: dict[str, Any], message: str) -> None:
+    write_llava(tmp_path / "raw", [(f"t{n}", n, ("what is this?", "a long and winding answer " * 4)) for n in range(9)])
+    content = recipe_dict(tmp_path / "raw", tmp_path / "out")
+    del content["corpora"]["captions"]
+    whole = {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1, **pack}
+    with pytest.raises(UserError, match=message):
+        prepare(make_recipe(tmp_path, corpora=content["corpora"], packs={"sft": whole}))
+
+
+def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> None:
+    talks = [("short", 1, ("what?", "a ring.")), ("long", 2, ("what?", "a ring and a circle " * 9))]
+    write_llava(tmp_path / "raw", talks)
+    corpora = {"talk": {"type": "llava", "conversations": "llava.json", "images": "images"}}
+    packs = {
+        "sft": {"corpora": ["talk"], "template": "plain", "length": 64, "epochs": 1, "shuffle": False,
+                "max_text_tokens": 40, "too_long": "cut"}
+    }  # fmt: skip
+    said = prepare(make_recipe(tmp_path, corpora=corpora, packs=packs))
+    assert "note: packs.sft.corpora.talk: 1 of 2 draws have cut answers" in said
+    segments = [(row, n) for row in PackReader(tmp_path / "out" / "packs" / "sft") for n in range(len(row.source))]
+    row, number = segments[1]
+    at = np.flatnonzero(row.segment == number + 1)
+    manifest = Manifest.load(tmp_path / "out" / "packs" / "sft")
+    assert row.input_ids[at[-1]] not in manifest.eos_ids and row.generated[at[-1]] and len(at) == 44
+
+
+@pytest.mark.parametrize(
+    "part", ["packs/pt/rows-00000.arrow", "packs/sft/plan.arrow", "packs/eval/tokenizer/tokenizer.model", "images"]
+)
+def test_verify_names_what_is_damaged(made: Path, tmp_path: Path, part: str) -> None:
+    shutil.copytree(made / "out", tmp_path / "out")
+    assert len(list(verify(tmp_path / "out"))) == 4
+    path = tmp_path / "out" / part
+    path = next(path.rglob("images-00000.arrow")) if path.is_dir() else path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path.name}: differs"):
+        list(verify(tmp_path / "out"))
+
+
+def test_a_deleted_store_is_made_again(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    prepare(make_recipe(tmp_path))
+    before = tree_hashes(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "images")
+    prepare(make_recipe(tmp_path))
+    assert tree_hashes(tmp_path / "out") == before
+
+
+def command(recipe: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "data_prep", *words, str(recipe)]
+
+
+def environment() -> dict[str, str]:
+    root = Path(__file__).parents[2]
+    return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.slow
+def test_a_killed_job_continues_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw", tars=12, captions=150)
+    whole, killed = tmp_path / "whole.yaml", tmp_path / "killed.yaml"
+    write_recipe(whole, recipe_dict(tmp_path / "raw", tmp_path / "out"))
+    write_recipe(killed, recipe_dict(tmp_path / "raw", tmp_path / "again"))
+    start = time.monotonic()
+    subprocess.run(command(whole, "run", "--workers", "2"), env=environment(), check=True, capture_output=True)
+    full_s, kills = time.monotonic() - start, 0
+    for part in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        job = subprocess.Popen(
+            command(killed, "run", "--workers", "2"), env=environment(), start_new_session=True, stdout=subprocess.PIPE
+        )
+        time.sleep(part * full_s)
+        if job.poll() is None:
+            kills += 1
+            os.killpg(job.pid, signal.SIGKILL)
+        job.communicate()
+    assert kills, "every run ended before its kill: nothing was tested"
+    subprocess.run(command(killed, "run", "--workers", "2"), env=environment(), check=True, capture_output=True)
+    assert tree_hashes(tmp_path / "again") == tree_hashes(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_mpi_ranks_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    launcher = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if launcher is None:
+        pytest.skip("mpiexec is not installed: pip install mpich")
+    shutil.copytree(made / "raw", tmp_path / "raw")
+    recipe = write_recipe(tmp_path / "recipe.yaml", recipe_dict(tmp_path / "raw", tmp_path / "out"))
+    ranks = [launcher, "-n", "2", sys.executable, "-m", "mpi4py", "-m", "data_prep"]
+    done = subprocess.run([*ranks, "run", str(recipe)], env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "2 MPI ranks" in done.stdout
+    assert tree_hashes(tmp_path / "out") == tree_hashes(made / "out")
+
+    (tmp_path / "raw" / "llava.json").write_text("{")
+    failed = subprocess.run(
+        [*ranks, "run", str(recipe)], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert failed.returncode != 0 and "llava.json" in failed.stderr

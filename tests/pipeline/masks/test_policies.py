@@ -1,0 +1,73 @@
+"""Policies: every dense mask against plain Python, the clamp, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from data_prep.errors import UserError
+from pipeline.masks import POLICIES, Sidecars, commit_index, dense_mask, get_policy, parse_layout
+from tests.pipeline.masks.rows import GRID, PlainRow, rows
+
+SAFE = [name for name, policy in POLICIES.items() if not policy.leaks]
+LEAKING = [name for name, policy in POLICIES.items() if policy.leaks]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@given(row=rows)
+@settings(max_examples=15, deadline=None)
+def test_the_dense_mask_is_the_definition(name: str, row: Sidecars) -> None:
+    assert dense_mask(get_policy(name, allow_leak=True, grid=GRID), row).tolist() == PlainRow(row).mask(name)
+
+
+@pytest.mark.parametrize("name", SAFE)
+@given(row=rows)
+@settings(max_examples=15, deadline=None)
+def test_safe_policies_respect_the_commit_index(name: str, row: Sidecars) -> None:
+    rows_i, columns_j = dense_mask(get_policy(name, grid=GRID), row).nonzero().unbind(1)
+    assert torch.all(columns_j <= commit_index(row)[rows_i])
+    assert torch.all(row.segment[rows_i] == row.segment[columns_j])
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "unlocked"),
+    [
+        pytest.param("mma", "V2 Q2 A1", {(0, 2), (0, 3), (1, 2), (1, 3)}, id="the-papers-rectangle"),
+        pytest.param("mma", "V2 A2", set(), id="captions-are-causal-by-themselves"),
+        pytest.param("mma", "V1 Q1 A1 Q1 A1", {(0, 1)}, id="an-earlier-image-does-not-read-later-questions"),
+        pytest.param("mma", "Q1 V1 A1", set(), id="text-first-needs-nothing"),
+        pytest.param("mma", "V1 Q1 A1 V1 Q1 A1", {(0, 1), (3, 4)}, id="each-turn-its-own-image"),
+        pytest.param("mma_aki", "V1 Q1 A1 V1 Q1 A1", {(0, 1)}, id="aki-first-turn-only"),
+        pytest.param("mma_general", "V1 V1 Q1", {(0, 2), (1, 2)}, id="two-images-are-alike"),
+        pytest.param("mma_general_instance", "V1 V1 Q1", {(0, 1), (0, 2), (1, 2)}, id="two-images-differ"),
+        pytest.param("mma_general", "Q1 V1 W1 A1", {(0, 1), (0, 2), (1, 2)}, id="text-sees-media-too"),
+        pytest.param("mixed", "V2 Q1 U2 A1", {(0, 1), (3, 4)}, id="inside-one-medium"),
+        pytest.param("mma_mixed", "V2 Q1 A1", {(0, 1), (0, 2), (1, 2)}, id="union"),
+        pytest.param("prefix", "V1 Q2 A2", {(0, 1), (0, 2), (1, 2)}, id="prefix"),
+        pytest.param("mma", "V1 Q1 | V1 Q1", {(0, 1), (2, 3)}, id="segments-stay-apart"),
+    ],
+)
+def test_what_is_unlocked_beyond_causal(name: str, layout: str, unlocked: set[tuple[int, int]]) -> None:
+    row = parse_layout(layout)
+    beyond = dense_mask(name, row) & ~dense_mask("causal", row)
+    assert {(i, j) for i, j in beyond.nonzero().tolist()} == unlocked
+
+
+@pytest.mark.parametrize("name", LEAKING)
+def test_ablations_must_be_asked_for(name: str) -> None:
+    with pytest.raises(UserError, match="allow_leak"):
+        get_policy(name)
+    assert get_policy(name, allow_leak=True).leaks
+
+
+def test_an_unknown_policy_is_refused_with_a_suggestion() -> None:
+    with pytest.raises(UserError, match=r"unknown mask policy 'mma_mixd'.*did you mean 'mma_mixed'"):
+        get_policy("mma_mixd")
+
+
+def test_a_policy_of_rings_needs_a_grid_that_fits() -> None:
+    with pytest.raises(UserError, match="resampler"):
+        get_policy("cca")
+    with pytest.raises(UserError, match="image 0 at token 1 has 5 tokens, its grid 3 x 4"):
+        dense_mask(get_policy("cca", grid=GRID), parse_layout("Q1 V5 Q2"))

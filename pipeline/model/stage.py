@@ -99,7 +99,8 @@ class Stage(nn.Module):
     @property
     def rotary(self) -> nn.Module:
         """The family's rotary embedding, which has no parameters."""
-        return self._rotary[0]
+        rotary: nn.Module = self._rotary[0]
+        return rotary
 
     @property
     def shares_head(self) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +32,16 @@ class TensorFolder:
     def __init__(self, directory: Path | str) -> None:
         """Read the index. Raises UserError when the folder has no safetensors, or an index that leaves the folder."""
         self.directory = Path(directory)
+        self._handles: dict[Path, Any] = {}
         self.files = self._index()
+        """Tensor name -> file."""
 
     def _index(self) -> dict[str, Path]:
         index, single = self.directory / INDEX, self.directory / SINGLE
         if index.is_file():
             return {key: self._inside(name) for key, name in _weight_map(index).items()}
         if single.is_file():
-            with _open(single) as file:
-                return dict.fromkeys(file.keys(), single)
+            return dict.fromkeys(self._open(single).keys(), single)
         if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
             raise UserError(
                 f"{self.directory} holds pickled weights only, which are not read (they can run code): "
@@ -59,12 +59,20 @@ class TensorFolder:
 
     def shape(self, key: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading it."""
-        return tuple(_open(self.files[key]).get_slice(key).get_shape())
+        return tuple(self._open(self.files[key]).get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
         """Read one tensor, on the CPU, in the type it was saved in."""
-        tensor: torch.Tensor = _open(self.files[key]).get_tensor(key)
+        tensor: torch.Tensor = self._open(self.files[key]).get_tensor(key)
         return tensor
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._handles:
+            try:
+                self._handles[path] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read ({error}): copy it again") from error
+        return self._handles[path]
 
 
 class WeightSource:
@@ -171,11 +179,3 @@ def _weight_map(index: Path) -> dict[str, str]:
         }
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is damaged ({error}): copy the folder again") from error
-
-
-@cache
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): copy it again") from error

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
+from data_prep.ingest import Ingested, pack_units, require_ingested
 from data_prep.packs import (
     IMAGE,
     TEXT,
@@ -30,7 +31,7 @@ from data_prep.packs import (
     write_atomic,
     write_rows,
 )
-from data_prep.plan import Plan, Store, pack_intakes, pack_units, plan_path, require_ingested
+from data_prep.plan import Plan, pack_intakes, plan_path
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
@@ -96,7 +97,7 @@ def _work(folder: Path) -> Path:
     return folder / ".work"
 
 
-def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Store) -> list[RowFileJob]:
+def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> list[RowFileJob]:
     """Write down what workers need to know, and return the row files of a pack set."""
     folder = space.packs(name)
     plan = Plan.load(plan_path(folder))
@@ -204,7 +205,7 @@ def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[Any
 
 
 def _finish(
-    space: Workspace, name: str, pack: PackConfig, ready: Store, jobs: Sequence[RowFileJob], reporter: Reporter
+    space: Workspace, name: str, pack: PackConfig, ready: Ingested, jobs: Sequence[RowFileJob], reporter: Reporter
 ) -> None:
     """Write the manifest once every row file is there."""
     found = [job.done() for job in jobs]
@@ -225,7 +226,9 @@ def _finish(
     )
 
 
-def _manifest(space: Workspace, name: str, pack: PackConfig, ready: Store, files: Sequence[dict[str, Any]]) -> Manifest:
+def _manifest(
+    space: Workspace, name: str, pack: PackConfig, ready: Ingested, files: Sequence[dict[str, Any]]
+) -> Manifest:
     recipe, folder = space.recipe, space.packs(name)
     tokenizer, plan = Tokenizer.load(folder / "tokenizer"), Plan.load(plan_path(folder))
     store, template = ImageStore(ready.images), pack.to_template()
@@ -279,7 +282,7 @@ def _remove_strangers(folder: Path, manifest: Manifest, jobs: Sequence[RowFileJo
         path.unlink(missing_ok=True)
 
 
-def _prune_stores(space: Workspace, ready: Store) -> None:
+def _prune_stores(space: Workspace, ready: Ingested) -> None:
     """Remove sealed image stores that no packs of this output folder refer to any more."""
     manifests = [Manifest.load(path.parent) for path in space.out.glob("packs/*/manifest.json")]
     used = {Path(manifest.image_store).name for manifest in manifests} | {ready.images.name}

@@ -15,14 +15,13 @@ import pyarrow as pa
 from data_prep.arrow_files import atomic_path
 from data_prep.audit import CorpusAudit, audit_corpus, check_audit, warnings
 from data_prep.errors import UserError
+from data_prep.ingest import pack_units, require_ingested
 from data_prep.packing import exact_draws, interleave, pack_in_order, pack_windows, sample_order
 from data_prep.packs import sha256_file
 from data_prep.progress import Reporter
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Columns, read_columns
-from data_prep.seal import seal_store
-from data_prep.tokenizer import Tokenizer
-from data_prep.workspace import Intake, Unit, Workspace, describe_missing
+from data_prep.workspace import Intake, Workspace
 
 PLAN_VERSION = 2
 PLAN_SCHEMA = pa.schema(
@@ -68,17 +67,12 @@ def plan_path(folder: Path) -> Path:
     return folder / "plan.arrow"
 
 
-def pack_units(intakes: Sequence[Intake]) -> list[Unit]:
-    """Return the units of a pack set in the order that the plan numbers them."""
-    return [unit for intake in intakes for unit in intake.units]
-
-
 def pack_intakes(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[Intake]:
     """Return the intakes of one pack set in recipe order."""
     return [space.intake(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
 
 
-def plan(recipe: Recipe, reporter: Reporter) -> Store:
+def plan(recipe: Recipe, reporter: Reporter) -> None:
     """Plan every pack set whose inputs changed.
 
     Raises:
@@ -96,29 +90,6 @@ def plan(recipe: Recipe, reporter: Reporter) -> Store:
                 reporter.say(line)
             _write(path, table, settings, audits)
         reporter.say(describe(name, pack, Plan.load(path)))
-    return ready
-
-
-@dataclass(frozen=True, slots=True)
-class Store:
-    """What ingest left: the tokenizer's identity and the sealed image store."""
-
-    tokenizer_sha256: str
-    images: Path
-
-
-def require_ingested(space: Workspace) -> Store:
-    """Return what ingest left, sealing the store if the last share has not.
-
-    Raises:
-        UserError: units are missing; the message counts them and names the first.
-    """
-    tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
-    units = pack_units(space.intakes(tokenizer_sha256))
-    missing = [unit for unit in units if not unit.is_done()]
-    if missing:
-        raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
-    return Store(tokenizer_sha256, seal_store(units, space.images))
 
 
 def describe(name: str, pack: PackConfig, made: Plan) -> str:

@@ -15,6 +15,21 @@ from data_prep.arrow_files import BATCH_ROWS, open_batches
 from data_prep.errors import UserError
 from data_prep.workspace import Unit
 
+SAMPLE_SCHEMA = pa.schema(
+    [
+        ("sample", pa.string()),
+        ("family", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("generated", pa.list_(pa.uint8())),
+        ("images", pa.list_(pa.int32())),  # index into the unit's distinct images, in order of instance
+        ("n_tokens", pa.int32()),
+        ("n_images", pa.int32()),
+        ("n_target", pa.int32()),
+        ("truncated", pa.bool_()),
+        ("ended", pa.bool_()),  # whether the last supervised token ends a turn
+    ]
+)
+"""One tokenised sample of a unit."""
 _OPEN_UNITS = 128
 
 

@@ -228,8 +228,11 @@ class Tokenizer:
         return cls(_backend(file, companions, [name for _, name in appended]), tokens, companions)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer to a folder; files that differ are replaced atomically."""
-        for name, data in self._files().items():
+        """Write the tokenizer to a folder, atomically file by file, and remove what another one left there."""
+        files = self._files()
+        for name in {_HuggingFace.filename, _SentencePiece.filename, *COMPANIONS} - files.keys():
+            (directory / name).unlink(missing_ok=True)
+        for name, data in files.items():
             path = directory / name
             if not path.is_file() or path.read_bytes() != data:
                 write_atomic(path, data)

@@ -46,6 +46,11 @@ class Team(ABC):
         """Whether this process reports to the user."""
         return True
 
+    @property
+    def does_all(self) -> bool:
+        """Whether the team does all of the work, not a share beside other jobs."""
+        return True
+
 
 class LocalTeam(Team):
     """``workers`` processes on this machine, over share ``index`` of ``count`` (a Slurm array's task)."""
@@ -58,6 +63,11 @@ class LocalTeam(Team):
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """Return the items this process answers for."""
         return items[self.index :: self.count]
+
+    @property
+    def does_all(self) -> bool:
+        """False for one of several shares."""
+        return self.count == 1
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
         """Spread the items over the processes."""

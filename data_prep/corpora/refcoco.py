@@ -9,7 +9,6 @@ from typing import Annotated, Literal
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
 from data_prep.corpora.fields import ask, find_image, key_text, normalised_box, require, slot, text
 from data_prep.corpora.tables import load_list
-from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.quarantine import BadSample
 
@@ -40,11 +39,12 @@ class RefCOCO(RowCorpus):
         path = self.root / self.annotations
         boxes: dict[object, list[object]] = {}
         for annotation in load_list(path, "annotations"):
-            if not isinstance(annotation, dict) or not isinstance(annotation.get("image_id"), int | str):
-                raise UserError(f"{path}: an annotation has no 'image_id'; is this the right file?")
-            boxes.setdefault(annotation["image_id"], []).append(annotation.get("bbox"))
+            if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), int | str):
+                boxes.setdefault(annotation["image_id"], []).append(annotation.get("bbox"))
         return [
-            {**image, "boxes": boxes.get(image["id"], [])} if isinstance(image, dict) and "id" in image else image
+            {**image, "boxes": boxes.get(image["id"], [])}
+            if isinstance(image, dict) and isinstance(image.get("id"), int | str)
+            else image
             for image in load_list(path, "images")
         ]
 

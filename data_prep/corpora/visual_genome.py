@@ -41,7 +41,9 @@ class VisualGenome(RowCorpus):
     @cached_property
     def _image_data(self) -> dict[object, Mapping[str, object]]:
         path = self.root / self.image_data
-        entries = [entry for entry in json_array(path) if isinstance(entry, Mapping) and "image_id" in entry]
+        entries = [
+            entry for entry in json_array(path) if isinstance(entry, Mapping) and isinstance(entry.get("image_id"), int)
+        ]
         if not entries:
             raise UserError(f"{path}: no entry has an 'image_id'; is this the right file?")
         return {entry["image_id"]: entry for entry in entries}

@@ -9,10 +9,10 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.ingest import cut_tail
 from data_prep.quarantine import BadSample
 from data_prep.template import EOS, Image, Special, Template, Text
 from data_prep.tokenizer import IMAGE_TOKEN, PAD, Tokenizer, train_sentencepiece
+from data_prep.units import cut_tail
 
 TEXTS = [f"is there a red circle or {n} big rings? user assistant image end" for n in range(50)]
 SPECIALS = sorted({token for name in ("plain", "phi3") for token in Template(name).specials})

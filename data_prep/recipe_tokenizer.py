@@ -1,0 +1,56 @@
+"""The tokenizer of a recipe: an existing one with the templates' special tokens, or one trained on the corpora."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.example import Example
+from data_prep.packs import sha256_file, write_atomic
+from data_prep.progress import Reporter
+from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from data_prep.workspace import Workspace, digest
+
+if TYPE_CHECKING:
+    from data_prep.corpora.base import Corpus
+
+
+def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
+    """Make sure that the output folder has the recipe's tokenizer, training it if asked; return its sha256."""
+    recipe, config = space.recipe, space.recipe.tokenizer
+    marker = space.tokenizer / "origin.json"
+    source = recipe.root_dir / config.path if config.path else None
+    raw = {name: space.raw_fingerprint(name) for name in space.corpora} if source is None else _source_hashes(source)
+    origin = json.dumps({"key": digest([config.model_dump(), recipe.specials(), raw])}).encode() + b"\n"
+    if marker.is_file() and marker.read_bytes() == origin:
+        return Tokenizer.load(space.tokenizer).sha256
+    if source is None:
+        assert config.train is not None
+        reporter.say(f"tokenizer: training SentencePiece on up to {config.train.samples:,} samples")
+        source = space.tokenizer / "trained.model"
+        texts = corpus_texts(list(space.corpora.values()), config.train.samples)
+        train_sentencepiece(texts, config.train.vocab_size, recipe.specials(), source)
+    tokenizer = Tokenizer.open(source, recipe.specials())
+    tokenizer.save(space.tokenizer)
+    write_atomic(marker, origin)
+    reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
+    return tokenizer.sha256
+
+
+def _source_hashes(path: Path) -> dict[str, str]:
+    files = [path] if path.is_file() else sorted(item for item in path.glob("*") if item.is_file())
+    return {item.name: sha256_file(item) for item in files}
+
+
+def corpus_texts(corpora: list[Corpus], samples: int) -> Iterator[str]:
+    """Yield the texts of about ``samples`` samples, evenly over the corpora and over each corpus's shards."""
+    for corpus in corpora:
+        shards = corpus.shards()
+        quota = -(-samples // (len(corpora) * max(1, len(shards))))
+        for shard in shards:
+            kept = (item for item in corpus.examples(shard) if isinstance(item, Example))
+            for example in itertools.islice(kept, quota):
+                yield from (part for turn in example.turns for part in turn.parts if isinstance(part, str))

@@ -1,0 +1,192 @@
+"""One unit of ingest: a raw shard is read, templated, tokenised and its images validated, in constant memory."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import numpy as np
+
+from data_prep.arrow_files import ArrowWriter, atomic_path
+from data_prep.corpora import build_corpus
+from data_prep.example import Example, Reject
+from data_prep.images import IMAGE_SCHEMA, decode_rgb
+from data_prep.packs import IMAGE, write_atomic
+from data_prep.quarantine import CODES, BadSample, Tally
+from data_prep.samples import SAMPLE_SCHEMA
+from data_prep.tokenizer import Encoded, Tokenizer
+from data_prep.workspace import Intake, Unit, UnitReport, Writing
+
+if TYPE_CHECKING:
+    from data_prep.corpora.base import Corpus
+
+_IMAGE_BATCH_ROWS = 64  # images are large: a batch is what a unit holds in memory
+
+
+@dataclass(frozen=True, slots=True)
+class UnitJob:
+    """One unit to be made, with all a worker process needs to know."""
+
+    unit: Unit
+    intake: Intake
+
+
+@functools.lru_cache(maxsize=4)
+def _reader(kind: str, options: str, root: str, fingerprint: str) -> Corpus:
+    """Build a reader once per process; ``fingerprint`` tells when the raw files changed."""
+    return build_corpus(kind, json.loads(options), Path(root))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
+    """Load the tokenizer once per process; ``origin`` tells a new one in the same folder."""
+    return Tokenizer.load(folder)
+
+
+def ingest_unit(job: UnitJob) -> UnitReport:
+    """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
+    intake, unit = job.intake, job.unit
+    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), intake.folder.name)
+    tokenizer = _tokenizer(str(intake.tokenizer), (intake.tokenizer / "origin.json").read_bytes())
+    with UnitWriter(unit, intake.writing, tokenizer) as writer:
+        for item in corpus.examples(unit.shard):
+            if isinstance(item, Reject):
+                writer.reject(item.sample, item.code, item.detail)
+                continue
+            try:
+                writer.keep(item)
+            except BadSample as problem:
+                writer.reject(item.id, problem.code, problem.detail)
+    report = writer.report()
+    write_atomic(unit.marker, report.to_json().encode())
+    return report
+
+
+class UnitWriter:
+    """Writes the files of one unit in constant memory."""
+
+    def __init__(self, unit: Unit, writing: Writing, tokenizer: Tokenizer) -> None:
+        self._unit, self._writing, self._tokenizer = unit, writing, tokenizer
+        self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
+        self._images: dict[bytes, int] = {}
+        self._bad_images: dict[bytes, BadSample] = {}
+        self._codes: Counter[str] = Counter()
+        self._kept = 0
+
+    def __enter__(self) -> UnitWriter:
+        with ExitStack() as stack:
+            self._samples = stack.enter_context(ArrowWriter(self._unit.tokens, SAMPLE_SCHEMA))
+            self._pixels = stack.enter_context(
+                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=_IMAGE_BATCH_ROWS)
+            )
+            rejects = stack.enter_context(atomic_path(self._unit.rejects))
+            self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stack.__exit__(*failure)  # type: ignore[arg-type]
+        if failure[0] is None:
+            write_atomic(self._unit.digests, b"".join(self._images))
+
+    def report(self) -> UnitReport:
+        """Return what the unit holds, once it is closed."""
+        entry, tally = self._samples.entry, Tally(self._kept, dict(sorted(self._codes.items())))
+        return UnitReport(tally, len(self._images), entry.bytes, entry.sha256)
+
+    def reject(self, sample: str, code: str, detail: str) -> None:
+        """Count and list a sample that cannot be used."""
+        assert code in CODES, code
+        self._codes[code] += 1
+        place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": sample}
+        self._rejects.write(json.dumps({**place, "code": code, "detail": detail}) + "\n")
+
+    def keep(self, example: Example) -> None:
+        """Add a sample with its images. Raises BadSample when it cannot be used; nothing is added then."""
+        check_text(example)
+        encoded, truncated = self._encode(example)
+        images = [self._register(*image) for image in self._validated(example)]
+        supervised = np.flatnonzero(encoded.generated[1:])
+        ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
+        counts = (len(encoded), len(images), len(supervised), truncated, ended)
+        self._samples.append((example.id, example.family, encoded.ids, encoded.generated, images, *counts))
+        self._kept += 1
+
+    def _encode(self, example: Example) -> tuple[Encoded, bool]:
+        writing, count = self._writing, len(example.images)
+        if writing.max_images is not None and count > writing.max_images:
+            raise BadSample("too-many-images", f"{count} images, max_images={writing.max_images}")
+        encoded = self._tokenizer.encode(writing.template.pieces(example), writing.image_tokens)
+        if not encoded.generated[1:].any():
+            raise BadSample("no-target", "no generated token after the first")
+        limit = writing.length
+        if writing.max_text_tokens is not None:
+            limit = min(limit, writing.max_text_tokens + count * writing.image_tokens)
+        if len(encoded) <= limit:
+            return encoded, False
+        if writing.too_long == "reject":
+            raise BadSample("too-long", f"{len(encoded)} tokens with {count} images, {limit} fit")
+        return cut_tail(encoded, limit), True
+
+    def _validated(self, example: Example) -> list[tuple[bytes, bytes, tuple[int, int]]]:
+        """Return (sha256, bytes, upright size) of the images, decoding what this unit has not seen yet."""
+        found = []
+        for image in example.images:
+            try:
+                data = image.read()
+            except OSError as error:
+                raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
+            key = hashlib.sha256(data).digest()
+            if key in self._bad_images:
+                raise self._bad_images[key]
+            size = (0, 0)
+            if key not in self._images:
+                try:
+                    size = decode_rgb(data).size
+                except BadSample as problem:
+                    self._bad_images[key] = BadSample(problem.code, f"{image.name}: {problem.detail}")
+                    raise self._bad_images[key] from problem
+            found.append((key, data, size))
+        return found
+
+    def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:
+        if key not in self._images:
+            self._images[key] = len(self._images)
+            self._pixels.append((key, *size, data))
+        return self._images[key]
+
+
+def check_text(example: Example) -> None:
+    """Raise BadSample when a text holds NUL or a lone surrogate, which no tokenizer should meet."""
+    for turn in example.turns:
+        for part in turn.parts:
+            if isinstance(part, str) and ("\x00" in part or (not part.isascii() and _has_surrogate(part))):
+                raise BadSample("bad-encoding", f"NUL or lone surrogate in a {turn.role} turn")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def cut_tail(encoded: Encoded, limit: int) -> Encoded:
+    """Cut a sample to ``limit`` tokens, back to its last generated one; its end token is gone, as it must be.
+
+    Raises:
+        BadSample: an image would be cut, or no supervised token would be left.
+    """
+    if (encoded.modality[limit:] == IMAGE).any():
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose an image")
+    supervised = np.flatnonzero(encoded.generated[1:limit])
+    if not len(supervised):
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose every target")
+    return encoded.cut(int(supervised[-1]) + 2)

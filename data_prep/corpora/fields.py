@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, TypeAlias
@@ -103,6 +102,9 @@ def _resolved(folder: Path) -> Path:
     return folder.resolve()
 
 
+MOST_PX = 1e9  # beyond it a number is no pixel, be it infinite, NaN or an integer too large for a float
+
+
 class Box(NamedTuple):
     """A box in fractions of the image's width and height: upper left and lower right corner."""
 
@@ -122,8 +124,8 @@ def normalised_box(xywh: Sequence[object], width: float, height: float) -> Box:
     Raises:
         BadSample: bad-box where it is not four finite numbers or nothing of it is left.
     """
-    numbers = [float(value) for value in xywh if isinstance(value, int | float) and math.isfinite(value)]
-    if len(numbers) != 4 or len(xywh) != 4 or min(width, height) <= 0:
+    numbers = [value for value in xywh if isinstance(value, int | float) and abs(value) <= MOST_PX]
+    if len(numbers) != 4 or len(xywh) != 4 or not (0 < width <= MOST_PX and 0 < height <= MOST_PX):
         raise BadSample("bad-box", f"box {list(xywh)} in an image of {width} x {height} px")
     x, y, w, h = numbers
     corners = (x / width, y / height, (x + w) / width, (y + h) / height)

@@ -155,7 +155,7 @@ def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message:
         pytest.param("vqav2", "questions", b'{"questions": [', "not a JSON file", id="cut"),
         pytest.param("vqav2", "questions", b"[]", "a list under 'questions'", id="no-key"),
         pytest.param("vqav2", "annotations", b'{"annotations": {}}', "a list under 'annotations'", id="no-list"),
-        pytest.param("refcoco", "annotations", b'{"images": [], "annotations": [{}]}', "no 'image_id'", id="no-join"),
+        pytest.param("refcoco", "annotations", b'{"images": []}', "a list under 'annotations'", id="no-annotations"),
         pytest.param("llava", "conversations", b'{"id": 1}', "a JSON list at the top level", id="no-array"),
         pytest.param("llava", "conversations", b'[{"id": 1}, {"id"', "cut short, from byte 12", id="cut-array"),
         pytest.param("chat", "data", b"PAR1 cut", "not a Parquet file", id="cut-parquet"),

@@ -79,8 +79,8 @@ class ModelSpec:
         limit = self.longest_segment
         if limit is not None and longest > limit:
             raise ConfigError(
-                f"the packs hold a sample of {longest} tokens, and {self.llm.model_type} was made for {limit}: "
-                f"make the packs with shorter samples, or raise model.llm.config.max_position_embeddings"
+                f"the packs hold a sample of {longest} tokens, and this {self.llm.model_type} was made for {limit} "
+                "(max_position_embeddings, or a longrope model's short regime): make the packs with shorter samples"
             )
 
     @cached_property

@@ -92,7 +92,7 @@ def test_a_damaged_description_is_refused() -> None:
         ModelSpec.from_dict(raw)
 
 
-LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
+LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [
         pytest.param("llama", {}, 256, id="positions"),
         pytest.param(
             "phi3",
-            {"rope_parameters": {**LONGROPE, "original_max_position_embeddings": 64}},
+            {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
             64,
             id="longrope-short-regime",
         ),

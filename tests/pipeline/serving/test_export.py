@@ -1,0 +1,142 @@
+"""Exports: whole or absent, exact, and readable by others."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data_prep.errors import UserError
+from pipeline.model.weights import WeightSource
+from pipeline.serving import export as export_module
+from pipeline.serving.card import ModelCard
+from pipeline.serving.export import export
+from pipeline.serving.model import load_model
+from tests.pipeline.model.helpers import plain_llm, whole_stage
+from tests.pipeline.serving.helpers import CONVERSATIONS, Saved, make_export, make_saved
+
+SCORE = """
+import sys, torch
+from pipeline.serving.model import load_model
+from tests.pipeline.serving.helpers import CONVERSATIONS
+model = load_model(sys.argv[1])
+torch.save([model.logits(model.prompt(turns)) for turns in CONVERSATIONS], sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_new_process_computes_the_same_logits(dtype: str, tmp_path: Path) -> None:
+    folder = export(make_saved(tmp_path, tie_word_embeddings=True), tmp_path / "export", dtype=dtype)
+    model = load_model(folder)
+    subprocess.run([sys.executable, "-c", SCORE, folder, tmp_path / "logits"], check=True, timeout=120)
+    theirs = torch.load(tmp_path / "logits", weights_only=True)
+    assert all(torch.equal(model.logits(model.prompt(t)), x) for t, x in zip(CONVERSATIONS, theirs, strict=True))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("shard_bytes", [1, 20_000, 1 << 30])
+def test_every_weight_comes_back_whatever_the_shards(
+    tied: bool, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
+    saved = make_saved(tmp_path, tie_word_embeddings=tied)
+    folder = export(saved, tmp_path / "export")
+    spec = ModelCard.load(folder).spec
+    loaded = whole_stage(spec, source=WeightSource.open_export(spec, folder))
+    for name, param in saved.stage.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), param), name
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
+    assert (len(shards) > 1) == (shard_bytes < 1 << 30)
+
+
+def test_the_language_model_alone_is_a_hugging_face_model(tmp_path: Path) -> None:
+    saved = make_saved(tmp_path, "qwen3")
+    theirs = AutoModelForCausalLM.from_pretrained(export(saved, tmp_path / "export"))
+    mine = plain_llm(saved.stage)
+    for name, param in mine.named_parameters():
+        assert torch.equal(theirs.get_parameter(name), param), name
+
+
+def test_the_second_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
+    saved = make_saved(tmp_path, tie_word_embeddings=True)
+
+    class Split(Saved):
+        def parameters(self) -> Any:
+            yield from super().parameters()
+            yield "lm_head.weight", self.stage.lm_head.weight.detach()
+
+    export(Split(saved.stage, saved.meta), tmp_path / "export")
+    index = json.loads((tmp_path / "export" / "model.safetensors.index.json").read_text())
+    assert "lm_head.weight" not in index["weight_map"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    class Torn(Saved):
+        def parameters(self) -> Any:
+            yield from list(super().parameters())[:5]
+
+    saved = make_saved(tmp_path)
+    with pytest.raises(UserError, match=r"lacks .* parameters"):
+        export(Torn(saved.stage, saved.meta), tmp_path / "export")
+    assert not [path for path in tmp_path.iterdir() if "export" in path.name]
+
+
+def meta_without(key: str) -> Callable[[Saved], Saved]:
+    return lambda saved: replace(saved, meta={k: v for k, v in saved.meta.items() if k != key})
+
+
+def meta_with(**changes: Any) -> Callable[[Saved], Saved]:
+    return lambda saved: replace(saved, meta={**saved.meta, **changes})
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param(meta_without("policy"), "incomplete .'policy'", id="no-policy"),
+        pytest.param(meta_with(dtype="float8"), "'float8' are not written", id="dtype"),
+        pytest.param(meta_with(template={"name": "plan"}), "did you mean 'plain'", id="template"),
+        pytest.param(meta_with(tokenizer="gone"), "not a tokenizer folder", id="tokenizer"),
+    ],
+)
+def test_checkpoints_that_cannot_be_exported(change: Callable[[Saved], Saved], words: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=words):
+        export(change(make_saved(tmp_path)), tmp_path / "export")
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UserError, match="exists: give a new folder"):
+        export(make_saved(tmp_path), tmp_path / "export")
+
+
+def spoil_version(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["mma"]["version"] = 99
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        pytest.param(lambda f: (f / "config.json").unlink(), "not an exported model", id="no-config"),
+        pytest.param(lambda f: (f / "config.json").write_text("{}"), "does not describe an export", id="foreign"),
+        pytest.param(spoil_version, "version 1; export the run again", id="version"),
+        pytest.param(lambda f: (f / "tokenizer" / "mma_tokenizer.json").unlink(), "tokenizer folder", id="tokenizer"),
+        pytest.param(lambda f: next(f.glob("model-*")).unlink(), "not a file of the folder", id="weights"),
+    ],
+)
+def test_damaged_exports_are_refused(spoil: Callable[[Path], None], words: str, tmp_path: Path) -> None:
+    folder = make_export(tmp_path)
+    spoil(folder)
+    with pytest.raises(UserError, match=words):
+        load_model(folder)

@@ -1,0 +1,76 @@
+"""The ``mma`` command on a tiny export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import main
+from tests.pipeline.serving.helpers import make_export, picture
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_export(tmp_path_factory.mktemp("model"))
+
+
+def test_help_is_instant_and_names_every_command() -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline.cli", "--help"], capture_output=True, text=True, check=True
+    )
+    assert time.perf_counter() - start < 5  # a loaded machine; heavy imports are checked by name
+    assert not [name for name in ("torch", "transformers", "deepspeed") if f"| {name}\n" in done.stderr]
+    assert all(name in done.stdout for name in ("mask", "prove", "export", "generate", "evaluate"))
+
+
+@pytest.mark.parametrize("images", [0, 1, 2])
+def test_generate_prints_one_answer(
+    images: int, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = []
+    for number in range(images):
+        (tmp_path / f"{number}.png").write_bytes(picture(number).read())
+        files.append(str(tmp_path / f"{number}.png"))
+    words = ["generate", *files, "what colour is the circle", "--model", str(model), "--max-new-tokens", "3"]
+    assert main([*words, "--device", "cpu", "--beams", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        pytest.param(["generate", "gone.png", "left", "--model", "MODEL"], "image gone.png cannot be read", id="image"),
+        pytest.param(["generate", "left", "--model", "gone"], "gone is not an exported model", id="model"),
+        pytest.param(["generate", "left", "--model", "MODEL", "--device", "cuda"], "no GPU here", id="device"),
+        pytest.param(["evaluate", "--model", "MODEL", "--packs", "gone"], "gone is not a pack folder", id="packs"),
+        pytest.param(["export", "gone", "out"], "gone holds no checkpoint", id="run"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
+    words: list[str], message: str, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert main([str(model) if word == "MODEL" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("mma: ") and len(error.splitlines()) == 1
+    assert main([*(str(model) if word == "MODEL" else word for word in words), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["generat"], ["generate", "--model", "x"], ["evaluate", "--limit", "0"]])
+def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    assert "usage: mma" in capsys.readouterr().err
+
+
+def test_an_export_can_be_read_by_people(model: Path) -> None:
+    card = json.loads((model / "config.json").read_text())["mma"]
+    assert card["policy"] == "mma" and card["template"]["name"] == "plain"

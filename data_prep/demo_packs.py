@@ -8,19 +8,29 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from data_prep.demo import write_world
 from data_prep.errors import UserError
-from data_prep.packs import write_atomic
+from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
+from data_prep.recipe import SHIPPED, load_recipe
+from data_prep.steps import run
 from data_prep.workers import LocalTeam, Team
 
+MARKER = "demo.json"
+"""Written last: its settings are those of a complete demo."""
 SETS = ("pt", "sft", "eval")
 """Pack sets of the demo: captions, questions, held-out questions."""
 _LAUNCHER_PREFIXES = ("PMI", "OMPI_", "MPI")
 """Environment of an MPI launch, which a child process must not take for its own."""
+
+
+def recipe_version() -> str:
+    """Return a short hash of the shipped demo recipe."""
+    return sha256_file(SHIPPED / "demo.yaml")[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,67 +41,68 @@ class Demo:
     held_out: int = 600
     """Scenes of the held-out questions."""
     seed: int = 0
+    recipe: str = field(default_factory=recipe_version)
+    """Version of the recipe that packed it."""
 
 
 def make_demo(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
     """Draw the world under ``out/raw`` and pack it into ``out/packs/{pt,sft,eval}``; finished parts are kept.
 
+    Safe when several processes call it at once: one works, the others wait.
+
     Raises:
-        UserError: ``out`` cannot be written, or holds another world.
+        UserError: ``out`` holds another world, or a size is out of range.
     """
-    if _made(out) == demo:
-        reporter.say(f"demo: {out} is complete")
-        return
-
-    def draw() -> None:
-        from data_prep.demo import write_world
-
-        (out / "demo.json").unlink(missing_ok=True)
-        reporter.say(f"demo: drawing {demo.scenes:,} scenes into {out / 'raw'}")
-        write_world(out, **asdict(demo), workers=team.workers if isinstance(team, LocalTeam) else 1)
-
-    from data_prep.recipe import load_recipe
-    from data_prep.steps import run
-
-    team.serial(draw)
-    run(load_recipe("demo", {"root": str(out / "raw"), "out": str(out)}), team, reporter)
-    team.serial(lambda: write_atomic(out / "demo.json", json.dumps(asdict(demo)).encode()))
+    with _lock(out) if team.talks else nullcontext():
+        if team.serial(lambda: _made(out) == demo):
+            reporter.say(f"demo: {out} is complete")
+        else:
+            team.serial(lambda: _draw(out, demo, team, reporter))
+            run(load_recipe("demo", {"root": str(out / "raw"), "out": str(out)}), team, reporter)
+            team.serial(lambda: write_atomic(out / MARKER, json.dumps(asdict(demo)).encode()))
 
 
-def ensure_demo(out: Path) -> None:
-    """Prepare the demo packs with their default settings unless they are there.
+def _draw(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
+    (out / MARKER).unlink(missing_ok=True)
+    reporter.say(f"demo: drawing {demo.scenes:,} scenes into {out / 'raw'}")
+    workers = team.workers if isinstance(team, LocalTeam) else 1
+    write_world(out, scenes=demo.scenes, held_out=demo.held_out, seed=demo.seed, workers=workers)
 
-    Safe when several processes call it at once: one works, the others wait. The work runs in a process of its own, so
-    the caller's libraries and main module are not loaded again by each worker.
+
+def ensure_demo(out: Path, demo: Demo | None = None) -> None:
+    """Prepare the demo packs (of the default size) unless there are any; safe when several processes call it at once.
+
+    The work runs in a process of its own, so that the caller's libraries and main module are not loaded again by every
+    worker.
 
     Raises:
         UserError: the preparation failed; its own message was printed before.
     """
     if _made(out) is not None:
         return
-    out.mkdir(parents=True, exist_ok=True)
-    with _lock(out / ".lock"):
-        if _made(out) is not None:
-            return
-        environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
-        source = str(Path(__file__).parent.parent)
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH")]))
-        finished = subprocess.run([sys.executable, "-m", "data_prep", "demo", str(out)], env=environment, check=False)
-    if finished.returncode:
+    wanted = demo or Demo()
+    flags = [f"--scenes={wanted.scenes}", f"--held-out={wanted.held_out}", f"--seed={wanted.seed}"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
+    source = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH")]))
+    command = [sys.executable, "-m", "data_prep", "demo", str(out), *flags]
+    if subprocess.run(command, env=environment, check=False).returncode:
         raise UserError(f"the demo data could not be prepared in {out} (see the message above)")
 
 
 def _made(out: Path) -> Demo | None:
-    """Return the settings of a complete demo, or None."""
-    marker = out / "demo.json"
-    if not marker.is_file() or not all((out / "packs" / name / "manifest.json").is_file() for name in SETS):
+    """Return the settings of a complete demo made by this version of its recipe, or None."""
+    whole = all((out / "packs" / name / "manifest.json").is_file() for name in SETS)
+    if not (whole and (out / MARKER).is_file()):
         return None
-    return Demo(**json.loads(marker.read_text(encoding="utf-8")))
+    made = Demo(**json.loads((out / MARKER).read_text(encoding="utf-8")))
+    return made if made.recipe == recipe_version() else None
 
 
 @contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system drops it when the process ends, however it ends."""
-    with path.open("w") as stream:
+def _lock(folder: Path) -> Iterator[None]:
+    """Hold an exclusive lock on a folder; the system drops it when the process ends, however it ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
         yield

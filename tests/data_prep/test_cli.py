@@ -1,0 +1,129 @@
+"""``mma-prep`` as users call it: what it prints, what it refuses, and that it never shows a traceback unasked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data_prep.cli import main
+from data_prep.demo_packs import ensure_demo
+from data_prep.packs import PackReader
+from data_prep.workers import form_team
+from tests.data_prep.raw import recipe_dict, write_recipe, write_world
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    write_world(folder / "raw")
+    write_recipe(folder / "recipe.yaml", recipe_dict(folder / "raw", folder / "out"))
+    assert main(["run", str(folder / "recipe.yaml"), "--workers", "1"]) == 0
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("run nlvrr", "recipe 'nlvrr' is neither a file nor a shipped name (did you mean 'nlvr'?)"),
+        ("run {recipe} --workers 0", "--workers 0: give 1 or more"),
+        ("ingest {recipe} --shard 2/2", "--shard 2/2: give i/n with 0 <= i < n"),
+        ("ingest {recipe} --shard 1", "--shard 1: give i/n"),
+        ("run {recipe} --root {tmp}/nowhere --out {tmp}/o", "captions/*.tar"),
+        ("plan {recipe} --out {tmp}/empty", "not a tokenizer folder"),
+        ("materialize {recipe} --out {tmp}/empty", "not a tokenizer folder"),
+        ("verify {tmp}", "neither a pack folder nor an output folder of mma-prep"),
+        ("stats {tmp}/nothing", "neither a pack folder nor an output folder of mma-prep"),
+        ("inspect {out}", "there are several pack folders: name one of"),
+        ("inspect {out}/packs/pt --row 999", "--row 999: "),
+        ("demo {tmp}/demo --scenes 0", "scenes=0"),
+    ],
+)
+def test_user_errors_are_one_line_and_exit_code_2(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str, message: str
+) -> None:
+    places = {"recipe": made / "recipe.yaml", "out": made / "out", "tmp": tmp_path}
+    assert main(words.format(**places).split()) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("mma-prep: ") and message in captured.err
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path), "--debug"]) == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_inspect_shows_given_and_generated_text_images_and_sources(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(made / "out" / "packs" / "eval"), "--row", "0"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("row 0 of", "talk", "8x6 px, 4 of 4 tokens", "<user>", "<assistant>it is 1.<end>"):
+        assert part in " ".join(shown.split()), part
+
+
+def test_stats_and_verify_cover_every_pack_set(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", str(made / "out")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    manifest = PackReader(made / "out" / "packs" / "pt").manifest
+    assert f"{manifest.rows} rows of 64 tokens" in shown and "segment lengths" in shown and "captions" in shown
+    assert main(["verify", str(made / "out")]) == 0
+    assert capsys.readouterr().out.count("whole") == 4
+
+
+def test_every_step_is_a_command_of_its_own(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, out = str(made / "recipe.yaml"), str(tmp_path / "out")
+    for share in ("0/2", "1/2"):
+        assert main(["ingest", recipe, "--out", out, "--shard", share, "--workers", "1"]) == 0
+    assert main(["plan", recipe, "--out", out]) == 0
+    assert "epochs: captions 2.00" in capsys.readouterr().out
+    assert main(["materialize", recipe, "--out", out, "--workers", "1"]) == 0
+    same = [PackReader(folder / "packs" / "sft").manifest for folder in (tmp_path / "out", made / "out")]
+    assert same[0] == same[1]
+
+
+def test_help_teaches_and_is_instant() -> None:
+    start = time.monotonic()
+    shown = subprocess.run([sys.executable, "-m", "data_prep", "--help"], capture_output=True, text=True, check=True)
+    assert time.monotonic() - start < 3, "help must not import heavy libraries"
+    for part in ("mma-prep demo", "mpiexec -n", "--shard", "ingest", "materialize", "verify", "stats", "inspect"):
+        assert part in shown.stdout
+    code = "import sys, data_prep.cli; assert not {'torch', 'numpy', 'pyarrow'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_mpiexec_without_an_mpi_library_falls_back_to_processes_on_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    monkeypatch.setenv("PMI_RANK", "0")
+    team = form_team(2, None, said.append)
+    assert team is not None and team.description == "2 processes"
+    assert "MPI cannot be loaded" in said[0]
+    monkeypatch.setenv("PMI_RANK", "1")
+    assert form_team(2, None, said.append) is None and len(said) == 1
+
+
+@pytest.mark.slow
+def test_the_demo_is_made_once_also_when_two_ask_at_the_same_time(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    call = (
+        "import sys, pathlib; from data_prep.demo_packs import Demo, ensure_demo; "
+        "ensure_demo(pathlib.Path(sys.argv[1]), Demo(scenes=300, held_out=20))"
+    )
+    asking = [
+        subprocess.Popen([sys.executable, "-c", call, str(out)], stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = "".join(process.communicate(timeout=120)[0] for process in asking)
+    assert [process.returncode for process in asking] == [0, 0]
+    assert said.count("demo: drawing 300 scenes") == 1
+    assert len(PackReader(out / "packs" / "eval"))
+
+    start = time.monotonic()
+    words = [sys.executable, "-m", "data_prep", "demo", str(out), "--scenes", "300", "--held-out", "20"]
+    again = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert "is complete" in again.stdout and time.monotonic() - start < 2
+    ensure_demo(out)

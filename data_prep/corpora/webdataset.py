@@ -8,8 +8,10 @@ import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 from urllib.parse import quote
+
+from pydantic import Field
 
 from data_prep.corpora.base import Corpus, Malformed, as_row
 from data_prep.corpora.fields import Pattern, clean, matching_files, text
@@ -41,6 +43,8 @@ class WebDataset(Corpus):
     """Which tars, as a glob pattern."""
     caption_key: str | None = None
     """Take the caption from this key of ``KEY.json`` (KALE: ``cogvlm_caption``) instead of from ``KEY.txt``."""
+    granularity: Annotated[int, Field(ge=0, le=5)] | None = None
+    """BLIP3-OCR-200M keeps several captions under ``captions``, as JSON in a string: take the one of this detail."""
 
     def shards(self) -> Sequence[str]:
         """Return the tars' relative paths without ``.tar``, escaped to be file names."""
@@ -81,18 +85,38 @@ class WebDataset(Corpus):
         return Example(sample, turns, kind="document")
 
     def _caption(self, members: dict[str, Member]) -> str:
-        if self.caption_key is None and "txt" in members:
-            caption = clean(members["txt"].data.decode(errors="surrogateescape"), "txt")
+        if self.caption_key is None and self.granularity is None and "txt" in members:
+            caption = clean(_decode(members["txt"].data), "txt")
             if not caption:
                 raise BadSample("empty-text", "the caption is empty")
             return caption
         if "json" not in members:
             raise BadSample("missing-key", "the sample has no text member")
-        try:
-            about: object = json.loads(members["json"].data.decode(errors="surrogateescape"))
-        except (ValueError, RecursionError) as problem:
-            about = Malformed(str(problem))
-        return text(as_row(about), self.caption_key or "caption")
+        about = as_row(_parse(_decode(members["json"].data)))
+        if self.granularity is not None:
+            return _ocr_caption(_parse(text(about, self.caption_key or "captions")), self.granularity)
+        return text(about, self.caption_key or "caption")
+
+
+def _decode(data: bytes) -> str:
+    return data.decode(errors="surrogateescape")
+
+
+def _parse(content: str) -> object:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as problem:
+        return Malformed(str(problem))
+
+
+def _ocr_caption(captions: object, granularity: int) -> str:
+    """Return the text read at this granularity, without the web page's own caption mixed in."""
+    if not isinstance(captions, list):
+        raise BadSample("bad-json" if isinstance(captions, Malformed) else "missing-key", "'captions' is no JSON list")
+    for caption in map(as_row, captions):
+        if caption.get("granularity") == granularity and not caption.get("include_datacomp_raw_cap"):
+            return text(caption, "text")
+    raise BadSample("missing-key", f"no caption of granularity {granularity}")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:

@@ -24,9 +24,12 @@ GOLDENS = [
     pytest.param(
         "webdataset",
         "webdataset",
-        {"tars": "*/00000.tar", "caption_key": "cogvlm_caption"},
+        {"tars": "cc12m/00000.tar", "caption_key": "cogvlm_caption"},
         "golden_kale",
         id="webdataset-caption-key",
+    ),
+    pytest.param(
+        "webdataset", "webdataset", {"tars": "ocr/*.tar", "granularity": 0}, "golden_ocr", id="webdataset-granularity"
     ),
     pytest.param("vqav2", "vqav2", {}, "golden", id="vqav2"),
     pytest.param("refcoco", "refcoco", {"direction": "both"}, "golden", id="refcoco"),

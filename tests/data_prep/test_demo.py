@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data_prep.corpora import build_corpus
 from data_prep.demo import write_world
 from data_prep.demo.draw import CELL_PX, RGB
+from data_prep.demo.scenes import FEWEST, MOST, draw_scenes
 from data_prep.errors import UserError
 from data_prep.example import Example
 
@@ -50,6 +53,18 @@ def vqa(raw: Path, split: str) -> list[tuple[int, str, str, str]]:
         )
         for entry in questions
     ]
+
+
+@given(seed=st.text(max_size=4), number=st.integers(1, 60))
+@settings(max_examples=40, deadline=None)
+def test_scenes_hold_their_cards_in_few_objects_and_distinct_cells(seed: str, number: int) -> None:
+    scenes = list(draw_scenes(number, seed))
+    assert len(scenes) == number
+    for scene in scenes:
+        assert FEWEST <= len(scene.things) <= MOST
+        assert len({thing.cell for thing in scene.things}) == len(scene.things)
+        assert [card.family for card in scene.cards] == list(CHANCE)
+        assert all(card.answer == answer_from(scene.caption(), card.question) for card in scene.cards)
 
 
 @pytest.mark.slow

@@ -201,7 +201,9 @@ def pack_row(
 
 
 def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[Any]:
-    return np.pad(values, (0, length - len(values)), constant_values=fill)
+    row = np.full(length, fill, dtype=values.dtype)
+    row[: len(values)] = values
+    return row
 
 
 def _finish(

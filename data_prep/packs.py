@@ -206,7 +206,7 @@ def rows_to_batch(rows: Sequence[PackRow], length: int) -> pa.RecordBatch:
         columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, type=kind), length))
     columns.append(pa.array([row.image_row.tolist() for row in rows], type=pa.list_(pa.int64())))
     columns.append(pa.array([row.n_target for row in rows], type=pa.int32()))
-    sources = [[asdict(source) for source in row.source] for row in rows]
+    sources = [[(source.dataset, source.sample, source.draw, source.family) for source in row.source] for row in rows]
     columns.append(pa.array(sources, type=pa.list_(SOURCE_TYPE)))
     return pa.RecordBatch.from_arrays(columns, schema=row_schema(length))
 

@@ -1,0 +1,148 @@
+"""Whole runs on the real launcher: ranks, stages, accumulation, stops, kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from tests.launch import ROOT, run
+from tests.pipeline.training.runs import STEPS, curve, furthest, interrupt, metrics, same_bits, train, weights
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 2 ranks that nothing disturbed."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    output = train(small_demo, run_dir).check().output
+    assert f"done at step {STEPS}/{STEPS}" in output
+    return run_dir
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    assert json.loads((undisturbed / "status.json").read_text())["state"] == "done"
+    assert [line["step"] for line in metrics(undisturbed)] == list(range(1, STEPS + 1))
+    assert metrics(undisturbed)[-1]["consumed_packs"] == 12 * STEPS
+    assert {"config.yaml", "env.json", "status.json", "metrics.jsonl", "checkpoints"} <= {
+        path.name for path in undisturbed.iterdir()
+    }
+    assert [path.name for path in sorted((undisturbed / "checkpoints").iterdir())] == ["step-00000004", "step-00000006"]
+
+
+def test_a_second_start_says_that_all_is_done(small_demo: Path, undisturbed: Path) -> None:
+    before = curve(undisturbed)
+    assert f"done at step {STEPS}/{STEPS}" in train(small_demo, undisturbed).check().output
+    assert curve(undisturbed) == before
+
+
+@pytest.mark.parametrize(
+    ("ranks", "more"),
+    [
+        pytest.param(1, [], id="1 rank, accumulating every pack"),
+        pytest.param(1, ["--parallel.micro-batches", "2"], id="1 rank, 2 micro-batches"),
+        pytest.param(3, [], id="3 ranks"),
+        pytest.param(2, ["--parallel.pp", "2"], id="2 stages"),
+        pytest.param(2, ["--parallel.resident", "0", "--parallel.reduce-once", "false"], id="true ZeRO-3 memory"),
+        pytest.param(2, ["--train.gradient-checkpointing", "true"], id="recomputed layers"),
+    ],
+)
+def test_the_result_does_not_depend_on_how_ranks_share_it(
+    ranks: int, more: list[str], small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    train(small_demo, tmp_path / "run", *more, ranks=ranks).check()
+    for ours, reference in zip(curve(tmp_path / "run"), curve(undisturbed), strict=True):
+        assert ours["targets"] == reference["targets"]
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=1e-6)
+        assert ours["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+    assert furthest(weights(tmp_path / "run"), weights(undisturbed)) <= 1e-5
+
+
+@pytest.mark.parametrize("after_step", [1, 3, 5])
+def test_killed_runs_resume_to_the_bit(after_step: int, small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    interrupt(small_demo, tmp_path / "run", after_step=after_step)
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "running"
+    train(small_demo, tmp_path / "run").check()
+    assert curve(tmp_path / "run") == curve(undisturbed)
+    assert same_bits(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_a_stop_file_ends_the_run_saved_and_the_same_command_resumes(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "STOP").touch()
+    train(small_demo, run_dir).check()
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "stopped"
+    assert len(metrics(run_dir)) == 1, "asked to stop before it began: one step, saved"
+    assert not (run_dir / "STOP").exists()
+    train(small_demo, run_dir).check()
+    assert curve(run_dir) == curve(undisturbed)
+    assert same_bits(weights(run_dir), weights(undisturbed))
+
+
+@pytest.mark.parametrize(("ranks", "more"), [(1, []), (3, []), (2, ["--parallel.pp", "2"])], ids=["1", "3", "2 stages"])
+def test_a_run_goes_on_on_another_grid(
+    ranks: int, more: list[str], small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    shutil.rmtree(run_dir / "checkpoints/step-00000006")
+    train(small_demo, run_dir, *more, ranks=ranks).check()
+    assert [line["loss"] for line in metrics(run_dir)] == pytest.approx(
+        [line["loss"] for line in metrics(undisturbed)], rel=1e-6
+    )
+    assert furthest(weights(run_dir), weights(undisturbed)) <= 1e-5
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    shard = run_dir / "checkpoints/step-00000006/rank-00001.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-100] ^= 1
+    shard.write_bytes(bytes(data))
+    output = train(small_demo, run_dir).check().output
+    assert "skipping a damaged checkpoint" in output
+    assert "resuming from" in output and "step-00000004" in output
+    assert curve(run_dir) == curve(undisturbed)
+    assert same_bits(weights(run_dir), weights(undisturbed))
+
+
+def test_a_stage_starts_from_the_weights_of_another_run(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    more = ["--init-from", str(undisturbed), "--train.steps", "1", "--train.lr", "1e-30", "--train.min-lr", "0"]
+    output = train(small_demo, tmp_path / "run", *more, recipe="demo_pt", packs="pt").check().output
+    assert f"starting from the weights of {undisturbed}" in output
+    assert same_bits(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_shards_cover_every_parameter_once(undisturbed: Path) -> None:
+    folder = undisturbed / "checkpoints/step-00000006"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name, entry in manifest["params"].items():
+        sizes = []
+        for rank in range(2):
+            with safe_open(folder / f"rank-{rank:05d}.safetensors", framework="pt") as shards:
+                sizes.append(shards.get_slice(f"{'master' if entry['trained'] else 'frozen'}|{name}").get_shape()[0])
+        numel = 1
+        for size in entry["shape"]:
+            numel *= size
+        assert numel <= sum(sizes) < numel + 2, name
+
+
+def test_the_plain_command_line_trains_the_demo(small_demo: Path, tmp_path: Path) -> None:
+    """The line of the README word for word, in a folder where the demo data is there already."""
+    (tmp_path / "pipeline").symlink_to(ROOT / "pipeline")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/demo").symlink_to(small_demo)
+    finished = run(1, "pipeline/train.py", "--deepspeed", "ds_configs/zero3.json", cwd=tmp_path).check()
+    assert "done at step" in finished.output
+    assert json.loads((tmp_path / "runs/demo_sft/status.json").read_text())["state"] == "done"

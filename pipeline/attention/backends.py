@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from functools import lru_cache
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Protocol
 
 import torch
@@ -16,8 +16,7 @@ from pipeline.attention.gather import gather_rows
 from pipeline.attention.lse import Kernels, attend_lse
 from pipeline.attention.pieces import attend_pieces, sdpa
 from pipeline.attention.plan import MAX_COPIES, Plan
-from pipeline.attention.runs import Part
-from pipeline.attention.varlen import MAX_HEAD_SIZE, attend_varlen
+from pipeline.attention.runs import Part, RunSplit
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +86,34 @@ def _flex(
 def _runsplit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
-    runs = plan.runs
-    q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
-    q_THD = gather_rows(q_THD, runs.queries)
-    k_KHD, v_KHD = gather_rows(k_THD, runs.keys), gather_rows(v_THD, runs.keys)
-    kernel = _flash_part if _flash_fits(q) and softcap is None else _pieces_part
+    if _flash_fits(q) and softcap is None:
+        return runsplit(q, k, v, plan.runs, partial(varlen.attend_varlen, scaling=scaling))
+    return runsplit(q, k, v, plan.runs, partial(_pieces, scaling=scaling, softcap=softcap))
+
+
+def runsplit(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    runs: RunSplit,
+    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Part], torch.Tensor],
+) -> torch.Tensor:
+    """Gather, attend every part with ``kernel`` (q[T, H, D], k and v[K, H_kv, D] -> out[T, H, D]), and put back."""
+    q_THD, k_KHD, v_KHD = (
+        gather_rows(x[0].transpose(0, 1), gather) for x, gather in ((q, runs.queries), (k, runs.keys), (v, runs.keys))
+    )
     q_sizes, k_sizes = [part.q_tokens for part in runs.parts], [part.k_tokens for part in runs.parts]
     pieces = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
-    outs = [kernel(*tensors, part, scaling, softcap) for tensors, part in zip(pieces, runs.parts, strict=True)]
+    outs = [kernel(*tensors, part) for tensors, part in zip(pieces, runs.parts, strict=True)]
     out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return gather_rows(out_THD, runs.outputs).transpose(0, 1)[None]
+
+
+def _pieces(
+    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
+) -> torch.Tensor:
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_KHD, v_KHD))
+    return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
 
 
 def _lse(
@@ -115,21 +132,7 @@ def _lse(
 
 
 def _flash_fits(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= MAX_HEAD_SIZE
-
-
-def _flash_part(
-    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
-) -> torch.Tensor:
-    assert softcap is None, "flash has no soft cap"
-    return attend_varlen(q_THD, k_KHD, v_KHD, part, scaling=scaling)
-
-
-def _pieces_part(
-    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
-) -> torch.Tensor:
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_KHD, v_KHD))
-    return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= varlen.MAX_HEAD_SIZE
 
 
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}

@@ -63,7 +63,7 @@ def sdpa(
     if is_causal:
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is not None:
-        logits = logits.masked_fill(~mask, float("-inf"))
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)  # finite where a padding row sees nothing
     weights = torch.softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return weights.to(v_BHKD.dtype) @ v_BHKD
 

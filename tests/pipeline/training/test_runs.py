@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from tests.launch import ROOT, run
-from tests.pipeline.training.runs import STEPS, curve, furthest, interrupt, metrics, same_bits, train, weights
+from tests.launch import ROOT, kill, start
+from tests.pipeline.training.runs import (
+    STEPS,
+    curve,
+    furthest,
+    interrupt,
+    metrics,
+    same_bits,
+    train,
+    wait_for_step,
+    weights,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -143,6 +153,13 @@ def test_the_plain_command_line_trains_the_demo(small_demo: Path, tmp_path: Path
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "data").mkdir()
     (tmp_path / "data/demo").symlink_to(small_demo)
-    finished = run(1, "pipeline/train.py", "--deepspeed", "ds_configs/zero3.json", cwd=tmp_path).check()
-    assert "done at step" in finished.output
-    assert json.loads((tmp_path / "runs/demo_sft/status.json").read_text())["state"] == "done"
+    job = start(1, "pipeline/train.py", "--deepspeed", "ds_configs/zero3.json", cwd=tmp_path)
+    try:
+        wait_for_step(tmp_path / "runs/demo_sft", 2, timeout_s=120)
+        (tmp_path / "runs/demo_sft/STOP").touch()
+        output, _ = job.communicate(timeout=60)
+    finally:
+        kill(job)
+    assert job.returncode == 0, output
+    assert "stopped at step" in output
+    assert json.loads((tmp_path / "runs/demo_sft/status.json").read_text())["state"] == "stopped"

@@ -43,18 +43,18 @@ on a cluster:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code (2 and one line for what the user can mend)."""
+    """Run a command; return the exit code (2 and one line for what the user can mend, 130 for Ctrl-C)."""
     arguments = _parser().parse_args(argv)
     try:
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
-    except UserError as error:
+    except BrokenPipeError:  # `mma-prep inspect ... | head`
+        sys.stderr.close()
+    except (UserError, OSError) as error:  # OSError: no permission, disk full, file gone
         if arguments.debug:
             traceback.print_exc()
         print(f"mma-prep: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `mma-prep inspect ... | head`
-        sys.stderr.close()
     except KeyboardInterrupt:
         print("mma-prep: stopped; the same command continues", file=sys.stderr)
         return 130

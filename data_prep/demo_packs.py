@@ -95,7 +95,10 @@ def _made(out: Path) -> Demo | None:
     whole = all((out / "packs" / name / "manifest.json").is_file() for name in SETS)
     if not (whole and (out / MARKER).is_file()):
         return None
-    made = Demo(**json.loads((out / MARKER).read_text(encoding="utf-8")))
+    try:
+        made = Demo(**json.loads((out / MARKER).read_text(encoding="utf-8")))
+    except (ValueError, TypeError):  # written by another version: make it again
+        return None
     return made if made.recipe == recipe_version() else None
 
 

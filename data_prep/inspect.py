@@ -15,7 +15,8 @@ from data_prep.packs import Manifest, PackReader, PackRow
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
 
-LEGEND = "given  [bold green]generated (supervised)[/]  [cyan]image[/]"
+GIVEN, GENERATED, IMAGE, MARK = "", "bold green", "cyan", "magenta"
+LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{IMAGE}]image[/]"
 
 
 def show_row(directory: Path, number: int, console: Console | None = None) -> None:
@@ -46,15 +47,22 @@ def segment_text(
     """Return one packed sample as coloured text; images are shown by size and place."""
     shown = Text()
     places = np.flatnonzero(row.segment == segment)
-    for (instance, generated), group in groupby(places, key=lambda at: (int(row.instance[at]), int(row.generated[at]))):
-        ids = row.input_ids[list(group)]
-        if instance >= 0:
-            image = int(row.image_row[instance])
-            size = "x".join(map(str, store.size(image))) if store else "?"
-            shown.append(f"[image {image}: {size} px, {len(ids)} of {manifest.image_tokens} tokens]", style="cyan")
-        else:
-            words = tokenizer.decode(ids.tolist(), specials=True)
-            shown.append(words, style="bold green" if generated else "")
+
+    def kind(at: int) -> tuple[int, str]:
+        if row.instance[at] >= 0:
+            return int(row.instance[at]), IMAGE
+        mark = tokenizer.is_special(int(row.input_ids[at]))
+        written = GENERATED if row.generated[at] else GIVEN
+        return -1, f"{written} {MARK}".strip() if mark else written
+
+    for (instance, style), group in groupby(places.tolist(), key=kind):
+        ids = row.input_ids[list(group)].tolist()
+        if instance < 0:
+            shown.append(tokenizer.decode(ids, specials=True), style=style)
+            continue
+        image = int(row.image_row[instance])
+        size = "x".join(map(str, store.size(image))) if store else "?"
+        shown.append(f"[image {image}: {size} px, {len(ids)} of {manifest.image_tokens} tokens]", style=style)
     return shown
 
 

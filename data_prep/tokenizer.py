@@ -220,7 +220,10 @@ class Tokenizer:
         folder = Path(directory)
         if not (folder / META).is_file():
             raise UserError(f"{folder}: not a tokenizer folder of this project ({META} is missing); run mma-prep again")
-        tokens: dict[str, int] = json.loads((folder / META).read_text(encoding="utf-8"))["tokens"]
+        try:
+            tokens: dict[str, int] = json.loads((folder / META).read_text(encoding="utf-8"))["tokens"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder / META}: malformed ({error}); run mma-prep again") from error
         file = _tokenizer_file(folder)
         companions = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
         probe = _backend(file, companions, ())
@@ -246,6 +249,10 @@ class Tokenizer:
     def __len__(self) -> int:
         """Embedding rows the ids need."""
         return self._size
+
+    def is_special(self, index: int) -> bool:
+        """Return whether an id is a special token, which ordinary text never yields."""
+        return index in self._reserved
 
     def id_of(self, token: str) -> int:
         """Return the id of a special token by the name templates use. Raises UserError when it was never added."""

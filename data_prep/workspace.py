@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.corpora import build_corpus
+from data_prep.errors import UserError
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.template import Template
@@ -88,9 +89,14 @@ class Unit:
         return self.folder / f"{self.shard}.rows-{store}"
 
     def report(self) -> UnitReport:
-        """Read the done-marker. Raises OSError when the unit is not done."""
-        raw = json.loads(self.marker.read_text(encoding="utf-8"))
-        return UnitReport(Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
+        """Read the done-marker. Raises UserError when it is absent or was damaged."""
+        try:
+            raw = json.loads(self.marker.read_text(encoding="utf-8"))
+            return UnitReport(Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
+            ) from error
 
     def is_done(self) -> bool:
         """Return whether the unit's files are all in place."""

@@ -40,6 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("inspect {out}", "there are several pack folders: name one of"),
         ("inspect {out}/packs/pt --row 999", "--row 999: "),
         ("demo {tmp}/demo --scenes 0", "scenes=0"),
+        ("run {recipe} --out {recipe}/out", "Not a directory"),
     ],
 )
 def test_user_errors_are_one_line_and_exit_code_2(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_prep.errors import UserError
 from pipeline.config import ConfigError
 from pipeline.parallel.topology import Topology
 
@@ -27,7 +29,15 @@ def fill_rank_variables() -> None:
             fallback = "1" if name == "WORLD_SIZE" else "0"
             os.environ[name] = next((os.environ[other] for other in others if other in os.environ), fallback)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    if "MASTER_PORT" not in os.environ:  # several ranks must agree on one; a single process takes any free one
+        os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @dataclass(frozen=True)
@@ -76,18 +86,26 @@ def device_of_rank() -> torch.device:
 
 
 def start_processes(timeout_s: int) -> None:
-    """Join the job's process group: NCCL on GPUs, gloo on CPUs."""
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs. Raises UserError when another job has the port."""
     import deepspeed
     from deepspeed.ops import __compatible_ops__
 
     # DeepSpeed would compile a shared-memory collective for CPUs at this point; gloo does without it.
     __compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+        )
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} is taken, by another job on this machine: deepspeed --master_port OTHER ..."
+        ) from error
 
 
 def stop_processes() -> None:

@@ -51,16 +51,25 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if dh_ND is not None:
                 dh_ND[rows] = d_CV @ w_VD
             if dw_VD is not None:
-                dw_VD += d_CV.T @ h_CD
+                _add_product(dw_VD, d_CV.T, h_CD)
         ctx.gradients, ctx.weight_dtype = (dh_ND, dw_VD), w_VD.dtype
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        dh_ND, dw_VD = ctx.gradients
-        dh_ND = None if dh_ND is None else dh_ND * grads[0].to(dh_ND.dtype)
-        dw_VD = None if dw_VD is None else (dw_VD * grads[0]).to(ctx.weight_dtype)
+        assert ctx.gradients is not None, "the loss was differentiated twice; compute it again"
+        (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None  # scaled in place: a copy would double the peak
+        dh_ND = None if dh_ND is None else dh_ND.mul_(grads[0])
+        dw_VD = None if dw_VD is None else dw_VD.mul_(grads[0]).to(ctx.weight_dtype)
         return dh_ND, dw_VD, None, None, None, None, None
+
+
+def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add ``left @ right``, without a temporary where the types agree."""
+    if into.dtype == left.dtype:
+        into.addmm_(left, right)
+    else:
+        into += left @ right
 
 
 def linear_cross_entropy(

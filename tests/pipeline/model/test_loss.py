@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.model.loss import LMHead, linear_cross_entropy
 
@@ -75,6 +78,36 @@ def test_inference_makes_no_gradients() -> None:
     with torch.no_grad():
         loss = linear_cross_entropy(h, w, y)
     assert not loss.requires_grad
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("rows", [64, 640])
+def test_memory_does_not_grow_with_rows_times_vocabulary(rows: int) -> None:
+    h, w, y = draw(rows)
+    with LargestTensor() as largest:
+        linear_cross_entropy(h, w, y, chunk_rows=8).backward()
+    assert largest.elements == max(V * D, 8 * V, rows * D)
+
+
+def test_a_second_backward_is_refused() -> None:
+    h, w, y = draw()
+    loss = linear_cross_entropy(h, w, y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(AssertionError, match="differentiated twice"):
+        loss.backward()
 
 
 def test_logits_are_what_the_loss_is_made_of() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -44,10 +43,10 @@ def test_a_png_shows_every_kind_of_cell(layout: str, tmp_path: Path) -> None:
     start = time.perf_counter()
     draw_png([get_policy(name, allow_leak=True) for name in ("mma", "image_to_answer")], parse_layout(layout), target)
     assert time.perf_counter() - start < 20
-    pixels = np.asarray(Image.open(target).convert("RGB")).reshape(-1, 3)
-    colours = {f"#{r:02x}{g:02x}{b:02x}" for r, g, b in np.unique(pixels, axis=0)}
+    image = Image.open(target).convert("RGB")
+    colours = {f"#{r:02x}{g:02x}{b:02x}" for _, (r, g, b) in image.getcolors(image.width * image.height)}
     assert {CELLS[cell][0] for cell in (H, C, U, L)} <= colours
-    assert pixels.shape[0] > 2 * 960 * 960
+    assert image.width > 2 * 960
 
 
 def test_rows_that_no_picture_holds_are_refused(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> 
         ]
     )
     context = {
-        "units": [[unit.corpus, unit.shard, str(unit.folder)] for unit in units],
+        "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
         "store": ready.images.name,
         "image_tokens": space.recipe.image_tokens,
         "length": pack.length,
@@ -140,7 +140,7 @@ class _Context:
 @functools.lru_cache(maxsize=1)
 def _context(folder: Path, key: str) -> _Context:
     raw = json.loads((_work(folder) / f"context-{key[:12]}.json").read_text(encoding="utf-8"))
-    units = [Unit(corpus, shard, Path(place)) for corpus, shard, place in raw["units"]]
+    units = [Unit(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
     samples = SampleReader(units, raw["store"])
     return _Context(Plan.load(plan_path(folder)), samples, tokenizer, raw["image_tokens"], raw["length"])

@@ -23,7 +23,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     recipe, config = space.recipe, space.recipe.tokenizer
     marker = space.tokenizer / "origin.json"
     source = recipe.root_dir / config.path if config.path else None
-    raw = {name: space.raw_fingerprint(name) for name in space.corpora} if source is None else _source_hashes(source)
+    raw = _raw_texts(space) if source is None else _source_hashes(source)
     origin = json.dumps({"key": digest([config.model_dump(), recipe.specials(), raw])}).encode() + b"\n"
     if marker.is_file() and marker.read_bytes() == origin:
         return Tokenizer.load(space.tokenizer).sha256
@@ -38,6 +38,11 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     write_atomic(marker, origin)
     reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
     return tokenizer.sha256
+
+
+def _raw_texts(space: Workspace) -> dict[str, object]:
+    """What a trained tokenizer depends on: readers, their options and the raw files."""
+    return {name: [space.recipe.corpora[name].model_dump(), shards] for name, shards in space.shards.items()}
 
 
 def _source_hashes(path: Path) -> dict[str, str]:

@@ -38,8 +38,8 @@ class UnitJob:
 
 
 @functools.lru_cache(maxsize=4)
-def _reader(kind: str, options: str, root: str, fingerprint: str) -> Corpus:
-    """Build a reader once per process; ``fingerprint`` tells when the raw files changed."""
+def _reader(kind: str, options: str, root: str, raw: str) -> Corpus:
+    """Build a reader once per process; ``raw`` tells when the raw files changed."""
     return build_corpus(kind, json.loads(options), Path(root))
 
 
@@ -52,8 +52,9 @@ def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
 def ingest_unit(job: UnitJob) -> UnitReport:
     """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
     intake, unit = job.intake, job.unit
-    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), intake.folder.name)
+    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), unit.raw)
     tokenizer = _tokenizer(str(intake.tokenizer), (intake.tokenizer / "origin.json").read_bytes())
+    unit.forget()
     with UnitWriter(unit, intake.writing, tokenizer) as writer:
         for item in corpus.examples(unit.shard):
             if isinstance(item, Reject):
@@ -98,7 +99,7 @@ class UnitWriter:
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, Tally(self._kept, dict(sorted(self._codes.items())))
-        return UnitReport(tally, len(self._images), entry.bytes, entry.sha256)
+        return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256)
 
     def reject(self, sample: str, code: str, detail: str) -> None:
         """Count and list a sample that cannot be used."""

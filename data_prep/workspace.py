@@ -3,7 +3,7 @@
 ::
 
     OUT/tokenizer/                               one tokenizer for all pack sets
-    OUT/ingest/CORPUS/FINGERPRINT/SHARD.*        tokenised samples, one unit per raw shard; ``.json`` is the done-marker
+    OUT/ingest/CORPUS/SETTINGS/SHARD.*           tokenised samples, one unit per raw shard; ``.json`` is the done-marker
     OUT/images/KEY/                              the sealed image store
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason
@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import hashlib
 import json
@@ -29,7 +30,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 1
+INGEST_VERSION = 2
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 
@@ -58,6 +59,8 @@ class Unit:
     corpus: str
     shard: str
     folder: Path
+    raw: str
+    """Identity of the raw files it is made from."""
 
     @property
     def tokens(self) -> Path:
@@ -92,7 +95,7 @@ class Unit:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
             raw = json.loads(self.marker.read_text(encoding="utf-8"))
-            return UnitReport(Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
+            return UnitReport(raw["raw"], Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
@@ -103,19 +106,28 @@ class Unit:
         if not (self.marker.is_file() and self.tokens.is_file()):
             return False
         report = self.report()
-        whole = self.tokens.stat().st_size == report.size
+        whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
         return whole and (not report.images or self.images.is_file() or self._is_sealed())
+
+    def forget(self) -> None:
+        """Remove the marker and the rows of sealed stores: the unit is about to be made anew."""
+        for path in (self.marker, *self._rows()):
+            path.unlink(missing_ok=True)
+
+    def _rows(self) -> list[Path]:
+        return list(self.folder.glob(f"{glob.escape(self.shard)}.rows-*"))
 
     def _is_sealed(self) -> bool:
         stores = self.folder.parents[2] / "images"
-        keys = [path.name.rpartition("-")[2] for path in self.folder.glob(f"{glob.escape(self.shard)}.rows-*")]
-        return any((stores / key / "store.json").is_file() for key in keys)
+        return any((stores / path.name.rpartition("-")[2] / "store.json").is_file() for path in self._rows())
 
 
 @dataclass(frozen=True, slots=True)
 class UnitReport:
     """What a done unit holds."""
 
+    raw: str
+    """Identity of the raw files it was made from."""
     tally: Tally
     images: int
     """Distinct images."""
@@ -126,7 +138,7 @@ class UnitReport:
 
     def to_json(self) -> str:
         """Return the done-marker's text."""
-        fields = {"kept": self.tally.kept, "codes": dict(self.tally.codes), "images": self.images}
+        fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes), "images": self.images}
         return json.dumps({**fields, "bytes": self.size, "sha256": self.sha256}, sort_keys=True) + "\n"
 
 
@@ -141,12 +153,13 @@ class Intake:
     tokenizer: Path
     writing: Writing
     folder: Path
-    shards: tuple[str, ...]
+    shards: dict[str, str]
+    """Shard -> identity of its raw files, in the corpus's own order."""
 
     @property
     def units(self) -> list[Unit]:
         """Units of the corpus in its own order."""
-        return [Unit(self.corpus, shard, self.folder) for shard in self.shards]
+        return [Unit(self.corpus, shard, self.folder, raw) for shard, raw in self.shards.items()]
 
 
 class Workspace:
@@ -173,21 +186,23 @@ class Workspace:
             if name in used
         }
 
-    def raw_fingerprint(self, corpus: str) -> str:
-        """Identity of a corpus's reader and raw files (names, sizes and times, not contents)."""
-        config = self.recipe.corpora[corpus]
-        files = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in self.corpora[corpus].files()]
-        return digest([INGEST_VERSION, config.type, config.options, self.corpora[corpus].shards(), files])
+    @cached_property
+    def shards(self) -> dict[str, dict[str, str]]:
+        """Corpus -> shard -> identity of its raw files: their names, sizes and times, not their contents."""
+        identity = functools.cache(_file_identity)
+        return {
+            name: {shard: digest([identity(path) for path in corpus.files_of(shard)]) for shard in corpus.shards()}
+            for name, corpus in self.corpora.items()
+        }
 
     def intake(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> Intake:
         """Return how a corpus enters a pack set."""
         config = self.recipe.corpora[corpus]
         writing = Writing.of(pack, self.recipe.image_tokens)
-        key = digest([self._raw_fingerprints[corpus], asdict(writing), tokenizer_sha256])[:12]
+        key = digest([INGEST_VERSION, config.type, config.options, asdict(writing), tokenizer_sha256])[:12]
         folder = self.out / "ingest" / corpus / key
-        shards = tuple(self.corpora[corpus].shards())
         root = self.recipe.root_dir
-        return Intake(corpus, config.type, config.options, root, self.tokenizer, writing, folder, shards)
+        return Intake(corpus, config.type, config.options, root, self.tokenizer, writing, folder, self.shards[corpus])
 
     def intakes(self, tokenizer_sha256: str) -> list[Intake]:
         """Return the distinct intakes of all pack sets, in recipe order."""
@@ -198,9 +213,10 @@ class Workspace:
         ]
         return list({intake.folder: intake for intake in every}.values())
 
-    @cached_property
-    def _raw_fingerprints(self) -> dict[str, str]:
-        return {name: self.raw_fingerprint(name) for name in self.corpora}
+
+def _file_identity(path: Path) -> tuple[str, int, int]:
+    about = path.stat()
+    return path.name, about.st_size, about.st_mtime_ns
 
 
 def digest(value: Any) -> str:

@@ -52,6 +52,10 @@ class Corpus(BaseModel, ABC):
         """Return the raw files whose change makes earlier output stale (image folders are not listed)."""
         return [path for kind, path in self.inputs().values() if kind is Input.FILE]
 
+    def files_of(self, shard: str) -> Sequence[Path]:
+        """Return the raw files whose change makes the earlier output of one shard stale: all, unless a reader knows."""
+        return self.files()
+
     def inputs(self) -> dict[str, tuple[Input, Path]]:
         """Return the marked path options that are set: option name -> what it must be, and where it is."""
         marked = {}

@@ -54,6 +54,10 @@ class WebDataset(Corpus):
         """Return the tars in the order of their names."""
         return list(self._tars.values())
 
+    def files_of(self, shard: str) -> Sequence[Path]:
+        """Return the shard's tar."""
+        return [self._tars[shard]]
+
     @cached_property
     def _tars(self) -> dict[str, Path]:
         paths = matching_files(self.root, "tars", self.tars)

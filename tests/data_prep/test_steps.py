@@ -23,7 +23,7 @@ from data_prep.packs import Manifest, PackReader
 from data_prep.plan import plan
 from data_prep.progress import Reporter
 from data_prep.template import template_of
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Tokenizer, train_sentencepiece
 from data_prep.verify import verify
 from data_prep.workers import LocalTeam, Team
 from tests.data_prep.raw import (
@@ -146,10 +146,27 @@ def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> N
     assert new != old
     assert "captions/00001/000000099" in {sample.replace("%2F", "/") for _, sample in drawn(tmp_path / "out", "pt")}
     assert list(verify(tmp_path / "out"))
-
     fresh = tmp_path / "fresh"
     shutil.copytree(tmp_path / "raw", fresh / "raw")
     prepare(make_recipe(fresh))
+    assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
+
+
+def test_only_changed_shards_are_read_again(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw")
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    train_sentencepiece(["a caption about 123 things", "what is it?"], 400, (), tokenizer / "tokenizer.model")
+    prepare(make_recipe(tmp_path, tokenizer=str(tokenizer)))
+    write_tar(tmp_path / "raw" / "captions" / "00001.tar", {"000000099": (png(7), "something new")})
+    write_tar(tmp_path / "raw" / "captions" / "00003.tar", {"000000100": (png(201), "something more")})
+    said = prepare(make_recipe(tmp_path, tokenizer=str(tokenizer)))
+    assert [line.split("  ")[0] for line in said if line.startswith("ingest (")] == ["ingest (1 process): 4/4"]
+    assert len(drawn(tmp_path / "out", "pt")) == 2 * 42
+
+    fresh = tmp_path / "fresh"
+    shutil.copytree(tmp_path / "raw", fresh / "raw")
+    prepare(make_recipe(fresh, tokenizer=str(tokenizer)))
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 

@@ -27,6 +27,7 @@ Training itself is `deepspeed pipeline/train.py`, data preparation `mma-prep`.
 """
 _EXAMPLES = """\
 examples:
+  mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    if words and words[0] in _MASK_COMMANDS:
-        return _MASK_COMMANDS[words[0]](words[1:])
+    if words and words[0] in _OWN_PARSERS:
+        return _OWN_PARSERS[words[0]](words[1:])
     arguments = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], None] = arguments.command
     command(arguments)
@@ -72,7 +73,13 @@ def _prove(words: Sequence[str]) -> int:
     return prove_command(words)
 
 
-_MASK_COMMANDS: Mapping[str, Callable[[Sequence[str]], int]] = {"mask": _mask, "prove": _prove}
+def _demo(words: Sequence[str]) -> int:
+    from pipeline.demo import demo_command
+
+    return demo_command(words)
+
+
+_OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {"demo": _demo, "mask": _mask, "prove": _prove}
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -134,7 +141,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback for errors")
-    for name, words in (("mask", "draw a mask policy"), ("prove", "prove that a mask leaks no answer")):
+    for name, words in (
+        ("demo", "the whole way once, on a small drawn world"),
+        ("mask", "draw a mask policy"),
+        ("prove", "prove that a mask leaks no answer"),
+    ):
         commands.add_parser(name, help=words, add_help=False)
     _add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))
     device = argparse.ArgumentParser(add_help=False, parents=[common])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
-from data_prep.packs import PackReader
+from pipeline.parallel.groups import free_port
 from pipeline.training.metrics import clock
 from pipeline.training.run_folder import RunFolder
 
@@ -62,7 +63,7 @@ def demo_command(argv: Sequence[str]) -> int:
         _train(stage, ranks)
     for stage in stages[1:]:
         if not (stage.export / "config.json").is_file():
-            _call(["mma", "export", str(stage.folder), "--out", str(stage.export)], f"export {stage.run}")
+            _call(["mma", "export", str(stage.folder), str(stage.export)], f"export {stage.run}")
     _measure(stages)
     print(f"\nall done in {clock(time.monotonic() - began)}")
     for name, path in {"data": DATA, "packs": DATA / "packs", "run": MMA.folder, "model": MMA.export}.items():
@@ -71,38 +72,44 @@ def demo_command(argv: Sequence[str]) -> int:
 
 
 def default_ranks() -> int:
-    """Two processes, but never more than there are GPUs where there are any."""
+    """Two processes, but not more than there are GPUs, where there are any."""
     import torch
 
-    return min(2, torch.cuda.device_count()) or 2 if torch.cuda.is_available() else 2
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
 
 
 def _train(stage: Stage, ranks: int) -> None:
     if RunFolder(str(stage.folder)).status().get("state") == "done":
         print(f"\n# {stage.run} is trained already ({stage.folder}); remove the folder to train it again")
         return
-    flags = ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
-    command = ["deepspeed", "--num_accelerators", str(ranks), str(ROOT / "pipeline/train.py"), *flags]
-    _call([*command, "--run-dir", str(stage.folder), *stage.flags], f"train {stage.run} on {ranks} ranks")
+    flags = ["--deepspeed", shown(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
+    launch = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [*launch, shown(ROOT / "pipeline/train.py"), *flags, "--run-dir", str(stage.folder), *stage.flags]
+    _call(command, f"train {stage.run} on {ranks} ranks")
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _measure(stages: Sequence[Stage]) -> None:
     compare = ["--compare", str(CAUSAL.export)] if CAUSAL in stages else []
     packs = DATA / "packs" / "eval"
     _call(["mma", "evaluate", "--model", str(MMA.export), "--packs", str(packs), *compare], "held-out accuracy")
-    image, question = held_out_example(packs)
-    _call(["mma", "generate", str(image), question, "--model", str(MMA.export)], "one held-out question")
+    image, question, answer = held_out_example()
+    _call(
+        ["mma", "generate", str(image), question, "--model", str(MMA.export)], f"a held-out question (truth: {answer})"
+    )
 
 
-def held_out_example(packs: Path) -> tuple[Path, str]:
-    """Write the first held-out image to the run folder and return it with a question about it."""
-    from data_prep.images import ImageStore
-
-    reader = PackReader(packs)
-    row = reader[0]
-    path = MMA.folder / "held_out.png"
-    path.write_bytes(ImageStore(packs / reader.manifest.image_store).read(int(row.image_row[0])))
-    return path, "how many red circles are there?"
+def held_out_example() -> tuple[Path, str, str]:
+    """Return the image file, the question and the true answer of the first held-out sample."""
+    raw = DATA / "raw"
+    asked = json.loads((raw / "vqav2/val_questions.json").read_text(encoding="utf-8"))["questions"][0]
+    told = json.loads((raw / "vqav2/val_annotations.json").read_text(encoding="utf-8"))["annotations"][0]
+    image = raw / "images/val" / f"COCO_val2014_{asked['image_id']:012d}.jpg"
+    return image, asked["question"], told["multiple_choice_answer"]
 
 
 def _call(command: list[str], what: str) -> None:

@@ -1,0 +1,124 @@
+"""What a user can get wrong before training starts: one line each, exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.train import main
+from tests.pipeline.training.runs import flags
+
+Edit = Callable[[Path], None]
+
+
+def manifest_edit(**changes: object) -> Edit:
+    def edit(demo: Path) -> None:
+        path = demo / "packs/sft/manifest.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return edit
+
+
+@pytest.fixture(scope="module")
+def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the packs whose manifest a test may edit."""
+    copy = tmp_path_factory.mktemp("own") / "demo"
+    shutil.copytree(small_demo, copy, ignore=shutil.ignore_patterns("raw"))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("edit", "more", "words"),
+    [
+        pytest.param(None, ["--train.lrr", "1"], ["--train.lrr", "--train.lr'"], id="unknown flag"),
+        pytest.param(None, ["--data.packs", "nowhere"], ["nowhere", "manifest.json", "mma-prep"], id="missing packs"),
+        pytest.param(None, ["--data.packs", ""], ["data.packs", "--data.packs"], id="no packs named"),
+        pytest.param(None, ["--deepspeed", "none.json"], ["none.json", "ds_configs/"], id="missing DeepSpeed file"),
+        pytest.param(None, ["--mask.policy", "mmaa"], ["mmaa", "mma"], id="unknown policy"),
+        pytest.param(None, ["--mask.policy", "mma_unclamped"], ["mma_unclamped", "allow_leak"], id="leaking policy"),
+        pytest.param(None, ["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
+        pytest.param(
+            None, ["--parallel.micro-batches", "5"], ["micro_batches=5", "12 packs"], id="packs do not divide"
+        ),
+        pytest.param(None, ["--train.steps", "99999"], ["99999", "data/demo", "mma-prep"], id="more steps than packs"),
+        pytest.param(None, ["--model.vision.config.image_size", "96"], ["64", "16", "packs"], id="image tokens differ"),
+        pytest.param(None, ["--model.llm.source", "nowhere"], ["model.llm.source", "nowhere"], id="no model folder"),
+        pytest.param(
+            None, ["--model.llm.config.max_position_embeddings", "20"], ["sample of", "20"], id="positions too short"
+        ),
+        pytest.param(manifest_edit(targets=0), [], ["0 supervised tokens"], id="nothing supervised"),
+        pytest.param(manifest_edit(rows=3), [], ["3 packs", "batch_packs=12"], id="fewer packs than a step"),
+        pytest.param(manifest_edit(format="zip"), [], ["manifest", "mma-pack"], id="foreign folder"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(
+    edit: Edit | None, more: list[str], words: list[str], own_demo: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = own_demo / "packs/sft/manifest.json"
+    original = path.read_text()
+    try:
+        if edit is not None:
+            edit(own_demo)
+        code = main([*flags(own_demo, tmp_path / "run"), *more])
+    finally:
+        path.write_text(original)
+    said = capsys.readouterr().err.strip().replace(str(own_demo), "data/demo")
+    assert code == 2
+    assert "\n" not in said
+    assert all(word in said for word in words), said
+    assert not (tmp_path / "run").exists(), "nothing was made"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("{'stage': 3}", ["not valid JSON"], id="bad JSON"),
+        pytest.param("[3]", ["JSON object"], id="not an object"),
+        pytest.param('{"zero_optimization": {"stage": 7}}', ["stage=7"], id="unknown stage"),
+        pytest.param(
+            '{"train_batch_size": 8, "zero_optimization": {"stage": 3}}',
+            ["train_batch_size", "batch_packs"],
+            id="batch",
+        ),
+        pytest.param(
+            '{"fp16": {"enabled": true}, "zero_optimization": {"stage": 3}}', ["fp16", "train.dtype"], id="fp16"
+        ),
+    ],
+)
+def test_a_wrong_deepspeed_file_is_named(
+    text: str, words: list[str], small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    assert main([*flags(small_demo, tmp_path / "run"), "--deepspeed", str(path)]) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in [*words, "ds.json"]), said
+
+
+def test_dry_run_prints_the_plan_and_makes_nothing(
+    small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(small_demo, tmp_path / "run"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    for word in (
+        "model ",
+        "mask ",
+        "12 packs = 1 replicas x 12 micro-batches x 1 packs",
+        "stage 0: layers 0..1",
+        "GiB",
+    ):
+        assert word in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_print_config_prints_a_recipe(small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags(small_demo, tmp_path / "run"), "--print-config"]) == 0
+    path = tmp_path / "again.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert main(["--recipe", str(path), "--print-config"]) == 0
+    assert capsys.readouterr().out == path.read_text()

@@ -96,6 +96,24 @@ def pack_windows(
     return rows
 
 
+def better_length(lengths: Ints, images: Ints, length: int, max_images: int | None) -> tuple[int, float]:
+    """Return the row length near ``length`` (half to twice, multiples of 64) that packs fullest, and how full.
+
+    Judged on the first window of draws; nearer lengths win ties.
+    """
+    lengths, images = lengths[:WINDOW_DRAWS], images[:WINDOW_DRAWS]
+    longest = int(lengths.max())
+    nearby = [size for size in range(max(64, length // 128 * 64), 2 * length + 1, 64) if size >= longest]
+    full = {size: fullness(lengths, pack_windows(lengths, images, size, max_images, 0), size) for size in nearby}
+    best = max(full, key=lambda size: (round(full[size], 3), -abs(size - length)), default=length)
+    return best, full.get(best, 0.0)
+
+
+def fullness(lengths: Ints, rows: Ints, length: int) -> float:
+    """Return the share of a row's positions that hold tokens, over all rows."""
+    return float(lengths.sum() / (int(rows.max()) + 1) / length)
+
+
 def _best_fit(lengths: Ints, images: Ints, length: int, max_images: int | None) -> tuple[Ints, int]:
     """Best fit of one window: rows of the samples, and the number of rows.
 

@@ -16,7 +16,16 @@ from data_prep.arrow_files import atomic_path
 from data_prep.audit import CorpusAudit, audit_corpus, check_audit, warnings
 from data_prep.errors import UserError
 from data_prep.ingest import pack_units, require_ingested
-from data_prep.packing import exact_draws, interleave, pack_in_order, pack_windows, sample_order
+from data_prep.packing import (
+    Ints,
+    better_length,
+    exact_draws,
+    fullness,
+    interleave,
+    pack_in_order,
+    pack_windows,
+    sample_order,
+)
 from data_prep.packs import sha256_file
 from data_prep.progress import Reporter
 from data_prep.recipe import PackConfig, Recipe
@@ -24,6 +33,8 @@ from data_prep.samples import Columns, read_columns
 from data_prep.workspace import Intake, Workspace
 
 PLAN_VERSION = 2
+_WASTE_WORTH_A_WORD = 0.06
+_FEW_SAMPLES = 1000
 PLAN_SCHEMA = pa.schema(
     [("row", pa.int64()), ("corpus", pa.int16()), ("unit", pa.int32()), ("index", pa.int32()), ("draw", pa.int64())]
 )
@@ -33,11 +44,11 @@ PLAN_SCHEMA = pa.schema(
 class Plan:
     """One entry per draw, sorted by row; arrays of one length, mapped from the file."""
 
-    row: npt.NDArray[np.int64]
+    row: Ints
     corpus: npt.NDArray[np.int16]
     unit: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
-    draw: npt.NDArray[np.int64]
+    draw: Ints
     """Number of the draw in the blended order."""
     names: tuple[str, ...]
     """Corpus names."""
@@ -85,8 +96,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, intakes)
         if _settings_of(path) != settings:
-            table, audits = _make(name, pack, recipe.seed, intakes)
-            for line in warnings(name, audits):
+            table, audits, advice = _make(name, pack, recipe.seed, intakes)
+            for line in (*warnings(name, audits), *advice):
                 reporter.say(line)
             _write(path, table, settings, audits)
         reporter.say(describe(name, pack, Plan.load(path)))
@@ -121,7 +132,9 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]) -> tuple[pa.Table, dict[str, CorpusAudit]]:
+def _make(
+    name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]
+) -> tuple[pa.Table, dict[str, CorpusAudit], list[str]]:
     columns = [read_columns(intake.units) for intake in intakes]
     first_unit = np.cumsum([0] + [len(intake.units) for intake in intakes])
     drawn = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
@@ -146,10 +159,14 @@ def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]) -> 
     final = np.argsort(rows, kind="stable")
     arrays = [rows, order, blended["unit"], blended["index"], np.arange(len(order))]
     fields = [pa.array(array[final], type=field.type) for array, field in zip(arrays, PLAN_SCHEMA, strict=True)]
-    return pa.Table.from_arrays(fields, schema=PLAN_SCHEMA), audits
+    return (
+        pa.Table.from_arrays(fields, schema=PLAN_SCHEMA),
+        audits,
+        _advice(name, pack, blended["tokens"], blended["images"], rows),
+    )
 
 
-def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[Columns]) -> list[npt.NDArray[np.int64]]:
+def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[Columns]) -> list[Ints]:
     """Return, per corpus, the numbers of its samples in the order they are drawn."""
     if pack.draws is None:
         counts = [len(part) * (pack.epochs or 1) for part in columns]
@@ -162,12 +179,21 @@ def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[C
     ]
 
 
-def _rows(
-    pack: PackConfig, seed: int, tokens: npt.NDArray[np.int64], images: npt.NDArray[np.int64]
-) -> npt.NDArray[np.int64]:
+def _rows(pack: PackConfig, seed: int, tokens: Ints, images: Ints) -> Ints:
     if not pack.shuffle:
         return pack_in_order(tokens, images, pack.length, pack.max_images)
     return pack_windows(tokens, images, pack.length, pack.max_images, seed)
+
+
+def _advice(name: str, pack: PackConfig, tokens: Ints, images: Ints, rows: Ints) -> list[str]:
+    """Return a line that names a fuller row length, where one is clearly fuller."""
+    full = fullness(tokens, rows, pack.length)
+    if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(tokens) < _FEW_SAMPLES:
+        return []
+    best, better = better_length(tokens, images, pack.length, pack.max_images)
+    if better < full + _WASTE_WORTH_A_WORD / 2:
+        return []
+    return [f"note: packs.{name}: rows of {pack.length} come out {full:.1%} full, rows of {best} would {better:.1%}"]
 
 
 def _write(path: Path, table: pa.Table, settings: dict[str, Any], audits: dict[str, CorpusAudit]) -> None:

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_prep.packing import exact_draws, interleave, pack_in_order, pack_windows, sample_order
+from data_prep.packing import (
+    better_length,
+    exact_draws,
+    fullness,
+    interleave,
+    pack_in_order,
+    pack_windows,
+    sample_order,
+)
 
 weights = st.lists(st.floats(0.01, 10), min_size=1, max_size=8)
 AKI_WEIGHTS = [0.103, 0.103, 0.026, 0.103, 0.103, 0.103, 0.103, 0.103, 0.103, 0.047, 0.103]
@@ -103,6 +111,14 @@ def test_rows_come_out_full_on_lengths_as_in_the_paper(length: int, at_least: fl
     lengths = aki_like(60_000)
     rows = pack_windows(lengths, np.ones_like(lengths), length, None, 0)
     assert lengths.sum() / ((rows.max() + 1) * length) >= at_least
+
+
+def test_a_fuller_length_is_found() -> None:
+    lengths = np.full(2000, 200)
+    images = np.ones_like(lengths)
+    assert fullness(lengths, pack_windows(lengths, images, 512, None, 0), 512) == pytest.approx(400 / 512)
+    best, full = better_length(lengths, images, 512, None)
+    assert (best, full) == (1024, pytest.approx(1000 / 1024))  # five samples a row
 
 
 def test_short_samples_are_mixed_rather_than_sorted() -> None:

@@ -50,7 +50,7 @@ def lines(kinds: list[str], sizes: list[int]) -> Iterator[str]:
             sidecars = make_row(kind, tokens)
             plan = with_tables(sidecars)
             times = [
-                milliseconds(work, "cpu", 0.5)
+                milliseconds(work, "process", 0.5)
                 for work in (
                     partial(with_tables, sidecars),
                     lambda row=sidecars: build_plan("mma", row).block_mask,

@@ -17,11 +17,9 @@ def describe(plan: Blueprint) -> str:
 def _model_lines(plan: Blueprint) -> Iterator[str]:
     spec = plan.spec
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
-    yield (
-        f"model    {spec.llm.model_type} {spec.layers} x {spec.width} + {spec.connector.kind} + {spec.vision.model_type}: "
-        f"{millions(plan.counts.total)} parameters, "
-        f"{'vision frozen' if plan.config.model.vision.frozen else 'all trained'}"
-    )
+    parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
+    trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
+    yield f"model    {parts}: {millions(plan.counts.total)} parameters, {trained}"
     yield f"mask     {plan.config.mask.policy}: proved leak-free on the first {plan.config.mask.prove_rows} rows"
 
 

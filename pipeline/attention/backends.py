@@ -15,7 +15,7 @@ from pipeline.attention.flex import attend_flex
 from pipeline.attention.gather import gather_rows
 from pipeline.attention.lse import Kernels, attend_lse
 from pipeline.attention.pieces import attend_pieces, sdpa
-from pipeline.attention.plan import MAX_COPIES, Plan
+from pipeline.attention.plan import Plan
 from pipeline.attention.runs import Part, RunSplit
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, 
 def choose_backend(plan: Plan, device: str, softcap: float | None = None) -> str:
     """Return the backend ``auto`` stands for, and log why once."""
     mergeable = softcap is None and plan.order is None and not plan.bidirectional
-    if mergeable and plan.copies > (LSE_COPIES if device == "cuda" else MAX_COPIES):
+    if mergeable and (plan.run_split is None or (device == "cuda" and plan.copies > LSE_COPIES)):
         name, reason = "lse", "samples with so many media that gathering keys would cost more"
     elif device == "cuda":
         name, reason = "runsplit", "one variable-length flash call over gathered keys"

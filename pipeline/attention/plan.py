@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -25,7 +25,8 @@ MAX_COPIES = 64
 class Plan:
     """How one packed row of T tokens attends; made by :func:`build_plan`.
 
-    The tables of each backend are built at its first use and kept, so that all layers share them.
+    Tables are built once and shared by all layers: those of ``runsplit`` with the plan (in a loader's thread, say),
+    those of the other backends at their first use.
     """
 
     policy: Policy
@@ -35,6 +36,8 @@ class Plan:
     """The row's runs, in the policy's causal order; on the CPU."""
     order: IntArray | None
     """That order; None for the row's own."""
+    run_split: RunSplit | None
+    """See :attr:`runs`; None where keys would be copied too often."""
     device: torch.device
 
     def __len__(self) -> int:
@@ -68,19 +71,19 @@ class Plan:
         place = (np.arange(len(segment)) - run_first(run_starts(segment))) % PADDING_CHUNK
         return int((queries * keys - hidden).sum()) - int((place + 1)[segment == 0].sum())
 
-    @cached_property
+    @property
     def runs(self) -> RunSplit:
         """The ``runsplit`` backend's tables on the plan's device.
 
         Raises UserError when a sample alternates between media and text so often that its keys would be copied more
         than ``MAX_COPIES`` times.
         """
-        if self.copies > MAX_COPIES:
+        if self.run_split is None:
             raise UserError(
                 f"attention backend 'runsplit' would copy the row's keys {self.copies:.0f} times over, its samples "
                 "alternating between media and text hundreds of times: use 'lse' (or 'flex' on CUDA)"
             )
-        return split_runs(self.cut, self.order, len(self)).to(self.device)
+        return self.run_split
 
     @cached_property
     def rectangles(self) -> Rectangles:
@@ -98,8 +101,9 @@ class Plan:
         return dense_mask(self.policy, self.sidecars).to(self.device)
 
     def to(self, device: torch.device | str) -> Plan:
-        """Return the plan for ``device``; its tables are built there."""
-        return Plan(self.policy, self.sidecars, self.cut, self.order, torch.device(device))
+        """Return the plan with its tables on ``device``."""
+        moved = None if self.run_split is None else self.run_split.to(device)
+        return replace(self, run_split=moved, device=torch.device(device))
 
 
 def build_plan(policy: Policy | str, sidecars: Sidecars) -> Plan:
@@ -117,4 +121,5 @@ def build_plan(policy: Policy | str, sidecars: Sidecars) -> Plan:
     table = policy.table(local)
     order = causal_order(policy, table)
     cut = query_runs(policy, table if order is None else table[order])
-    return Plan(policy, local, cut, order, torch.device("cpu"))
+    plan = Plan(policy, local, cut, order, None, torch.device("cpu"))
+    return plan if plan.copies > MAX_COPIES else replace(plan, run_split=split_runs(cut, order, len(local)))

@@ -106,6 +106,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from data_prep.packs import PackReader
     from pipeline.serving.evaluate import evaluate, save, show
 
+    if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
+        raise UserError(f"--compare {arguments.compare} is the model itself: name another export")
     packs = PackReader(arguments.packs)
     results: dict[str, list[Answer]] = {}
     for folder in filter(None, (arguments.model, arguments.compare)):

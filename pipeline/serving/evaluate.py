@@ -176,9 +176,10 @@ def show(results: dict[str, list[Answer]], console: Console) -> None:
     table.add_column("family")
     for name in ("questions", "best guess", *tables):
         table.add_column(name, justify="right")
+    last_family = list(first)[-2]
     for family, score in first.items():
         own = [f"{100 * table_[family].accuracy:.1f} %" for table_ in tables.values()]
-        table.add_row(family, str(score.asked), f"{100 * score.chance:.1f} %", *own, end_section=family != "all")
+        table.add_row(family, str(score.asked), f"{100 * score.chance:.1f} %", *own, end_section=family == last_family)
     console.print(table)
     console.print("best guess: the constant answer that is right most often in its family, chosen on these questions")
     if len(tables) > 1:

@@ -112,12 +112,12 @@ def _write_weights(card: ModelCard, parameters: Iterator[tuple[str, torch.Tensor
         waiting[name] = tensor.to(card.torch_dtype).contiguous()
         total += size
     flush()
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards):
-        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"shard-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
+    files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
+    weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for number, file in enumerate(files):
+        shard = (folder / f"shard-{number}").rename(folder / file)
+        shard.chmod((folder / INDEX).stat().st_mode)  # safetensors makes files that only their owner can read
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

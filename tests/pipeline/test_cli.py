@@ -49,6 +49,9 @@ def test_generate_prints_one_answer(
         pytest.param(["generate", "left", "--model", "gone"], "gone is not an exported model", id="model"),
         pytest.param(["generate", "left", "--model", "MODEL", "--device", "cuda"], "no GPU here", id="device"),
         pytest.param(["evaluate", "--model", "MODEL", "--packs", "gone"], "gone is not a pack folder", id="packs"),
+        pytest.param(
+            ["evaluate", "--model", "MODEL", "--compare", "MODEL", "--packs", "gone"], "name another export", id="same"
+        ),
         pytest.param(["export", "gone", "out"], "gone holds no checkpoint", id="run"),
     ],
 )

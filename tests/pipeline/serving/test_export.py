@@ -57,6 +57,7 @@ def test_every_weight_comes_back_whatever_the_shards(
     shards = sorted(folder.glob("model-*.safetensors"))
     assert shards[-1].name == f"model-{len(shards):05d}-of-{len(shards):05d}.safetensors"
     assert (len(shards) > 1) == (shard_bytes < 1 << 30)
+    assert {path.stat().st_mode for path in shards} == {(folder / "config.json").stat().st_mode}
 
 
 def test_the_language_model_alone_is_a_hugging_face_model(tmp_path: Path) -> None:

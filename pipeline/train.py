@@ -50,6 +50,10 @@ def _run(invocation: Invocation) -> int:
     start_processes(plan.config.parallel.timeout_s)
     try:
         return _train(plan)
+    except UserError as error:
+        if rank:  # met in mid-run, perhaps by this rank alone
+            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
+        raise
     finally:
         stop_processes()
 
@@ -78,14 +82,9 @@ def _train(plan: Blueprint) -> int:
 
 
 def _report(error: UserError) -> int:
-    """Print one line; errors that every rank meets alike are printed by rank 0 only."""
-    import torch.distributed as dist
-
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    """Print one line, on rank 0: what is refused before the start is refused by every rank alike."""
+    if os.environ.get("RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif dist.is_initialized():
-        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
     return 2
 
 

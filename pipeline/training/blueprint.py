@@ -22,6 +22,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
 from pipeline.parallel.partition import split_layers
 from pipeline.parallel.topology import Topology, micro_batches
+from pipeline.training.origins import check_init_from, check_resume
 from pipeline.training.tokenizers import check_tokenizer
 
 
@@ -57,6 +58,8 @@ class Blueprint:
         spec.check_segments(manifest.max_segment_tokens)
         policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
+        check_init_from(config, manifest)
+        check_resume(config, manifest)
         steps = _count_steps(config, manifest)
         check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         counts = Counts.of(spec)

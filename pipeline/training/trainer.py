@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,8 +20,9 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
 from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import Checkpoint, CheckpointManifest
+from pipeline.training.checkpoint import CheckpointManifest
 from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
+from pipeline.training.origins import is_export
 from pipeline.training.run_folder import RunFolder, State
 from pipeline.training.schedule import learning_rate
 
@@ -67,7 +67,6 @@ class Trainer:
             self._say(f"skipping a damaged checkpoint: {complaint}")
         if found is None:
             return 0
-        _check_same_run(found, self._plan)
         checkpoint.load(self._stage, found)
         self._say(f"resuming from {found.path} (step {found.manifest.step}/{self._plan.steps})")
         return found.manifest.step
@@ -196,11 +195,6 @@ class Trainer:
         self._say(f"saved {saved}")
 
 
-def is_export(path: str) -> bool:
-    """Whether ``init_from`` names an export folder rather than a run or a checkpoint."""
-    return (Path(path) / "config.json").is_file()
-
-
 def model_card(plan: Blueprint) -> dict[str, object]:
     """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
     manifest = plan.packs.manifest
@@ -248,18 +242,3 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         resident=config.parallel.resident, reduce_once=config.parallel.reduce_once,
     )  # fmt: skip
-
-
-def _check_same_run(found: Checkpoint, plan: Blueprint) -> None:
-    """Refuse to continue on other data: the order of rows is part of the run's state."""
-    manifest = found.manifest
-    if manifest.plan_sha256 != plan.packs.manifest.plan_sha256:
-        raise UserError(
-            f"{found.path} was trained on packs with another plan than {plan.config.data.packs} has: "
-            "give the packs it was started with, or another --run-dir (with --init-from for its weights)"
-        )
-    if manifest.batch_packs != plan.order.batch_packs:
-        raise UserError(
-            f"{found.path} was trained with train.batch_packs={manifest.batch_packs}, now {plan.order.batch_packs}: "
-            "keep it, or start another --run-dir with --init-from"
-        )

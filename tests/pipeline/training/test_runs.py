@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from pipeline.cli import main as mma
+from pipeline.train import main
 from tests.launch import ROOT, kill, start
 from tests.pipeline.training.runs import (
     STEPS,
     curve,
+    flags,
     furthest,
     interrupt,
     metrics,
@@ -163,3 +166,44 @@ def test_the_plain_command_line_trains_the_demo(small_demo: Path, tmp_path: Path
     assert job.returncode == 0, output
     assert "stopped at step" in output
     assert json.loads((tmp_path / "runs/demo_sft/status.json").read_text())["state"] == "stopped"
+
+
+def test_bf16_follows_fp32(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    train(small_demo, tmp_path / "run", "--train.dtype", "bf16").check()
+    for ours, reference in zip(curve(tmp_path / "run"), curve(undisturbed), strict=True):
+        assert ours["loss"] == pytest.approx(reference["loss"], rel=0.02)
+
+
+def test_optimizer_states_offloaded_to_the_cpu_change_nothing(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    offload = ["--deepspeed", str(ROOT / "ds_configs/zero3_offload.json")]
+    train(small_demo, tmp_path / "run", *offload).check()
+    assert [line["loss"] for line in metrics(tmp_path / "run")] == pytest.approx(
+        [line["loss"] for line in metrics(undisturbed)], rel=1e-6
+    )
+    assert furthest(weights(tmp_path / "run"), weights(undisturbed)) <= 1e-5
+
+
+def test_other_packs_and_other_tokenizers_are_refused(
+    small_demo: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(small_demo, undisturbed, packs="pt")) == 2
+    assert "another plan" in capsys.readouterr().err
+    assert main(flags(small_demo, undisturbed, "--train.batch-packs", "6")) == 2
+    assert "batch_packs=12, now 6" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(undisturbed / "checkpoints/step-00000006", other)
+    text = (other / "manifest.json").read_text()
+    manifest = json.loads(text)
+    (other / "manifest.json").write_text(text.replace(manifest["model"]["tokenizer_sha256"], "0" * 64))
+    assert main(flags(small_demo, tmp_path / "new", "--init-from", str(other))) == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_an_export_starts_a_run(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    assert mma(["export", str(undisturbed), str(export)]) == 0
+    more = ["--init-from", str(export), "--train.steps", "1", "--train.lr", "1e-30", "--train.min-lr", "0"]
+    train(small_demo, tmp_path / "run", *more, ranks=2).check()
+    assert same_bits(weights(tmp_path / "run"), weights(undisturbed))

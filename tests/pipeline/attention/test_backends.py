@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tracemalloc
 from collections.abc import Iterator
 
 import pytest
@@ -122,6 +123,15 @@ def test_nothing_of_the_size_of_the_mask_is_ever_made(layout: str, backend: str)
         inputs = Inputs.draw(row, (heads, heads), size, torch.float32)
         inputs.results(build_plan("mma", row), backend)
     assert tokens * size <= watch.elements <= tokens * 300 < tokens * tokens
+
+
+def test_plans_are_built_in_memory_proportional_to_the_row() -> None:
+    row = parse_layout("S4 V144 Q40 A90 Q20 A100 |" * 40)
+    tracemalloc.start()
+    build_plan("mma", row)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak <= 1000 * len(row) < len(row) ** 2
 
 
 def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.LogCaptureFixture) -> None:

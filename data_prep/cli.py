@@ -107,7 +107,7 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 
 def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], object]) -> None:
-    """Run work with the processes the user asked for; under MPI every rank ends when one fails."""
+    """Run work with the processes the user asked for; only one process of a team reports."""
     from data_prep.progress import Reporter
     from data_prep.workers import form_team
 

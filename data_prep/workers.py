@@ -6,6 +6,7 @@ The work is a list of independent units whose outputs are files, so who does a u
 from __future__ import annotations
 
 import os
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -110,29 +111,34 @@ class MpiTeam(Team):
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
         """Run this rank's items, then wait for the other ranks; a UserError of one is raised on all."""
-        problem = None
-        try:
+
+        def work() -> None:
             for item in items:
                 done(task(item))
-        except UserError as error:
-            problem = str(error)
+
+        _, problem = self._attempt(work)
         problems = [message for message in self._comm.allgather(problem) if message]
         if problems:
             raise UserError(problems[0])
 
     def serial(self, task: Callable[[], R]) -> R:
         """Run the task on rank 0; its UserError is raised on every rank."""
-        outcome: tuple[R | None, str] = (None, "")
-        if self.talks:
-            try:
-                outcome = (task(), "")
-            except UserError as error:
-                outcome = (None, str(error))
-        result, problem = self._comm.bcast(outcome, root=0)
+        result, problem = self._comm.bcast(self._attempt(task) if self.talks else None, root=0)
         if problem:
             raise UserError(problem)
         returned: R = result
         return returned
+
+    def _attempt(self, task: Callable[[], R]) -> tuple[R | None, str]:
+        """Return the task's result, or its UserError's words; any other failure ends all ranks, which would wait."""
+        try:
+            return task(), ""
+        except UserError as error:
+            return None, str(error)
+        except BaseException:
+            traceback.print_exc()
+            self._comm.Abort(1)
+            raise
 
 
 def parse_share(text: str) -> tuple[int, int]:

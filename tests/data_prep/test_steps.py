@@ -279,11 +279,16 @@ def test_a_killed_job_continues_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     assert tree_hashes(tmp_path / "again") == tree_hashes(tmp_path / "out")
 
 
-@pytest.mark.slow
-def test_mpi_ranks_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+def mpiexec() -> str:
     launcher = shutil.which("mpiexec", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if launcher is None:
         pytest.skip("mpiexec is not installed: pip install mpich")
+    return launcher
+
+
+@pytest.mark.slow
+def test_mpi_ranks_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    launcher = mpiexec()
     shutil.copytree(made / "raw", tmp_path / "raw")
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_dict(tmp_path / "raw", tmp_path / "out"))
     ranks = [launcher, "-n", "2", sys.executable, "-m", "mpi4py", "-m", "data_prep"]
@@ -297,3 +302,17 @@ def test_mpi_ranks_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
         [*ranks, "run", str(recipe)], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert failed.returncode != 0 and "llava.json" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_takes_the_others_with_it(tmp_path: Path) -> None:
+    launcher = mpiexec()
+    script = tmp_path / "crash.py"
+    script.write_text(
+        "from data_prep.workers import form_team\n"
+        "team = form_team(None, None, print)\n"
+        "team.map(lambda n: 1 // (1 - n), team.share([0, 1]), print)\n"
+    )
+    words = [launcher, "-n", "2", sys.executable, str(script)]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "ZeroDivisionError" in done.stderr

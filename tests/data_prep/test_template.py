@@ -25,8 +25,7 @@ def spell(pieces: list[Piece]) -> str:
 
 GOLDEN = {
     "plain": (
-        "<system>be kind<end><user>[0]what is it?<end><assistant>{a ring}{<end>}"
-        "<user>sure?<end><assistant>{yes}{<end>}"
+        "<system>be kind<end><user>[0]what is it?<end><assistant>{a ring}{<end>}<user>sure?<end><assistant>{yes}{<end>}"
     ),
     "phi3": (
         "<|system|>\nbe kind<|end|>\n<|user|>\n[0]\nwhat is it?<|end|>\n<|assistant|>\n{a ring}{<|end|>}\n"

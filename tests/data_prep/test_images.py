@@ -1,5 +1,6 @@
 import io
 import pickle
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -104,6 +105,34 @@ def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> No
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", int(1600 / factor))
     with pytest.raises(BadImage, match="image-bomb"):
         decode_rgb(data)
+
+
+def mutated(data: bytes, rng: random.Random) -> bytes:
+    """Flip, cut or replace a few bytes, mostly in the header."""
+    out = bytearray(data)
+    for _ in range(rng.randint(1, 5)):
+        at = rng.randrange(min(len(out), rng.choice([40, 200, len(out)])))
+        choice = rng.random()
+        if choice < 0.7:
+            out[at] = rng.randrange(256)
+        elif choice < 0.85:
+            del out[at + 1 :]
+        else:
+            out[at : at + 4] = rng.randbytes(rng.randint(0, 8))
+        out = out or bytearray(b"x")
+    return bytes(out)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM"])
+def test_damaged_bytes_decode_or_are_refused_and_nothing_else(kind: str) -> None:
+    whole, rng = noise(kind), random.Random(0)
+    outcomes = set()
+    for _ in range(200):
+        try:
+            outcomes.add(decode_rgb(mutated(whole, rng)).mode)
+        except BadImage as problem:
+            outcomes.add(problem.code)
+    assert "RGB" in outcomes and len(outcomes) > 1
 
 
 def test_decoding_leaves_the_callers_warning_filters_alone() -> None:

@@ -5,6 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import UserError
@@ -73,6 +75,25 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer, spell
     ids = tokenizer.encode([Text(text)], image_tokens=3).ids
     assert special.isdisjoint(ids.tolist())
     assert spelled in tokenizer.decode(ids).replace("< ", "<")
+
+
+spelled_or_any = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*SPECIALS, IMAGE_TOKEN])), max_size=6)
+
+
+@pytest.mark.parametrize("kind", ["hugging-face", "sentencepiece"])
+def test_any_text_comes_back_and_never_holds_a_special_token(
+    kind: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tokenizer = Tokenizer.open(KINDS[kind](tmp_path_factory.mktemp("any") / "raw"), SPECIALS)
+
+    @given(spelled_or_any.map("".join))
+    @settings(max_examples=200, deadline=None)
+    def check(text: str) -> None:
+        ids = tokenizer.encode([Text(text)], 1).ids.tolist()
+        assert not any(tokenizer.is_special(index) for index in ids)
+        assert tokenizer.decode(ids) == text
+
+    check()
 
 
 def test_an_injected_turn_changes_neither_images_nor_turns(tokenizer: Tokenizer) -> None:

@@ -107,6 +107,14 @@ class Stage(nn.Module):
         """Whether the head's weight is this stage's embedding."""
         return self.spec.tied and self.first and self.last
 
+    @property
+    def tied_copy(self) -> nn.Parameter | None:
+        """This stage's copy of the weight that embedding and head share, when they are on different stages."""
+        if not self.spec.tied or self.first == self.last:
+            return None
+        owner = self.model.embed_tokens if self.first else self.lm_head
+        return owner.get_parameter("weight")
+
     def train(self, mode: bool = True) -> Stage:
         """Set training mode; a frozen tower stays in evaluation mode."""
         super().train(mode)

@@ -196,7 +196,8 @@ class Zero3Stage:
         group, offset, count = self._zero.grad_position[self._zero.get_param_id(param)]
         if self._zero.offload_optimizer:
             return self._zero.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, count)  # type: ignore[no-any-return]
-        return self._zero.averaged_gradients[group][self._zero.fp16_groups[group].index(param)]  # type: ignore[no-any-return]
+        place = next(i for i, own in enumerate(self._zero.fp16_groups[group]) if own is param)
+        return self._zero.averaged_gradients[group][place]  # type: ignore[no-any-return]
 
     def _grad_shards(self) -> Iterator[torch.Tensor]:
         for group, params in enumerate(self._zero.fp16_groups):

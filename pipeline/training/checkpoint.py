@@ -182,6 +182,7 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     """Fill a stage's shards from a checkpoint of any grid. Raises UserError where parameters do not match."""
     kinds = [("master", None)] if weights_only else [("master", None), *((state, state) for state in STATES)]
     for name, param in stage.trainable():
+        name = _as_saved(name, checkpoint)
         start, entry = _own_range(stage, name, param, checkpoint)
         for kind, state in kinds:
             kind = kind if entry.trained else "frozen"
@@ -243,6 +244,12 @@ def _sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _as_saved(name: str, checkpoint: Checkpoint) -> str:
+    """Return the name a parameter was saved under: a tied head is the embedding where one stage held both."""
+    tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"]["tie_word_embeddings"]
+    return "model.embed_tokens.weight" if tied and name not in checkpoint.manifest.params else name
 
 
 def _own_range(

@@ -241,4 +241,5 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         resident=config.parallel.resident, reduce_once=config.parallel.reduce_once,
+        tied=module.tied_copy,
     )  # fmt: skip

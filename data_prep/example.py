@@ -18,6 +18,8 @@ class ImageRef:
     """Where it came from, for messages: a file name, or ``shard.tar/KEY.jpg``."""
     path: Path | None = None
     data: bytes | None = None
+    annotated_size: tuple[float, float] | None = None
+    """Width and height that boxes refer to; ingest rejects the sample when the upright image has another shape."""
 
     def read(self) -> bytes:
         """Return the encoded bytes. Raises OSError when the file cannot be read."""

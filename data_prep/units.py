@@ -15,7 +15,7 @@ import numpy as np
 
 from data_prep.arrow_files import ArrowWriter, atomic_path
 from data_prep.corpora import build_corpus
-from data_prep.example import Example, Reject
+from data_prep.example import Example, ImageRef, Reject
 from data_prep.images import IMAGE_SCHEMA, decode_rgb
 from data_prep.packs import IMAGE, write_atomic
 from data_prep.quarantine import CODES, BadSample, Tally
@@ -26,6 +26,7 @@ from data_prep.workspace import Intake, Unit, UnitReport, Writing
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
+_SHAPE_TOLERANCE = 0.02  # rounding of the sides of scaled copies
 _IMAGE_BATCH_ROWS = 64  # images are large: a batch is what a unit holds in memory
 
 
@@ -76,7 +77,7 @@ class UnitWriter:
         self._unit, self._writing, self._tokenizer = unit, writing, tokenizer
         self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
         self._images: dict[bytes, int] = {}
-        self._bad_images: dict[bytes, BadSample] = {}
+        self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
         self._kept = 0
 
@@ -144,23 +145,41 @@ class UnitWriter:
             except OSError as error:
                 raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
             key = hashlib.sha256(data).digest()
-            if key in self._bad_images:
-                raise self._bad_images[key]
-            size = (0, 0)
-            if key not in self._images:
-                try:
-                    size = decode_rgb(data).size
-                except BadSample as problem:
-                    self._bad_images[key] = BadSample(problem.code, f"{image.name}: {problem.detail}")
-                    raise self._bad_images[key] from problem
+            size = self._size(key, data, image.name)
+            check_annotated_size(image, size)
             found.append((key, data, size))
         return found
+
+    def _size(self, key: bytes, data: bytes, name: str) -> tuple[int, int]:
+        """Return the upright size of an image, decoding what this unit has not seen yet. Raises BadSample."""
+        if key not in self._outcomes:
+            try:
+                self._outcomes[key] = decode_rgb(data).size
+            except BadSample as problem:
+                self._outcomes[key] = (problem.code, f"{name}: {problem.detail}")
+        outcome = self._outcomes[key]
+        if isinstance(outcome[0], str):
+            raise BadSample(outcome[0], str(outcome[1]))
+        return outcome[0], int(outcome[1])
 
     def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:
         if key not in self._images:
             self._images[key] = len(self._images)
             self._pixels.append((key, *size, data))
         return self._images[key]
+
+
+def check_annotated_size(image: ImageRef, size: tuple[int, int]) -> None:
+    """Raise BadSample when annotations were drawn on another shape than the upright image (EXIF rotation, a crop).
+
+    Copies that were only scaled pass, because positions are fractions of the image.
+    """
+    if image.annotated_size is None:
+        return
+    width, height = image.annotated_size
+    if abs(width * size[1] - height * size[0]) > _SHAPE_TOLERANCE * width * size[1]:
+        drawn, found = f"{width:g} x {height:g}", f"{size[0]} x {size[1]}"
+        raise BadSample("bad-box", f"{image.name}: annotated as {drawn} pixels, the upright image has {found}")
 
 
 def check_text(example: Example) -> None:

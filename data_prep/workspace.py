@@ -7,6 +7,9 @@
     OUT/images/KEY/                              the sealed image store
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason
+
+``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted whenever the packs
+are made, and is then made again by the next change.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 2
+INGEST_VERSION = 3
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -62,7 +63,7 @@ class RefCOCO(RowCorpus):
             raise BadSample("bad-box", "the annotation's 'bbox' is no list of four numbers")
         size = require(row, "width", int, float), require(row, "height", int, float)
         box = str(normalised_box(xywh, *size))
-        image = find_image(self.root / self.images, require(row, "file_name", str))
+        image = replace(find_image(self.root / self.images, require(row, "file_name", str)), annotated_size=size)
         if self.direction != "box":
             yield ask(f"{sample}/phrase", [image], self.phrase_prompt.replace("{box}", box), phrase, family="phrase")
         if self.direction != "phrase":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar
@@ -59,6 +60,7 @@ class VisualGenome(RowCorpus):
             raise BadSample("missing-image", f"image {row['id']} is not in {self.image_data}")
         image = find_image(self.root / self.images, "/".join(_url_parts(text(about, "url"))[-2:]))
         size = require(about, "width", int), require(about, "height", int)
+        image = replace(image, annotated_size=size)
         seen: set[str] = set()
         for number, region in enumerate(require(row, "regions", list)):
             one = f"{sample}-{_region_id(region, number)}"

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 
 from data_prep.errors import UserError
+from data_prep.example import ImageRef
 from data_prep.images import ImageStore
 from data_prep.ingest import ingest
 from data_prep.materialize import materialize
 from data_prep.packs import Manifest, PackReader
 from data_prep.plan import plan
 from data_prep.progress import Reporter
+from data_prep.quarantine import BadSample
 from data_prep.template import template_of
 from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from data_prep.units import check_annotated_size
 from data_prep.verify import verify
 from data_prep.workers import LocalTeam, Team
 from tests.data_prep.raw import (
@@ -187,6 +190,20 @@ def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:
     codes = {entry["sample"][-1]: entry["code"] for entry in listed}
     assert codes == {"a": "not-an-image", "b": "broken-image", "c": "bad-encoding", "d": "too-long"}
     assert len(drawn(tmp_path / "out", "pt")) == 2 * 61
+
+
+@pytest.mark.parametrize(
+    ("annotated", "code"),
+    [(None, ""), ((8, 6), ""), ((800, 600), ""), ((640, 481), ""), ((6, 8), "bad-box"), ((8, 8), "bad-box")],
+)
+def test_boxes_drawn_on_another_shape_are_rejected(annotated: tuple[float, float] | None, code: str) -> None:
+    image = ImageRef("p.jpg", data=b"", annotated_size=annotated)
+    if not code:
+        check_annotated_size(image, (8, 6))
+        return
+    with pytest.raises(BadSample, match=r"annotated as .* pixels, the upright image has 8 x 6") as caught:
+        check_annotated_size(image, (8, 6))
+    assert caught.value.code == code
 
 
 @pytest.mark.parametrize(

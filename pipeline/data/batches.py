@@ -50,7 +50,7 @@ def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | Non
     sidecars = Sidecars.concat([Sidecars.from_row(row) for row in rows])
     return StageInputs(
         input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64)),
-        position_ids=position_ids(sidecars),
+        position_ids=position_ids(sidecars, policy.grid),
         plan=build_plan(policy, sidecars),
         labels=torch.cat([shifted_labels(row) for row in rows]),
         image_positions=torch.nonzero(sidecars.instance >= 0).squeeze(1),

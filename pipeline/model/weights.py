@@ -101,6 +101,7 @@ class WeightSource:
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
         source._add(folder, shapes, {name: name for name in shapes}, folder.files)
+        source._share_head(spec)
         return source
 
     def __contains__(self, name: str) -> bool:
@@ -119,6 +120,9 @@ class WeightSource:
         spare = ("lm_head.weight",) if spec.tied else ()
         found = [key for key in folder.files if not key.endswith("inv_freq") and key not in spare]
         self._add(folder, shapes, {name: name for name in shapes}, found)
+        self._share_head(spec)
+
+    def _share_head(self, spec: ModelSpec) -> None:
         if spec.tied:  # a last stage apart from the first holds its own copy
             self._where["lm_head.weight"] = self._where["model.embed_tokens.weight"]
 

@@ -14,10 +14,11 @@ from PIL import Image
 from data_prep.example import ImageRef, Turn
 from data_prep.template import Template
 from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from pipeline.config import ConnectorConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.serving.export import export
-from tests.pipeline.model.helpers import IMAGE_TOKENS, model_config, whole_stage
+from tests.pipeline.model.helpers import IMAGE_TOKENS, SIDE, VISION, model_config, whole_stage
 
 WORDS = [
     "what colour is the circle",
@@ -27,6 +28,7 @@ WORDS = [
     "left",
 ]
 TEMPLATE = Template("plain")
+GRID_TOKENS = (SIDE // int(VISION["patch_size"])) ** 2
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,15 @@ def make_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def make_saved(folder: Path, family: str = "llama", *, policy: str = "mma", **llm: Any) -> Saved:
+def make_saved(
+    folder: Path, family: str = "llama", *, policy: str = "mma", patch_tokens: bool = False, **llm: Any
+) -> Saved:
+    """Make a random model; ``patch_tokens`` gives it one token a patch, on a grid."""
     tokenizer = make_tokenizer(folder)
-    config = model_config(family, **llm)
-    spec = ModelSpec.resolve(config, vocab_size=len(tokenizer), image_tokens=IMAGE_TOKENS)
+    config, image_tokens = model_config(family, **llm), IMAGE_TOKENS
+    if patch_tokens:
+        config, image_tokens = config.model_copy(update={"connector": ConnectorConfig(kind="mlp")}), GRID_TOKENS
+    spec = ModelSpec.resolve(config, vocab_size=len(tokenizer), image_tokens=image_tokens)
     meta = {
         "spec": spec.to_dict(),
         "policy": policy,

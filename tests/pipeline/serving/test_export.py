@@ -51,7 +51,9 @@ def test_every_weight_comes_back_whatever_the_shards(
     saved = make_saved(tmp_path, tie_word_embeddings=tied)
     folder = export(saved, tmp_path / "export")
     spec = ModelCard.load(folder).spec
-    loaded = whole_stage(spec, source=WeightSource.open_export(spec, folder))
+    source = WeightSource.open_export(spec, folder)
+    assert "lm_head.weight" in source
+    loaded = whole_stage(spec, source=source)
     for name, param in saved.stage.named_parameters():
         assert torch.equal(loaded.get_parameter(name), param), name
     shards = sorted(folder.glob("model-*.safetensors"))

@@ -61,6 +61,11 @@ def test_every_policy_prefills_with_its_own_mask(policy: str, tmp_path: Path) ->
     assert_cached_equals_full(load_model(make_export(tmp_path, policy=policy)))
 
 
+def test_concentric_positions_prefill_and_decode_as_in_training(tmp_path: Path) -> None:
+    model = load_model(make_export(tmp_path, policy="cca", patch_tokens=True))
+    assert_cached_equals_full(model)
+
+
 def test_the_mask_matters(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()

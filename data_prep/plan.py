@@ -96,10 +96,10 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, intakes)
         if _settings_of(path) != settings:
-            table, audits, advice = _make(name, pack, recipe.seed, intakes)
-            for line in (*warnings(name, audits), *advice):
+            made = _make(name, pack, recipe.seed, intakes)
+            for line in made.advice:
                 reporter.say(line)
-            _write(path, table, settings, audits)
+            _write(path, made, settings)
         reporter.say(describe(name, pack, Plan.load(path)))
 
 
@@ -132,38 +132,62 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
     return settings
 
 
-def _make(
-    name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]
-) -> tuple[pa.Table, dict[str, CorpusAudit], list[str]]:
+@dataclass(frozen=True, slots=True)
+class _Blend:
+    """All draws of a pack set in blended order; arrays of one length."""
+
+    corpus: Ints
+    unit: Ints
+    index: Ints
+    tokens: Ints
+    images: Ints
+
+    @classmethod
+    def of(cls, pack: PackConfig, columns: Sequence[Columns], drawn: Sequence[Ints], first_unit: Ints) -> _Blend:
+        """Blend the drawn samples of several corpora; without shuffling, corpus after corpus."""
+        corpus = interleave([len(chosen) for chosen in drawn])
+        corpus = corpus if pack.shuffle else np.sort(corpus)
+        places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
+
+        def spread(parts: list[Ints]) -> Ints:
+            blended = np.empty(len(corpus), dtype=np.int64)
+            blended[places] = np.concatenate(parts)
+            return blended
+
+        pairs = list(zip(columns, drawn, strict=True))
+        return cls(
+            corpus,
+            unit=spread([part.unit[chosen] + first for (part, chosen), first in zip(pairs, first_unit, strict=True)]),
+            index=spread([part.index[chosen] for part, chosen in pairs]),
+            tokens=spread([part.n_tokens[chosen] for part, chosen in pairs]),
+            images=spread([part.n_images[chosen] for part, chosen in pairs]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A plan before it is written."""
+
+    table: pa.Table
+    audits: dict[str, CorpusAudit]
+    advice: list[str]
+
+
+def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]) -> _Made:
     columns = [read_columns(intake.units) for intake in intakes]
-    first_unit = np.cumsum([0] + [len(intake.units) for intake in intakes])
     drawn = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
     audits = {
         intake.corpus: audit_corpus(part, chosen) for intake, part, chosen in zip(intakes, columns, drawn, strict=True)
     }
     check_audit(name, audits)
-    order = interleave([len(chosen) for chosen in drawn])
-    if not pack.shuffle:
-        order = np.sort(order)
-    blend = np.argsort(order, kind="stable")  # positions of corpus 0's draws, then corpus 1's, ...
-    values = {
-        "unit": [part.unit[chosen] + start for part, chosen, start in zip(columns, drawn, first_unit, strict=False)],
-        "index": [part.index[chosen] for part, chosen in zip(columns, drawn, strict=True)],
-        "tokens": [part.n_tokens[chosen] for part, chosen in zip(columns, drawn, strict=True)],
-        "images": [part.n_images[chosen] for part, chosen in zip(columns, drawn, strict=True)],
-    }
-    blended = {key: np.empty(len(order), dtype=np.int64) for key in values}
-    for key, parts in values.items():
-        blended[key][blend] = np.concatenate(parts)
-    rows = _rows(pack, seed, blended["tokens"], blended["images"])
-    final = np.argsort(rows, kind="stable")
-    arrays = [rows, order, blended["unit"], blended["index"], np.arange(len(order))]
-    fields = [pa.array(array[final], type=field.type) for array, field in zip(arrays, PLAN_SCHEMA, strict=True)]
-    return (
-        pa.Table.from_arrays(fields, schema=PLAN_SCHEMA),
-        audits,
-        _advice(name, pack, blended["tokens"], blended["images"], rows),
-    )
+    first_unit = np.cumsum([0] + [len(intake.units) for intake in intakes])[:-1]
+    blend = _Blend.of(pack, columns, drawn, first_unit)
+    rows = _rows(pack, seed, blend)
+    order = np.argsort(rows, kind="stable")
+    values = [rows, blend.corpus, blend.unit, blend.index, np.arange(len(order))]
+    arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
+    advice = [*warnings(name, audits), *_advice(name, pack, blend, rows)]
+    return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
 
 
 def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[Columns]) -> list[Ints]:
@@ -179,27 +203,27 @@ def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[C
     ]
 
 
-def _rows(pack: PackConfig, seed: int, tokens: Ints, images: Ints) -> Ints:
+def _rows(pack: PackConfig, seed: int, blend: _Blend) -> Ints:
     if not pack.shuffle:
-        return pack_in_order(tokens, images, pack.length, pack.max_images)
-    return pack_windows(tokens, images, pack.length, pack.max_images, seed)
+        return pack_in_order(blend.tokens, blend.images, pack.length, pack.max_images)
+    return pack_windows(blend.tokens, blend.images, pack.length, pack.max_images, seed)
 
 
-def _advice(name: str, pack: PackConfig, tokens: Ints, images: Ints, rows: Ints) -> list[str]:
+def _advice(name: str, pack: PackConfig, blend: _Blend, rows: Ints) -> list[str]:
     """Return a line that names a fuller row length, where one is clearly fuller."""
-    full = fullness(tokens, rows, pack.length)
-    if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(tokens) < _FEW_SAMPLES:
+    full = fullness(blend.tokens, rows, pack.length)
+    if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(rows) < _FEW_SAMPLES:
         return []
-    best, better = better_length(tokens, images, pack.length, pack.max_images)
+    best, better = better_length(blend.tokens, blend.images, pack.length, pack.max_images)
     if better < full + _WASTE_WORTH_A_WORD / 2:
         return []
     return [f"note: packs.{name}: rows of {pack.length} come out {full:.1%} full, rows of {best} would {better:.1%}"]
 
 
-def _write(path: Path, table: pa.Table, settings: dict[str, Any], audits: dict[str, CorpusAudit]) -> None:
-    audit = {name: asdict(entry) for name, entry in audits.items()}
-    meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audit}, sort_keys=True)
-    table = table.replace_schema_metadata({"plan": meta})
+def _write(path: Path, made: _Made, settings: dict[str, Any]) -> None:
+    audits = {name: asdict(entry) for name, entry in made.audits.items()}
+    meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audits}, sort_keys=True)
+    table = made.table.replace_schema_metadata({"plan": meta})
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,

@@ -348,7 +348,7 @@ def _backend(file: Path, companions: Mapping[str, bytes], specials: Sequence[str
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequence[str], out: Path) -> None:
-    """Train a unigram model on ``texts`` and write it to the file ``out``; the same texts give the same bytes.
+    """Train a byte-pair model on ``texts`` and write it to the file ``out``; the same texts give the same bytes.
 
     Args:
         texts: sentences; long ones are split at line ends.
@@ -371,7 +371,7 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequenc
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type="unigram",
+            model_type="bpe",  # whole frequent words; unigram falls back to letters on small vocabularies
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,

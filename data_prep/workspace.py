@@ -8,8 +8,8 @@
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason
 
-``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted whenever the packs
-are made, and is then made again by the next change.
+``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted once the packs
+are made, and is made again by the next change.
 """
 
 from __future__ import annotations

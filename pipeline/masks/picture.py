@@ -179,7 +179,11 @@ def _draw_panel(axes: Any, policy: Policy, sidecars: Sidecars, grid: npt.NDArray
     for edge in np.flatnonzero(run_starts(segment)).tolist()[1:]:
         axes.axhline(edge, color="#888888", linewidth=0.7)
         axes.axvline(edge, color="#888888", linewidth=0.7)
-    axes.set(xticks=[], yticks=[], xlabel="a row is a token, coloured where it sees the token of the column")
+    axes.set(
+        xticks=[],
+        yticks=[],
+        xlabel="a row is a token, coloured where it sees the token of the column; 1.2 is turn 2 of sample 1",
+    )
     _draw_bands(axes, sidecars)
     axes.text(0.5, 1.13, policy.name, transform=axes.transAxes, ha="center", fontsize=15, fontweight="bold")
     axes.text(0.5, 1.095, policy.summary, transform=axes.transAxes, ha="center", fontsize=8, color="#444444")

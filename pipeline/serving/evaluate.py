@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from data_prep.errors import UserError
@@ -125,7 +126,7 @@ def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = N
     longest = max(len(question.reference_ids) for question in asked) + SPARE_TOKENS
     order = sorted(range(len(asked)), key=lambda index: len(asked[index].prompt))
     answers: dict[int, Answer] = {}
-    for start in range(0, len(order), batch):
+    for start in track(range(0, len(order), batch), "asking", console=Console(stderr=True), transient=True):
         chosen = order[start : start + batch]
         prompts = [_prompt(asked[index], images) for index in chosen]
         for index, text in zip(chosen, model.generate(prompts, max_new_tokens=longest), strict=True):

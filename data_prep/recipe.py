@@ -6,20 +6,18 @@ are relative to the working directory; the tokenizer and the corpora are relativ
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError, did_you_mean
 from data_prep.template import Order, Template
+from data_prep.yaml_files import expand, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 class _Strict(BaseModel):
@@ -203,33 +201,11 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
         UserError: the file is absent, not YAML, or a key or value is wrong; the message names it.
     """
     path = find_recipe(name)
+    raw = {**read_mapping(path), **(overrides or {})}
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a recipe is a mapping of keys; see the shipped ones: {', '.join(shipped_recipes())}")
-    try:
-        return Recipe.model_validate(_expand({**raw, **(overrides or {})}, str(path.name)))
+        return Recipe.model_validate(expand(raw, path.name))
     except ValidationError as error:
         raise UserError(f"{path.name}: {_describe(error)}") from error
-
-
-def _expand(value: Any, where: str) -> Any:
-    """Replace environment variables in every text of a tree."""
-    if isinstance(value, dict):
-        return {key: _expand(item, f"{where}: {key}") for key, item in value.items()}
-    if isinstance(value, list):
-        return [_expand(item, where) for item in value]
-    return _VARIABLE.sub(lambda match: _variable(match, where), value) if isinstance(value, str) else value
-
-
-def _variable(match: re.Match[str], where: str) -> str:
-    name, default = match.group(1), match.group(2)
-    found = os.environ.get(name) or default
-    if found is None:
-        raise UserError(f"{where} uses ${{{name}}}, which is not set: export {name}=... or pass the value as a flag")
-    return found
 
 
 def _describe(error: ValidationError) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,37 +9,30 @@ from typing import Any
 import yaml
 
 from data_prep.errors import did_you_mean
+from data_prep.yaml_files import expand, read_mapping
 from pipeline.config import ConfigError, RunConfig, build_config
 
 RECIPES = Path(__file__).parent / "recipes"
 DEFAULT_RECIPE = "demo_sft"
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
 
 
 def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
-    """Read a recipe, lay ``("train.lr", "1e-4")`` pairs over it and validate. Raises ConfigError."""
-    raw = read_recipe(recipe)
-    raw.setdefault("run_dir", f"runs/{Path(recipe).stem}")
+    """Read a recipe, lay ``("train.lr", "1e-4")`` pairs over it and validate. Raises UserError."""
+    raw = {"run_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe)}
     for key, value in overrides:
         raw = merge(raw, _nest(key, value))
-    return build_config(raw, origin=recipe)
+    return build_config(expand(raw, recipe), origin=recipe)
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe as a nested dictionary: ``extends`` chain merged, ``${VAR:-default}`` expanded."""
+    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not filled in yet."""
     path = recipe_path(name)
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of sections, not a {type(raw).__name__}")
-    raw = {key: _expand(value, path) for key, value in raw.items()}
+    raw = read_mapping(path)
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
     sibling = path.parent / f"{parent}.yaml"
-    return merge(read_recipe(str(sibling) if sibling.is_file() else parent), raw)
+    return merge(read_recipe(str(sibling) if sibling.is_file() else str(parent)), raw)
 
 
 def recipe_path(name: str) -> Path:
@@ -81,19 +72,3 @@ def _nest(key: str, value: Any) -> dict[str, Any]:
     for name in reversed(key.split(".")):
         value = {name: value}
     return dict(value)
-
-
-def _expand(value: Any, path: Path) -> Any:
-    """Replace ``${VAR}`` and ``${VAR:-default}`` in every string."""
-    if isinstance(value, dict):
-        return {key: _expand(entry, path) for key, entry in value.items()}
-    if not isinstance(value, str):
-        return value
-
-    def lookup(match: re.Match[str]) -> str:
-        name, default = match.groups()
-        if name not in os.environ and default is None:
-            raise ConfigError(f"{path}: set the environment variable {name} (used in '{value}')")
-        return os.environ.get(name) or default or ""
-
-    return _VARIABLE.sub(lookup, value)

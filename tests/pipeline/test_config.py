@@ -84,3 +84,12 @@ def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
     assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "qwen3", "hidden_size": 32}
     config = parse(["--model.llm.config.hidden_size", "48", "--model.llm.config.rope_theta=1e4"]).config
     assert config.model.llm.config["hidden_size"] == 48
+
+
+def test_a_flag_spares_the_variable_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LLM_DIR", "VISION_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match="LLM_DIR"):
+        load_config("aki_4b_pt", [("model.vision.source", "/models/v")])
+    config = load_config("aki_4b_pt", [("model.vision.source", "/models/v"), ("model.llm.source", "/models/l")])
+    assert (config.model.llm.source, config.data.packs) == ("/models/l", "data/aki_pt/packs/pt")

@@ -1,0 +1,45 @@
+"""YAML files of the user: read safely, environment variables filled in."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.errors import UserError
+
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping. Raises UserError when it is not YAML, or something else."""
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(raw).__name__}")
+    return raw
+
+
+def expand(value: Any, where: str) -> Any:
+    """Replace ``${VAR}`` and ``${VAR:-default}`` in every text of a tree.
+
+    Raises UserError naming the key, after ``where``, when a variable is not set and has no default.
+    """
+    if isinstance(value, dict):
+        return {key: expand(item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [expand(item, where) for item in value]
+    return _VARIABLE.sub(lambda match: _variable(match, where), value) if isinstance(value, str) else value
+
+
+def _variable(match: re.Match[str], where: str) -> str:
+    name, default = match.group(1), match.group(2)
+    found = os.environ.get(name) or default
+    if found is None:
+        raise UserError(f"{where} uses ${{{name}}}, which is not set: export {name}=... or pass the value as a flag")
+    return found

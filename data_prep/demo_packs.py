@@ -14,11 +14,15 @@ from pathlib import Path
 
 from data_prep.demo import write_world
 from data_prep.errors import UserError
+from data_prep.materialize import ROWS_VERSION
 from data_prep.packs import sha256_file, write_atomic
+from data_prep.plan import PLAN_VERSION
 from data_prep.progress import Reporter
 from data_prep.recipe import SHIPPED, load_recipe
+from data_prep.recipe_tokenizer import TRAINING_VERSION
 from data_prep.steps import run
 from data_prep.workers import LocalTeam, Team
+from data_prep.workspace import INGEST_VERSION, digest
 
 MARKER = "demo.json"
 """Written last: its settings are those of a complete demo."""
@@ -29,8 +33,9 @@ _LAUNCHER_PREFIXES = ("PMI", "OMPI_", "MPI")
 
 
 def recipe_version() -> str:
-    """Return a short hash of the shipped demo recipe."""
-    return sha256_file(SHIPPED / "demo.yaml")[:12]
+    """Return a short hash of the shipped demo recipe and of the code's versions that shape its packs."""
+    versions = (TRAINING_VERSION, INGEST_VERSION, PLAN_VERSION, ROWS_VERSION)
+    return digest([sha256_file(SHIPPED / "demo.yaml"), versions])[:12]
 
 
 @dataclass(frozen=True, slots=True)

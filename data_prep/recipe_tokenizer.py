@@ -17,6 +17,9 @@ from data_prep.workspace import Workspace, digest
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
+TRAINING_VERSION = 2
+"""Raised whenever the same texts would give another tokenizer."""
+
 
 def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     """Make sure that the output folder has the recipe's tokenizer, training it if asked; return its sha256."""
@@ -24,7 +27,9 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     marker = space.tokenizer / "origin.json"
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
-    origin = json.dumps({"key": digest([config.model_dump(), recipe.specials(), raw])}).encode() + b"\n"
+    origin = (
+        json.dumps({"key": digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw])}).encode() + b"\n"
+    )
     if marker.is_file() and marker.read_bytes() == origin:
         return Tokenizer.load(space.tokenizer).sha256
     if source is None:

@@ -72,10 +72,9 @@ def vision_config(config: VisionConfig) -> PreTrainedConfig:
     return made
 
 
-def config_from_dict(raw: Mapping[str, Any]) -> PreTrainedConfig:
-    """Rebuild a config from ``to_dict()`` of one made here (saved in a checkpoint or an export)."""
-    rest = dict(raw)
-    return _make("model", rest.pop("model_type"), rest, {})
+def config_from_dict(raw: Mapping[str, Any], known: tuple[str, ...]) -> PreTrainedConfig:
+    """Rebuild a config saved in a checkpoint or an export. Raises ConfigError when its family is not ``known``."""
+    return _make("saved model", _family("saved model", raw, known), raw, {})
 
 
 def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pipeline.config import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.connector import build_connector
-from pipeline.model.families import config_from_dict, llm_config, vision_config
+from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
 from pipeline.model.preprocess import Preprocess
 
 
@@ -167,14 +167,16 @@ class ModelSpec:
         """Rebuild what :meth:`to_dict` returned. Raises ConfigError for a damaged description."""
         try:
             return cls(
-                llm=config_from_dict(raw["llm"]),
-                vision=config_from_dict(raw["vision"]),
+                llm=config_from_dict(raw["llm"], LLM_FAMILIES),
+                vision=config_from_dict(raw["vision"], VISION_FAMILIES),
                 connector=ConnectorConfig.model_validate(raw["connector"]),
                 preprocess=Preprocess.from_dict(raw["preprocess"]),
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except ConfigError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"the saved model description is damaged ({error}): export or save it again") from error
 
 

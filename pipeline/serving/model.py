@@ -143,6 +143,8 @@ class MultimodalModel:
         )
 
     def _check_length(self, tokens: int, new: int) -> None:
+        if not tokens:
+            raise UserError("the conversation is empty: give a question or an image")
         limit, window = self.spec.longest_segment, getattr(self.spec.llm, "sliding_window", None)
         if limit is not None and tokens + new > limit:
             raise UserError(

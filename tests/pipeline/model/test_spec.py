@@ -85,11 +85,18 @@ def test_a_spec_survives_json(family: str, vision: str) -> None:
     assert type(again.llm) is type(spec.llm)
 
 
-def test_a_damaged_description_is_refused() -> None:
-    raw = tiny_spec().to_dict()
-    del raw["vision"]
-    with pytest.raises(ConfigError, match="description is damaged"):
-        ModelSpec.from_dict(raw)
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        pytest.param({"vision": None}, "description is damaged", id="no-vision"),
+        pytest.param({"llm": {"model_type": "t5"}}, "'t5' is not supported", id="family"),
+        pytest.param({"image_tokens": "many"}, "description is damaged", id="image-tokens"),
+        pytest.param({"connector": {"kind": "conv"}}, "description is damaged", id="connector"),
+    ],
+)
+def test_a_damaged_description_is_refused(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ModelSpec.from_dict({**tiny_spec().to_dict(), **change})
 
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}

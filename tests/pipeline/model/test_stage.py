@@ -59,8 +59,10 @@ def test_loss_and_every_gradient_equal_the_plain_model_sample_by_sample(family: 
     slow.backward()
     theirs = gradients(model) | {k: v for k, v in gradients(stage).items() if k.startswith("connector.")}
 
-    assert abs(loss - slow) <= 1e-7 * abs(slow)
-    assert_close_norms(mine, theirs, 1e-6)
+    # Gemma's library code computes its norms and soft caps in single precision whatever the model's type.
+    tolerance = 1e-6 if family.startswith("gemma") else 1e-12
+    assert abs(loss - slow) <= tolerance * abs(slow)
+    assert_close_norms(mine, theirs, tolerance)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "phi3"])
@@ -73,7 +75,7 @@ def test_single_precision_agrees_to_its_rounding(family: str) -> None:
     stage.zero_grad()
     model = plain_llm(stage)
     slow_loss(stage, model, inputs).backward()
-    assert_close_norms({k: v for k, v in mine.items() if k in gradients(model)}, gradients(model), 5e-6)
+    assert_close_norms({k: v for k, v in mine.items() if k in gradients(model)}, gradients(model), 2e-6)
 
 
 @pytest.mark.parametrize(

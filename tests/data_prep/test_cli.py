@@ -126,5 +126,5 @@ def test_the_demo_is_made_once_also_when_two_ask_at_the_same_time(tmp_path: Path
     start = time.monotonic()
     words = [sys.executable, "-m", "data_prep", "demo", str(out), "--scenes", "300", "--held-out", "20"]
     again = subprocess.run(words, check=True, capture_output=True, text=True)
-    assert "is complete" in again.stdout and time.monotonic() - start < 2
+    assert "is complete" in again.stdout and time.monotonic() - start < 4
     ensure_demo(out)

@@ -40,7 +40,9 @@ class SavedModel(Protocol):
 
 def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
     """Export the newest checkpoint of a run folder, or one checkpoint folder; see :func:`export`."""
-    from pipeline.training.checkpoint import open_checkpoint  # loads DeepSpeed, which nothing else here needs
+    # Checkpoints are read by the training room, which loads DeepSpeed; told its device, it does not guess aloud.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    from pipeline.training.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run)
     return export(checkpoint, out, dtype=dtype, step=checkpoint.manifest.step)

@@ -101,6 +101,24 @@ def test_units_cover_every_parameter_once_and_are_whole_when_sharded() -> None:
     assert not [name for name, buffer in stage.named_buffers() if buffer.is_meta]
 
 
+def test_one_unit_is_in_memory_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Stage] = []
+
+    class Recorded(Stage):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            made.append(self)
+
+    def shard(unit: nn.Module) -> None:
+        whole = {id(param) for param in made[0].parameters() if param.numel() and not param.is_meta}
+        assert whole == {id(param) for param in unit.parameters()}
+        for param in unit.parameters():
+            param.data = torch.empty(0)  # as ZeRO-3 leaves it
+
+    monkeypatch.setattr("pipeline.model.build.Stage", Recorded)
+    parts(tiny_spec(), shard=shard)
+
+
 def test_a_rank_that_does_not_read_holds_zeros() -> None:
     (stage,) = parts(tiny_spec(), reads=False)
     assert not any(param.any() for param in stage.parameters())

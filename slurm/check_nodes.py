@@ -1,0 +1,123 @@
+"""Tests the nodes of a job: ``srun --ntasks-per-node=1 python slurm/check_nodes.py RUN_DIR GPUS``.
+
+One process a node looks at its own GPUs, disks and the run folder; then all nodes meet and add up a number over the
+network that training will use. Rank 0 prints a line for each bad node, by name; the exit code is 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = timedelta(seconds=60)
+MIN_FREE_GIB = 1.0
+
+
+def main() -> int:
+    """Check this node, then the network between all; return the exit code."""
+    run_dir, gpus = Path(sys.argv[1]), int(sys.argv[2])
+    rank, nodes = int(os.environ["SLURM_PROCID"]), int(os.environ["SLURM_NTASKS"])
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    problem = "; ".join(own_problems(run_dir, gpus))
+    master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(master, port, nodes, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False)
+    store.set(f"name/{rank}", name)
+    store.set(f"GPUs and disks/{rank}", problem or "fit")
+    if not (report(store, nodes, "GPUs and disks") if rank == 0 else all_fit(store, "GPUs and disks")):
+        return 1
+    store.set(f"network/{rank}", network_problem(store, rank, nodes) or "fit")
+    return 0 if rank or report(store, nodes, "network") else 1
+
+
+def own_problems(run_dir: Path, gpus: int) -> Iterator[str]:
+    """Yield what is wrong with this node by itself."""
+    seen = torch.cuda.device_count()
+    if torch.version.cuda and seen != gpus:
+        yield f"Slurm gave it {gpus} GPUs, torch sees {seen}"
+    for index in range(seen):
+        yield from gpu_problem(index)
+    for folder in (run_dir, Path(tempfile.gettempdir())):
+        yield from disk_problem(folder)
+
+
+def gpu_problem(index: int) -> Iterator[str]:
+    """Yield what is wrong with one GPU: a product of ones is known without computing it."""
+    try:
+        ones = torch.ones(256, 256, device=f"cuda:{index}")
+        if not bool((ones @ ones == 256).all()):
+            yield f"GPU {index} computes wrong numbers"
+    except RuntimeError as error:
+        yield f"GPU {index}: {str(error).splitlines()[0]}"
+
+
+def disk_problem(folder: Path) -> Iterator[str]:
+    """Yield what keeps this node from writing to a folder."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"fit")
+        probe.unlink()
+    except OSError as error:
+        yield f"{folder} cannot be written: {error.strerror}"
+        return
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < MIN_FREE_GIB:
+        yield f"{folder} has {free:.2f} GiB left"
+
+
+def network_problem(store: dist.TCPStore, rank: int, nodes: int) -> str:
+    """Add up a number over all nodes with the backend of training; return what went wrong, or nothing."""
+    gpu = torch.cuda.is_available()
+    try:
+        shared = dist.PrefixStore("reduce", store)
+        dist.init_process_group("nccl" if gpu else "gloo", store=shared, rank=rank, world_size=nodes, timeout=PATIENCE)
+        value = torch.full((1 << 20,), float(rank + 1), device="cuda:0" if gpu else "cpu")
+        dist.all_reduce(value)
+        wrong = bool((value != nodes * (nodes + 1) / 2).any())
+    except RuntimeError as error:
+        return f"no all-reduce with the other nodes: {str(error).splitlines()[0]}"
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return "an all-reduce gave a wrong sum" if wrong else ""
+
+
+def report(store: dist.TCPStore, nodes: int, test: str) -> bool:
+    """Rank 0: gather what each node found, print the bad ones, and tell the others whether all are fit."""
+    bad = []
+    for rank in range(nodes):
+        try:
+            store.wait([f"{test}/{rank}"], PATIENCE * 2)
+            answer = store.get(f"{test}/{rank}").decode()
+        except RuntimeError:
+            answer = "does not answer"
+        if answer != "fit":
+            bad.append(f"bad node {node_name(store, rank)}: {answer}")
+    print("\n".join(bad or [f"{test}: {nodes} nodes are fit"]), flush=True)
+    store.set(f"verdict/{test}", "bad" if bad else "fit")
+    return not bad
+
+
+def node_name(store: dist.TCPStore, rank: int) -> str:
+    """Return the name that a node told the others, or its place in the job where it never came."""
+    key = f"name/{rank}"
+    return store.get(key).decode() if store.check([key]) else f"number {rank} of {os.environ['SLURM_JOB_NODELIST']}"
+
+
+def all_fit(store: dist.TCPStore, test: str) -> bool:
+    """Other ranks: wait for the verdict of rank 0, and return it."""
+    store.wait([f"verdict/{test}"], PATIENCE * 4)
+    return store.get(f"verdict/{test}") == b"fit"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

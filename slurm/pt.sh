@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Pre-training (PT): one job that trains a recipe until it is done, through time limits and lost nodes.
+#
+#   sbatch slurm/pt.sh                                          the built-in demo on one node
+#   RECIPE=aki_4b_pt sbatch --nodes=4 slurm/pt.sh               a shipped recipe on four nodes
+#   RECIPE=my_pt.yaml sbatch slurm/pt.sh --train.lr 1e-4        your own, with flags of the trainer
+#
+# Call sbatch in the repository root. The same command resumes; a finished run ends at once.
+#   RECIPE       shipped recipe or YAML file                    (demo_pt)
+#   RUN_DIR      run folder, on a file system all nodes share   (runs/<recipe>)
+#   INIT_FROM    start from another run's weights               (the recipe's)
+#   EXTRA_FLAGS  more flags of the trainer, for slurm/chain.sh  (none)
+#   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
+# Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-pt-JOB.log.
+# The 300 s of --signal must hold one step and one save: raise them where yours take longer.
+#SBATCH --job-name=mma-pt
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck source=slurm/lib.sh
+. slurm/lib.sh || exit 2
+need_job slurm/pt.sh
+activate
+recipe=${RECIPE:-demo_pt}
+read -ra flags <<< "${EXTRA_FLAGS:-}"
+if [ -n "${INIT_FROM:-}" ]; then
+  need_finished INIT_FROM "$INIT_FROM"
+  flags=(--init-from "$INIT_FROM" "${flags[@]}")
+fi
+train "$recipe" "${RUN_DIR:-runs/$(run_name "$recipe")}" "${flags[@]}" "$@"

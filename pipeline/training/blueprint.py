@@ -61,7 +61,8 @@ class Blueprint:
         check_init_from(config, manifest)
         check_resume(config, manifest)
         steps = _count_steps(config, manifest)
-        check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
+        if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
+            check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         counts = Counts.of(spec)
         costs = counts.stage_costs(
             image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens

@@ -20,7 +20,8 @@ def _model_lines(plan: Blueprint) -> Iterator[str]:
     parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
     trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
     yield f"model    {parts}: {millions(plan.counts.total)} parameters, {trained}"
-    yield f"mask     {plan.config.mask.policy}: proved leak-free on the first {plan.config.mask.prove_rows} rows"
+    proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
+    yield f"mask     {plan.policy.name}: {'LEAKS answers, on purpose' if plan.policy.leaks else proof}"
 
 
 def _data_lines(plan: Blueprint) -> Iterator[str]:

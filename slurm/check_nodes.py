@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
 PATIENCE = timedelta(seconds=60)
 MIN_FREE_GIB = 1.0
@@ -30,7 +31,7 @@ def main() -> int:
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
     problem = "; ".join(own_problems(run_dir, gpus))
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(master, port, nodes, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False)
+    store = TCPStore(master, port, nodes, is_master=rank == 0, timeout=PATIENCE, wait_for_workers=False)
     store.set(f"name/{rank}", name)
     store.set(f"GPUs and disks/{rank}", problem or "fit")
     if not (report(store, nodes, "GPUs and disks") if rank == 0 else all_fit(store, "GPUs and disks")):
@@ -74,11 +75,11 @@ def disk_problem(folder: Path) -> Iterator[str]:
         yield f"{folder} has {free:.2f} GiB left"
 
 
-def network_problem(store: dist.TCPStore, rank: int, nodes: int) -> str:
+def network_problem(store: Store, rank: int, nodes: int) -> str:
     """Add up a number over all nodes with the backend of training; return what went wrong, or nothing."""
     gpu = torch.cuda.is_available()
     try:
-        shared = dist.PrefixStore("reduce", store)
+        shared = PrefixStore("reduce", store)
         dist.init_process_group("nccl" if gpu else "gloo", store=shared, rank=rank, world_size=nodes, timeout=PATIENCE)
         value = torch.full((1 << 20,), float(rank + 1), device="cuda:0" if gpu else "cpu")
         dist.all_reduce(value)
@@ -91,7 +92,7 @@ def network_problem(store: dist.TCPStore, rank: int, nodes: int) -> str:
     return "an all-reduce gave a wrong sum" if wrong else ""
 
 
-def report(store: dist.TCPStore, nodes: int, test: str) -> bool:
+def report(store: Store, nodes: int, test: str) -> bool:
     """Rank 0: gather what each node found, print the bad ones, and tell the others whether all are fit."""
     bad = []
     for rank in range(nodes):
@@ -107,13 +108,13 @@ def report(store: dist.TCPStore, nodes: int, test: str) -> bool:
     return not bad
 
 
-def node_name(store: dist.TCPStore, rank: int) -> str:
+def node_name(store: Store, rank: int) -> str:
     """Return the name that a node told the others, or its place in the job where it never came."""
     key = f"name/{rank}"
     return store.get(key).decode() if store.check([key]) else f"number {rank} of {os.environ['SLURM_JOB_NODELIST']}"
 
 
-def all_fit(store: dist.TCPStore, test: str) -> bool:
+def all_fit(store: Store, test: str) -> bool:
     """Other ranks: wait for the verdict of rank 0, and return it."""
     store.wait([f"verdict/{test}"], PATIENCE * 4)
     return store.get(f"verdict/{test}") == b"fit"

@@ -70,19 +70,28 @@ train() {
     exit 0
   fi
   restarts_left || refuse "job $SLURM_JOB_ID was restarted $SLURM_RESTART_COUNT times, MAX_RESTARTS is $MAX_RESTARTS"
-  mkdir -p "$run_dir"
+  claim "$run_dir"
   rm -f "$run_dir/STOP"
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $run_dir on $SLURM_JOB_NODELIST" \
     "x $RANKS_PER_NODE ranks, from step ${before:-0}"
+  asked_to_stop=''
+  trap 'ask_to_stop '"$(printf %q "$run_dir")" USR1
   name_master
   [ "$CHECK_NODES" = no ] || check_nodes "$run_dir"
-  asked_to_stop='' step_pid=''
-  trap 'ask_to_stop '"$(printf %q "$run_dir")" USR1
   launch "$RANKS_PER_NODE" python pipeline/train.py --deepspeed "${DS_CONFIG:-ds_configs/zero3.json}" \
     --recipe "$recipe" --run-dir "$run_dir" "${@:3}" &
-  step_pid=$!
-  wait_for "$step_pid" || code=$?
+  wait_for $! || code=$?
   verdict "$run_dir" "$code" "${before:-0}"
+}
+
+# claim RUN_DIR: make the run folder this job's own; two jobs in one folder would spoil each other's checkpoints.
+claim() {
+  local owner
+  owner=$(cat "$1/slurm_job" 2> /dev/null || true)
+  if [ -n "$owner" ] && [ "$owner" != "$SLURM_JOB_ID" ] && [ -n "$(squeue -h -j "$owner" -t R,CG -o %i 2> /dev/null)" ]; then
+    refuse "job $owner is training $1: wait for it, or scancel $owner"
+  fi
+  mkdir -p "$1" && echo "$SLURM_JOB_ID" > "$1/slurm_job" || refuse "RUN_DIR=$1 cannot be written: choose another"
 }
 
 # verdict RUN_DIR EXIT_CODE STEP_BEFORE: end this shell as the run has ended.

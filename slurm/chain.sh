@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# Submits a whole training: data preparation -> PT -> SFT -> export and evaluation. Each stage starts when the one before
+# has ended well; when one fails, what waits for it is cancelled. The command again takes up what is left.
+#
+#   slurm/chain.sh                                              the built-in demo, on one node
+#   slurm/chain.sh --dry-run                                    print what would be submitted
+#   slurm/chain.sh --policies mma,causal                        one PT, an SFT for each mask, compared
+#   TRAIN_SBATCH="--nodes=4" slurm/chain.sh --data aki_pt,aki_sft --shards 64 --pt aki_4b_pt --sft aki_4b_sft --eval none
+#   slurm/chain.sh --pt pt_text_first.yaml,pt_image_first.yaml --sft sft_text_first.yaml,sft_image_first.yaml
+#                                                               dual-order training: four chained stages
+#
+#   --data RECIPES    recipes of mma-prep, with commas, or none                            (demo)
+#   --shards N        array tasks that share the ingestion of each data recipe             (1: no array)
+#   --pt RECIPES      PT recipes; each starts from the weights of the one before; or none  (demo_pt)
+#   --sft RECIPES     SFT recipes, chained likewise, the first from the last PT; or none   (demo_sft)
+#   --policies NAMES  mask policies: the SFT recipes are trained with each                 (mma)
+#   --eval PACKS      held-out pack folder, or none to export only                         (data/demo/packs/eval)
+#   --dry-run         print, submit nothing
+# DATA_FLAGS, EXTRA_FLAGS and EVAL_FLAGS reach mma-prep, the trainer (in PT and SFT) and mma evaluate; what your site
+# wants of sbatch is set in slurm/env.sh. Call it in the repository root, on a login node.
+# shellcheck source=slurm/lib.sh
+. slurm/lib.sh || exit 2
+
+jobs=() job='' dry_run=''
+
+# submit DEPENDENCIES NAME=VALUE... SBATCH_OPTIONS... SCRIPT ARGUMENTS...: set `job` to the new job's id.
+# DEPENDENCIES are ids joined by colons, or nothing.
+submit() {
+  local variables=() after=()
+  [ -z "$1" ] || after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes)
+  shift
+  while [[ $1 =~ ^[A-Z_]+= ]]; do
+    variables+=("$1")
+    shift
+  done
+  if [ -n "$dry_run" ]; then
+    job="<$((${#jobs[@]} + 1))>"
+    echo "$job ${variables[*]} sbatch --parsable ${after[*]}${after:+ }$*"
+  else
+    job=$(env "${variables[@]}" sbatch --parsable "${after[@]}" "$@") || give_up
+    job=${job%%;*} # ID;CLUSTER where there are several clusters
+    echo "$job ${variables[*]} $*"
+  fi
+  jobs+=("$job")
+}
+
+# give_up: all stages or none.
+give_up() {
+  [ ${#jobs[@]} = 0 ] || scancel "${jobs[@]}"
+  refuse "sbatch refused a stage (see above), so nothing is left in the queue; options for your site: slurm/env.sh"
+}
+
+# prepare_data RECIPE: an array that ingests, where it is shared, and the job that does the rest.
+prepare_data() {
+  local before=''
+  if [ "$shards" -gt 1 ]; then
+    submit '' "RECIPE=$1" "${data_options[@]}" --array="0-$((shards - 1))" slurm/data_prep.sh
+    before=$job
+  fi
+  submit "$before" "RECIPE=$1" "${data_options[@]}" slurm/data_prep.sh
+}
+
+# pretrain AFTER: the PT recipes, one after the other; sets `job` and `run` to the last one, or leaves AFTER and nothing.
+pretrain() {
+  local recipe
+  job=$1 run=''
+  for recipe in $(list "$pt"); do
+    submit "$job" "RECIPE=$recipe" "RUN_DIR=runs/$(run_name "$recipe")" "INIT_FROM=$run" "${train_options[@]}" slurm/pt.sh
+    run=runs/$(run_name "$recipe")
+  done
+}
+
+# tune POLICY AFTER START: the SFT recipes under one mask, the first from the run START; sets `job` and `run` likewise.
+tune() {
+  local recipe
+  job=$2 run=$3
+  for recipe in $(list "$sft"); do
+    submit "$job" "RECIPE=$recipe" "POLICY=$1" "PT_RUN_DIR=${run:-none}" "RUN_DIR=$(sft_run "$recipe" "$1")" \
+      "${train_options[@]}" slurm/sft_mma.sh
+    run=$(sft_run "$recipe" "$1")
+  done
+}
+
+# list NAMES: the names between commas, one a line; no line for "none".
+list() { [ "$1" = none ] || tr , '\n' <<< "$1"; }
+
+data=demo pt=demo_pt sft=demo_sft policies=mma shards=1 packs=data/demo/packs/eval
+while [ $# -gt 0 ]; do
+  case $1 in
+    --dry-run) dry_run=yes && shift && continue ;;
+    --help | -h) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' slurm/chain.sh && exit 0 ;;
+    --data | --pt | --sft | --policies | --shards | --eval) [ $# -gt 1 ] || refuse "$1 needs a value; see --help" ;;
+    *) refuse "unknown option '$1'; see --help" ;;
+  esac
+  case $1 in
+    --data) data=$2 ;; --pt) pt=$2 ;; --sft) sft=$2 ;; --policies) policies=$2 ;; --eval) packs=$2 ;;
+    --shards) shards=$2 ;;
+  esac
+  shift 2
+done
+[[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards $shards: give 1 or more"
+read -ra train_options <<< "$TRAIN_SBATCH"
+read -ra data_options <<< "$DATA_SBATCH"
+read -ra eval_options <<< "$EVAL_SBATCH"
+
+data_jobs='' tuned_jobs='' runs=()
+for recipe in $(list "$data"); do
+  prepare_data "$recipe"
+  data_jobs+=${data_jobs:+:}$job
+done
+pretrain "$data_jobs"
+pt_job=$job pt_run=$run
+if [ "$sft" != none ]; then
+  for policy in $(list "$policies"); do
+    tune "$policy" "$pt_job" "$pt_run"
+    tuned_jobs+=${tuned_jobs:+:}$job
+    runs+=("$run")
+  done
+  submit "$tuned_jobs" "EVAL_PACKS=$packs" "${eval_options[@]}" slurm/evaluate.sh "${runs[@]}"
+fi
+[ -n "$dry_run" ] || echo "submitted ${#jobs[@]} jobs; squeue --me shows them, slurm/logs/ is what they say; scancel ${jobs[*]} ends all"

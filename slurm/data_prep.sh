@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Data preparation: raw corpora -> packs, by one recipe of mma-prep. As an array job it ingests, each task its share;
+# as a plain job it does whatever is left and writes the packs.
+#
+#   sbatch slurm/data_prep.sh                                   draw and pack the built-in demo
+#   RECIPE=aki_pt sbatch slurm/data_prep.sh                     all steps in one job
+#   job=$(RECIPE=aki_pt sbatch --parsable --array=0-63 slurm/data_prep.sh)
+#   RECIPE=aki_pt sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/data_prep.sh
+#                                                               64 shares, then plan and packs (slurm/chain.sh --shards)
+#
+# Call sbatch in the repository root. The same command continues; finished units are kept, also those of failed tasks.
+#   RECIPE      shipped recipe or YAML file                     (demo)
+#   DATA_FLAGS  more flags of mma-prep, e.g. "--out /big/aki"   (none)
+# Settings of your site are in slurm/env.sh, the log of each job or task is slurm/logs/mma-data-JOB.log.
+#SBATCH --job-name=mma-data
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck source=slurm/lib.sh
+. slurm/lib.sh || exit 2
+need_job slurm/data_prep.sh
+activate
+recipe=${RECIPE:-demo}
+read -ra flags <<< "--workers ${SLURM_CPUS_PER_TASK:-1} ${DATA_FLAGS:-}"
+if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
+  say "all that is left of $recipe"
+  if [ "$recipe" = demo ]; then mma-prep demo data/demo "${flags[@]}"; else mma-prep run "$recipe" "${flags[@]}"; fi
+elif [ "$recipe" = demo ]; then
+  say "the demo is drawn as a whole, by the job that finishes it"
+else
+  share=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))/$SLURM_ARRAY_TASK_COUNT
+  say "share $share of $recipe"
+  mma-prep ingest "$recipe" --shard "$share" "${flags[@]}"
+fi

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# Export and evaluation of finished runs: RUN/export becomes a model folder, and the first run is measured on held-out
+# packs, beside each of the others.
+#
+#   sbatch slurm/evaluate.sh                                    the built-in demo: runs/demo_sft
+#   sbatch slurm/evaluate.sh runs/demo_sft runs/demo_sft_causal
+#   EVAL_PACKS=none sbatch slurm/evaluate.sh runs/aki_4b_sft    export only
+#
+# Call sbatch in the repository root. What is there already is kept.
+#   EVAL_PACKS  held-out pack folder, or none                   (data/demo/packs/eval)
+#   EVAL_FLAGS  more flags of mma evaluate, e.g. "--limit 500"  (none)
+# Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-eval-JOB.log.
+#SBATCH --job-name=mma-eval
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-gpu=8
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=slurm/logs/%x-%j.log
+# shellcheck source=slurm/lib.sh
+. slurm/lib.sh || exit 2
+need_job slurm/evaluate.sh
+activate
+
+# measure JSON FLAGS...: evaluate the first run, unless the scores are there.
+measure() {
+  if [ -f "$1" ]; then say "$1 is there already"; else mma evaluate --json "$@" --packs "$packs" "${flags[@]}"; fi
+}
+
+packs=${EVAL_PACKS:-data/demo/packs/eval}
+read -ra flags <<< "${EVAL_FLAGS:-}"
+[ $# -gt 0 ] || set -- runs/demo_sft
+for run in "$@"; do
+  need_finished RUN "$run"
+  if [ -d "$run/export" ]; then say "$run/export is there already"; else mma export "$run" "$run/export"; fi
+done
+if [ "$packs" = none ]; then exit 0; fi
+model=$1/export
+if [ $# = 1 ]; then measure "$1/evaluation.json" --model "$model"; fi
+for other in "${@:2}"; do
+  measure "$1/evaluation_beside_$(basename "$other").json" --model "$model" --compare "$other/export"
+done

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import UserError
+from pipeline.masks import get_policy
 from pipeline.parallel.groups import free_port
 from pipeline.training.metrics import clock
 from pipeline.training.run_folder import RunFolder
@@ -47,17 +48,22 @@ class Stage:
 
 PT = Stage("demo_pt", "demo_pt")
 MMA = Stage("demo_sft", "demo_sft", ("--init-from", str(PT.folder)))
-CAUSAL = Stage("demo_sft_causal", "demo_sft", ("--init-from", str(PT.folder), "--mask.policy", "causal"))
+
+
+def twin(policy: str) -> Stage:
+    """Return the same SFT run under another mask policy."""
+    get_policy(policy)
+    return Stage(f"demo_sft_{policy}", "demo_sft", (*MMA.flags, "--mask.policy", policy))
 
 
 def demo_command(argv: Sequence[str]) -> int:
     """Run the demo; return 0. Raises UserError when a step fails."""
     parser = argparse.ArgumentParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
-    parser.add_argument("--no-compare", action="store_true", help="leave out the causal twin of the SFT run")
+    parser.add_argument("--compare", metavar="POLICY", help="train a twin of the SFT run under this policy: causal")
     options = parser.parse_args(list(argv))
     began, ranks = time.monotonic(), options.ranks or default_ranks()
-    stages = [PT, MMA] if options.no_compare else [PT, MMA, CAUSAL]
+    stages = [PT, MMA, *([twin(options.compare)] if options.compare else [])]
     _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
     for stage in stages:
         _train(stage, ranks)
@@ -94,7 +100,7 @@ def shown(path: Path) -> str:
 
 
 def _measure(stages: Sequence[Stage]) -> None:
-    compare = ["--compare", str(CAUSAL.export)] if CAUSAL in stages else []
+    compare = [word for stage in stages[2:] for word in ("--compare", str(stage.export))]
     packs = DATA / "packs" / "eval"
     _call(["mma", "evaluate", "--model", str(MMA.export), "--packs", str(packs), *compare], "held-out accuracy")
     image, question, answer = held_out_example()

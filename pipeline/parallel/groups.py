@@ -6,6 +6,7 @@ import os
 import socket
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,16 +58,18 @@ class Groups:
     """First and last stage of this replica (tied embeddings); None with one stage or in between."""
 
 
-def create_groups(topology: Topology) -> Groups:
+def create_groups(topology: Topology, timeout_s: int = 1800) -> Groups:
     """Create every group of the grid on every rank in the same order, as torch requires; return this rank's own."""
-    data = [dist.new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
-    forward = [dist.new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
-    backward = [dist.new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
-    solo = [dist.new_group([rank]) for rank in range(topology.world)]
+    # A new group does not take the world's limit over: left out, it would be the backend's (10 minutes on NCCL).
+    new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
+    data = [new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
+    forward = [new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
+    backward = [new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
+    solo = [new_group([rank]) for rank in range(topology.world)]
     ends = None
     if topology.pp > 1:
         pairs = [[topology.rank_of(0, r), topology.rank_of(topology.pp - 1, r)] for r in range(topology.dp)]
-        made = [dist.new_group(pair) for pair in pairs]
+        made = [new_group(pair) for pair in pairs]
         ends = made[topology.replica] if topology.first or topology.last else None
     own = topology.replica
     return Groups(data[topology.stage], forward[own], backward[own], solo[topology.rank], ends)

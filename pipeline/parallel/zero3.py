@@ -3,8 +3,8 @@
 DeepSpeed refuses ZeRO-2/3 inside its own pipeline engine. One engine per stage over the stage's data-parallel group
 composes with any outside schedule, given four corrections:
 
-1. *Group-local order check*: DeepSpeed compares parameter orders over the world; stages differ, so the first forward
-   would hang. It is compared over the stage's data-parallel group.
+1. *Group-local order check*: DeepSpeed compares parameter orders over the world; stages rightly differ, so training
+   would be refused, or hang. It is compared over the stage's data-parallel group.
 2. *Backwards without a forward between*: each backward starts with `clear_backward_seen_flag`, else it overwrites the
    gradient shard the one before it accumulated.
 3. *One gradient norm*: every rank of the grid holds a different piece, so the clip norm, and the decision to skip a
@@ -165,7 +165,7 @@ class Zero3Stage:
         with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
             yield
         if self._tied is not None:  # equal shape and equal dp: the shards line up and can be summed pairwise
-            dist.all_reduce(self._grad_shard(self._tied), group=self._groups.ends)
+            dist.all_reduce(self.gradient_shard(self._tied), group=self._groups.ends)
 
     def _hold(self) -> None:
         """Keep parameters gathered, up to the resident share, until the optimizer step releases them."""
@@ -192,7 +192,8 @@ class Zero3Stage:
         self.engine.step()
         return StepResult(self._norm, bool(self.engine.was_step_applied()))
 
-    def _grad_shard(self, param: nn.Parameter) -> torch.Tensor:
+    def gradient_shard(self, param: nn.Parameter) -> torch.Tensor:
+        """Return this rank's flat shard of a gradient accumulated in this step, before clipping; writing is allowed."""
         group, offset, count = self._zero.grad_position[self._zero.get_param_id(param)]
         if self._zero.offload_optimizer:
             return self._zero.fp32_partitioned_groups_flat[group].grad.narrow(0, offset, count)  # type: ignore[no-any-return]
@@ -202,7 +203,7 @@ class Zero3Stage:
     def _grad_shards(self) -> Iterator[torch.Tensor]:
         for group, params in enumerate(self._zero.fp16_groups):
             if self._zero.offload_optimizer:
-                yield from (self._grad_shard(param) for param in params if not self._second_copy(param))
+                yield from (self.gradient_shard(param) for param in params if not self._second_copy(param))
             else:
                 pairs = zip(params, self._zero.averaged_gradients[group], strict=True)
                 yield from (grad for param, grad in pairs if not self._second_copy(param))

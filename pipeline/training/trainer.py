@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.checkpoint import CheckpointManifest
 from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
-from pipeline.training.origins import is_export
+from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run_folder import RunFolder, State
 from pipeline.training.schedule import learning_rate
 
@@ -45,7 +46,7 @@ class Trainer:
         self._plan, self._folder = plan, folder
         self._device = device_of_rank()
         self._lead = plan.topology.rank == 0
-        groups = create_groups(plan.topology)
+        groups = create_groups(plan.topology, plan.config.parallel.timeout_s)
         self._stage = _build_engine(plan, groups, self._device)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
@@ -66,15 +67,24 @@ class Trainer:
         for complaint in complaints:
             self._say(f"skipping a damaged checkpoint: {complaint}")
         if found is None:
+            if complaints:  # not a new run: to start over would throw its metrics away
+                raise UserError(
+                    f"{self._folder.path}: no checkpoint is whole: put one back, or start another --run-dir"
+                )
             return 0
         checkpoint.load(self._stage, found)
         self._say(f"resuming from {found.path} (step {found.manifest.step}/{self._plan.steps})")
+        for change in changed_settings(found.manifest.config, self._plan.config):
+            self._say(f"  changed since: {change}")
         return found.manifest.step
 
     def _start(self) -> int:
-        source = self._plan.config.init_from
+        source, topology = self._plan.config.init_from, self._plan.topology
         if source and not is_export(source):
-            checkpoint.load(self._stage, checkpoint.open_checkpoint(source), weights_only=True)
+            found, complaints = checkpoint.newest_whole(Path(source), rank=topology.rank, world=topology.world)
+            if found is None or complaints:
+                raise UserError(f"init_from={source}: {complaints[0]}: name a whole checkpoint")
+            checkpoint.load(self._stage, found, weights_only=True)
         if source:
             self._say(f"starting from the weights of {source}")
         return 0
@@ -84,7 +94,8 @@ class Trainer:
         plan, config = self._plan, self._plan.config
         metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._lead else None
         console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
-        began, state = time.monotonic(), "done"
+        state: State = "done"
+        began = time.monotonic()
         for batch, data_s in self._batches():
             stats, stop = self._train_step(batch, data_s, began)
             if metrics is not None:
@@ -99,11 +110,11 @@ class Trainer:
             if stop:
                 state = "stopped"
                 break
-        if self._saved != self.step or self.step == 0:
+        if self._saved != self.step:
             self._save()
         if metrics is not None:
             metrics.close()
-        return state  # type: ignore[return-value]
+        return state
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Yield each step's batch and the seconds spent waiting for it."""
@@ -187,10 +198,11 @@ class Trainer:
             plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
             dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan),
         )  # fmt: skip
-        saved = checkpoint.save(self._stage, self._folder.path / "checkpoints", manifest)
+        tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
+        saved = checkpoint.save(self._stage, self._folder.path / "checkpoints", manifest, tokenizer=tokenizer)
         self._saved = self.step
         if self._lead:
-            checkpoint.prune(self._folder.path, plan.config.checkpoint.keep_last)
+            checkpoint.prune(self._folder.path, plan.config.checkpoint.keep_last, newest=saved)
             self._folder.set_status("running", self.step)
         self._say(f"saved {saved}")
 
@@ -205,7 +217,6 @@ def model_card(plan: Blueprint) -> dict[str, object]:
         "image_id": manifest.image_id,
         "pad_id": manifest.pad_id,
         "eos_ids": list(manifest.eos_ids),
-        "tokenizer": str((plan.packs.directory / manifest.tokenizer).resolve()),
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "dtype": "bfloat16" if plan.bf16 else "float32",
     }

@@ -1,0 +1,243 @@
+"""One rank of the grid tests: takes three clipped AdamW steps per case, on engines made anew, and saves what it saw.
+
+Every case trains the same global micro-batches, so all of them share one reference that knows no ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3, utils
+
+from pipeline.config import RunConfig, TrainSection
+from pipeline.model.build import build_stage
+from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
+from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.partition import split_layers
+from pipeline.parallel.runner import Runner
+from pipeline.parallel.topology import Topology
+from pipeline.parallel.zero3 import Zero3Stage, sharder
+from pipeline.training.trainer import parameter_groups
+from tests.pipeline.model.helpers import random_sidecars, stage_inputs, tiny_spec
+
+RANKS, LAYERS = 4, 4
+MICROS = (4, 8, 4)
+"""Micro-batches of each step over all replicas: their number on a rank varies."""
+LR = 1e-3
+# Adam divides a gradient by its own size: with the usual eps, entries near zero would turn rounding into full steps.
+TRAIN = TrainSection(lr=LR, clip_norm=0.1, weight_decay=0.1, eps=1e-5)
+POISONED_STEP, POISONED_RANK = 1, 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape of the grid and one way to run it."""
+
+    pp: int
+    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    checkpointing: bool = False
+    tied: bool = False
+    resident: float = 1.0
+    reduce_once: bool = True
+    evaluate: bool = False
+    """Run a forward without gradients before every step."""
+    persist: int = 0
+    """Parameters of at most so many elements stay gathered between steps."""
+    without: Literal["", "backward flag", "global norm", "one accumulation"] = ""
+    """A correction of `zero3` that is undone."""
+    poison: bool = False
+    """One gradient on one rank of one stage is not a number in one step."""
+
+
+CASES: Mapping[str, Case] = {
+    "pp2": Case(2),
+    "pp2-gpipe": Case(2, "gpipe"),
+    "pp2-checkpointing-evaluate": Case(2, checkpointing=True, evaluate=True),
+    "pp2-persistent": Case(2, resident=0.0, persist=10_000),
+    "pp4-checkpointing": Case(4, checkpointing=True),
+    "pp4-gpipe-evaluate": Case(4, "gpipe", evaluate=True),
+    "pp1": Case(1),
+    "pp1-checkpointing-evaluate": Case(1, checkpointing=True, evaluate=True),
+    "pp1-true-zero3": Case(1, "gpipe", resident=0.0, reduce_once=False),
+    "tied-pp1": Case(1, tied=True),
+    "tied-pp2-gpipe": Case(2, "gpipe", tied=True),
+    "tied-pp2-true-zero3": Case(2, tied=True, resident=0.0, reduce_once=False),
+    "tied-pp4-checkpointing": Case(4, checkpointing=True, tied=True),
+    "pp2-resident0-once": Case(2, resident=0.0),
+    "pp2-resident0-gpipe-checkpointing": Case(2, "gpipe", True, resident=0.0, reduce_once=False, evaluate=True),
+    "pp2-resident0.5-once": Case(2, "gpipe", resident=0.5),
+    "pp2-resident0.5": Case(2, resident=0.5, reduce_once=False),
+    "pp2-resident1": Case(2, "gpipe", checkpointing=True, reduce_once=False),
+    "pp4-resident0.5": Case(4, resident=0.5, reduce_once=False),
+}
+BROKEN: Mapping[str, Case] = {
+    "backward-flag": Case(2, "gpipe", reduce_once=False, without="backward flag"),
+    "global-norm": Case(2, without="global norm"),
+    "one-accumulation": Case(2, without="one accumulation"),
+    "global-norm-poisoned": Case(2, without="global norm", poison=True),
+}
+POISONED: Mapping[str, Case] = {
+    "poisoned": Case(2, poison=True),
+    "poisoned-resident0": Case(2, "gpipe", resident=0.0, reduce_once=False, poison=True),
+}
+
+
+def grid_spec(tied: bool) -> ModelSpec:
+    return tiny_spec(num_hidden_layers=LAYERS, tie_word_embeddings=tied, initializer_range=0.05)
+
+
+def micro_batch(step: int, index: int) -> StageInputs:
+    """One of a step's global micro-batches: with images, without, or with images and nothing to learn."""
+    seed = 100 * step + index
+    kind = ("images", "text", "unsupervised", "images")[(step + index) % 4]
+    sidecars = random_sidecars(seed, 2 + index % 2, padding=index % 3, text_only=kind == "text")
+    inputs = stage_inputs(sidecars, seed=seed, dtype=torch.float32)
+    return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
+
+
+def target_count(micros: Sequence[StageInputs]) -> int:
+    return sum(int((inputs.labels != IGNORE).sum()) for inputs in micros)
+
+
+class Job:
+    """One case on this rank."""
+
+    def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
+        self.case, self.topology, self.groups = case, topology, groups
+        self.spec = grid_spec(case.tied)
+        config = RunConfig(train=TRAIN)
+        config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
+        ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), config, micro_packs=1, bf16=False)
+        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
+        if case.without == "one accumulation":
+            ds_config["gradient_accumulation_steps"] = MICROS[0] // topology.dp
+        module = build_stage(
+            self.spec, layers=split_layers(LAYERS, topology.pp)[topology.stage], first=topology.first,
+            last=topology.last, dtype=torch.float32, device="cpu", seed=3, reads=topology.replica == 0,
+            shard=sharder(topology, groups, ds_config), gradient_checkpointing=case.checkpointing,
+        )  # fmt: skip
+        optimizer = torch.optim.AdamW(parameter_groups(module, TRAIN), lr=LR, eps=TRAIN.eps)
+        self.stage = Zero3Stage(
+            module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=case.resident,
+            reduce_once=case.reduce_once, tied=module.tied_copy,
+        )  # fmt: skip
+        self.runner = Runner(
+            self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=torch.float32,
+            schedule=case.schedule,
+        )  # fmt: skip
+        if case.without:
+            UNDO[case.without](self.stage)
+
+    def micros(self, step: int) -> tuple[list[StageInputs], float]:
+        """Return this rank's micro-batches and what its token losses are scaled by."""
+        everything = [micro_batch(step, index) for index in range(MICROS[step])]
+        count = MICROS[step] // self.topology.dp
+        own = everything[self.topology.replica * count :][:count]
+        if not self.topology.first:
+            own = [replace(inputs, pixels=None) for inputs in own]
+        return own, self.topology.dp / target_count(everything)
+
+    def train(self) -> dict[str, Any]:
+        """Take all steps; return this rank's losses, norms, gradient shards of every step and last weights."""
+        seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": []}
+        for step in range(len(MICROS)):
+            micros, scale = self.micros(step)
+            if self.case.evaluate:
+                self.evaluate(micros[0])
+            seen["loss"].append(float(self.runner.run(micros, scale)))
+            if self.case.poison and (step, self.topology.rank) == (POISONED_STEP, POISONED_RANK):
+                next(grad for _, grad in self.gradients())[0] = torch.nan
+            seen["gradients"].append({name: grad.clone() for name, grad in self.gradients()})
+            if self.case.without == "backward flag":  # what is left of the lost gradients makes DeepSpeed's step raise
+                return seen
+            result = self.stage.step(LR)
+            seen["norm"].append(result.grad_norm)
+            seen["applied"].append(result.applied)
+            seen["weights"].append(
+                {name: self.stage.master_shard(param).clone() for name, param in self.stage.trainable()}
+            )
+        return seen
+
+    def gradients(self) -> list[tuple[str, torch.Tensor]]:
+        return [(name, self.stage.gradient_shard(param)) for name, param in self.stage.trainable()]
+
+    @torch.no_grad()
+    def evaluate(self, inputs: StageInputs) -> None:
+        """Pass one micro-batch through all stages without gradients, as a validation loss would."""
+        hidden = None
+        if not self.topology.first:
+            hidden = torch.empty(1, inputs.input_ids.numel(), self.spec.width)
+            dist.recv(hidden, self.topology.rank - self.topology.dp, group=self.groups.forward)
+        output = self.stage.forward(hidden, inputs)
+        if not self.topology.last:
+            dist.send(output.contiguous(), self.topology.rank + self.topology.dp, group=self.groups.forward)
+
+
+def _keep_backward_flag(stage: Zero3Stage) -> None:
+    stage._zero.clear_backward_seen_flag = lambda: None
+
+
+def _restore_own_norm(stage: Zero3Stage) -> None:
+    del stage._zero._get_norm_groups  # an attribute of the instance covers DeepSpeed's own method
+
+
+UNDO: Mapping[str, Callable[[Zero3Stage], None]] = {
+    "backward flag": _keep_backward_flag,
+    "global norm": _restore_own_norm,
+    "one accumulation": lambda stage: None,  # undone in the configuration, before the engine is made
+}
+
+
+def compare_orders_over_the_world() -> None:
+    """Undo correction 1: DeepSpeed's own comparison, in every module that imported it."""
+    for module in (partition_parameters, partitioned_param_coordinator, stage3):
+        module.assert_ints_same_as_other_ranks = utils.assert_ints_same_as_other_ranks
+
+
+def number_from_zero() -> None:
+    """Give the next engine the numbers of a fresh process: DeepSpeed counts modules and parameters per process, and
+    ranks that held other stages before would otherwise number the same module differently."""
+    partition_parameters.Init.param_id = 0
+    parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
+
+
+def run_table(out: Path) -> None:
+    grids = {pp: Topology(RANKS, dist.get_rank(), pp) for pp in (1, 2, 4)}
+    groups = {pp: create_groups(topology) for pp, topology in grids.items()}
+    for name, case in (CASES | BROKEN | POISONED).items():
+        number_from_zero()
+        seen = Job(case, grids[case.pp], groups[case.pp]).train()
+        torch.save(seen, out / f"{name}-{dist.get_rank()}.pt")
+
+
+def run_without_group_order() -> None:
+    topology = Topology(RANKS, dist.get_rank(), 2)
+    job = Job(Case(2), topology, create_groups(topology, timeout_s=6))
+    compare_orders_over_the_world()
+    job.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--local_rank", type=int)
+    parser.add_argument("out", type=Path, nargs="?")
+    out = parser.parse_args().out
+    fill_rank_variables()
+    start_processes(60 if out else 6)
+    if out:
+        run_table(out)
+    else:
+        run_without_group_order()
+    stop_processes()
+
+
+if __name__ == "__main__":
+    main()

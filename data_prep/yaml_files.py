@@ -11,15 +11,32 @@ import yaml
 
 from data_prep.errors import UserError
 
+
+class _Loader(yaml.SafeLoader):
+    """The safe loader, which takes 1e-6 for the number it is; YAML 1.1 asks for 1.0e-6."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 _VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """Return what a YAML text says. Raises UserError, beginning with ``where``, when it is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from error
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping. Raises UserError when it is not YAML, or something else."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from error
+    raw = read_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a recipe is a mapping of sections, not a {type(raw).__name__}")
     return raw

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.errors import UserError, did_you_mean
 
@@ -97,7 +97,7 @@ class DataConfig(Section):
     verify: bool = False
     """Hash every pack file before training (otherwise only the manifest is read)."""
     decode_threads: NonNegative = 1
-    """Threads that read rows and decode images ahead of the step."""
+    """Threads that read rows and decode images, each a step of its own ahead; 0 = between the steps."""
     prefetch_steps: NonNegative = 2
     """Steps held ready ahead of the one that trains."""
 
@@ -116,7 +116,7 @@ class TrainSection(Section):
     warmup_steps: NonNegative = 150
     """Linear warm-up from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """AdamW weight decay of matrices; norms, biases and embeddings of size 1 have none."""
+    """AdamW weight decay of matrices; vectors (norms, biases) have none."""
     beta1: Share = 0.9
     """AdamW beta1."""
     beta2: Share = 0.999
@@ -130,11 +130,17 @@ class TrainSection(Section):
     gradient_checkpointing: bool = True
     """Recompute each decoder layer in the backward pass."""
     seed: int = 0
-    """Seed of weights built from scratch and of anything random in a step."""
+    """Seed of weights built from scratch; nothing in a step is random."""
     max_skipped_steps: Positive = 10
     """Consecutive steps with a non-finite gradient after which the run fails."""
     max_hours: Annotated[float, Field(ge=0)] = 0.0
     """Stop (saved, resumable) after this long; 0 = no limit."""
+
+    @model_validator(mode="after")
+    def _floor_is_below_peak(self) -> TrainSection:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: lower it too")
+        return self
 
 
 class ParallelConfig(Section):
@@ -219,4 +225,6 @@ def build_config(raw: dict[str, Any], origin: str) -> RunConfig:
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             raise ConfigError(f"{origin}: unknown key '{key}'{did_you_mean(key, known_keys())}") from None
+        if first["type"] == "value_error":  # a combination of keys, which the message names
+            raise ConfigError(f"{origin}: {key}: {first['ctx']['error']}") from None
         raise ConfigError(f"{origin}: {key}: {first['msg']}, got {first.get('input')!r}") from None

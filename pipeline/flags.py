@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-import yaml
-
 from data_prep.errors import UserError, did_you_mean
+from data_prep.yaml_files import read_yaml
 from pipeline.config import RunConfig, Section, known_keys
 from pipeline.recipe import DEFAULT_RECIPE, load_config
 
@@ -91,9 +90,12 @@ def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:
     pairs = []
     words = iter(rest)
     for word in words:
-        flag, _, value = word.partition("=")
+        flag, given, value = word.partition("=")
         if not flag.startswith(("--model.llm.config.", "--model.vision.config.")):
             flags = [flag_name(key) for key, section in known_keys().items() if section is None]
             raise UserError(f"unknown flag '{word}'{did_you_mean(flag, flags)}; --help lists all")
-        pairs.append((flag[2:].replace("-", "_"), yaml.safe_load(value or next(words, ""))))
+        value = value if given else next(words, "")
+        if not value:
+            raise UserError(f"argument {flag}: expected a value")
+        pairs.append((flag[2:].replace("-", "_"), read_yaml(value, flag)))
     return pairs

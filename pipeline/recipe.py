@@ -13,6 +13,7 @@ from data_prep.yaml_files import expand, read_mapping
 from pipeline.config import ConfigError, RunConfig, build_config
 
 RECIPES = Path(__file__).parent / "recipes"
+YAML = (".yaml", ".yml")
 DEFAULT_RECIPE = "demo_sft"
 
 
@@ -24,20 +25,27 @@ def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunCo
     return build_config(expand(raw, recipe), origin=recipe)
 
 
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not filled in yet."""
+def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not filled in yet.
+
+    ``extends`` names a file beside the recipe, with or without its ending, or a shipped recipe; ``below`` are the
+    recipes that led to this one.
+    """
     path = recipe_path(name)
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: 'extends' leads back to itself: name another recipe")
     raw = read_mapping(path)
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    sibling = path.parent / f"{parent}.yaml"
-    return merge(read_recipe(str(sibling) if sibling.is_file() else str(parent)), raw)
+    beside = path.parent / (parent if str(parent).endswith(YAML) else f"{parent}.yaml")
+    found = beside.is_file() and beside.resolve() != path.resolve()
+    return merge(read_recipe(str(beside if found else parent), (*below, path.resolve())), raw)
 
 
 def recipe_path(name: str) -> Path:
     """Resolve a shipped recipe's name or a YAML file. Raises ConfigError with the closest name."""
-    if name.endswith((".yaml", ".yml")):
+    if name.endswith(YAML):
         if not Path(name).is_file():
             raise ConfigError(f"recipe file {name} does not exist")
         return Path(name)

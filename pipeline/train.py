@@ -17,6 +17,7 @@ from pipeline.recipe import to_yaml
 
 if TYPE_CHECKING:
     from pipeline.training.blueprint import Blueprint
+    from pipeline.training.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,16 +29,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "--debug" in words:
             raise
         return _report(error)
+    except KeyboardInterrupt:
+        return 130
 
 
 def _run(invocation: Invocation) -> int:
     if invocation.print_config:
         print(to_yaml(invocation.config), end="")
         return 0
-    from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
+    from pipeline.training.libraries import settle_libraries
+
+    settle_libraries()
+    from pipeline.parallel.groups import device_of_rank, fill_rank_variables, start_processes, stop_processes
     from pipeline.training.blueprint import Blueprint
     from pipeline.training.demo_data import prepare_demo
     from pipeline.training.dry_run import describe
+    from pipeline.training.run_folder import RunFolder
 
     fill_rank_variables()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -47,9 +54,12 @@ def _run(invocation: Invocation) -> int:
         print(describe(plan), flush=True)
     if invocation.dry_run:
         return 0
-    start_processes(plan.config.parallel.timeout_s)
+    folder = RunFolder(plan.config.run_dir)
+    folder.create()
     try:
-        return _train(plan)
+        device_of_rank()
+        start_processes(plan.config.parallel.timeout_s)
+        return _train(plan, folder)
     except UserError as error:
         if rank:  # met in mid-run, perhaps by this rank alone
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
@@ -58,21 +68,18 @@ def _run(invocation: Invocation) -> int:
         stop_processes()
 
 
-def _train(plan: Blueprint) -> int:
-    from pipeline.training.run_folder import RunFolder
+def _train(plan: Blueprint, folder: RunFolder) -> int:
     from pipeline.training.trainer import Trainer
 
-    folder, lead = RunFolder(plan.config.run_dir), plan.topology.rank == 0
+    lead = plan.topology.rank == 0
     if lead:
-        folder.create(plan.config, world=plan.topology.world)
-        folder.set_status("running", folder.status().get("step", 0))
+        folder.record_start(plan.config, world=plan.topology.world)
     trainer = None
     try:
         trainer = Trainer(plan, folder)
         state = trainer.fit()
     except BaseException as error:
-        if lead:
-            folder.set_status("failed", trainer.step if trainer else 0, error=str(error))
+        folder.set_failed(error, trainer.step if trainer else None)
         raise
     if lead:
         folder.clear_stop()

@@ -59,7 +59,7 @@ def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | Non
 
 
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
-    """Move a micro-batch to the accelerator without waiting."""
+    """Move a micro-batch to the accelerator."""
     if device.type == "cpu":
         return inputs
     move = {

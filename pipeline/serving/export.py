@@ -39,12 +39,15 @@ class SavedModel(Protocol):
 
 
 def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
-    """Export the newest checkpoint of a run folder, or one checkpoint folder; see :func:`export`."""
-    # Checkpoints are read by the training room, which loads DeepSpeed; told its device, it does not guess aloud.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    """Export the newest checkpoint of a run folder, or one checkpoint folder, once it is whole; see :func:`export`."""
+    from pipeline.training.libraries import settle_libraries
+
+    settle_libraries()  # checkpoints are read by the training room, which loads DeepSpeed
     from pipeline.training.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run)
+    if faults := checkpoint.faults():
+        raise UserError(f"{faults[0]}: name another checkpoint of the run")
     return export(checkpoint, out, dtype=dtype, step=checkpoint.manifest.step)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from data_prep.images import ImageStore
 from data_prep.packs import Manifest, PackReader
 from pipeline.config import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
@@ -94,6 +95,11 @@ def _open_packs(config: RunConfig) -> PackReader:
     if not config.data.packs:
         raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
     packs = PackReader(config.data.packs, verify=config.data.verify)
+    store = packs.manifest.image_store
+    if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
+        raise ConfigError(
+            f"{config.data.packs} was made with other images than {packs.directory / store} holds: run mma-prep again"
+        )
     if packs.manifest.targets == 0:
         raise ConfigError(f"{config.data.packs} holds 0 supervised tokens: nothing to learn; see mma-prep stats")
     return packs

@@ -3,7 +3,8 @@
 One folder per checkpoint: a safetensors file per rank with flat fp32 shards of its stage's parameters and optimizer
 state (``master|NAME``, ``exp_avg|NAME``, ``exp_avg_sq|NAME``; ``frozen|NAME`` in the compute type), and a manifest with
 the shape of every parameter, the grid, the training state and a hash of every file. Parameter names are global
-(``model.layers.7...``), so a shard of any other grid is a slice of a few files. Nothing is pickled.
+(``model.layers.7...``), so a shard of any other grid is a slice of a few files. The tokenizer lies beside them, so that
+a checkpoint can be exported wherever it is moved to. Nothing is pickled.
 
 A checkpoint is written into a hidden folder, synced, and renamed: a reader never meets half of one.
 """
@@ -14,24 +15,26 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from data_prep.errors import UserError
+from data_prep.packs import write_atomic
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 FORMAT = "mma-checkpoint"
 VERSION = 1
-_NAME = re.compile(r"step-(\d{8})$")
+TOKENIZER = "tokenizer"
+_NAME = re.compile(r"step-\d{8}")
+_Said = TypeVar("_Said")
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Checkpoint:
                 name: ParamEntry(tuple(e["shape"]), e["stage"], e["trained"]) for name, e in raw.pop("params").items()
             }
             self.manifest = CheckpointManifest(**raw, params=params)
+            self._open: dict[int, Any] = {}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self.path} is not a whole checkpoint ({error})") from error
 
@@ -93,17 +97,21 @@ class Checkpoint:
                 lines.append(f"{path} is damaged")
         return lines
 
-    @cached_property
-    def _files(self) -> dict[int, Any]:
-        ranks = range(self.manifest.pp * self.manifest.dp)
-        return {rank: safe_open(self.path / rank_file(rank), framework="pt") for rank in ranks}
+    def _shards(self, rank: int) -> Any:
+        if rank not in self._open:
+            path = self.path / rank_file(rank)
+            try:
+                self._open[rank] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read ({error}): name another checkpoint") from error
+        return self._open[rank]
 
     def read_flat(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements ``start .. stop - 1`` of a flattened parameter or optimizer state (1-D, as saved)."""
         entry, dp = self.manifest.params[name], self.manifest.dp
         pieces, first_rank = [], entry.stage * dp
         for rank in range(first_rank, first_rank + dp):
-            shard = self._files[rank].get_slice(f"{kind}|{name}")
+            shard = self._shards(rank).get_slice(f"{kind}|{name}")
             size = shard.get_shape()[0]
             lo, hi = start - (rank - first_rank) * size, stop - (rank - first_rank) * size
             if lo < size and hi > 0:
@@ -118,8 +126,8 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The model's description, as export wants it."""
-        return self.manifest.model
+        """The model's description and its tokenizer's folder, as export wants them."""
+        return {**self.manifest.model, "tokenizer": str(self.path / TOKENIZER)}
 
 
 def rank_file(rank: int) -> str:
@@ -130,7 +138,7 @@ def rank_file(rank: int) -> str:
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Return the finished checkpoint folders of a run, newest first (whole or damaged; hidden ones are unfinished)."""
     folder = run_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if _NAME.search(path.name)] if folder.is_dir() else []
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
 
 
@@ -145,10 +153,13 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(folders[0])
 
 
-def newest_whole(run_dir: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest undamaged checkpoint and what was wrong with newer ones; all ranks share the hashing."""
+def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest undamaged checkpoint and what was wrong with newer ones; all ranks share the hashing.
+
+    ``path`` is a run folder, or one checkpoint folder.
+    """
     complaints: list[str] = []
-    for folder in checkpoint_folders(run_dir):
+    for folder in [path] if (path / "manifest.json").is_file() else checkpoint_folders(path):
         try:
             checkpoint = Checkpoint(folder)
             faults = checkpoint.faults(part=rank, parts=world)
@@ -160,22 +171,40 @@ def newest_whole(run_dir: Path, *, rank: int, world: int) -> tuple[Checkpoint | 
     return None, complaints
 
 
-def save(stage: Zero3Stage, folder: Path, manifest: CheckpointManifest) -> Path:
-    """Write one checkpoint from all ranks; return its folder. Every rank must call it at the same step."""
-    topology = stage.topology
+def save(stage: Zero3Stage, folder: Path, manifest: CheckpointManifest, *, tokenizer: Path) -> Path:
+    """Write one checkpoint from all ranks; return its folder. Every rank must call it at the same step.
+
+    Raises UserError on all ranks alike when one of them cannot write (a full disk, say); nothing is left of it then.
+    """
+    rank = stage.topology.rank
     final = folder / f"step-{manifest.step:08d}"
     hidden = folder / f".{final.name}.tmp"
-    if topology.rank == 0:
+    if rank == 0:
         shutil.rmtree(hidden, ignore_errors=True)
-        hidden.mkdir(parents=True)
     dist.barrier()
-    own = _write_rank(stage, hidden / rank_file(topology.rank))
-    gathered: list[Any] = [None] * topology.world
-    dist.all_gather_object(gathered, (own, _describe(stage)))
-    if topology.rank == 0:
-        _publish(hidden, final, manifest, gathered)
-    dist.barrier()
+    try:
+        written = _together(lambda: (_write_rank(stage, hidden / rank_file(rank)), _describe(stage)), final)
+        _together(lambda: _publish(hidden, final, manifest, written, tokenizer) if rank == 0 else None, final)
+    except UserError:
+        if rank == 0:
+            shutil.rmtree(hidden, ignore_errors=True)
+        raise
     return final
+
+
+def _together(write: Callable[[], _Said], what: Path) -> list[_Said]:
+    """Let every rank write, and return what each has to say, once all are done."""
+    said, fault = None, ""
+    try:
+        said = write()
+    except (OSError, SafetensorError) as error:
+        fault = str(error)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (said, fault))
+    faults = sorted({fault for _, fault in gathered if fault})
+    if faults:
+        raise UserError(f"{what} cannot be written ({faults[0]}): mend that, and the same command goes on")
+    return [said for said, _ in gathered]
 
 
 def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
@@ -193,15 +222,20 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
 
 
-def prune(run_dir: Path, keep_last: int) -> None:
-    """Remove unfinished folders and all but the newest checkpoints."""
-    for old in checkpoint_folders(run_dir)[keep_last:]:
+def prune(run_dir: Path, keep_last: int, *, newest: Path) -> None:
+    """Keep ``newest`` and the whole ones just before it; remove older ones and what no run can use.
+
+    That is unfinished folders, and damaged ones of later steps, which the run has gone back from.
+    """
+    folders = checkpoint_folders(run_dir)
+    kept = [folder for folder in folders if folder.name <= newest.name][:keep_last]
+    torn = (run_dir / "checkpoints").glob(".step-*.tmp")
+    for old in [*(folder for folder in folders if folder not in kept), *torn]:
         shutil.rmtree(old, ignore_errors=True)
-    for torn in (run_dir / "checkpoints").glob(".step-*.tmp"):
-        shutil.rmtree(torn, ignore_errors=True)
 
 
 def _write_rank(stage: Zero3Stage, path: Path) -> dict[str, Any]:
+    path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for name, param in stage.trainable():
         tensors[f"master|{name}"] = stage.master_shard(param).cpu()
@@ -210,6 +244,12 @@ def _write_rank(stage: Zero3Stage, path: Path) -> dict[str, Any]:
     for name, param in stage.frozen():
         tensors[f"frozen|{name}"] = stage.compute_shard(param).cpu()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+    return _seal(path)
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Bring a file to the disk; return its entry in the manifest."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
     return {"bytes": path.stat().st_size, "xxh3": _hash(path)}
@@ -224,15 +264,18 @@ def _describe(stage: Zero3Stage) -> dict[str, dict[str, Any]]:
     }
 
 
-def _publish(hidden: Path, final: Path, manifest: CheckpointManifest, gathered: list[Any]) -> None:
+def _publish(
+    hidden: Path, final: Path, manifest: CheckpointManifest, written: list[tuple[Any, dict[str, Any]]], tokenizer: Path
+) -> None:
     raw = asdict(manifest)
-    raw["files"] = {rank_file(rank): own for rank, (own, _) in enumerate(gathered)}
-    raw["params"] = {name: entry for _, described in gathered for name, entry in described.items()}
+    raw["files"] = {rank_file(rank): own for rank, (own, _) in enumerate(written)}
+    (hidden / TOKENIZER).mkdir()
+    for source in sorted(tokenizer.iterdir()):
+        copy = shutil.copyfile(source, hidden / TOKENIZER / source.name)
+        raw["files"][f"{TOKENIZER}/{source.name}"] = _seal(copy)
+    raw["params"] = {name: entry for _, described in written for name, entry in described.items()}
     text = json.dumps({"format": FORMAT, "version": VERSION, **raw}, indent=1)
-    with (hidden / "manifest.json").open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_atomic(hidden / "manifest.json", text.encode())
     shutil.rmtree(final, ignore_errors=True)
     hidden.rename(final)
     _sync_folder(final.parent)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -16,15 +18,17 @@ from data_prep.packs import write_atomic
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
 PEAK_TFLOPS: Mapping[str, float] = {
     "H100": 989.4,
+    "H100 NVL": 835.5,
+    "H100 PCIe": 756.5,
     "H200": 989.4,
     "H800": 989.4,
     "GH200": 989.4,
     "B200": 2250.0,
+    "GB200": 2500.0,
     "A100": 312.0,
     "A800": 312.0,
     "L40S": 362.0,
     "A40": 149.7,
-    "V100": 125.0,
     "MI300X": 1307.4,
 }
 
@@ -33,9 +37,13 @@ def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak FLOP/s, or None where it is not known (then there is no MFU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    known = [rate for part, rate in PEAK_TFLOPS.items() if part in name]
-    return max(known) * 1e12 if known else None
+    return known_peak(torch.cuda.get_device_name(device))
+
+
+def known_peak(name: str) -> float | None:
+    """Return the peak FLOP/s of a device by its name; the longest entry that is a whole word of it decides."""
+    known = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)]
+    return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ class StepStats:
     step: int
     """1-based number of the step just done."""
     loss: float
-    """Mean cross-entropy per supervised token of the global batch, in nats."""
+    """Mean cross-entropy per supervised token of the global batch, in nats; null in the file when not finite."""
     lr: float
     grad_norm: float | None
     """Before clipping; None when it was not finite."""
@@ -57,7 +65,7 @@ class StepStats:
     consumed_packs: int
     step_s: float
     data_s: float
-    """Part of step_s spent waiting for data on the slowest rank."""
+    """Part of step_s that rank 0, which reads images, spent waiting for data."""
     tokens_per_s: float
     mfu: float | None
     memory_gib: float | None
@@ -76,7 +84,8 @@ class MetricsFile:
 
     def write(self, stats: StepStats) -> None:
         """Append one step."""
-        self._stream.write(json.dumps(asdict(stats)) + "\n")
+        line = {name: value if math.isfinite(value or 0) else None for name, value in asdict(stats).items()}
+        self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
         self._stream.flush()
 
     def close(self) -> None:

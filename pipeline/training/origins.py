@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.packs import Manifest
@@ -36,10 +38,28 @@ def check_resume(config: RunConfig, manifest: Manifest) -> None:
         return
 
 
+def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return ``key: old -> new`` of the settings in which a run goes on differently from its checkpoint."""
+    old, new = dict(_leaves(saved)), dict(_leaves(config.model_dump()))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "run_dir"]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
 def check_init_from(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse weights that were trained with another tokenizer than the packs'. Raises UserError."""
+    """Refuse weights that were trained with another tokenizer than the packs'. Raises UserError.
+
+    A run that has checkpoints of its own takes nothing from ``init_from`` any more, which may be gone by then.
+    """
     source = config.init_from
-    if not source:
+    if not source or checkpoint_folders(Path(config.run_dir)):
         return
     if is_export(source):
         theirs = Tokenizer.load(Path(source) / "tokenizer").sha256

@@ -2,7 +2,8 @@
 
 runs/NAME/config.yaml     the resolved configuration of the last start
 runs/NAME/env.json        versions, ranks, git commit of the last start
-runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, ...}
+runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, ...}; "step" is the last one
+                          saved while running, and a run that was killed says "running" too
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/checkpoints/    see `pipeline.training.checkpoint`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
@@ -16,6 +17,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,28 +33,41 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "nu
 
 
 class RunFolder:
-    """One run's folder; only rank 0 writes, every rank may look."""
+    """One run's folder; rank 0 writes it, every rank may look, and say that it failed."""
 
     def __init__(self, path: str) -> None:
         """Name the folder; nothing is made yet."""
         self.path = Path(path)
         self.stop_file = self.path / "STOP"
 
-    def create(self, config: RunConfig, *, world: int) -> None:
-        """Make the folder and record the start. Raises UserError when it cannot be written."""
+    def create(self) -> None:
+        """Make the folder, on every rank alike. Raises UserError when it cannot be written."""
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            write_atomic(self.path / "config.yaml", to_yaml(config).encode())
-            write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
+            with tempfile.TemporaryFile(dir=self.path):
+                return
         except OSError as error:
             raise UserError(
                 f"run_dir {self.path} cannot be written ({error.strerror}): choose another --run-dir"
             ) from error
 
+    def record_start(self, config: RunConfig, *, world: int) -> None:
+        """Write config.yaml, env.json and the status of a start; rank 0 only."""
+        write_atomic(self.path / "config.yaml", to_yaml(config).encode())
+        write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
+        self.set_status("running", self.status().get("step", 0))
+
     def set_status(self, state: State, step: int, **more: Any) -> None:
         """Write status.json."""
         status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
         write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
+
+    def set_failed(self, error: BaseException, step: int | None = None) -> None:
+        """Record a failure, on whichever rank it is met; what the first one says stays."""
+        before = self.status()
+        if before.get("state") != "failed":
+            step = before.get("step", 0) if step is None else step
+            self.set_status("failed", step, error=str(error) or type(error).__name__)
 
     def status(self) -> dict[str, Any]:
         """Return status.json, or an empty dictionary before the first start."""

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from data_prep.errors import UserError
+from data_prep.yaml_files import read_mapping
 from pipeline.config import RunConfig, known_keys
 from pipeline.flags import build_parser, flag_name, parse
 from pipeline.recipe import RECIPES, load_config, read_recipe, to_yaml
@@ -49,6 +50,10 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
         pytest.param(["--train.lr", "fast"], ["train.lr", "number", "fast"], id="not a number"),
         pytest.param(["--train.batch-packs", "0"], ["train.batch_packs", "greater than 0"], id="out of range"),
         pytest.param(["--parallel.schedule", "zigzag"], ["parallel.schedule", "1f1b"], id="not a choice"),
+        pytest.param(["--train.lr", "1e-9"], ["train", "min_lr=0.0001 is above lr=1e-09"], id="floor above peak"),
+        pytest.param(["--model.llm.config.hidden_size"], ["hidden_size", "expected a value"], id="no value"),
+        pytest.param(["--model.llm.config.hidden_size="], ["hidden_size", "expected a value"], id="empty value"),
+        pytest.param(["--model.llm.config.hidden_size", "[1"], ["hidden_size", "not valid YAML"], id="bad YAML"),
     ],
 )
 def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
@@ -68,11 +73,14 @@ def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
         pytest.param("- a", ["mapping"], id="not a mapping"),
         pytest.param("data: {packs: '${NO_SUCH_VARIABLE}'}", ["NO_SUCH_VARIABLE"], id="unset variable"),
         pytest.param("extends: nothing", ["nothing"], id="unknown parent"),
+        pytest.param("extends: r", ["unknown recipe 'r'"], id="its own parent"),
+        pytest.param("extends: other.yaml", ["r.yaml", "leads back to itself"], id="a circle of parents"),
     ],
 )
 def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: r")
     with pytest.raises(UserError) as caught:
         load_config(str(path))
     assert all(word in str(caught.value) for word in words), caught.value
@@ -84,6 +92,19 @@ def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
     assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "qwen3", "hidden_size": 32}
     config = parse(["--model.llm.config.hidden_size", "48", "--model.llm.config.rope_theta=1e4"]).config
     assert config.model.llm.config["hidden_size"] == 48
+    assert config.model.llm.config["rope_theta"] == 10_000.0, "a number, though YAML 1.1 asks for a dot in it"
+
+
+def test_a_recipe_may_take_the_name_of_the_shipped_one_it_extends(tmp_path: Path) -> None:
+    path = tmp_path / "demo_sft.yaml"
+    path.write_text("extends: demo_sft\ntrain: {lr: 5e-3}")
+    config = load_config(str(path))
+    assert (config.train.lr, config.data.packs) == (5e-3, "data/demo/packs/sft")
+
+
+def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_mapping(tmp_path)
 
 
 def test_a_flag_spares_the_variable_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:

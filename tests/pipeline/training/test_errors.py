@@ -52,6 +52,8 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ),
         pytest.param(manifest_edit(targets=0), [], ["0 supervised tokens"], id="nothing supervised"),
         pytest.param(manifest_edit(rows=3), [], ["3 packs", "batch_packs=12"], id="fewer packs than a step"),
+        pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
+        pytest.param(manifest_edit(image_store_sha256="0"), [], ["other images", "mma-prep"], id="other images"),
         pytest.param(manifest_edit(format="zip"), [], ["manifest", "mma-pack"], id="foreign folder"),
     ],
 )

@@ -99,6 +99,14 @@ def test_a_stop_file_ends_the_run_saved_and_the_same_command_resumes(
     assert same_bits(weights(run_dir), weights(undisturbed))
 
 
+def test_a_resume_says_what_was_changed(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    output = train(small_demo, run_dir, "--mask.policy", "causal", ranks=1).check().output
+    assert "changed since: mask.policy: 'mma' -> 'causal'" in output
+    assert output.count("changed since") == 1
+
+
 @pytest.mark.parametrize(("ranks", "more"), [(1, []), (3, []), (2, ["--parallel.pp", "2"])], ids=["1", "3", "2 stages"])
 def test_a_run_goes_on_on_another_grid(
     ranks: int, more: list[str], small_demo: Path, undisturbed: Path, tmp_path: Path
@@ -134,6 +142,51 @@ def test_a_stage_starts_from_the_weights_of_another_run(small_demo: Path, undist
     output = train(small_demo, tmp_path / "run", *more, recipe="demo_pt", packs="pt").check().output
     assert f"starting from the weights of {undisturbed}" in output
     assert same_bits(weights(tmp_path / "run"), weights(undisturbed))
+
+
+def test_a_checkpoint_is_all_an_export_needs(undisturbed: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(undisturbed / "checkpoints/step-00000006", moved)
+    modes = {path.stat().st_mode & 0o777 for path in moved.rglob("*") if path.is_file()}
+    (tmp_path / "plain").touch()
+    assert modes == {(tmp_path / "plain").stat().st_mode & 0o777}, "readable as any other file"
+    assert str(ROOT) not in (moved / "manifest.json").read_text()
+    assert mma(["export", str(moved), str(tmp_path / "model")]) == 0
+    (moved / "tokenizer/tokenizer.model").write_bytes(b"damaged")
+    assert mma(["export", str(moved), str(tmp_path / "again")]) == 2
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_run_in_words(small_demo: Path, tmp_path: Path) -> None:
+    blocked = tmp_path / "run/checkpoints/.step-00000002.tmp"
+    blocked.parent.mkdir(parents=True)
+    blocked.touch()
+    job = train(small_demo, tmp_path / "run")
+    assert job.code == 2 and "Traceback" not in job.output
+    assert "step-00000002 cannot be written" in job.output
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert (status["state"], status["step"]) == ("failed", 2)
+
+
+def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    for folder in (run_dir / "checkpoints").iterdir():
+        (folder / "rank-00000.safetensors").unlink()
+    before = curve(run_dir)
+    job = train(small_demo, run_dir)
+    assert job.code == 2 and "Traceback" not in job.output
+    assert "no checkpoint is whole" in job.output
+    assert curve(run_dir) == before
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_line(small_demo: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    job = train(small_demo, tmp_path / "run")
+    assert job.code == 2 and "Traceback" not in job.output
+    assert job.output.count("cannot be written") == 1
 
 
 def test_shards_cover_every_parameter_once(undisturbed: Path) -> None:

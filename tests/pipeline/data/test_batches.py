@@ -1,0 +1,89 @@
+"""Which rows a rank trains, what its micro-batches hold, and what each position must predict."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.packs import PackReader, PackRow
+from pipeline.data.batches import BatchSource, StepBatch, shifted_labels
+from pipeline.data.order import BatchOrder
+from pipeline.masks import get_policy
+from pipeline.model.inputs import IGNORE
+from pipeline.model.preprocess import Preprocess
+
+
+@pytest.fixture(scope="module")
+def packs(small_demo: Path) -> PackReader:
+    return PackReader(small_demo / "packs/sft")
+
+
+def source(
+    packs: PackReader, *, replicas: int = 1, replica: int = 0, threads: int = 0, images: bool = True
+) -> BatchSource:
+    return BatchSource(
+        packs, order=BatchOrder(8, replicas, 2), replica=replica, policy=get_policy("mma"),
+        preprocess=Preprocess(48) if images else None, threads=threads, ahead=2,
+    )  # fmt: skip
+
+
+def oracle_labels(row: PackRow) -> list[int]:
+    """What each position predicts, told token by token."""
+    labels = [IGNORE] * len(row.segment)
+    for t in range(len(labels) - 1):
+        if row.segment[t + 1] != 0 and row.segment[t + 1] == row.segment[t] and row.generated[t + 1] == 1:
+            labels[t] = int(row.input_ids[t + 1])
+    return labels
+
+
+@pytest.mark.parametrize("index", range(3))
+def test_labels_are_the_next_generated_token_of_the_same_sample(index: int, packs: PackReader) -> None:
+    row = packs[index]
+    labels = shifted_labels(row)
+    assert labels.tolist() == oracle_labels(row)
+    assert int((labels != IGNORE).sum()) == row.n_target == packs.n_target(index)
+
+
+@pytest.mark.parametrize(("replicas", "micros"), list(product([1, 2, 3], [1, 2, 4])))
+def test_every_row_of_a_step_is_trained_once_on_any_grid(replicas: int, micros: int) -> None:
+    order = BatchOrder(24, replicas, micros)
+    shares = [order.micro_rows(48, replica, micro) for replica in range(replicas) for micro in range(micros)]
+    assert [row for share in shares for row in share] == list(order.global_rows(48)) == list(range(48, 72))
+
+
+def contents(batch: StepBatch) -> list[torch.Tensor]:
+    fields = ("input_ids", "position_ids", "labels", "image_positions", "pixels")
+    return [getattr(micro, name) for micro in batch.micros for name in fields]
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_threads_read_the_same_batches_in_the_same_order(threads: int, packs: PackReader) -> None:
+    alone, threaded = source(packs), source(packs, threads=threads)
+    try:
+        pairs = list(zip(alone.steps(1, 8), threaded.steps(1, 8), strict=True))
+    finally:
+        threaded.close()
+    assert [batch.rows.start for batch, _ in pairs] == [8 * step for step in range(1, 8)]
+    for ours, theirs in pairs:
+        assert all(map(torch.equal, contents(ours), contents(theirs)))
+
+
+def test_replicas_share_a_step_and_agree_on_its_targets(packs: PackReader) -> None:
+    whole = source(packs).read(2)
+    halves = [source(packs, replicas=2, replica=replica).read(2) for replica in range(2)]
+    assert [half.targets for half in halves] == [whole.targets] * 2
+    assert sum(half.tokens for half in halves) == whole.tokens
+    assert sum(half.images for half in halves) == whole.images
+    labels = torch.cat([micro.labels for half in halves for micro in half.micros])
+    assert torch.equal(labels, torch.cat([micro.labels for micro in whole.micros]))
+    assert int((labels != IGNORE).sum()) == whole.targets
+
+
+def test_a_stage_without_the_tower_reads_no_image(packs: PackReader) -> None:
+    for micro, other in zip(source(packs, images=False).read(0).micros, source(packs).read(0).micros, strict=True):
+        assert micro.pixels is None and other.pixels is not None
+        assert torch.equal(micro.input_ids, other.input_ids)
+        assert len(other.pixels) * packs.manifest.image_tokens == len(other.image_positions)

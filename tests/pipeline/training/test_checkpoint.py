@@ -1,0 +1,84 @@
+"""Checkpoint folders: which are found, kept and refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline.config import RunConfig
+from pipeline.training.checkpoint import checkpoint_folders, newest_whole, open_checkpoint, prune
+from pipeline.training.origins import changed_settings
+from pipeline.training.run_folder import RunFolder
+
+
+def steps(run_dir: Path) -> list[int]:
+    return [int(folder.name.removeprefix("step-")) for folder in checkpoint_folders(run_dir)]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    for name in ("step-00000010", "step-00000020", "step-00000030", ".step-00000040.tmp", "old-step-00000005"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    return tmp_path
+
+
+def test_only_finished_checkpoints_are_listed(run_dir: Path) -> None:
+    assert steps(run_dir) == [30, 20, 10]
+
+
+@pytest.mark.parametrize(
+    ("newest", "keep_last", "left"),
+    [
+        pytest.param(30, 2, [30, 20], id="the newest are kept"),
+        pytest.param(20, 1, [20], id="a damaged later one does not push out the one just saved"),
+        pytest.param(20, 5, [20, 10], id="fewer than asked"),
+    ],
+)
+def test_pruning(newest: int, keep_last: int, left: list[int], run_dir: Path) -> None:
+    prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}")
+    assert steps(run_dir) == left
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-")) == [
+        "old-step-00000005"
+    ]
+
+
+def test_folders_without_a_manifest_are_complaints(run_dir: Path) -> None:
+    found, complaints = newest_whole(run_dir, rank=0, world=1)
+    assert found is None and len(complaints) == 3
+    with pytest.raises(UserError, match="step-00000030 is not a whole checkpoint"):
+        open_checkpoint(run_dir)
+
+
+def test_changed_settings_are_told_by_key() -> None:
+    saved = RunConfig.model_validate({"run_dir": "a", "model": {"llm": {"config": {"hidden_size": 8}}}})
+    now = RunConfig.model_validate({"run_dir": "b", "train": {"lr": 1e-3}})
+    assert changed_settings(saved.model_dump(), saved) == []
+    assert changed_settings(saved.model_dump(), now) == [
+        "model.llm.config.hidden_size: 8 -> None",
+        "train.lr: 2e-05 -> 0.001",
+    ]
+
+
+def test_the_first_failure_stays(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    folder.create()
+    folder.record_start(RunConfig(), world=2)
+    folder.set_status("running", 7)
+    folder.set_failed(UserError("row 5 is unreadable"))
+    folder.set_failed(RuntimeError("connection closed"), 9)
+    assert {key: folder.status()[key] for key in ("state", "step", "error")} == {
+        "state": "failed",
+        "step": 7,
+        "error": "row 5 is unreadable",
+    }
+    folder.record_start(RunConfig(), world=2)
+    folder.set_failed(KeyboardInterrupt())
+    assert folder.status()["error"] == "KeyboardInterrupt"
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"run_dir .*file cannot be written \(Not a directory\)"):
+        RunFolder(str(tmp_path / "file")).create()

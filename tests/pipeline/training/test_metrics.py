@@ -1,0 +1,69 @@
+"""What a run reports: the file, the learning rate it follows, the peak its MFU is a share of."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import TrainSection
+from pipeline.training.metrics import MetricsFile, StepStats, clock, known_peak
+from pipeline.training.schedule import learning_rate
+
+STATS = StepStats(
+    step=1, loss=2.5, lr=1e-3, grad_norm=0.5, applied=True, targets=3, tokens=8, images=1, consumed_packs=4,
+    step_s=0.5, data_s=0.1, tokens_per_s=16.0, mfu=None, memory_gib=None,
+)  # fmt: skip
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_numbers_that_json_does_not_know_are_null(tmp_path: Path) -> None:
+    metrics = MetricsFile(tmp_path / "m.jsonl", resume_step=0)
+    metrics.write(replace(STATS, loss=math.nan, grad_norm=None, applied=False))
+    metrics.write(replace(STATS, step=2, loss=math.inf))
+    metrics.write(replace(STATS, step=3, images=0))
+    metrics.close()
+    assert [line["loss"] for line in lines(tmp_path / "m.jsonl")] == [None, None, 2.5]
+    assert lines(tmp_path / "m.jsonl")[2]["images"] == 0
+
+
+def test_a_resume_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 2, "lo')
+    MetricsFile(path, resume_step=2).close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        pytest.param("NVIDIA H100 80GB HBM3", 989.4, id="H100"),
+        pytest.param("NVIDIA H100 PCIe", 756.5, id="a slower H100"),
+        pytest.param("NVIDIA GH200 480GB", 989.4, id="GH200"),
+        pytest.param("NVIDIA A100-SXM4-40GB", 312.0, id="A100"),
+        pytest.param("NVIDIA RTX A1000", None, id="not an A100"),
+        pytest.param("NVIDIA RTX A4000", None, id="not an A40"),
+    ],
+)
+def test_a_device_is_known_by_whole_words(name: str, tflops: float | None) -> None:
+    assert known_peak(name) == (None if tflops is None else tflops * 1e12)
+
+
+def test_the_rate_warms_up_to_the_peak_and_falls_to_the_floor() -> None:
+    config = TrainSection(lr=1e-3, min_lr=1e-5, warmup_steps=10)
+    rates = [learning_rate(config, step, 100) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[10] == 1e-3
+    assert rates[55] == pytest.approx((1e-3 + 1e-5) / 2) and rates[100] == pytest.approx(1e-5)
+    assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(41.6, "42s"), (187, "3m07s"), (18_720, "5h12m")])
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -8,7 +8,7 @@ setup(
     description="DeepSpeed training pipeline for Modality-Mutual Attention (arXiv 2503.02597)",
     python_requires=">=3.11",
     packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]),
-    package_data={"pipeline": ["recipes/*.yaml"], "data_prep": ["recipes/*.yaml"]},
+    package_data={"pipeline": ["recipes/*.yaml"], "data_prep": ["recipes/*.yaml", "recipes/*.txt"]},
     install_requires=[
         "torch",
         "deepspeed",

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.errors import UserError
+from data_prep.packs import CorpusStats
 from data_prep.samples import Columns
 
 
@@ -28,6 +29,10 @@ class CorpusAudit:
     """Draws whose answer was cut."""
     unended: int
     """Draws whose last target does not end the turn (the model would not learn to stop)."""
+    repeated: int
+    """Tokens of earlier turns that other samples hold too (turns: expand)."""
+    left_out: int
+    """Later answers of the drawn conversations that no sample holds (turns: first)."""
 
     @property
     def epochs(self) -> float:
@@ -40,17 +45,25 @@ class CorpusAudit:
         return self.targets / max(1, self.tokens)
 
 
-def audit_corpus(columns: Columns, drawn: npt.NDArray[np.int64]) -> CorpusAudit:
-    """Count what the drawn samples (numbers into ``columns``, with repeats) supervise."""
+def audit_corpus(columns: Columns, drawn: npt.NDArray[np.int64], n_tokens: npt.NDArray[np.int64]) -> CorpusAudit:
+    """Count what draws supervise.
+
+    Args:
+        columns: of one corpus.
+        drawn: numbers of the drawn samples, with repeats.
+        n_tokens: tokens of each draw, with its prompt.
+    """
     targets = columns.n_target[drawn]
     return CorpusAudit(
         draws=len(drawn),
         samples=len(columns),
-        tokens=int(columns.n_tokens[drawn].sum()),
+        tokens=int(n_tokens.sum()),
         targets=int(targets.sum()),
         without_target=int(np.count_nonzero(targets == 0)),
         truncated=int(np.count_nonzero(columns.truncated[drawn])),
         unended=int(np.count_nonzero(~columns.ended[drawn])),
+        repeated=int(columns.n_repeated[drawn].sum()),
+        left_out=int(columns.n_left_out[drawn].sum()),
     )
 
 
@@ -71,10 +84,23 @@ def check_audit(name: str, audits: Mapping[str, CorpusAudit]) -> None:
 
 
 def warnings(name: str, audits: Mapping[str, CorpusAudit]) -> list[str]:
-    """Return lines about what is allowed but worth a look: truncated answers and draws without a target."""
+    """Return lines about what is allowed but worth a look: what is cut, left out or repeated."""
     lines = []
     for corpus, audit in audits.items():
+        place = f"note: packs.{name}.corpora.{corpus}"
+        lines += [f"{place}: {line}" for line in turn_notes(audit)]
         for count, what in ((audit.truncated, "cut answers"), (audit.without_target, "no target")):
             if count:
-                lines.append(f"note: packs.{name}.corpora.{corpus}: {count:,} of {audit.draws:,} draws have {what}")
+                lines.append(f"{place}: {count:,} of {audit.draws:,} draws have {what}")
+    return lines
+
+
+def turn_notes(counts: CorpusAudit | CorpusStats) -> list[str]:
+    """Return lines about what a set's ``turns`` repeats or leaves out of a corpus; none where it does neither."""
+    lines = []
+    if counts.repeated:
+        growth = counts.tokens / (counts.tokens - counts.repeated)
+        lines.append(f"{counts.repeated:,} tokens repeat earlier turns ({growth:.2f} x the tokens of turns: every)")
+    if counts.left_out:
+        lines.append(f"{counts.left_out:,} later answers are left out (turns: first)")
     return lines

@@ -33,6 +33,7 @@ from data_prep.packs import (
 )
 from data_prep.plan import Plan, pack_intakes, plan_path
 from data_prep.progress import Reporter
+from data_prep.prompts import insert_prompt, prompt_ids
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Sample, SampleReader
@@ -40,7 +41,7 @@ from data_prep.tokenizer import Tokenizer
 from data_prep.workers import Team
 from data_prep.workspace import Unit, Workspace, digest
 
-ROWS_VERSION = 1
+ROWS_VERSION = 2
 """Raised whenever the same plan would become other rows or markers."""
 FILE_BYTES = 32 << 20
 """Size of a row file: small enough to spread over workers, large enough to be few."""
@@ -116,6 +117,7 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> 
         "store": ready.images.name,
         "image_tokens": space.recipe.image_tokens,
         "length": pack.length,
+        "prompts": prompt_ids(Tokenizer.load(space.tokenizer), pack.prompts),
     }
     write_atomic(_work(folder) / f"context-{key[:12]}.json", json.dumps(context).encode())
     Tokenizer.load(space.tokenizer).save(folder / "tokenizer")
@@ -135,6 +137,8 @@ class _Context:
     tokenizer: Tokenizer
     image_tokens: int
     length: int
+    prompts: list[list[int]]
+    """Token ids of each prompt."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -143,7 +147,8 @@ def _context(folder: Path, key: str) -> _Context:
     units = [Unit(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
     samples = SampleReader(units, raw["store"])
-    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, raw["image_tokens"], raw["length"])
+    settings = {name: raw[name] for name in ("image_tokens", "length", "prompts")}
+    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, **settings)
 
 
 def write_row_file(job: RowFileJob) -> None:
@@ -165,13 +170,20 @@ def write_row_file(job: RowFileJob) -> None:
 
 def _row(context: _Context, draws: range) -> PackRow:
     plan = context.plan
-    samples = [context.samples.read(int(plan.unit[draw]), int(plan.index[draw])) for draw in draws]
+    samples = [_drawn(context, draw) for draw in draws]
     sources = tuple(
         Source(plan.names[plan.corpus[draw]], sample.name, int(plan.draw[draw]), sample.family)
         for draw, sample in zip(draws, samples, strict=True)
     )
     tokenizer = context.tokenizer
     return pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
+
+
+def _drawn(context: _Context, draw: int) -> Sample:
+    """Return the sample of a draw, with the prompt drawn for it."""
+    plan, prompt = context.plan, int(context.plan.prompt[draw])
+    sample = context.samples.read(int(plan.unit[draw]), int(plan.index[draw]))
+    return sample if prompt < 0 else insert_prompt(sample, context.prompts[prompt])
 
 
 def pack_row(
@@ -239,7 +251,9 @@ def _manifest(
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
     corpora = {
-        corpus: CorpusStats(audit.draws, audit.samples, audit.epochs, audit.tokens, audit.targets)
+        corpus: CorpusStats(
+            audit.draws, audit.samples, audit.epochs, audit.tokens, audit.targets, audit.repeated, audit.left_out
+        )
         for corpus, audit in plan.audits.items()
     }
     sources = {corpus: recipe.corpora[corpus].model_dump() for corpus in pack.corpora}

@@ -110,6 +110,10 @@ class CorpusStats:
     epochs: float
     tokens: int
     targets: int
+    repeated: int = 0
+    """Tokens of earlier turns that other samples hold too."""
+    left_out: int = 0
+    """Later answers of the drawn conversations that no sample holds."""
 
 
 @dataclass(frozen=True, slots=True)

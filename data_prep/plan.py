@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -28,15 +29,25 @@ from data_prep.packing import (
 )
 from data_prep.packs import sha256_file
 from data_prep.progress import Reporter
+from data_prep.prompts import NO_PROMPT, draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Columns, read_columns
+from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Workspace
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
+_PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
 PLAN_SCHEMA = pa.schema(
-    [("row", pa.int64()), ("corpus", pa.int16()), ("unit", pa.int32()), ("index", pa.int32()), ("draw", pa.int64())]
+    [
+        ("row", pa.int64()),
+        ("corpus", pa.int16()),
+        ("unit", pa.int32()),
+        ("index", pa.int32()),
+        ("draw", pa.int64()),
+        ("prompt", pa.int16()),
+    ]
 )
 
 
@@ -50,6 +61,8 @@ class Plan:
     index: npt.NDArray[np.int32]
     draw: Ints
     """Number of the draw in the blended order."""
+    prompt: npt.NDArray[np.int16]
+    """Which of the set's prompts it gets, or -1."""
     names: tuple[str, ...]
     """Corpus names."""
     audits: dict[str, CorpusAudit]
@@ -96,7 +109,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, intakes)
         if _settings_of(path) != settings:
-            made = _make(name, pack, recipe.seed, intakes)
+            made = _make(name, pack, recipe.seed, intakes, Tokenizer.load(space.tokenizer))
             for line in made.advice:
                 reporter.say(line)
             _write(path, made, settings)
@@ -117,7 +130,7 @@ def _settings(recipe: Recipe, pack: PackConfig, intakes: Sequence[Intake]) -> di
     return {
         "version": PLAN_VERSION,
         "seed": recipe.seed,
-        "pack": pack.model_dump(include={"corpora", "length", "draws", "epochs", "shuffle", "max_images"}),
+        "pack": pack.model_dump(mode="json", include=_PLANNED),
         "units": [[unit.corpus, unit.shard, unit.report().sha256] for unit in pack_units(intakes)],
     }
 
@@ -133,6 +146,33 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True, slots=True)
+class _Draws:
+    """What is drawn from one corpus, in its own order; arrays of one length."""
+
+    sample: Ints
+    """Numbers of the samples, into the corpus's columns."""
+    prompt: Ints
+    unit: Ints
+    index: Ints
+    tokens: Ints
+    """With the prompt."""
+    images: Ints
+
+    @classmethod
+    def of(cls, columns: Columns, sample: Ints, prompt: Ints, prompt_tokens: Ints, first_unit: int) -> _Draws:
+        """Look up drawn samples; units are numbered on from ``first_unit``."""
+        extra = np.append(prompt_tokens, 0)[prompt]  # the last entry is for NO_PROMPT
+        return cls(
+            sample,
+            prompt,
+            columns.unit[sample] + first_unit,
+            columns.index[sample],
+            columns.n_tokens[sample] + extra,
+            columns.n_images[sample],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class _Blend:
     """All draws of a pack set in blended order; arrays of one length."""
 
@@ -141,27 +181,21 @@ class _Blend:
     index: Ints
     tokens: Ints
     images: Ints
+    prompt: Ints
 
     @classmethod
-    def of(cls, pack: PackConfig, columns: Sequence[Columns], drawn: Sequence[Ints], first_unit: Ints) -> _Blend:
-        """Blend the drawn samples of several corpora; without shuffling, corpus after corpus."""
-        corpus = interleave([len(chosen) for chosen in drawn])
+    def of(cls, pack: PackConfig, drawn: Sequence[_Draws]) -> _Blend:
+        """Blend the draws of several corpora; without shuffling, corpus after corpus."""
+        corpus = interleave([len(part.sample) for part in drawn])
         corpus = corpus if pack.shuffle else np.sort(corpus)
         places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
 
-        def spread(parts: list[Ints]) -> Ints:
+        def spread(name: str) -> Ints:
             blended = np.empty(len(corpus), dtype=np.int64)
-            blended[places] = np.concatenate(parts)
+            blended[places] = np.concatenate([getattr(part, name) for part in drawn])
             return blended
 
-        pairs = list(zip(columns, drawn, strict=True))
-        return cls(
-            corpus,
-            unit=spread([part.unit[chosen] + first for (part, chosen), first in zip(pairs, first_unit, strict=True)]),
-            index=spread([part.index[chosen] for part, chosen in pairs]),
-            tokens=spread([part.n_tokens[chosen] for part, chosen in pairs]),
-            images=spread([part.n_images[chosen] for part, chosen in pairs]),
-        )
+        return cls(corpus, *map(spread, ("unit", "index", "tokens", "images", "prompt")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,18 +207,22 @@ class _Made:
     advice: list[str]
 
 
-def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake]) -> _Made:
+def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer) -> _Made:
     columns = [read_columns(intake.units) for intake in intakes]
-    drawn = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
-    audits = {
-        intake.corpus: audit_corpus(part, chosen) for intake, part, chosen in zip(intakes, columns, drawn, strict=True)
-    }
+    samples = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
+    first_units = itertools.accumulate([len(intake.units) for intake in intakes[:-1]], initial=0)
+    prompt_tokens = np.array([len(ids) for ids in prompt_ids(tokenizer, pack.prompts)], dtype=np.int64)
+    drawn, audits = [], {}
+    for intake, part, sample, first_unit in zip(intakes, columns, samples, first_units, strict=True):
+        prompted = part.prompt_at[sample] != NO_PROMPT
+        prompt = draw_prompts(prompted, len(pack.prompts), seed, intake.corpus)
+        drawn.append(_Draws.of(part, sample, prompt, prompt_tokens, first_unit))
+        audits[intake.corpus] = audit_corpus(part, sample, drawn[-1].tokens)
     check_audit(name, audits)
-    first_unit = np.cumsum([0] + [len(intake.units) for intake in intakes])[:-1]
-    blend = _Blend.of(pack, columns, drawn, first_unit)
+    blend = _Blend.of(pack, drawn)
     rows = _rows(pack, seed, blend)
     order = np.argsort(rows, kind="stable")
-    values = [rows, blend.corpus, blend.unit, blend.index, np.arange(len(order))]
+    values = [rows, blend.corpus, blend.unit, blend.index, np.arange(len(order)), blend.prompt]
     arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
     advice = [*warnings(name, audits), *_advice(name, pack, blend, rows)]
     return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)

@@ -46,7 +46,7 @@ class BadSample(Exception):  # noqa: N818 - an outcome of one sample, not a faul
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of a corpus's raw samples; always ``seen == kept + rejected``."""
+    """What became of the samples that a corpus's raw files give; always ``seen == kept + rejected``."""
 
     kept: int = 0
     codes: Mapping[str, int] = field(default_factory=dict)
@@ -59,7 +59,7 @@ class Tally:
 
     @property
     def seen(self) -> int:
-        """Samples that the raw files hold."""
+        """Samples that the raw files give; a conversation may give several (``turns: expand``)."""
         return self.kept + self.rejected
 
     def describe_codes(self) -> str:

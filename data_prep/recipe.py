@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from data_prep.errors import UserError, did_you_mean
 from data_prep.template import Order, Template
+from data_prep.turns import Turns
 from data_prep.yaml_files import expand, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -76,10 +77,12 @@ class PackConfig(_Strict):
     """False keeps the corpora's own order (held-out sets)."""
     system: str = ""
     """System turn for conversations that bring none."""
-    prompt: str = ""
-    """Given text between the image and the caption of a document."""
+    prompts: tuple[str, ...] = ()
+    """Given texts beside the image of a caption, one drawn anew for every draw: a list, or a text file of lines."""
     order: Order = "image_first"
-    """Where images of a user turn go: image_first, text_first or as_written."""
+    """Where images go, beside the text of their user turn or the prompt: image_first, text_first or as_written."""
+    turns: Turns = "every"
+    """What a conversation becomes: one sample (every), only its first exchange (first), one per answer (expand)."""
     max_text_tokens: int | None = Field(None, ge=1)
     """Longest text of a sample in tokens (template included), besides its images."""
     max_images: int | None = Field(None, ge=1)
@@ -92,6 +95,11 @@ class PackConfig(_Strict):
     def _list_means_weight_one(cls, value: Any) -> Any:
         return dict.fromkeys(value, 1.0) if isinstance(value, list) else value
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _text_means_file(cls, value: Any) -> Any:
+        return read_prompts(value) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _consistent(self) -> PackConfig:
         if (self.draws is None) == (self.epochs is None):
@@ -100,12 +108,14 @@ class PackConfig(_Strict):
             raise ValueError("corpora: every weight must be above 0; leave a corpus out to drop it")
         if self.epochs is not None and any(weight != 1 for weight in self.corpora.values()):
             raise ValueError("corpora: weights need draws; with epochs every corpus is drawn in full")
+        if any(not prompt.strip() or "\x00" in prompt for prompt in self.prompts):
+            raise ValueError("prompts: every prompt must hold text, and no NUL")
         self.to_template()
         return self
 
     def to_template(self) -> Template:
         """Return the template with this set's settings. Raises UserError when they do not fit each other."""
-        return Template(self.template, system=self.system, prompt=self.prompt, order=self.order)
+        return Template(self.template, system=self.system, prompts=self.prompts, order=self.order, turns=self.turns)
 
 
 class Recipe(_Strict):
@@ -188,6 +198,27 @@ def find_recipe(name: str) -> Path:
     raise UserError(
         f"recipe {name!r} is neither a file nor a shipped name{did_you_mean(name, names)}: {', '.join(names)}"
     )
+
+
+def read_prompts(name: str) -> tuple[str, ...]:
+    """Read prompts from a text file (a path or a shipped name), each line one, with its line end; none for "".
+
+    Raises UserError when there is no such file, or it is not UTF-8 text with at least one line.
+    """
+    if not name:
+        return ()
+    path = next((file for file in (Path(name), SHIPPED / name) if file.is_file()), None)
+    if path is None:
+        shipped = ", ".join(sorted(file.name for file in SHIPPED.glob("*.txt")))
+        raise UserError(f"prompts={name!r} is neither a text file nor a shipped one ({shipped}); or give a list")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {path} cannot be read ({error})") from error
+    prompts = tuple(f"{line.strip()}\n" for line in lines if line.strip())
+    if not prompts:
+        raise UserError(f"prompts: {path} holds no line of text")
+    return prompts
 
 
 def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:

@@ -25,12 +25,17 @@ SAMPLE_SCHEMA = pa.schema(
         ("n_tokens", pa.int32()),
         ("n_images", pa.int32()),
         ("n_target", pa.int32()),
+        ("n_repeated", pa.int32()),  # tokens of earlier turns that another sample of the conversation holds too
+        ("n_left_out", pa.int32()),  # answers of the conversation that no sample holds
+        ("prompt_at", pa.int32()),  # where a prompt is to stand, or -1
         ("truncated", pa.bool_()),
         ("ended", pa.bool_()),  # whether the last supervised token ends a turn
     ]
 )
 """One tokenised sample of a unit."""
 _OPEN_UNITS = 128
+_NUMBERS = ("n_tokens", "n_images", "n_target", "n_repeated", "n_left_out", "prompt_at")
+_FLAGS = ("truncated", "ended")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,9 @@ class Columns:
     n_tokens: npt.NDArray[np.int64]
     n_images: npt.NDArray[np.int64]
     n_target: npt.NDArray[np.int64]
+    n_repeated: npt.NDArray[np.int64]
+    n_left_out: npt.NDArray[np.int64]
+    prompt_at: npt.NDArray[np.int64]
     truncated: npt.NDArray[np.bool_]
     ended: npt.NDArray[np.bool_]
 
@@ -53,15 +61,15 @@ class Columns:
 
 def read_columns(units: Sequence[Unit]) -> Columns:
     """Read the numbers a plan needs; token ids stay on disk. Raises UserError when a unit cannot be read."""
-    parts: dict[str, list[Any]] = {name: [] for name in ("n_tokens", "n_images", "n_target", "truncated", "ended")}
+    parts: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_FLAGS)}
     counts = []
     for unit in units:
         batches = _open(unit)
         counts.append(sum(batch.num_rows for batch in batches))
         for name, arrays in parts.items():
             arrays += [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
-    numbers = {name: _concatenate(arrays, np.int64) for name, arrays in parts.items() if name.startswith("n_")}
-    flags = {name: _concatenate(arrays, np.bool_) for name, arrays in parts.items() if not name.startswith("n_")}
+    numbers = {name: _concatenate(parts[name], np.int64) for name in _NUMBERS}
+    flags = {name: _concatenate(parts[name], np.bool_) for name in _FLAGS}
     index = _concatenate([np.arange(count) for count in counts], np.int64)
     return Columns(np.repeat(np.arange(len(units)), counts), index, **numbers, **flags)
 
@@ -76,6 +84,8 @@ class Sample:
     generated: npt.NDArray[np.uint8]
     images: npt.NDArray[np.int64]
     """Rows of the image store."""
+    prompt_at: int = -1
+    """Where a prompt is to stand, or -1."""
 
 
 class SampleReader:
@@ -95,6 +105,7 @@ class SampleReader:
             batch.column("input_ids")[local].values.to_numpy(),
             batch.column("generated")[local].values.to_numpy(),
             rows[batch.column("images")[local].values.to_numpy()],
+            batch.column("prompt_at")[local].as_py(),
         )
 
     def _unit(self, number: int) -> tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.audit import turn_notes
 from data_prep.packs import Manifest, PackReader
 from data_prep.verify import pack_folders
 
@@ -30,6 +31,9 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
             f"at most {manifest.max_images} images in a row"
         )
         console.print(corpus_table(manifest))
+        for name, counts in manifest.corpora.items():
+            for line in turn_notes(counts):
+                console.print(f"{name}: {line}")
         console.print("segment lengths in tokens")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)

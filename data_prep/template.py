@@ -15,6 +15,7 @@ from data_prep.errors import UserError, did_you_mean
 from data_prep.example import Example, Part, Role, Turn
 from data_prep.packs import Manifest
 from data_prep.quarantine import BadSample
+from data_prep.turns import Turns
 
 EOS = "<eos>"
 """Stands for the tokenizer's own end-of-text token, whatever it is called there."""
@@ -28,6 +29,8 @@ class Text:
 
     text: str
     generated: bool = False
+    apart: bool = False
+    """Never encoded together with the text beside it: an earlier answer keeps the ids it had when it was generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +96,21 @@ class Template:
     """A named template with its settings.
 
     Raises:
-        UserError: the name is not registered, or ``system`` is given to a template without turns.
+        UserError: the name is not registered, or a template without turns is given a setting of turns.
     """
 
     name: str
     system: str = ""
     """System turn put before conversations that bring none; empty for no system turn."""
-    prompt: str = ""
-    """Given text between the images of a document and what is generated."""
+    prompts: tuple[str, ...] = ()
+    """Given texts, one of which stands beside the images of a document that brings none; inference takes the first."""
     order: Order = "image_first"
-    """Where the images of a user turn go: before its text, after it, or where the corpus has them."""
+    """Where images go: before the text of their user turn (or the prompt of their document), after it, or as written.
+
+    A document as written has its prompt behind its images.
+    """
+    turns: Turns = "every"
+    """Whether the answers before the last one are generated; with ``expand`` they are given."""
 
     def __post_init__(self) -> None:
         if self.name not in DIALECTS:
@@ -110,6 +118,11 @@ class Template:
             raise UserError(f"template {self.name!r} is unknown{did_you_mean(self.name, DIALECTS)}: use one of {known}")
         if self.system and self.dialect is None:
             raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} has no place: remove it")
+        if self.turns != "every" and self.dialect is None:
+            raise UserError(f"template {self.name!r} has no turns, so turns={self.turns} has no meaning: remove it")
+        if self.order == "text_first" and self.dialect is None and not self.prompts:
+            raise UserError(f"template {self.name!r} has no given text for order=text_first: give prompts")
+        object.__setattr__(self, "prompts", tuple(self.prompts))  # a list where the settings come from JSON
 
     @property
     def dialect(self) -> Dialect | None:
@@ -126,11 +139,23 @@ class Template:
         """Special tokens that end a generated turn."""
         return (EOS,) if self.dialect is None else (self.dialect.end, EOS)
 
-    def pieces(self, example: Example) -> list[Piece]:
-        """Return a whole example for training. Raises BadSample where the template cannot write its kind."""
+    def pieces(self, example: Example, prompt: str = "") -> list[Piece]:
+        """Return a whole example for training.
+
+        Args:
+            example: with ``turns="expand"``, one of its excerpts: only the last answer is supervised.
+            prompt: given text for a document that takes one.
+
+        Raises:
+            BadSample: the template cannot write the example's kind.
+        """
         if example.kind == "document":
-            return self._document(example.turns)
-        return self._chat(example.turns)
+            return self._document(example.turns, prompt)
+        return self._chat(example.turns, answered=True)
+
+    def takes_prompt(self, example: Example) -> bool:
+        """Return whether a prompt is to stand in an example: in documents that bring no given text of their own."""
+        return bool(self.prompts) and example.kind == "document" and not _asks(example.turns)
 
     def prompt_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         """Return what the model is given at inference: everything up to and including the assistant's header.
@@ -139,17 +164,18 @@ class Template:
         """
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
         if self.dialect is None:
-            return self._document(asked, open_ended=True)
+            prompt = self.prompts[0] if self.prompts and not _asks(asked) else ""
+            return self._document(asked, prompt, open_ended=True)
         dialect = self.dialect
         before = [Text(dialect.between)] if dialect.between and self._with_system(asked) else []
-        return [*self._chat(asked), *before, *dialect.headers["assistant"]]
+        return [*self._chat(asked, answered=False), *before, *dialect.headers["assistant"]]
 
-    def _document(self, turns: Sequence[Turn], *, open_ended: bool = False) -> list[Piece]:
+    def _document(self, turns: Sequence[Turn], prompt: str, *, open_ended: bool = False) -> list[Piece]:
         numbers = count()
         given = [part for turn in turns if turn.role != "assistant" for part in turn.parts]
         pieces = list(_parts(given, numbers, generated=False))
-        if self.prompt:
-            pieces.append(Text(self.prompt))
+        if prompt:
+            pieces.insert(0 if self.order == "text_first" else len(pieces), Text(prompt))
         for turn in turns:
             if turn.role == "assistant":
                 pieces += _parts(turn.parts, numbers, generated=True)
@@ -160,18 +186,22 @@ class Template:
             return turns
         return [Turn("system", (self.system,)), *turns]
 
-    def _chat(self, turns: Sequence[Turn]) -> list[Piece]:
+    def _chat(self, turns: Sequence[Turn], *, answered: bool) -> list[Piece]:
+        """Write turns; ``answered`` says that the last one is what the model is to write."""
         dialect = self.dialect
         if dialect is None:
             raise BadSample("wrong-template", f"template {self.name!r} cannot write a conversation")
         numbers = count()
         pieces = list(dialect.start)
-        for position, turn in enumerate(self._with_system(turns)):
-            generated = turn.role == "assistant"
+        turns = self._with_system(turns)
+        history = len(turns) - answered if self.turns == "expand" else 0
+        for position, turn in enumerate(turns):
+            spoken = turn.role == "assistant"
+            generated = spoken and position >= history
             if position and dialect.between:
                 pieces.append(Text(dialect.between))
             pieces += dialect.headers[turn.role]
-            pieces += _parts(self._arranged(turn, dialect.joint), numbers, generated=generated)
+            pieces += _parts(self._arranged(turn, dialect.joint), numbers, generated=generated, apart=spoken)
             pieces.append(Special(dialect.end, generated))
         return pieces
 
@@ -185,13 +215,18 @@ class Template:
         return [text, *(part for image in images for part in (joint, image))]
 
 
-def _parts(parts: Iterable[Part], numbers: Iterator[int], *, generated: bool) -> Iterator[Piece]:
+def _asks(turns: Iterable[Turn]) -> bool:
+    """Return whether turns hold given text."""
+    return any(isinstance(part, str) and part for turn in turns if turn.role != "assistant" for part in turn.parts)
+
+
+def _parts(parts: Iterable[Part], numbers: Iterator[int], *, generated: bool, apart: bool = False) -> Iterator[Piece]:
     """Yield the pieces of parts in order; images are numbered as they come and are always given."""
     for part in parts:
         if not isinstance(part, str):
             yield Image(next(numbers))
         elif part:
-            yield Text(part, generated)
+            yield Text(part, generated, apart=apart and not generated)
 
 
 def template_of(manifest: Manifest) -> Template:
@@ -200,6 +235,7 @@ def template_of(manifest: Manifest) -> Template:
     return Template(
         manifest.template,
         system=settings.get("system", ""),
-        prompt=settings.get("prompt", ""),
+        prompts=tuple(settings.get("prompts", ())),
         order=settings.get("order", "image_first"),
+        turns=settings.get("turns", "every"),
     )

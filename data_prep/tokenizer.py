@@ -263,8 +263,8 @@ class Tokenizer:
     def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
         """Return ids and sidecars of pieces; every image takes ``image_tokens`` positions.
 
-        Neighbouring texts are encoded together, but never across the border of given and generated text, so a prompt
-        at inference has exactly the ids of the training prefix.
+        Neighbouring texts are encoded together, but never across the border of given and generated text, or of a text
+        that stands apart: a prompt at inference has exactly the ids of the training prefix.
         """
         ids: list[int] = []
         instance: list[int] = []
@@ -318,9 +318,13 @@ class Tokenizer:
 
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield pieces with neighbouring texts of one kind (given or generated) joined."""
-    kinds = groupby(pieces, key=lambda piece: (type(piece), isinstance(piece, Text) and piece.generated))
-    for (kind, generated), group in kinds:
+    """Yield pieces with neighbouring texts of one kind (given, generated or given apart) joined."""
+
+    def kind_of(piece: Piece) -> tuple[type[Piece], bool, bool]:
+        flags = (piece.generated, piece.apart) if isinstance(piece, Text) else (False, False)
+        return type(piece), *flags
+
+    for (kind, generated, _), group in groupby(pieces, key=kind_of):
         if kind is Text:
             yield Text("".join(piece.text for piece in group if isinstance(piece, Text)), generated)
         else:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -18,9 +18,11 @@ from data_prep.corpora import build_corpus
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.images import IMAGE_SCHEMA, decode_rgb
 from data_prep.packs import IMAGE, write_atomic
+from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.samples import SAMPLE_SCHEMA
 from data_prep.tokenizer import Encoded, Tokenizer
+from data_prep.turns import Excerpt, excerpts
 from data_prep.workspace import Intake, Unit, UnitReport, Writing
 
 if TYPE_CHECKING:
@@ -61,10 +63,11 @@ def ingest_unit(job: UnitJob) -> UnitReport:
             if isinstance(item, Reject):
                 writer.reject(item.sample, item.code, item.detail)
                 continue
-            try:
-                writer.keep(item)
-            except BadSample as problem:
-                writer.reject(item.id, problem.code, problem.detail)
+            for excerpt in excerpts(item, intake.writing.template.turns):
+                try:
+                    writer.keep(excerpt)
+                except BadSample as problem:
+                    writer.reject(excerpt.example.id, problem.code, problem.detail)
     report = writer.report()
     write_atomic(unit.marker, report.to_json().encode())
     return report
@@ -76,6 +79,7 @@ class UnitWriter:
     def __init__(self, unit: Unit, writing: Writing, tokenizer: Tokenizer) -> None:
         self._unit, self._writing, self._tokenizer = unit, writing, tokenizer
         self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
+        self._prompt_room = max(map(len, prompt_ids(tokenizer, writing.template.prompts)), default=0)
         self._images: dict[bytes, int] = {}
         self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
@@ -109,16 +113,32 @@ class UnitWriter:
         place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": sample}
         self._rejects.write(json.dumps({**place, "code": code, "detail": detail}) + "\n")
 
-    def keep(self, example: Example) -> None:
+    def keep(self, excerpt: Excerpt) -> None:
         """Add a sample with its images. Raises BadSample when it cannot be used; nothing is added then."""
+        example = excerpt.example
         check_text(example)
         encoded, truncated = self._encode(example)
         images = [self._register(*image) for image in self._validated(example)]
         supervised = np.flatnonzero(encoded.generated[1:])
         ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
-        counts = (len(encoded), len(images), len(supervised), truncated, ended)
-        self._samples.append((example.id, example.family, encoded.ids, encoded.generated, images, *counts))
+        counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
+        flags = (self._prompt_at(example, encoded), truncated, ended)
+        self._samples.append((example.id, example.family, encoded.ids, encoded.generated, images, *counts, *flags))
         self._kept += 1
+
+    def _repeated(self, excerpt: Excerpt) -> int:
+        """Return the tokens of the turns that the excerpt before holds too."""
+        if not excerpt.repeated:
+            return 0
+        before = replace(excerpt.example, turns=excerpt.example.turns[: excerpt.repeated])
+        return len(self._tokenizer.encode(self._writing.template.pieces(before), self._writing.image_tokens))
+
+    def _prompt_at(self, example: Example, encoded: Encoded) -> int:
+        """Return where a prompt is to stand: where the template writes it, before or behind what is given."""
+        template = self._writing.template
+        if not template.takes_prompt(example):
+            return NO_PROMPT
+        return 0 if template.order == "text_first" else int(np.argmax(encoded.generated))
 
     def _encode(self, example: Example) -> tuple[Encoded, bool]:
         writing, count = self._writing, len(example.images)
@@ -130,6 +150,8 @@ class UnitWriter:
         limit = writing.length
         if writing.max_text_tokens is not None:
             limit = min(limit, writing.max_text_tokens + count * writing.image_tokens)
+        if writing.template.takes_prompt(example):
+            limit -= self._prompt_room  # whichever prompt is drawn, it fits
         if len(encoded) <= limit:
             return encoded, False
         if writing.too_long == "reject":

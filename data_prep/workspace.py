@@ -33,7 +33,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 3
+INGEST_VERSION = 4
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 

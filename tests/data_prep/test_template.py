@@ -4,6 +4,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
 from data_prep.template import DIALECTS, Image, Order, Piece, Special, Template, Text
+from data_prep.turns import Turns, excerpts
 
 PICTURE = ImageRef("p", data=b"")
 ASKED = Example("1", (Turn("user", (PICTURE, "what is it?")), Turn("assistant", ("a ring",))))
@@ -77,13 +78,76 @@ def test_the_order_of_images_and_text_is_a_setting(order: Order, asked: str) -> 
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_caption_is_a_document_in_every_template(name: str) -> None:
     assert spell(Template(name).pieces(CAPTION)) == "[0]{a red ring}{<eos>}"
-    assert spell(Template(name, prompt="Look: ").pieces(CAPTION)) == "[0]Look: {a red ring}{<eos>}"
+    assert spell(Template(name).pieces(CAPTION, "Look: ")) == "[0]Look: {a red ring}{<eos>}"
 
 
-def test_the_caption_prompt_is_the_training_prefix() -> None:
-    template = Template("caption", prompt="Look: ")
+@pytest.mark.parametrize(
+    ("order", "given"),
+    [("image_first", [Image(0), Text("Look: ")]), ("text_first", [Text("Look: "), Image(0)])],
+)
+def test_the_caption_prompt_is_the_training_prefix(order: Order, given: list[Piece]) -> None:
+    template = Template("caption", prompts=("Look: ", "See: "), order=order)
     prompt = template.prompt_pieces(CAPTION.turns)
-    assert template.pieces(CAPTION)[: len(prompt)] == prompt == [Image(0), Text("Look: ")]
+    assert template.pieces(CAPTION, "Look: ")[: len(prompt)] == prompt == given
+
+
+def test_a_prompt_stands_only_where_a_document_brings_no_given_text() -> None:
+    template = Template("plain", prompts=("Look: ",))
+    titled = Example("5", (Turn("user", (PICTURE, "Title: ")), CAPTION.turns[1]), kind="document")
+    assert [template.takes_prompt(example) for example in (CAPTION, titled, ASKED)] == [True, False, False]
+    assert not Template("plain").takes_prompt(CAPTION)
+    asked = Template("caption", prompts=("Look: ",)).prompt_pieces(titled.turns)
+    assert asked == [Image(0), Text("Title: ")]
+
+
+LONG = Example(
+    "6",
+    (
+        *(Turn("user", (PICTURE, "what is it?")), Turn("assistant", ("a ring",))),
+        *(Turn("user", (PICTURE, "and this?")), Turn("assistant", ("a cone",))),
+        *(Turn("user", ("both red?",)), Turn("assistant", ("yes",))),
+    ),
+)
+"""Three turns, two images."""
+EXCERPTS: dict[Turns, dict[str, str]] = {
+    "every": {
+        "6": "<user>[0]what is it?<end><assistant>{a ring}{<end>}<user>[1]and this?<end><assistant>{a cone}{<end>}"
+        "<user>both red?<end><assistant>{yes}{<end>}"
+    },
+    "first": {"6": "<user>[0]what is it?<end><assistant>{a ring}{<end>}"},
+    "expand": {
+        "6#1": "<user>[0]what is it?<end><assistant>{a ring}{<end>}",
+        "6#2": "<user>[0]what is it?<end><assistant>a ring<end><user>[1]and this?<end><assistant>{a cone}{<end>}",
+        "6#3": "<user>[0]what is it?<end><assistant>a ring<end><user>[1]and this?<end><assistant>a cone<end>"
+        "<user>both red?<end><assistant>{yes}{<end>}",
+    },
+}
+
+
+@pytest.mark.parametrize("turns", EXCERPTS)
+def test_what_a_conversation_becomes_is_a_setting(turns: Turns) -> None:
+    template = Template("plain", turns=turns)
+    found = list(excerpts(LONG, turns))
+    assert {part.example.id: spell(template.pieces(part.example)) for part in found} == EXCERPTS[turns]
+    assert [part.left_out for part in found] == ([2] if turns == "first" else [0] * len(found))
+    assert [part.repeated for part in found] == ([0, 2, 4] if turns == "expand" else [0])
+
+
+@pytest.mark.parametrize("turns", EXCERPTS)
+@pytest.mark.parametrize("example", [CAPTION, Example("7", (Turn("user", ("hm",)),))], ids=["document", "no-answer"])
+def test_an_example_without_turns_to_part_stays_whole(turns: Turns, example: Example) -> None:
+    assert [part.example for part in excerpts(example, turns)] == [example]
+
+
+@pytest.mark.parametrize("system", ["", "be kind"])
+@pytest.mark.parametrize("name", GOLDEN)
+def test_an_expanded_conversation_begins_with_the_prompt_of_inference(name: str, system: str) -> None:
+    template = Template(name, system=system, turns="expand")
+    for part in excerpts(LONG, "expand"):
+        whole, prompt = template.pieces(part.example), template.prompt_pieces(part.example.turns)
+        assert whole[: len(prompt)] == prompt
+        assert not any(getattr(piece, "generated", False) for piece in prompt)
+        assert all(getattr(piece, "generated", False) for piece in whole[len(prompt) :])
 
 
 def test_a_conversation_that_brings_a_system_turn_keeps_it() -> None:
@@ -98,3 +162,7 @@ def test_what_a_template_cannot_write_is_refused() -> None:
         Template("phi")
     with pytest.raises(UserError, match="has no turns"):
         Template("caption", system="x")
+    with pytest.raises(UserError, match="turns=expand has no meaning"):
+        Template("caption", turns="expand")
+    with pytest.raises(UserError, match="no given text for order=text_first: give prompts"):
+        Template("caption", order="text_first")

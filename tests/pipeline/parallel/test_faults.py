@@ -1,0 +1,71 @@
+"""Faults on one rank of a 2 x 2 grid under the real trainer: what the other ranks do, and what is left behind."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.checkpoint import checkpoint_folders, open_checkpoint
+from tests.launch import ROOT, Finished, run
+from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, weights
+
+pytestmark = pytest.mark.slow
+RANKS, TIMEOUT_S = 4, 20
+SCRIPT = ROOT / "tests/pipeline/parallel/failing_train.py"
+GRID = ["--parallel.pp", "2", "--parallel.micro-batches", "3", "--parallel.timeout-s", str(TIMEOUT_S)]
+
+
+def train(demo: Path, run_dir: Path, *fault: str) -> Finished:
+    """Train on the grid; ``fault`` is FAULT RANK STEP, or nothing for a sound run."""
+    words = flags(demo, run_dir, *GRID)
+    if not fault:
+        return run(RANKS, ROOT / "pipeline/train.py", *words)
+    return run(RANKS, SCRIPT, *fault, *words, env={"PYTHONPATH": str(ROOT)}, timeout_s=TIMEOUT_S + 160)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("grid") / "run"
+    train(small_demo, run_dir).check()
+    return run_dir
+
+
+def test_a_gradient_that_is_not_a_number_is_reported_and_skipped(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    output = train(small_demo, tmp_path / "run", "not-a-number", "3", "3").check().output
+    assert "step 3: gradient not finite, update skipped on all ranks (rows 24..35 of the packs)" in output
+    lines = metrics(tmp_path / "run")
+    assert [line["applied"] for line in lines] == [step != 3 for step in range(1, STEPS + 1)]
+    assert lines[2]["grad_norm"] is None
+    assert curve(tmp_path / "run")[:2] == curve(undisturbed)[:2]
+    assert lines[3]["loss"] != metrics(undisturbed)[3]["loss"], "the step after trains from the weights before"
+    manifest = open_checkpoint(tmp_path / "run").manifest
+    assert (manifest.step, manifest.optimizer_steps) == (STEPS, STEPS - 1)
+
+
+@pytest.mark.parametrize(("fault", "rank"), [("killed-in-step", "1"), ("killed-in-save", "2")])
+def test_a_killed_rank_ends_the_job_and_leaves_only_whole_checkpoints(
+    fault: str, rank: str, small_demo: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    ended = train(small_demo, run_dir, fault, rank, "4")
+    assert ended.code != 0
+    assert json.loads((run_dir / "status.json").read_text())["state"] != "done"
+    assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000002"]
+    assert open_checkpoint(run_dir).faults() == []
+    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004.tmp/rank-00002*"))
+
+
+def test_the_next_start_takes_no_notice_of_half_a_checkpoint(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(undisturbed, run_dir)
+    (run_dir / "checkpoints/step-00000006").rename(run_dir / "checkpoints/.step-00000006.tmp")
+    assert "(step 4/6)" in train(small_demo, run_dir).check().output
+    assert curve(run_dir) == curve(undisturbed)
+    assert same_bits(weights(run_dir), weights(undisturbed))

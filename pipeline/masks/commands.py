@@ -11,7 +11,7 @@ from rich.table import Table
 
 from data_prep.errors import UserError
 from pipeline.masks.layout import EXAMPLE, LEGEND, parse_layout
-from pipeline.masks.picture import draw_png, terminal, terminal_legend
+from pipeline.masks.picture import draw_png, plain, terminal, terminal_legend
 from pipeline.masks.policies import POLICIES, Policy, get_policy
 from pipeline.masks.proof import Proof, prove
 from pipeline.masks.sidecars import Sidecars
@@ -42,9 +42,13 @@ def mask_command(argv: Sequence[str]) -> int:
         print(f"{options.out}: {', '.join(policy.name for policy in policies)} on {len(sidecars)} tokens")
         return 0
     console = Console()
+    colours = console.color_system is not None
     for policy in policies:
-        console.print(terminal(policy, sidecars, console.width))
-    console.print(terminal_legend())
+        if colours:
+            console.print(terminal(policy, sidecars, console.width))
+        else:
+            print(plain(policy, sidecars, console.width))
+    console.print(terminal_legend(colours=colours))
     return 0
 
 

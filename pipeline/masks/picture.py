@@ -44,6 +44,7 @@ CELLS = {
     Cell.LEAK: ("#d62728", "unlocked beyond the commit index: leaks"),
     Cell.CLOSED: ("#e9dcf2", "earlier, but hidden by the policy"),
 }
+SIGNS = {Cell.HIDDEN: " ", Cell.CAUSAL: ".", Cell.UNLOCKED: "#", Cell.LEAK: "!", Cell.CLOSED: "-"}
 KINDS = {
     "Q": ("#4e79a7", "given text", "white"),
     "A": ("#59a14f", "generated text", "white"),
@@ -131,11 +132,23 @@ def terminal(policy: Policy, sidecars: Sidecars, columns: int) -> Text:
     return text
 
 
-def terminal_legend() -> Text:
-    """Return a line that explains the colours and letters of :func:`terminal`."""
+def plain(policy: Policy, sidecars: Sidecars, columns: int) -> str:
+    """Return the mask in letters, for files and terminals without colours; a pooled cell shows its rarest kind."""
+    size = max(1, min(len(sidecars), columns - 2))
+    grid, letters = cells(policy, sidecars), _letters(sidecars, size)
+    edges = np.linspace(0, len(sidecars), size + 1).round().astype(int)[:-1]
+    shown = np.maximum.reduceat(np.maximum.reduceat(grid, edges, axis=0), edges, axis=1)
+    rows = [
+        f"{letter} {''.join(SIGNS[Cell(cell)] for cell in row)}" for letter, row in zip(letters, shown, strict=True)
+    ]
+    return "\n".join([f"{policy.name}: {policy.summary}", "  " + "".join(letters), *rows, ""])
+
+
+def terminal_legend(*, colours: bool = True) -> Text:
+    """Return a line that explains the colours and letters of :func:`terminal`, or the signs of :func:`plain`."""
     text = Text()
-    for colour, meaning in CELLS.values():
-        text.append("■ ", Style(color=colour)).append(f"{meaning}  ")
+    for cell, (colour, meaning) in CELLS.items():
+        text.append("■ " if colours else f"'{SIGNS[cell]}' ", Style(color=colour)).append(f"{meaning}  ")
     return text.append(
         "\n" + ", ".join(f"{letter} {meaning}" for letter, (_, meaning, _) in KINDS.items()), style="dim"
     )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data_prep.errors import UserError
 from pipeline.masks import get_policy, parse_layout
-from pipeline.masks.picture import CELLS, Cell, cells, draw_png, runs_of, terminal, terminal_legend
+from pipeline.masks.picture import CELLS, Cell, cells, draw_png, plain, runs_of, terminal, terminal_legend
 
 H, C, U, L, X = Cell.HIDDEN, Cell.CAUSAL, Cell.UNLOCKED, Cell.LEAK, Cell.CLOSED
 
@@ -62,3 +62,9 @@ def test_the_terminal_view_has_two_rows_per_line(layout: str, size: int) -> None
     assert len(lines) == 2 + -(-size // 2)
     assert all(line[2:] == "▀" * size for line in lines[2:])
     assert "unlocked" in terminal_legend().plain
+
+
+def test_without_colours_the_mask_is_written_in_signs() -> None:
+    lines = plain(get_policy("mma"), parse_layout("V2 Q2 A1"), columns=60).splitlines()
+    assert lines[1:] == ["  VVQQA", "V . ## ", "V ..## ", "Q ...  ", "Q .... ", "A ....."]
+    assert len(plain(get_policy("mma"), parse_layout("V64 Q64 A64"), columns=40).splitlines()) == 2 + 38

@@ -1,3 +1,6 @@
+import json
+from dataclasses import asdict
+
 import pytest
 
 from data_prep.errors import UserError
@@ -148,6 +151,11 @@ def test_an_expanded_conversation_begins_with_the_prompt_of_inference(name: str,
         assert whole[: len(prompt)] == prompt
         assert not any(getattr(piece, "generated", False) for piece in prompt)
         assert all(getattr(piece, "generated", False) for piece in whole[len(prompt) :])
+
+
+def test_settings_come_back_from_json() -> None:
+    template = Template("phi3", system="be kind", prompts=("Look: ", "See: "), order="text_first", turns="expand")
+    assert Template(**json.loads(json.dumps(asdict(template)))) == template
 
 
 def test_a_conversation_that_brings_a_system_turn_keeps_it() -> None:

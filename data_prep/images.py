@@ -31,6 +31,9 @@ IMAGE_SCHEMA = pa.schema(
     [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
 )
 Image.init()  # Pillow registers some of these formats only on demand, and `open` looks them up by name
+# Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
@@ -49,24 +52,28 @@ def decode_rgb(data: bytes) -> Image.Image:
     """
     if not data:
         raise BadImage("empty-file", "0 bytes")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
-            if min(image.size) < 2:
-                raise BadImage("tiny-image", f"{image.width} x {image.height} pixels")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-        except BadImage:
-            raise
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise BadImage("image-bomb", str(error)) from error
-        except UnidentifiedImageError as error:
-            raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
-        except _DAMAGE as error:
-            raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _check_size(image)
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage("image-bomb", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
+    except _DAMAGE as error:
+        raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
     return _to_rgb(upright)
+
+
+def _check_size(image: Image.Image) -> None:
+    size = f"{image.width} x {image.height} pixels"
+    if min(image.size) < 2:
+        raise BadImage("tiny-image", size)
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage("image-bomb", f"{size}, the limit is {Image.MAX_IMAGE_PIXELS}")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

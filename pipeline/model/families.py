@@ -43,15 +43,11 @@ def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     # Special tokens are the tokenizer's affair. Named here, the padding row would never be trained, and Phi-3's
     # padding is also its end-of-text token.
     raw |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    made = _make("model.llm", family, raw, config.config)
-    for key in _DROPOUTS:
-        if hasattr(made, key):
-            setattr(made, key, 0.0)
-    return made
+    return _without_dropout(_make("model.llm", family, raw, config.config))
 
 
 def vision_config(config: VisionConfig) -> PreTrainedConfig:
-    """Return the tower's config, without the pooling head that no connector reads.
+    """Return the tower's config, without dropout and without the pooling head that no connector reads.
 
     Raises ConfigError as :func:`llm_config` does, and for an image size that patches do not tile.
     """
@@ -62,7 +58,7 @@ def vision_config(config: VisionConfig) -> PreTrainedConfig:
     family = _family("model.vision", raw, VISION_FAMILIES)
     if family == "siglip_vision_model":
         raw["vision_use_head"] = False
-    made = _make("model.vision", family, raw, config.config)
+    made = _without_dropout(_make("model.vision", family, raw, config.config))
     if not isinstance(made.image_size, int) or not isinstance(made.patch_size, int):
         raise ConfigError("model.vision.config: image_size and patch_size must be whole numbers (square images)")
     if made.image_size < made.patch_size:
@@ -75,6 +71,14 @@ def vision_config(config: VisionConfig) -> PreTrainedConfig:
 def config_from_dict(raw: Mapping[str, Any], known: tuple[str, ...]) -> PreTrainedConfig:
     """Rebuild a config saved in a checkpoint or an export. Raises ConfigError when its family is not ``known``."""
     return _make("saved model", _family("saved model", raw, known), raw, {})
+
+
+def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Nothing in a step is random, so that a resumed run equals an undisturbed one."""
+    for key in _DROPOUTS:
+        if hasattr(config, key):
+            setattr(config, key, 0.0)
+    return config
 
 
 def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]:

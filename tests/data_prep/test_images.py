@@ -107,6 +107,11 @@ def test_bombs_are_refused(monkeypatch: pytest.MonkeyPatch, factor: float) -> No
         decode_rgb(data)
 
 
+def test_decoding_sets_no_filter_of_other_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "catch_warnings", lambda: pytest.fail("filters belong to the whole process"))
+    assert decode_rgb(png(1, (8, 8))).size == (8, 8)
+
+
 def mutated(data: bytes, rng: random.Random) -> bytes:
     """Flip, cut or replace a few bytes, mostly in the header."""
     out = bytearray(data)

@@ -11,6 +11,7 @@ import pytest
 
 from pipeline.config import ConfigError, ModelConfig
 from pipeline.model.counts import Counts
+from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import FAMILY_KEYS, IMAGE_TOKENS, SIDE, VOCAB, model_config, tiny_spec, whole_stage
 
@@ -73,6 +74,7 @@ def test_vocabulary_rows_cover_model_and_packs(needed: int, rows: int) -> None:
 def test_dropout_is_off_and_no_token_is_left_untrained() -> None:
     spec = tiny_spec("phi3", attention_dropout=0.1, resid_pdrop=0.2, pad_token_id=1)
     assert (spec.llm.attention_dropout, spec.llm.resid_pdrop, spec.llm.pad_token_id) == (0.0, 0.0, None)
+    assert vision_config(edited(vision={"attention_dropout": 0.1}).vision).attention_dropout == 0.0
 
 
 @pytest.mark.parametrize("family", FAMILY_KEYS)

@@ -103,7 +103,7 @@ class Template:
     system: str = ""
     """System turn put before conversations that bring none; empty for no system turn."""
     prompts: tuple[str, ...] = ()
-    """Given texts, one of which stands beside the images of a document that brings none; inference takes the first."""
+    """Given texts, one of which stands beside the images of a document without given text; inference takes the first."""
     order: Order = "image_first"
     """Where images go: before the text of their user turn (or the prompt of their document), after it, or as written.
 
@@ -154,8 +154,8 @@ class Template:
         return self._chat(example.turns, answered=True)
 
     def takes_prompt(self, example: Example) -> bool:
-        """Return whether a prompt is to stand in an example: in documents that bring no given text of their own."""
-        return bool(self.prompts) and example.kind == "document" and not _asks(example.turns)
+        """Return whether a prompt is to stand in an example: in documents that give images and no text."""
+        return bool(self.prompts) and example.kind == "document" and _only_shows(example.turns)
 
     def prompt_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         """Return what the model is given at inference: everything up to and including the assistant's header.
@@ -164,7 +164,7 @@ class Template:
         """
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
         if self.dialect is None:
-            prompt = self.prompts[0] if self.prompts and not _asks(asked) else ""
+            prompt = self.prompts[0] if self.prompts and _only_shows(asked) else ""
             return self._document(asked, prompt, open_ended=True)
         dialect = self.dialect
         before = [Text(dialect.between)] if dialect.between and self._with_system(asked) else []
@@ -215,9 +215,10 @@ class Template:
         return [text, *(part for image in images for part in (joint, image))]
 
 
-def _asks(turns: Iterable[Turn]) -> bool:
-    """Return whether turns hold given text."""
-    return any(isinstance(part, str) and part for turn in turns if turn.role != "assistant" for part in turn.parts)
+def _only_shows(turns: Iterable[Turn]) -> bool:
+    """Return whether what turns give is images, without a word."""
+    given = [part for turn in turns if turn.role != "assistant" for part in turn.parts if part != ""]
+    return bool(given) and not any(isinstance(part, str) for part in given)
 
 
 def _parts(parts: Iterable[Part], numbers: Iterator[int], *, generated: bool, apart: bool = False) -> Iterator[Piece]:

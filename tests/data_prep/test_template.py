@@ -94,13 +94,15 @@ def test_the_caption_prompt_is_the_training_prefix(order: Order, given: list[Pie
     assert template.pieces(CAPTION, "Look: ")[: len(prompt)] == prompt == given
 
 
-def test_a_prompt_stands_only_where_a_document_brings_no_given_text() -> None:
+def test_a_prompt_stands_only_where_a_document_gives_images_and_no_text() -> None:
     template = Template("plain", prompts=("Look: ",))
     titled = Example("5", (Turn("user", (PICTURE, "Title: ")), CAPTION.turns[1]), kind="document")
-    assert [template.takes_prompt(example) for example in (CAPTION, titled, ASKED)] == [True, False, False]
+    text = Example("8", CAPTION.turns[1:], kind="document")
+    assert [template.takes_prompt(example) for example in (CAPTION, titled, text, ASKED)] == [True, *[False] * 3]
     assert not Template("plain").takes_prompt(CAPTION)
     asked = Template("caption", prompts=("Look: ",)).prompt_pieces(titled.turns)
     assert asked == [Image(0), Text("Title: ")]
+    assert Template("caption", prompts=("Look: ",)).prompt_pieces(text.turns) == []
 
 
 LONG = Example(

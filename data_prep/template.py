@@ -103,7 +103,7 @@ class Template:
     system: str = ""
     """System turn put before conversations that bring none; empty for no system turn."""
     prompts: tuple[str, ...] = ()
-    """Given texts, one of which stands beside the images of a document without given text; inference takes the first."""
+    """Given texts; one stands beside the images of a document that gives no text. Inference takes the first."""
     order: Order = "image_first"
     """Where images go: before the text of their user turn (or the prompt of their document), after it, or as written.
 

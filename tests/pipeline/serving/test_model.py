@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,16 @@ def test_every_policy_prefills_with_its_own_mask(policy: str, tmp_path: Path) ->
 def test_concentric_positions_prefill_and_decode_as_in_training(tmp_path: Path) -> None:
     model = load_model(make_export(tmp_path, policy="cca", patch_tokens=True))
     assert_cached_equals_full(model)
+
+
+def test_a_history_that_is_given_is_read_by_its_images(tmp_path: Path) -> None:
+    model = load_model(make_export(tmp_path))
+    apart = model.logits(model.prompt(CONVERSATIONS[0]))
+    model.template = replace(model.template, turns="expand")
+    assert_cached_equals_full(model)
+    given = model.prompt(CONVERSATIONS[0])
+    assert not given.encoded.generated.any()
+    assert (model.logits(given) - apart).abs().max() > 1e-2
 
 
 def test_the_mask_matters(tmp_path: Path) -> None:

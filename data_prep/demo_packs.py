@@ -68,17 +68,17 @@ def make_demo(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
 
 
 def _draw(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
-    (out / MARKER).unlink(missing_ok=True)
     reporter.say(f"demo: drawing {demo.scenes:,} scenes into {out / 'raw'}")
     workers = team.workers if isinstance(team, LocalTeam) else 1
     write_world(out, scenes=demo.scenes, held_out=demo.held_out, seed=demo.seed, workers=workers)
+    (out / MARKER).unlink(missing_ok=True)  # not before: where another world is, nothing is touched
 
 
-def ensure_demo(out: Path, demo: Demo | None = None) -> None:
+def ensure_demo(out: Path, demo: Demo | None = None, *, quiet: bool = False) -> None:
     """Prepare the demo packs (of the default size) unless there are any; safe when several processes call it at once.
 
     The work runs in a process of its own, so that the caller's libraries and main module are not loaded again by every
-    worker.
+    worker; ``quiet`` is for callers beside one that shows what it says.
 
     Raises:
         UserError: the preparation failed; its own message was printed before.
@@ -91,7 +91,8 @@ def ensure_demo(out: Path, demo: Demo | None = None) -> None:
     source = str(Path(__file__).parent.parent)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH")]))
     command = [sys.executable, "-m", "data_prep", "demo", str(out), *flags]
-    if subprocess.run(command, env=environment, check=False).returncode:
+    sink = subprocess.DEVNULL if quiet else None
+    if subprocess.run(command, env=environment, check=False, stdout=sink, stderr=sink).returncode:
         raise UserError(f"the demo data could not be prepared in {out} (see the message above)")
 
 

@@ -48,7 +48,7 @@ def _run(invocation: Invocation) -> int:
 
     fill_rank_variables()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    prepare_demo(invocation.config)
+    prepare_demo(invocation.config, rank=rank)
     plan = Blueprint.draw(invocation, rank=rank, world=world)
     if rank == 0:
         print(describe(plan), flush=True)

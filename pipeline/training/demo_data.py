@@ -7,11 +7,11 @@ from pathlib import Path
 from pipeline.config import RunConfig
 
 
-def prepare_demo(config: RunConfig) -> None:
+def prepare_demo(config: RunConfig, *, rank: int) -> None:
     """Make the demo's packs when ``data.packs`` lies in ``data.demo`` and is missing; safe on all ranks at once."""
     demo, packs = config.data.demo, Path(config.data.packs)
     if not demo or (packs / "manifest.json").is_file() or Path(demo).resolve() not in packs.resolve().parents:
         return
     from data_prep.demo_packs import ensure_demo
 
-    ensure_demo(Path(demo))
+    ensure_demo(Path(demo), quiet=rank > 0)

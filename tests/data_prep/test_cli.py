@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.demo_packs import ensure_demo
+from data_prep.demo_packs import Demo, ensure_demo
+from data_prep.errors import UserError
 from data_prep.packs import PackReader
 from data_prep.workers import form_team
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
@@ -128,3 +129,15 @@ def test_the_demo_is_made_once_also_when_two_ask_at_the_same_time(tmp_path: Path
     again = subprocess.run(words, check=True, capture_output=True, text=True)
     assert "is complete" in again.stdout and time.monotonic() - start < 4
     ensure_demo(out)
+
+    other = subprocess.run([*words[:-1], "21"], check=False, capture_output=True, text=True)
+    assert other.returncode == 2 and "already holds the world" in other.stderr
+    again = subprocess.run(words, check=True, capture_output=True, text=True)
+    assert "is complete" in again.stdout, "a refused world touches nothing"
+
+
+def test_a_rank_beside_another_prepares_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for quiet in (False, True):
+        with pytest.raises(UserError, match="could not be prepared"):
+            ensure_demo(tmp_path / "demo", Demo(scenes=-1), quiet=quiet)
+        assert ("-1" in capfd.readouterr().err) is not quiet

@@ -84,13 +84,17 @@ class MetricsFile:
 
     def write(self, stats: StepStats) -> None:
         """Append one step."""
-        line = {name: value if math.isfinite(value or 0) else None for name, value in asdict(stats).items()}
+        line = {name: None if _is_odd(value) else value for name, value in asdict(stats).items()}
         self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
         self._stream.flush()
 
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def _is_odd(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: bytes) -> float:

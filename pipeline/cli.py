@@ -28,6 +28,7 @@ Training itself is `deepspeed pipeline/train.py`, data preparation `mma-prep`.
 _EXAMPLES = """\
 examples:
   mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
+  mma estimate aki_4b_sft --ranks 8 16 64           what each rank will need
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
@@ -79,7 +80,18 @@ def _demo(words: Sequence[str]) -> int:
     return demo_command(words)
 
 
-_OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {"demo": _demo, "mask": _mask, "prove": _prove}
+def _estimate(words: Sequence[str]) -> int:
+    from pipeline.estimate_command import estimate_command
+
+    return estimate_command(words)
+
+
+_OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
+    "demo": _demo,
+    "estimate": _estimate,
+    "mask": _mask,
+    "prove": _prove,
+}
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -145,6 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show a traceback for errors")
     for name, words in (
         ("demo", "the whole way once, on a small drawn world"),
+        ("estimate", "memory and work of a recipe on any number of ranks"),
         ("mask", "draw a mask policy"),
         ("prove", "prove that a mask leaks no answer"),
     ):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from pipeline.parallel.schedule import bubble
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.estimate import GIB, estimate
+from pipeline.training.estimate import GIB, Load
 
 
 def describe(plan: Blueprint) -> str:
@@ -54,9 +54,10 @@ def _stage_lines(plan: Blueprint) -> Iterator[str]:
         f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
         f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}, resident {parallel.resident:g}"
     )
+    load = Load.of(plan)
     for stage, layers in enumerate(plan.splits):
-        trained, frozen = plan.stage_parameters(stage)
-        need = estimate(plan, stage)
+        trained, frozen = load.stage_parameters(stage)
+        need = load.memory(stage)
         parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in ("states", "gathered", "activations"))
         yield (
             f"           stage {stage}: layers {layers.start}..{layers.stop - 1}, {millions(trained)} trained + "

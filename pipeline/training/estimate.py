@@ -1,4 +1,4 @@
-"""How much device memory a rank needs, counted from the model's shape.
+"""What a rank of each stage will need and do, counted from the model's shape before anything is started.
 
 Model states follow ZeRO-3 (arXiv 1910.02054): what is sharded is divided by the data-parallel ranks of a stage; what
 the step keeps gathered is not. Activations assume one recomputed layer at a time where checkpointing is on.
@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pipeline.config import RunConfig
+from pipeline.model.counts import Counts
+from pipeline.model.spec import ModelSpec
 from pipeline.training.blueprint import Blueprint
 
 GIB = 2**30
@@ -29,27 +32,47 @@ class MemoryEstimate:
         return self.states + self.gathered + self.activations
 
 
-def estimate(plan: Blueprint, stage: int) -> MemoryEstimate:
-    """Estimate the peak device memory of a rank of one stage."""
-    trained, frozen = plan.stage_parameters(stage)
-    size, dp = (2 if plan.bf16 else 4), plan.topology.dp
-    parallel = plan.config.parallel
-    states = (trained * (size + 4 + 8 + 4) + frozen * size) / dp
-    gathered = parallel.resident * (trained + frozen) * size + (trained * size if parallel.reduce_once else 0)
-    return MemoryEstimate(states, gathered, _activations(plan, stage, size))
+@dataclass(frozen=True)
+class Load:
+    """A model on a grid: all that memory depends on."""
 
+    config: RunConfig
+    spec: ModelSpec
+    counts: Counts
+    splits: tuple[range, ...]
+    """Decoder layers of each stage."""
+    dp: int
+    micros: int
+    """Micro-batches of a step on each data-parallel rank."""
+    micro_tokens: int
+    bf16: bool
 
-def _activations(plan: Blueprint, stage: int, size: int) -> float:
-    """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
-    width, tokens = plan.spec.width, plan.order.micro_packs * plan.packs.manifest.length
-    feed_forward = int(getattr(plan.spec.llm, "intermediate_size", 4 * width))
-    one_layer = float(tokens * (16 * width + 3 * feed_forward) * size)
-    layers = len(plan.splits[stage])
-    alive = (
-        min(len(plan.splits) - stage, plan.order.micros)
-        if plan.config.parallel.schedule == "1f1b"
-        else plan.order.micros
-    )
-    if plan.config.train.gradient_checkpointing:
-        return alive * layers * tokens * width * size + one_layer
-    return alive * layers * one_layer
+    @classmethod
+    def of(cls, plan: Blueprint) -> Load:
+        """Take the load of a checked run."""
+        tokens = plan.order.micro_packs * plan.packs.manifest.length
+        return cls(
+            plan.config, plan.spec, plan.counts, plan.splits, plan.topology.dp, plan.order.micros, tokens, plan.bf16
+        )
+
+    def stage_parameters(self, stage: int) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of one stage."""
+        return self.counts.of_stage(self.splits[stage], first=stage == 0, last=stage == len(self.splits) - 1)
+
+    def memory(self, stage: int) -> MemoryEstimate:
+        """Estimate the peak device memory of a rank of one stage."""
+        trained, frozen = self.stage_parameters(stage)
+        size, parallel = (2 if self.bf16 else 4), self.config.parallel
+        states = (trained * (size + 4 + 8 + 4) + frozen * size) / self.dp
+        gathered = parallel.resident * (trained + frozen) * size + (trained * size if parallel.reduce_once else 0)
+        return MemoryEstimate(states, gathered, self._activations(stage, size))
+
+    def _activations(self, stage: int, size: int) -> float:
+        """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
+        width, stages, layers = self.spec.width, len(self.splits), len(self.splits[stage])
+        feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
+        one_layer = float(self.micro_tokens * (16 * width + 3 * feed_forward) * size)
+        alive = min(stages - stage, self.micros) if self.config.parallel.schedule == "1f1b" else self.micros
+        if self.config.train.gradient_checkpointing:
+            return alive * layers * self.micro_tokens * width * size + one_layer
+        return alive * layers * one_layer

@@ -1,0 +1,106 @@
+"""``mma estimate``: memory, work and bubble of a recipe on any number of ranks, without packs, GPUs or weights."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import ConfigError, RunConfig
+from pipeline.flags import parse
+from pipeline.model.counts import Counts
+from pipeline.model.families import vision_config
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.partition import split_layers
+from pipeline.parallel.schedule import bubble
+from pipeline.parallel.topology import Topology, micro_batches
+from pipeline.training.dry_run import millions
+from pipeline.training.estimate import GIB, Load
+
+DESCRIPTION = """\
+Estimate what each rank of a training run needs, before there are packs, and on a machine without GPUs. Any flag of the
+trainer may follow the recipe:
+
+  mma estimate demo_sft
+  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --length 4096"""
+
+
+def estimate_command(argv: Sequence[str]) -> int:
+    """Print one table for each number of ranks; return 0. Raises UserError for a wrong recipe, key or grid."""
+    parser = argparse.ArgumentParser(
+        "mma estimate", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")
+    parser.add_argument("--ranks", type=_positive, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
+    parser.add_argument("--length", type=_positive, default=4096, help="tokens of a pack (default: 4096)")
+    parser.add_argument("--vocab", type=_positive, default=32064, help="token ids of the packs (default: 32064)")
+    parser.add_argument("--images", type=float, default=8.0, help="images in a pack, on average (default: 8)")
+    parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    options, flags = parser.parse_known_args(list(argv))
+    config = parse(["--recipe", options.recipe, *flags]).config
+    spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
+    shares = options.images / options.length, options.targets
+    console = Console()
+    for ranks in options.ranks:
+        load = draw_load(config, spec, ranks=ranks, length=options.length, shares=shares)
+        console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks", shares))
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def image_tokens(config: RunConfig) -> int:
+    """Return the tokens one image takes: what the connector gives."""
+    if config.model.connector.kind == "perceiver":
+        return config.model.connector.latents
+    vision = vision_config(config.model.vision)
+    return int((vision.image_size // vision.patch_size) ** 2)
+
+
+def draw_load(config: RunConfig, spec: ModelSpec, *, ranks: int, length: int, shares: tuple[float, float]) -> Load:
+    """Lay a model over a grid of ranks; ``shares`` are images and supervised tokens a token. Raises ConfigError."""
+    if length < spec.image_tokens:
+        raise ConfigError(f"--length {length} cannot hold one image of {spec.image_tokens} tokens")
+    topology = Topology(ranks, 0, config.parallel.pp)
+    micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+    counts = Counts.of(spec)
+    costs = counts.stage_costs(image_share=shares[0], target_share=shares[1])
+    splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=costs)
+    bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
+    return Load(config, spec, counts, tuple(splits), topology.dp, micros, micro_packs * length, bf16)
+
+
+def work_shares(load: Load, shares: tuple[float, float]) -> list[float]:
+    """Return each stage's share of a step's floating-point operations."""
+    before, *layers, after = load.counts.stage_costs(image_share=shares[0], target_share=shares[1])
+    work = [sum(layers[split.start : split.stop]) for split in load.splits]
+    work[0] += before
+    work[-1] += after
+    return [stage / sum(work) for stage in work]
+
+
+def table(load: Load, title: str, shares: tuple[float, float]) -> Table:
+    """Return a line for each stage; memory is in GiB a rank: sharded states, what is held whole, activations, all."""
+    stages, parallel = len(load.splits), load.config.parallel
+    grid = (
+        f"{stages} stages x {load.dp} replicas, {load.micros} micro-batches of {load.micro_tokens:,} tokens, "
+        f"{parallel.schedule}, bubble {bubble(stages, load.micros):.1%}, {millions(load.counts.total)} parameters, "
+        f"{'bf16' if load.bf16 else 'fp32'}, resident {parallel.resident:g}"
+    )
+    out = Table(title=title, caption=grid, title_justify="left", caption_justify="left")
+    for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):
+        out.add_column(name, justify="right")
+    for stage, work in enumerate(work_shares(load, shares)):
+        (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.splits[stage]
+        memory = [f"{part / GIB:.2f}" for part in (need.states, need.gathered, need.activations, need.total)]
+        row = [str(stage), f"{split.start}..{split.stop - 1}", millions(trained), millions(frozen), f"{work:.1%}"]
+        out.add_row(*row, *memory)
+    return out

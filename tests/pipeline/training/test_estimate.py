@@ -1,0 +1,72 @@
+"""Estimates against sums done by hand, and the command that prints them."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.estimate_command import draw_load, image_tokens, work_shares
+from pipeline.flags import parse
+from pipeline.model.spec import ModelSpec
+from pipeline.training.estimate import Load
+
+SHARES = (0.01, 0.3)
+GRID = ["--train.batch-packs", "16", "--parallel.micro-batches", "0"]
+
+
+def load_of(*flags: str, ranks: int = 4, length: int = 512) -> Load:
+    config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
+    spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
+    return draw_load(config, spec, ranks=ranks, length=length, shares=SHARES)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_states_of_all_ranks_sum_to_the_model(ranks: int, pp: int) -> None:
+    """16 bytes of states a trained parameter beside its compute type (arXiv 1910.02054), 0 a frozen one."""
+    load = load_of("--parallel.pp", str(pp), ranks=ranks)
+    trained = load.counts.total - load.counts.vision
+    summed = sum(load.memory(stage).states * load.dp for stage in range(pp))
+    assert summed == pytest.approx(trained * (2 + 16) + load.counts.vision * 2)
+    assert sum(work_shares(load, SHARES)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("resident", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
+def test_what_is_held_follows_the_settings(resident: float, once: bool) -> None:
+    load = load_of("--parallel.resident", str(resident), "--parallel.reduce-once", str(once).lower())
+    trained, frozen = load.stage_parameters(0)
+    assert load.memory(0).gathered == 2 * (resident * (trained + frozen) + once * trained)
+
+
+def test_activations_follow_schedule_and_recomputation() -> None:
+    def activations(stage: int, *flags: str) -> float:
+        return load_of("--parallel.pp", "2", "--parallel.split", "2,1", *flags).memory(stage).activations
+
+    assert activations(0) == 2 * 2 * activations(1), "two micro-batches alive, two layers each, against one and one"
+    assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"
+    assert activations(0, "--train.gradient-checkpointing", "true") < activations(0) / 2
+    assert activations(0, "--train.dtype", "fp32") == 2 * activations(0)
+
+
+def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", "demo_sft", "--ranks", "2", "4", "--length", "512", "--parallel.pp", "2", *GRID]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "demo_sft on 2 ranks" in shown and "demo_sft on 4 ranks" in shown
+    assert "bubble 5.9%" in shown and "bubble 11.1%" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "unknown recipe 'nonsense'"),
+        (["demo_sft", "--ranks", "3", "--parallel.pp", "2"], "parallel.pp=2 does not divide 3 ranks"),
+        (["demo_sft", "--length", "8"], "cannot hold one image"),
+        (["demo_sft", "--train.batch-packz", "4"], "unknown flag"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *words]) == 2
+    assert message in capsys.readouterr().err

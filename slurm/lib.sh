@@ -91,7 +91,9 @@ claim() {
   if [ -n "$owner" ] && [ "$owner" != "$SLURM_JOB_ID" ] && [ -n "$(squeue -h -j "$owner" -t R,CG -o %i 2> /dev/null)" ]; then
     refuse "job $owner is training $1: wait for it, or scancel $owner"
   fi
-  mkdir -p "$1" && echo "$SLURM_JOB_ID" > "$1/slurm_job" || refuse "RUN_DIR=$1 cannot be written: choose another"
+  if ! { mkdir -p "$1" && echo "$SLURM_JOB_ID" > "$1/slurm_job"; }; then
+    refuse "RUN_DIR=$1 cannot be written: choose another"
+  fi
 }
 
 # verdict RUN_DIR EXIT_CODE STEP_BEFORE: end this shell as the run has ended.

@@ -55,7 +55,7 @@ JobRequeue=1
 MinJobAge=3600
 KillWait=2
 SlurmctldTimeout=30
-SlurmdTimeout=20
+SlurmdTimeout=10
 GresTypes=gpu
 NodeName=127.0.0.[2-3] NodeHostname={host} Port={first}-{last} CPUs=64 Boards=1 SocketsPerBoard=2 CoresPerSocket=32 \
 ThreadsPerCore=1 RealMemory=100000 Gres=gpu:8 State=UNKNOWN

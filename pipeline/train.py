@@ -59,13 +59,13 @@ def _run(invocation: Invocation) -> int:
     try:
         device_of_rank()
         start_processes(plan.config.parallel.timeout_s)
-        return _train(plan, folder)
+        code = _train(plan, folder)
     except UserError as error:
         if rank:  # met in mid-run, perhaps by this rank alone
             print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
         raise
-    finally:
-        stop_processes()
+    stop_processes()  # only when all is well: after a failure, peers may wait in a collective for ever
+    return code
 
 
 def _train(plan: Blueprint, folder: RunFolder) -> int:

@@ -26,8 +26,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     """Read the user's DeepSpeed file. Raises ConfigError: missing, bad JSON, a key the recipe owns, not ZeRO-3."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"--deepspeed {path}: no such file; shipped ones are in ds_configs/") from None
+    except OSError as error:
+        raise ConfigError(f"--deepspeed {path}: {error.strerror}; shipped files are in ds_configs/") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--deepspeed {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -16,19 +17,29 @@ from data_prep.errors import UserError
 from pipeline.config import ConfigError
 from pipeline.parallel.topology import Topology
 
-_RANK_VARIABLES = {
-    "RANK": ("SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"),
-    "WORLD_SIZE": ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"),
-    "LOCAL_RANK": ("SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"),
+_LAUNCHERS: Mapping[
+    str, Mapping[str, str]
+] = {  # the variable only this launcher's tasks have -> the ranks' names in it
+    "SLURM_STEP_NUM_TASKS": {  # a step of srun; a batch script by itself is one process, whatever --ntasks says
+        "RANK": "SLURM_PROCID",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+        "LOCAL_RANK": "SLURM_LOCALID",
+    },
+    "OMPI_COMM_WORLD_SIZE": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    },
+    "PMI_SIZE": {"RANK": "PMI_RANK", "WORLD_SIZE": "PMI_SIZE", "LOCAL_RANK": "MPI_LOCALRANKID"},
 }
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def fill_rank_variables() -> None:
     """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process."""
-    for name, others in _RANK_VARIABLES.items():
-        if name not in os.environ:
-            fallback = "1" if name == "WORLD_SIZE" else "0"
-            os.environ[name] = next((os.environ[other] for other in others if other in os.environ), fallback)
+    launcher = next((names for mark, names in _LAUNCHERS.items() if mark in os.environ), {})
+    for name, alone in _ALONE.items():
+        os.environ.setdefault(name, os.environ.get(launcher.get(name, ""), alone))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:  # several ranks must agree on one; a single process takes any free one
         os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())

@@ -155,7 +155,8 @@ class ParallelConfig(Section):
     split: str = ""
     """Decoder layers of each stage by hand, e.g. "9,12,11"; empty = by cost."""
     resident: Share = 1.0
-    """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory."""
+    """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
+    Below 1 the rest is released after each use and nothing is prefetched."""
     reduce_once: bool = True
     """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole gradient of the stage)."""
     timeout_s: Positive = 1800
@@ -178,6 +179,8 @@ class LogConfig(Section):
     """Console line every so many steps; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor into the run folder."""
+    traffic: bool = False
+    """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step."""
 
 
 class RunConfig(Section):

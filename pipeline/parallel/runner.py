@@ -78,6 +78,7 @@ class Runner:
 
     def _send(self, tensor: torch.Tensor, rank: int, group: Any) -> tuple[Any, torch.Tensor]:
         tensor = tensor.contiguous()
+        self._stage.traffic.sent += tensor.nbytes
         return dist.isend(tensor, rank, group=group), tensor
 
     def _receive(self, rank: int, tokens: int, group: Any) -> torch.Tensor:

@@ -10,11 +10,14 @@ composes with any outside schedule, given four corrections:
 3. *One gradient norm*: every rank of the grid holds a different piece, so the clip norm, and the decision to skip a
    non-finite step, are taken over all ranks.
 4. *One accumulation step*: the schedule owns micro-batches and the caller scales its loss (see `ds_config`).
+5. *Release after each backward*: DeepSpeed counts a module's open backwards in one counter that every forward resets;
+   with several micro-batches alive, weights would stay gathered after the first. Each call gets a counter of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,13 +26,16 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from torch import nn
 
 from pipeline.parallel.groups import Groups
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.traffic import Traffic
 
 TESTED_VERSIONS = ("0.19.8",)
 STATES = ("exp_avg", "exp_avg_sq")
+_GATHER, _REDUCE = partition_parameters._dist_allgather_fn, stage3.reduce_scatter_coalesced
 _HOLD = -1  # a module id that no module has: a parameter held under it stays gathered until the optimizer step
 
 
@@ -105,6 +111,55 @@ def _compare_orders_within(group: Any) -> None:
         module.assert_ints_same_as_other_ranks = same
 
 
+def _count_collectives(traffic: Traffic) -> None:
+    """Count what DeepSpeed gathers and reduces from now on, in place of what counted before."""
+
+    def gather(shard: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
+        traffic.gathered += whole.nbytes
+        return _GATHER(shard, whole, group)
+
+    def reduce(tensors: list[torch.Tensor], group: Any = None) -> Any:
+        traffic.reduced += sum(tensor.nbytes for tensor in tensors)
+        return _REDUCE(tensors, group)
+
+    partition_parameters._dist_allgather_fn = gather
+    stage3.reduce_scatter_coalesced = reduce
+
+
+class _CallEnd(torch.autograd.Function):
+    """Passes one call's inputs through, and calls back once all their gradients have been computed."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, open_inputs: list[int], release: Callable[[], None]) -> torch.Tensor:  # type: ignore[override]
+        ctx.open_inputs, ctx.release = open_inputs, release
+        open_inputs[0] += tensor.requires_grad
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        ctx.open_inputs[0] -= 1
+        if ctx.open_inputs[0] == 0:
+            ctx.release()
+        return grads[0], None, None
+
+
+def _release_each_call(offload: Any, root: nn.Module) -> None:
+    """Correction 5: a counter of open inputs for each call of a module, in place of one for the module."""
+
+    def before_forward(module: nn.Module, inputs: Any) -> Any:
+        open_inputs, release = [0], functools.partial(offload.post_sub_module_backward_function, module)
+        return apply_to_tensors_only(lambda tensor: _CallEnd.apply(tensor, open_inputs, release), inputs)  # type: ignore[no-untyped-call]
+
+    replaced = 0
+    for module in root.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if "_post_backward_module_hook" in getattr(hook, "__qualname__", ""):
+                module._forward_pre_hooks[key] = before_forward
+                replaced += 1
+    if not replaced:
+        raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks _post_backward_module_hook: see zero3.py")
+
+
 class Zero3Stage:
     """A stage's module under ZeRO-3, driven by an outside schedule."""
 
@@ -134,6 +189,12 @@ class Zero3Stage:
         """
         self.topology, self._groups, self._tied = topology, groups, tied
         self._resident, self._reduce_once = resident, reduce_once
+        if (
+            resident < 1
+        ):  # what is not held goes at once; DeepSpeed would keep what is used again, and what it prefetched
+            at_once = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+            zero = {**ds_config["zero_optimization"], **at_once}
+            ds_config = {**ds_config, "zero_optimization": zero}
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, mpu=_Mpu(topology, groups)
         )
@@ -141,7 +202,10 @@ class Zero3Stage:
         self._check_internals()
         self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace = one optimizer step, not one forward
         self._zero._get_norm_groups = self._global_norm  # correction 3
+        _release_each_call(self._zero.parameter_offload, self.module)
         self._norm = 0.0
+        self.traffic = Traffic()
+        _count_collectives(self.traffic)
 
     def _check_internals(self) -> None:
         """Fail at start-up, not in mid-run, where DeepSpeed's internals are not the ones relied on."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from data_prep.packs import write_atomic
+from pipeline.parallel.traffic import StepTraffic
 
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -70,6 +71,8 @@ class StepStats:
     mfu: float | None
     memory_gib: float | None
     """Peak device memory of this process; None on CPUs."""
+    traffic: StepTraffic | None = None
+    """Of rank 0; None unless log.traffic is set."""
 
 
 class MetricsFile:

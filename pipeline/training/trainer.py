@@ -18,6 +18,7 @@ from pipeline.model.build import build_stage
 from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups, create_groups, device_of_rank
 from pipeline.parallel.runner import Runner
+from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
 from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
@@ -188,7 +189,16 @@ class Trainer:
             step=self.step, loss=totals.loss / max(1, batch.targets), lr=rate, grad_norm=norm, applied=result.applied,
             targets=batch.targets, tokens=totals.tokens, images=totals.images, consumed_packs=batch.rows.stop,
             step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu, memory_gib=memory,
+            traffic=self._traffic(),
         )  # fmt: skip
+
+    def _traffic(self) -> StepTraffic | None:
+        """Return this rank's traffic since the step before."""
+        plan = self._plan
+        if not plan.config.log.traffic:
+            return None
+        trained, frozen = plan.stage_parameters(plan.topology.stage)
+        return StepTraffic.of(self._stage.traffic.take(), trained=trained, frozen=frozen, size=plan.dtype.itemsize)
 
     def _save(self) -> None:
         plan = self._plan

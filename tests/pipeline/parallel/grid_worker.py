@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3, utils
+from pytest import MonkeyPatch
 
 from pipeline.config import RunConfig, TrainSection
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
+from pipeline.parallel import zero3
 from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
 from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.partition import split_layers
@@ -51,10 +53,12 @@ class Case:
     """Run a forward without gradients before every step."""
     persist: int = 0
     """Parameters of at most so many elements stay gathered between steps."""
-    without: Literal["", "backward flag", "global norm", "one accumulation"] = ""
+    without: Literal["", "backward flag", "global norm", "one accumulation", "release"] = ""
     """A correction of `zero3` that is undone."""
     poison: bool = False
     """One gradient on one rank of one stage is not a number in one step."""
+    layers: int = LAYERS
+    micros: tuple[int, ...] = MICROS
 
 
 CASES: Mapping[str, Case] = {
@@ -82,16 +86,23 @@ BROKEN: Mapping[str, Case] = {
     "backward-flag": Case(2, "gpipe", reduce_once=False, without="backward flag"),
     "global-norm": Case(2, without="global norm"),
     "one-accumulation": Case(2, without="one accumulation"),
+    "release": Case(2, resident=0.0, reduce_once=False, layers=24, micros=(16, 16), without="release"),
     "global-norm-poisoned": Case(2, without="global norm", poison=True),
 }
 POISONED: Mapping[str, Case] = {
     "poisoned": Case(2, poison=True),
     "poisoned-resident0": Case(2, "gpipe", resident=0.0, reduce_once=False, poison=True),
 }
+TRAFFIC: Mapping[str, Case] = {
+    f"traffic-{resident:g}-{'once' if once else 'each'}": Case(
+        2, resident=resident, reduce_once=once, layers=24, micros=(16, 16)
+    )
+    for resident, once in ((1.0, True), (1.0, False), (0.0, False))
+}
 
 
-def grid_spec(tied: bool) -> ModelSpec:
-    return tiny_spec(num_hidden_layers=LAYERS, tie_word_embeddings=tied, initializer_range=0.05)
+def grid_spec(tied: bool, layers: int = LAYERS) -> ModelSpec:
+    return tiny_spec(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.05)
 
 
 def micro_batch(step: int, index: int) -> StageInputs:
@@ -112,23 +123,26 @@ class Job:
 
     def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
         self.case, self.topology, self.groups = case, topology, groups
-        self.spec = grid_spec(case.tied)
+        self.spec = grid_spec(case.tied, case.layers)
         config = RunConfig(train=TRAIN)
         config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
         ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), config, micro_packs=1, bf16=False)
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
         if case.without == "one accumulation":
-            ds_config["gradient_accumulation_steps"] = MICROS[0] // topology.dp
+            ds_config["gradient_accumulation_steps"] = case.micros[0] // topology.dp
         module = build_stage(
-            self.spec, layers=split_layers(LAYERS, topology.pp)[topology.stage], first=topology.first,
+            self.spec, layers=split_layers(case.layers, topology.pp)[topology.stage], first=topology.first,
             last=topology.last, dtype=torch.float32, device="cpu", seed=3, reads=topology.replica == 0,
             shard=sharder(topology, groups, ds_config), gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(parameter_groups(module, TRAIN), lr=LR, eps=TRAIN.eps)
-        self.stage = Zero3Stage(
-            module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=case.resident,
-            reduce_once=case.reduce_once, tied=module.tied_copy,
-        )  # fmt: skip
+        with MonkeyPatch.context() as patch:
+            if case.without == "release":
+                patch.setattr(zero3, "_release_each_call", lambda offload, root: None)
+            self.stage = Zero3Stage(
+                module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=case.resident,
+                reduce_once=case.reduce_once, tied=module.tied_copy,
+            )  # fmt: skip
         self.runner = Runner(
             self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=torch.float32,
             schedule=case.schedule,
@@ -138,8 +152,8 @@ class Job:
 
     def micros(self, step: int) -> tuple[list[StageInputs], float]:
         """Return this rank's micro-batches and what its token losses are scaled by."""
-        everything = [micro_batch(step, index) for index in range(MICROS[step])]
-        count = MICROS[step] // self.topology.dp
+        everything = [micro_batch(step, index) for index in range(self.case.micros[step])]
+        count = self.case.micros[step] // self.topology.dp
         own = everything[self.topology.replica * count :][:count]
         if not self.topology.first:
             own = [replace(inputs, pixels=None) for inputs in own]
@@ -148,7 +162,9 @@ class Job:
     def train(self) -> dict[str, Any]:
         """Take all steps; return this rank's losses, norms, gradient shards of every step and last weights."""
         seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": []}
-        for step in range(len(MICROS)):
+        seen |= {"traffic": [], "peak": [], "parameters": self.parameters()}
+        peak = GatheredPeak(self.stage)
+        for step in range(len(self.case.micros)):
             micros, scale = self.micros(step)
             if self.case.evaluate:
                 self.evaluate(micros[0])
@@ -158,13 +174,21 @@ class Job:
             seen["gradients"].append({name: grad.clone() for name, grad in self.gradients()})
             if self.case.without == "backward flag":  # what is left of the lost gradients makes DeepSpeed's step raise
                 return seen
+            seen["traffic"].append(asdict(self.stage.traffic.take()))
+            seen["peak"].append(peak.take())
             result = self.stage.step(LR)
+            self.stage.traffic.take()  # what the step itself gathers again: small parameters kept whole
             seen["norm"].append(result.grad_norm)
             seen["applied"].append(result.applied)
             seen["weights"].append(
                 {name: self.stage.master_shard(param).clone() for name, param in self.stage.trainable()}
             )
         return seen
+
+    def parameters(self) -> tuple[int, int]:
+        """Return (trained, frozen) elements of the stage."""
+        trained = sum(Zero3Stage.full_shape(param).numel() for _, param in self.stage.trainable())
+        return trained, sum(Zero3Stage.full_shape(param).numel() for _, param in self.stage.frozen())
 
     def gradients(self) -> list[tuple[str, torch.Tensor]]:
         return [(name, self.stage.gradient_shard(param)) for name, param in self.stage.trainable()]
@@ -181,6 +205,26 @@ class Job:
             dist.send(output.contiguous(), self.topology.rank + self.topology.dp, group=self.groups.forward)
 
 
+class GatheredPeak:
+    """Largest share of a stage's parameters that is whole at once, looked at whenever more is gathered."""
+
+    def __init__(self, stage: Zero3Stage) -> None:
+        params: list[Any] = list(stage.module.parameters())
+        numel, gather = sum(param.ds_numel for param in params), partition_parameters._dist_allgather_fn
+        self._most = 0.0
+
+        def looked(*args: Any) -> Any:
+            whole = sum(param.ds_numel for param in params if param.ds_status.name != "NOT_AVAILABLE")
+            self._most = max(self._most, whole / numel)
+            return gather(*args)
+
+        partition_parameters._dist_allgather_fn = looked
+
+    def take(self) -> float:
+        most, self._most = self._most, 0.0
+        return most
+
+
 def _keep_backward_flag(stage: Zero3Stage) -> None:
     stage._zero.clear_backward_seen_flag = lambda: None
 
@@ -193,6 +237,7 @@ UNDO: Mapping[str, Callable[[Zero3Stage], None]] = {
     "backward flag": _keep_backward_flag,
     "global norm": _restore_own_norm,
     "one accumulation": lambda stage: None,  # undone in the configuration, before the engine is made
+    "release": lambda stage: None,  # undone before the engine is made, too
 }
 
 
@@ -212,7 +257,7 @@ def number_from_zero() -> None:
 def run_table(out: Path) -> None:
     grids = {pp: Topology(RANKS, dist.get_rank(), pp) for pp in (1, 2, 4)}
     groups = {pp: create_groups(topology) for pp, topology in grids.items()}
-    for name, case in (CASES | BROKEN | POISONED).items():
+    for name, case in (CASES | BROKEN | POISONED | TRAFFIC).items():
         number_from_zero()
         seen = Job(case, grids[case.pp], groups[case.pp]).train()
         torch.save(seen, out / f"{name}-{dist.get_rank()}.pt")

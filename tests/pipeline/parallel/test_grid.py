@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.parallel.traffic import StepTraffic, Traffic
 from tests.launch import ROOT, run
 from tests.pipeline.model.helpers import whole_stage
 from tests.pipeline.parallel.grid_worker import (
@@ -22,6 +23,7 @@ from tests.pipeline.parallel.grid_worker import (
     POISONED,
     POISONED_STEP,
     RANKS,
+    TRAFFIC,
     TRAIN,
     Case,
     grid_spec,
@@ -174,3 +176,34 @@ def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(name:
         assert all(torch.equal(before[key], after[key]) for key in before)
     got = whole([rank["weights"][-1] for rank in ranks], wanted.weights[-1], case)
     assert furthest(got, wanted.weights[-1]) <= 1e-5, "training goes on as if the step had not been"
+
+
+@pytest.mark.parametrize("name", TRAFFIC)
+def test_traffic_of_a_step_of_eight_micro_batches(name: str, results: Path) -> None:
+    """Weights are gathered and gradients reduced once a step where the settings say so."""
+    case, ranks = TRAFFIC[name], ranks_of(results, name)
+    for rank in ranks:
+        trained, frozen = rank["parameters"]
+        for counted in rank["traffic"]:
+            moved = StepTraffic.of(Traffic(**counted), trained=trained, frozen=frozen, size=4)
+            if case.resident == 1:
+                assert 0.95 <= moved.gather_x <= 1.1
+            else:
+                assert moved.gather_x > 8, "at least once a micro-batch"
+                assert max(rank["peak"]) <= 0.15
+            assert 0.99 <= moved.reduce_x / (1 if case.reduce_once else 8) <= 1.1
+
+
+def test_without_a_release_after_each_backward_the_stage_stays_gathered(results: Path) -> None:
+    """Correction 5."""
+    first_stage = ranks_of(results, "release")[: RANKS // BROKEN["release"].pp]
+    assert min(max(rank["peak"]) for rank in first_stage) > 0.5
+
+
+def test_only_hidden_states_cross_stages(results: Path) -> None:
+    case = TRAFFIC["traffic-1-once"]
+    width, dp = grid_spec(False).width, RANKS // case.pp
+    for index, rank in enumerate(ranks_of(results, "traffic-1-once")):
+        for step, counted in enumerate(rank["traffic"]):
+            own = [micro_batch(step, i) for i in range(16)][8 * (index % dp) :][:8]
+            assert counted["sent"] == sum(inputs.input_ids.numel() for inputs in own) * width * 4

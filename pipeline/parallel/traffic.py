@@ -1,0 +1,39 @@
+"""What a rank moves in one optimizer step, in bytes and in multiples of the least that ZeRO-3 can do with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Traffic:
+    """Bytes counted since the last `take`; DeepSpeed's collectives are counted in `pipeline.parallel.zero3`."""
+
+    gathered: int = 0
+    """Whole size of gathered weights."""
+    reduced: int = 0
+    """Whole size of reduce-scattered gradients."""
+    sent: int = 0
+    """Hidden states and their gradients sent to neighbouring stages."""
+
+    def take(self) -> Traffic:
+        """Return the counts and start again from zero."""
+        counted = Traffic(self.gathered, self.reduced, self.sent)
+        self.gathered = self.reduced = self.sent = 0
+        return counted
+
+
+@dataclass(frozen=True)
+class StepTraffic:
+    """One rank's traffic of a step as metrics.jsonl has it; all 0 where a stage has a single replica."""
+
+    gather_x: float
+    """Gathered bytes over the bytes of the stage's parameters; 1 = each gathered once."""
+    reduce_x: float
+    """Reduced bytes over the bytes of the stage's trained parameters; 1 = each reduced once."""
+    sent_bytes: int
+
+    @classmethod
+    def of(cls, counted: Traffic, *, trained: int, frozen: int, size: int) -> StepTraffic:
+        """Relate counts to a stage of ``trained`` and ``frozen`` parameters of ``size`` bytes each."""
+        return cls(counted.gathered / (size * (trained + frozen)), counted.reduced / (size * trained), counted.sent)

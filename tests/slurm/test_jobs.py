@@ -58,7 +58,7 @@ def test_the_chain_ends_with_a_measured_model(slurm: Cluster) -> None:
 
 def test_an_array_makes_the_same_packs(slurm: Cluster) -> None:
     shutil.copy(ROOT / "data_prep/recipes/demo.yaml", slurm.work / "shared.yaml")
-    env = {"DEMO_OUT": "data/shared", "RECIPE": "shared.yaml"}
+    env = {"DEMO_OUT": "data/shared", "RECIPE": "shared.yaml", "DATA_FLAGS": "--workers 1"}
     array = slurm.submit("--array=1-3", "slurm/data_prep.sh", env=env)
     rest = slurm.submit(f"--dependency=afterok:{array}", "slurm/data_prep.sh", env=env)
     assert slurm.wait(rest) == "COMPLETED", slurm.logs()
@@ -95,7 +95,7 @@ def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
 
 def test_a_run_that_the_user_stops_stays_stopped(slurm: Cluster) -> None:
     run = slurm.work / "runs/halted"
-    job = slurm.submit("slurm/pt.sh", env={**LONG, "RUN_DIR": "runs/halted"})
+    job = slurm.submit("slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/halted"})
     reach(slurm, run, 1)
     (run / "STOP").touch()
     assert slurm.wait(job) == "FAILED"

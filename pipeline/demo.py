@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def held_out_example() -> tuple[Path, str, str]:
 
 def _call(command: list[str], what: str) -> None:
     """Print and run one command as a user would; the launcher's own log lines are left out."""
-    print(f"\n# {what}\n$ {' '.join(command)}", flush=True)
+    print(f"\n# {what}\n$ {shlex.join(command)}", flush=True)
     program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(

@@ -1,7 +1,7 @@
 """One stock DeepSpeed ZeRO-3 engine as a pipeline stage: every line that reaches into DeepSpeed's internals.
 
 DeepSpeed refuses ZeRO-2/3 inside its own pipeline engine. One engine per stage over the stage's data-parallel group
-composes with any outside schedule, given four corrections:
+composes with any outside schedule, given these corrections:
 
 1. *Group-local order check*: DeepSpeed compares parameter orders over the world; stages rightly differ, so training
    would be refused, or hang. It is compared over the stage's data-parallel group.

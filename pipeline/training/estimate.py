@@ -64,8 +64,18 @@ class Load:
         trained, frozen = self.stage_parameters(stage)
         size, parallel = (2 if self.bf16 else 4), self.config.parallel
         states = (trained * (size + 4 + 8 + 4) + frozen * size) / self.dp
-        gathered = parallel.resident * (trained + frozen) * size + (trained * size if parallel.reduce_once else 0)
+        whole = max(parallel.resident * (trained + frozen), self._largest_unit(stage))
+        gathered = (whole + (trained if parallel.reduce_once else 0)) * size
         return MemoryEstimate(states, gathered, self._activations(stage, size))
+
+    def _largest_unit(self, stage: int) -> int:
+        """Parameters of the piece that must be whole while it runs, however little stays gathered."""
+        units = list(self.counts.layers[self.splits[stage].start : self.splits[stage].stop])
+        if stage == 0:
+            units += [self.counts.connector, self.counts.embed]
+        if stage == len(self.splits) - 1:
+            units.append(self.counts.head or self.counts.embed)
+        return max(units)
 
     def _activations(self, stage: int, size: int) -> float:
         """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""

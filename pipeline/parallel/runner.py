@@ -37,9 +37,9 @@ class Runner:
                 targets, since ZeRO averages gradients over the data-parallel ranks.
 
         Returns:
-            float64 scalar: the *sum* of token losses of this rank's micro-batches (0 but on the last stage).
+            float64 [len(micros)]: the *sum* of token losses of each micro-batch (0 but on the last stage).
         """
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        losses = torch.zeros(len(micros), dtype=torch.float64, device=self._device)
         live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
         sent: list[tuple[Any, torch.Tensor]] = []
         with self._stage.accumulate():
@@ -47,12 +47,12 @@ class Runner:
                 if kind == "F":
                     live[micro] = self._forward(micros[micro], sent)
                     if self._topology.last:
-                        total += live[micro][1].detach().double()
+                        losses[micro] = live[micro][1].detach()
                 else:
                     self._backward(*live.pop(micro), scale, sent)
             for work, _ in sent:
                 work.wait()
-        return total
+        return losses
 
     def _forward(
         self, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]

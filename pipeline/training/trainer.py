@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from data_prep.template import template_of
 from pipeline.config import TrainSection
 from pipeline.data.batches import BatchSource, StepBatch, to_device
 from pipeline.model.build import build_stage
@@ -22,10 +21,11 @@ from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
 from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import CheckpointManifest
+from pipeline.training.incidents import Incidents
 from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
 from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run_folder import RunFolder, State
+from pipeline.training.saving import Saver
 from pipeline.training.schedule import learning_rate
 
 
@@ -54,9 +54,9 @@ class Trainer:
             schedule=plan.config.parallel.schedule,
         )  # fmt: skip
         self._peak = peak_flops(self._device)
-        self._skipped = 0
         self.step = self._resume() or self._start()
-        self._saved = self.step
+        self._saver = Saver(plan, folder, self._stage, step=self.step)
+        self._incidents = Incidents(plan)
 
     def _say(self, text: str) -> None:
         if self._lead:
@@ -105,14 +105,12 @@ class Trainer:
                 if config.log.tensorboard:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
-            every = config.checkpoint.every_steps
-            if stop or (every and self.step % every == 0):
-                self._save()
+            if stop or self._saver.due(self.step):
+                self._saver.save(self.step)
             if stop:
                 state = "stopped"
                 break
-        if self._saved != self.step:
-            self._save()
+        self._saver.save(self.step)
         if metrics is not None:
             metrics.close()
         return state
@@ -140,11 +138,11 @@ class Trainer:
         began = time.monotonic()
         rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
         scale = self._plan.topology.dp / max(1, batch.targets)
-        loss_sum = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
+        losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
         result = self._stage.step(rate)
         self.step += 1
-        totals = self._sum_over_ranks(loss_sum, batch, self._wants_stop(run_began))
-        self._count_skips(result, batch)
+        totals = self._sum_over_ranks(losses.sum(), batch, self._wants_stop(run_began))
+        self._incidents.look(self.step, result, batch)
         return self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began), totals.stop
 
     def _wants_stop(self, run_began: float) -> bool:
@@ -160,19 +158,6 @@ class Trainer:
         dist.all_reduce(sums)
         loss, tokens, images, stops = sums.tolist()
         return _Totals(loss, int(tokens), int(images), stops > 0)
-
-    def _count_skips(self, result: StepResult, batch: StepBatch) -> None:
-        if result.applied:
-            self._skipped = 0
-            return
-        self._skipped += 1
-        rows = f"{batch.rows.start}..{batch.rows.stop - 1}"
-        self._say(f"step {self.step}: gradient not finite, update skipped on all ranks (rows {rows} of the packs)")
-        if self._skipped >= self._plan.config.train.max_skipped_steps:
-            raise UserError(
-                f"{self._skipped} steps in a row had a non-finite gradient (last rows {rows}): lower train.lr, "
-                f"or look at the rows with mma-prep inspect {self._plan.config.data.packs} --row {batch.rows.start}"
-            )
 
     def _stats(
         self, batch: StepBatch, result: StepResult, totals: _Totals, rate: float, data_s: float, step_s: float
@@ -199,37 +184,6 @@ class Trainer:
             return None
         trained, frozen = plan.stage_parameters(plan.topology.stage)
         return StepTraffic.of(self._stage.traffic.take(), trained=trained, frozen=frozen, size=plan.dtype.itemsize)
-
-    def _save(self) -> None:
-        plan = self._plan
-        manifest = CheckpointManifest(
-            step=self.step, optimizer_steps=self._stage.optimizer_steps,
-            consumed_packs=self.step * plan.order.batch_packs,
-            plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
-            dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan),
-        )  # fmt: skip
-        tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
-        saved = checkpoint.save(self._stage, self._folder.path / "checkpoints", manifest, tokenizer=tokenizer)
-        self._saved = self.step
-        if self._lead:
-            checkpoint.prune(self._folder.path, plan.config.checkpoint.keep_last, newest=saved)
-            self._folder.set_status("running", self.step)
-        self._say(f"saved {saved}")
-
-
-def model_card(plan: Blueprint) -> dict[str, object]:
-    """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
-    manifest = plan.packs.manifest
-    return {
-        "spec": plan.spec.to_dict(),
-        "policy": plan.config.mask.policy,
-        "template": asdict(template_of(manifest)),
-        "image_id": manifest.image_id,
-        "pad_id": manifest.pad_id,
-        "eos_ids": list(manifest.eos_ids),
-        "tokenizer_sha256": manifest.tokenizer_sha256,
-        "dtype": "bfloat16" if plan.bf16 else "float32",
-    }
 
 
 def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:

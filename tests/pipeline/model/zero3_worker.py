@@ -61,7 +61,7 @@ def train_step(name: str, topology: Topology, groups: Any, out: Path) -> None:
         reduce_once=resident > 0,
     )  # fmt: skip
     runner = Runner(stage, topology=topology, groups=groups, width=spec.width, dtype=torch.float32, schedule="1f1b")
-    loss = runner.run(micro_batches(topology.rank), topology.dp / TARGETS)
+    loss = runner.run(micro_batches(topology.rank), topology.dp / TARGETS).sum()
     assert stage.step(1.0).applied
     shards = {name: stage.master_shard(param).clone() for name, param in stage.trainable()}
     torch.save({"loss": loss, "shards": shards}, out / f"{name}-{topology.rank}.pt")

@@ -168,7 +168,7 @@ class Job:
             micros, scale = self.micros(step)
             if self.case.evaluate:
                 self.evaluate(micros[0])
-            seen["loss"].append(float(self.runner.run(micros, scale)))
+            seen["loss"].append(float(self.runner.run(micros, scale).sum()))
             if self.case.poison and (step, self.topology.rank) == (POISONED_STEP, POISONED_RANK):
                 next(grad for _, grad in self.gradients())[0] = torch.nan
             seen["gradients"].append({name: grad.clone() for name, grad in self.gradients()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,28 @@ class Runner:
     """Moves hidden states forward and their gradients back; nothing else crosses between stages."""
 
     def __init__(
-        self, stage: Zero3Stage, *, topology: Topology, groups: Groups, width: int, dtype: torch.dtype, schedule: str
+        self,
+        stage: Zero3Stage,
+        *,
+        topology: Topology,
+        groups: Groups,
+        width: int,
+        dtype: torch.dtype,
+        schedule: str,
+        doing: Callable[[str], None] = lambda words: None,
     ) -> None:
-        """Bind a stage to its neighbours; ``width`` is the hidden size, ``schedule`` a key of `SCHEDULES`."""
+        """Bind a stage to its neighbours.
+
+        Args:
+            stage: This rank's stage.
+            topology: Its place in the grid.
+            groups: Its process groups.
+            width: Hidden size.
+            dtype: Type of hidden states.
+            schedule: A key of `SCHEDULES`.
+            doing: Told what is about to be done, in words: what a rank that hangs did last.
+        """
+        self._doing = doing
         self._stage, self._topology, self._groups = stage, topology, groups
         self._width, self._dtype, self._order = width, dtype, SCHEDULES[schedule]
         self._previous = topology.rank - topology.dp
@@ -45,33 +64,42 @@ class Runner:
         with self._stage.accumulate():
             for kind, micro in self._order(self._topology.stage, self._topology.pp, len(micros)):
                 if kind == "F":
-                    live[micro] = self._forward(micros[micro], sent)
+                    live[micro] = self._forward(micro, micros[micro], sent)
                     if self._topology.last:
                         losses[micro] = live[micro][1].detach()
                 else:
-                    self._backward(*live.pop(micro), scale, sent)
+                    self._backward(micro, *live.pop(micro), scale, sent)
             for work, _ in sent:
                 work.wait()
         return losses
 
     def _forward(
-        self, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]
+        self, micro: int, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]
     ) -> tuple[torch.Tensor | None, torch.Tensor]:
         hidden = None
         if not self._topology.first:
+            self._doing(f"waiting for rank {self._previous}: hidden states of micro-batch {micro}")
             hidden = self._receive(self._previous, inputs.input_ids.numel(), self._groups.forward).requires_grad_()
+        self._doing(f"forward of micro-batch {micro}")
         output = self._stage.forward(hidden, inputs)
         if not self._topology.last:
             sent.append(self._send(output.detach(), self._next, self._groups.forward))
         return hidden, output
 
     def _backward(
-        self, hidden: torch.Tensor | None, output: torch.Tensor, scale: float, sent: list[tuple[Any, torch.Tensor]]
+        self,
+        micro: int,
+        hidden: torch.Tensor | None,
+        output: torch.Tensor,
+        scale: float,
+        sent: list[tuple[Any, torch.Tensor]],
     ) -> None:
-        if self._topology.last:
-            self._stage.backward(output * scale)
-        else:
-            self._stage.backward(output, self._receive(self._next, output.shape[1], self._groups.backward))
+        grad = None
+        if not self._topology.last:
+            self._doing(f"waiting for rank {self._next}: gradients of micro-batch {micro}")
+            grad = self._receive(self._next, output.shape[1], self._groups.backward)
+        self._doing(f"backward of micro-batch {micro}")
+        self._stage.backward(output * scale if grad is None else output, grad)
         if hidden is not None:
             assert hidden.grad is not None, "the stage's output does not depend on its input"
             sent.append(self._send(hidden.grad, self._previous, self._groups.backward))

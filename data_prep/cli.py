@@ -33,6 +33,7 @@ examples:
   mma-prep run nlvr --out data/nlvr           all steps of a shipped recipe
   mma-prep run my_recipe.yaml --workers 16    all steps of your own
   mma-prep inspect data/demo/packs/sft --row 3
+  mma-prep inspect data/demo/packs/sft --html rows.html
   mma-prep verify data/demo                   hash everything
 
 on a cluster:
@@ -93,8 +94,13 @@ def _parser() -> argparse.ArgumentParser:
         ("stats", folder, _stats, "corpora, lengths and packing efficiency"),
     ):
         commands.add_parser(name, parents=[parent], help=text, description=text).set_defaults(command=command)
-    inspect = commands.add_parser("inspect", parents=[folder], help="show a packed row, decoded")
-    inspect.add_argument("--row", type=int, default=0, metavar="N", help="row number from 0 (default: %(default)s)")
+    inspect = commands.add_parser("inspect", parents=[folder], help="show packed rows, decoded")
+    rows = inspect.add_mutually_exclusive_group()
+    rows.add_argument("--row", default="", metavar="N", help="row number from 0 (default: 0; of a page: some, evenly)")
+    rows.add_argument("--rows", default="", metavar="A:B", help="rows A to B - 1")
+    inspect.add_argument(
+        "--html", type=Path, metavar="FILE", help="write a page to browse instead (with masks: mma inspect)"
+    )
     inspect.set_defaults(command=_inspect)
     return parser
 
@@ -166,6 +172,12 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from data_prep.inspect import show_row
+    wanted = arguments.row or arguments.rows
+    if arguments.html is not None:
+        from data_prep.inspect_page import write_inspect_page
 
-    show_row(arguments.directory, arguments.row)
+        print(write_inspect_page(arguments.directory, arguments.html, wanted))
+        return
+    from data_prep.inspect import show_rows
+
+    show_rows(arguments.directory, wanted or "0")

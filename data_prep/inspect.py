@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from rich.text import Text
 
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
-from data_prep.packs import Manifest, PackReader, PackRow
+from data_prep.packs import PackReader, PackRow
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
 
@@ -19,54 +21,99 @@ GIVEN, GENERATED, IMAGE, MARK = "", "bold green", "cyan", "magenta"
 LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{IMAGE}]image[/]"
 
 
-def show_row(directory: Path, number: int, console: Console | None = None) -> None:
-    """Print row ``number`` of a pack folder, decoded.
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Neighbouring tokens of one kind: an image, special tokens, given or generated text."""
 
-    Raises:
-        UserError: ``directory`` is no pack folder, holds several, or has no such row.
+    text: str
+    """Decoded; empty for an image."""
+    tokens: int
+    generated: bool
+    special: bool
+    instance: int
+    """Index into the row's images; -1 for text."""
+
+
+class PackFolder:
+    """A pack folder with its tokenizer and image store: all that it takes to show a row.
+
+    Raises UserError when ``directory`` is no pack folder, or holds several.
     """
+
+    def __init__(self, directory: Path) -> None:
+        self.path = _only(pack_folders(directory))
+        self.reader = PackReader(self.path)
+        self.manifest = self.reader.manifest
+        self.tokenizer = Tokenizer.load(self.path / self.manifest.tokenizer)
+        store = self.manifest.image_store
+        self.store = ImageStore(self.path / store) if store else None
+
+    def stretches(self, row: PackRow, segment: int) -> Iterator[Stretch]:
+        """Yield what one packed sample (counted from 1) is made of, in order."""
+        places = np.flatnonzero(row.segment == segment)
+
+        def kind(at: int) -> tuple[int, bool, bool]:
+            instance = int(row.instance[at])
+            special = instance < 0 and self.tokenizer.is_special(int(row.input_ids[at]))
+            return instance, bool(row.generated[at]), special
+
+        for (instance, generated, special), group in groupby(places.tolist(), key=kind):
+            ids = row.input_ids[list(group)].tolist()
+            text = self.tokenizer.decode(ids, specials=True) if instance < 0 else ""
+            yield Stretch(text, len(ids), generated, special, instance)
+
+    def image_size(self, row: PackRow, instance: int) -> str:
+        """Return ``640x480`` of an image of a row: pixels, upright."""
+        return "x".join(map(str, self.store.size(int(row.image_row[instance])))) if self.store else "?"
+
+
+def chosen_rows(text: str, rows: int) -> range:
+    """Return the rows that ``N`` or ``A:B`` (A to B - 1) names. Raises UserError where there are none such."""
+    first, colon, last = text.partition(":")
+    flag = f"--row{'s' * bool(colon)} {text}"
+    try:
+        start = int(first or 0)
+        stop = int(last or rows) if colon else start + 1
+    except ValueError:
+        raise UserError(f"{flag}: write N, or A:B for rows A to B - 1") from None
+    if not 0 <= start < stop <= rows:
+        raise UserError(f"{flag}: there are rows 0 to {rows - 1}")
+    return range(start, stop)
+
+
+def show_rows(directory: Path, wanted: str = "0", console: Console | None = None) -> None:
+    """Print rows of a pack folder, decoded; ``wanted`` as in :func:`chosen_rows`. Raises UserError."""
     console = console or Console(highlight=False)
-    folder = _only(pack_folders(directory))
-    reader = PackReader(folder)
-    if not 0 <= number < len(reader):
-        raise UserError(f"--row {number}: {folder} has rows 0 to {len(reader) - 1}")
-    row, manifest = reader[number], reader.manifest
-    tokenizer = Tokenizer.load(folder / manifest.tokenizer)
-    store = ImageStore(folder / manifest.image_store) if manifest.image_store else None
+    folder = PackFolder(directory)
+    for number in chosen_rows(wanted, len(folder.reader)):
+        _show_row(folder, number, console)
+
+
+def _show_row(folder: PackFolder, number: int, console: Console) -> None:
+    row, length = folder.reader[number], folder.manifest.length
     used = int(np.count_nonzero(row.segment))
-    console.print(f"row {number} of {len(reader)}: {used} of {manifest.length} tokens, {row.n_target} supervised")
+    console.print(f"row {number} of {len(folder.reader)}: {used} of {length} tokens, {row.n_target} supervised")
     console.print(LEGEND)
     for segment, source in enumerate(row.source, start=1):
         console.rule(f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}", align="left")
-        console.print(segment_text(row, segment, manifest, tokenizer, store))
+        console.print(_segment_text(folder, row, segment))
 
 
-def segment_text(
-    row: PackRow, segment: int, manifest: Manifest, tokenizer: Tokenizer, store: ImageStore | None
-) -> Text:
+def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
     """Return one packed sample as coloured text; images are shown by size and place."""
     shown = Text()
-    places = np.flatnonzero(row.segment == segment)
-
-    def kind(at: int) -> tuple[int, str]:
-        if row.instance[at] >= 0:
-            return int(row.instance[at]), IMAGE
-        mark = tokenizer.is_special(int(row.input_ids[at]))
-        written = GENERATED if row.generated[at] else GIVEN
-        return -1, f"{written} {MARK}".strip() if mark else written
-
-    for (instance, style), group in groupby(places.tolist(), key=kind):
-        ids = row.input_ids[list(group)].tolist()
-        if instance < 0:
-            shown.append(tokenizer.decode(ids, specials=True), style=style)
+    for part in folder.stretches(row, segment):
+        if part.instance >= 0:
+            image, size = int(row.image_row[part.instance]), folder.image_size(row, part.instance)
+            words = f"[image {image}: {size} px, {part.tokens} of {folder.manifest.image_tokens} tokens]"
+            shown.append(words, style=IMAGE)
             continue
-        image = int(row.image_row[instance])
-        size = "x".join(map(str, store.size(image))) if store else "?"
-        shown.append(f"[image {image}: {size} px, {len(ids)} of {manifest.image_tokens} tokens]", style=style)
+        written = GENERATED if part.generated else GIVEN
+        shown.append(part.text, style=f"{written} {MARK}".strip() if part.special else written)
     return shown
 
 
-def _only(folders: list[Path]) -> Path:
+def _only(folders: Sequence[Path]) -> Path:
     if len(folders) > 1:
         names = ", ".join(str(folder) for folder in folders)
         raise UserError(f"there are several pack folders: name one of {names}")

@@ -14,6 +14,7 @@ from data_prep.audit import turn_notes
 from data_prep.packs import Manifest, PackReader
 from data_prep.verify import pack_folders
 
+CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
 _BAR = 40
 _BINS = 12
 
@@ -24,31 +25,47 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
     for folder in pack_folders(directory):
         reader = PackReader(folder)
         manifest = reader.manifest
-        full = manifest.tokens / max(1, manifest.rows * manifest.length)
+        rows = f"{manifest.rows:,} rows of {manifest.length} tokens"
         console.print(
-            f"\n[bold]{folder}[/]: {manifest.rows:,} rows of {manifest.length} tokens, {full:.1%} full, "
+            f"\n[bold]{folder}[/]: {rows}, {efficiency(manifest):.1%} full, "
             f"{manifest.targets:,} supervised ({manifest.targets / max(1, manifest.tokens):.1%}), "
             f"at most {manifest.max_images} images in a row"
         )
-        console.print(corpus_table(manifest))
-        for name, counts in manifest.corpora.items():
-            for line in turn_notes(counts):
-                console.print(f"{name}: {line}")
+        console.print(_corpus_table(manifest))
+        for line in corpus_notes(manifest):
+            console.print(line)
         console.print("segment lengths in tokens")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)
 
 
-def corpus_table(manifest: Manifest) -> Table:
-    """Return draws, epochs and supervision by corpus."""
-    table = Table("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
-    for column in table.columns[1:]:
-        column.justify = "right"
+def efficiency(manifest: Manifest) -> float:
+    """Return the share of all positions that hold tokens."""
+    return manifest.tokens / max(1, manifest.rows * manifest.length)
+
+
+def corpus_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
+    """Yield draws, epochs and supervision of each corpus, in words: the values of ``CORPUS_COLUMNS``."""
     for name, stats in manifest.corpora.items():
         share = stats.tokens / max(1, manifest.tokens)
         supervised = f"{stats.targets:,} ({stats.targets / max(1, stats.tokens):.1%})"
         numbers = (f"{stats.samples:,}", f"{stats.draws:,}", f"{stats.epochs:.2f}", f"{stats.tokens:,}", supervised)
-        table.add_row(name, *numbers, f"{share:.1%}")
+        yield name, *numbers, f"{share:.1%}"
+
+
+def corpus_notes(manifest: Manifest) -> Iterator[str]:
+    """Yield what is worth a word about a corpus, one line each."""
+    for name, stats in manifest.corpora.items():
+        for line in turn_notes(stats):
+            yield f"{name}: {line}"
+
+
+def _corpus_table(manifest: Manifest) -> Table:
+    table = Table(*CORPUS_COLUMNS)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in corpus_rows(manifest):
+        table.add_row(*row)
     return table
 
 
@@ -58,9 +75,15 @@ def segment_lengths(reader: PackReader) -> npt.NDArray[np.int64]:
     return np.concatenate([*counts, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
 
+def binned(values: npt.NDArray[np.int64], most: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return counts and edges of at most ``most`` bins, none narrower than 1."""
+    counts, edges = np.histogram(values, bins=min(most, max(1, int(np.ptp(values)) + 1)))
+    return counts.astype(np.int64), edges
+
+
 def histogram(values: npt.NDArray[np.int64]) -> Iterator[str]:
     """Yield the lines of a text histogram."""
-    counts, edges = np.histogram(values, bins=min(_BINS, max(1, int(np.ptp(values)) + 1)))
+    counts, edges = binned(values, _BINS)
     for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
         bar = "#" * round(_BAR * count / max(1, counts.max()))
         yield f"{low:6.0f} - {high:6.0f}  {count:9,}  {bar}"

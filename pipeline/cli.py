@@ -29,6 +29,7 @@ _EXAMPLES = """\
 examples:
   mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
   mma estimate aki_4b_sft --ranks 8 16 64           what each rank will need
+  mma inspect data/demo/packs/sft --html rows.html  browse packed rows and their masks
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
@@ -68,6 +69,12 @@ def _mask(words: Sequence[str]) -> int:
     return mask_command(words)
 
 
+def _inspect(words: Sequence[str]) -> int:
+    from pipeline.masks.inspect_command import inspect_command
+
+    return inspect_command(words)
+
+
 def _prove(words: Sequence[str]) -> int:
     from pipeline.masks.commands import prove_command
 
@@ -89,6 +96,7 @@ def _estimate(words: Sequence[str]) -> int:
 _OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "estimate": _estimate,
+    "inspect": _inspect,
     "mask": _mask,
     "prove": _prove,
 }
@@ -158,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, words in (
         ("demo", "the whole way once, on a small drawn world"),
         ("estimate", "memory and work of a recipe on any number of ranks"),
+        ("inspect", "packed rows with their masks, as a page to browse"),
         ("mask", "draw a mask policy"),
         ("prove", "prove that a mask leaks no answer"),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -114,6 +115,16 @@ def draw_png(policies: Sequence[Policy], sidecars: Sidecars, path: Path) -> None
     _draw_legend(figure, shown, {run.letter for run in runs_of(sidecars)}, across)
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(str(path))
+
+
+def thumbnail(policy: Policy, sidecars: Sidecars, size: int) -> bytes:
+    """Return the mask as a bare PNG, at most ``size`` pixels wide. Raises UserError for rows too long to draw."""
+    from PIL import Image
+
+    shown = (_colours(cells(policy, sidecars), size) * 255).round().astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(shown, "RGB").save(stream, "PNG")
+    return stream.getvalue()
 
 
 def terminal(policy: Policy, sidecars: Sidecars, columns: int) -> Text:

@@ -1,0 +1,157 @@
+"""One self-contained HTML page: no network, no framework, and no way for a corpus's text to become markup.
+
+Elements are made by :func:`el`, which escapes every child that is not itself made by it, so escaping cannot be
+forgotten. The page's own policy (``Content-Security-Policy``) lets the browser run its one script and nothing else.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+THUMBNAIL_PX = 160
+"""Longest side of an image on a page."""
+_VOID = {"img", "input", "meta"}
+_COLOURS = {"given": "#4e79a7", "generated": "#59a14f", "image": "#b07aa1", "special": "#9a9a9a", "padding": "#e4e4e4"}
+"""Of kinds of tokens, as in the pictures of masks."""
+_STYLE = (
+    ":root{"
+    + "".join(f"--{name}:{colour};" for name, colour in _COLOURS.items())
+    + """}
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:1180px;padding:24px 20px 60px;font:14px/1.5 system-ui,"DejaVu Sans",sans-serif;
+color:#222;background:#f6f6f4}
+h1{font-size:21px;margin:0}h2{font-size:16px;margin:28px 0 8px}
+.quiet,figcaption,th{color:#6b6b6b}.quiet{margin:2px 0 14px}
+.tiles{display:flex;flex-wrap:wrap;gap:10px}
+.tile{background:#fff;border:1px solid #e2e2de;border-radius:8px;padding:8px 14px;min-width:118px}
+.tile b{display:block;font-size:18px}
+.tile span{color:#6b6b6b;font-size:12px}
+.columns{display:flex;flex-wrap:wrap;gap:24px}.columns>*{flex:1 1 420px;min-width:0}
+.columns>:first-child{flex:1 1 600px}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;background:#fff;border:1px solid #e2e2de;width:100%}
+th{font-weight:500;font-size:12px}th,td{padding:4px 10px;text-align:right;border-bottom:1px solid #efefec}
+th.word,td.word{text-align:left}td{white-space:nowrap}
+svg{background:#fff;border:1px solid #e2e2de;width:100%;height:auto}svg text{font-size:11px;fill:#6b6b6b}
+nav{position:sticky;top:0;z-index:1;display:flex;flex-wrap:wrap;gap:8px;align-items:center;padding:10px 0;
+background:#f6f6f4}
+button,input,select{font:inherit;padding:3px 10px;border:1px solid #c9c9c4;border-radius:6px;background:#fff}
+input{width:90px}
+.key{display:inline-block;padding:0 6px;border-radius:3px;margin-left:6px}
+.card{background:#fff;border:1px solid #e2e2de;border-radius:8px;padding:14px 18px;margin-bottom:14px}
+.beside{display:grid;grid-template-columns:minmax(0,1fr) auto;gap:22px;align-items:start}
+.mask{position:sticky;top:60px;margin:8px 0 0}.mask{width:250px}.mask img{width:250px;border:1px solid #e2e2de}
+.ribbon{display:flex;height:18px;margin:8px 0;border-radius:3px;overflow:hidden}
+.ribbon i{display:block;min-width:0}.ribbon i.starts{border-left:2px solid #fff}
+.segment{border-top:1px solid #efefec;padding:10px 0}
+.source{font-size:12px;color:#6b6b6b}.source b{color:#222}
+.said{display:flex;flex-wrap:wrap;gap:4px 12px;margin-top:4px}.said figure{margin:4px 0;max-width:170px}
+.text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}.text.long{flex:1 1 300px}
+figure img{display:block;border-radius:4px}figcaption{font-size:11px;line-height:1.35}
+img.small{image-rendering:pixelated;width:112px}
+.generated{background:color-mix(in srgb,var(--generated) 22%,white)}
+.special{color:#8a3f7b;font-size:12px}
+.bar-given{background:var(--given)}.bar-generated{background:var(--generated)}.bar-image{background:var(--image)}
+.bar-special{background:var(--special)}.bar-padding{background:var(--padding)}
+.examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:10px}
+.example{display:flex;gap:12px;background:#fff;border:1px solid #e2e2de;border-radius:8px;padding:10px 12px}
+.example>div{min-width:0;overflow-wrap:anywhere}.example figure{margin:0;flex:none}
+.raw{white-space:pre-wrap;font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;color:#444;margin-top:4px}
+.code{display:inline-block;background:#fbe9e7;color:#a2321f;border-radius:4px;padding:0 7px;font-size:12px}
+"""
+)
+
+
+class Html(str):
+    """Markup that was made by :func:`el`: safe to put into other markup as it is."""
+
+    __slots__ = ()
+
+
+def el(name: str, /, *children: str, **attributes: str | int) -> Html:
+    """Return an element; children and values that are plain text are escaped.
+
+    Attribute names lose a trailing ``_`` and write ``_`` as ``-``: ``class_``, ``data_row``.
+    """
+    words = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
+    )
+    return Html(f"<{name}{words}>" if name in _VOID else f"<{name}{words}>{join(children)}</{name}>")
+
+
+def join(parts: Iterable[str]) -> Html:
+    """Return parts one after the other, each escaped unless it is markup."""
+    return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
+
+
+def page(title: str, body: Iterable[str], script: str = "") -> bytes:
+    """Return a whole document."""
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", http_equiv="Content-Security-Policy", content=policy),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("title", title),
+        el("style", Html(_STYLE)),
+    )
+    whole = el("html", head, el("body", *body, el("script", Html(script))), lang="en")
+    return f"<!DOCTYPE html>\n{whole}\n".encode(errors="backslashreplace")
+
+
+def tiles(numbers: Sequence[tuple[str, str]]) -> Html:
+    """Return key figures: (number, what it is)."""
+    return el("div", *(el("div", el("b", value), el("span", what), class_="tile") for value, what in numbers),
+              class_="tiles")  # fmt: skip
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> Html:
+    """Return a table whose first ``texts`` columns are words and the others numbers."""
+
+    def line(kind: str, cells: Sequence[str]) -> Html:
+        shown = (el(kind, cell, **({"class_": "word"} if at < texts else {})) for at, cell in enumerate(cells))
+        return el("tr", *shown)
+
+    return el("div", el("table", line("th", header), *(line("td", row) for row in rows)), class_="wide")
+
+
+def histogram_svg(counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]) -> Html:
+    """Return bars with the edges of the first, middle and last bin, and the number of the highest."""
+    width, height, floor = 560, 170, 146
+    step, top = (width - 20) / len(counts), max(1, int(counts.max()))
+    bars = [
+        el("rect", el("title", f"{low:.0f} to {high:.0f}: {count:,}"), x=f"{10 + step * at:.1f}",
+           y=f"{floor - count / top * 120:.1f}", width=f"{step * 0.88:.1f}", height=f"{count / top * 120:.1f}",
+           fill=_COLOURS["given"])
+        for at, (count, low, high) in enumerate(zip(counts.tolist(), edges[:-1], edges[1:], strict=True))
+    ]  # fmt: skip
+    places = ((0, 10, "start"), (len(counts) // 2, 10 + step * (len(counts) // 2), "middle"), (-1, width - 10, "end"))
+    labels = [el("text", f"{edges[at]:.0f}", x=f"{x:.0f}", y=floor + 17, text_anchor=side) for at, x, side in places]
+    most = el("text", f"{top:,} at most in a bar", x=10, y=16)
+    return el("svg", *bars, *labels, most, viewBox=f"0 0 {width} {height}")
+
+
+def picture(image: Image.Image, **attributes: str | int) -> Html:
+    """Return an image at most ``THUMBNAIL_PX`` large, embedded; tiny drawings stay sharp."""
+    image = image.copy()
+    image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+    small = max(image.size) < THUMBNAIL_PX // 2
+    stream = io.BytesIO()
+    image.save(stream, "PNG" if small else "JPEG", quality=82)
+    if small:
+        attributes = {"class_": "small", **attributes}
+    return embedded(stream.getvalue(), "png" if small else "jpeg", **attributes)
+
+
+def embedded(data: bytes, kind: str, **attributes: str | int) -> Html:
+    """Return an image from encoded bytes of ``image/KIND``."""
+    return el("img", src=f"data:image/{kind};base64,{base64.b64encode(data).decode()}", **attributes)

@@ -45,25 +45,24 @@ class CorpusAudit:
         return self.targets / max(1, self.tokens)
 
 
-def audit_corpus(columns: Columns, drawn: npt.NDArray[np.int64], n_tokens: npt.NDArray[np.int64]) -> CorpusAudit:
+def audit_corpus(draws: Columns, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
     """Count what draws supervise.
 
     Args:
-        columns: of one corpus.
-        drawn: numbers of the drawn samples, with repeats.
+        draws: numbers of the drawn samples of one corpus, with repeats.
+        samples: distinct samples that the corpus holds.
         n_tokens: tokens of each draw, with its prompt.
     """
-    targets = columns.n_target[drawn]
     return CorpusAudit(
-        draws=len(drawn),
-        samples=len(columns),
+        draws=len(draws),
+        samples=samples,
         tokens=int(n_tokens.sum()),
-        targets=int(targets.sum()),
-        without_target=int(np.count_nonzero(targets == 0)),
-        truncated=int(np.count_nonzero(columns.truncated[drawn])),
-        unended=int(np.count_nonzero(~columns.ended[drawn])),
-        repeated=int(columns.n_repeated[drawn].sum()),
-        left_out=int(columns.n_left_out[drawn].sum()),
+        targets=int(draws.n_target.sum()),
+        without_target=int(np.count_nonzero(draws.n_target == 0)),
+        truncated=int(np.count_nonzero(draws.truncated)),
+        unended=int(np.count_nonzero(~draws.ended)),
+        repeated=int(draws.n_repeated.sum()),
+        left_out=int(draws.n_left_out.sum()),
     )
 
 

@@ -1,21 +1,30 @@
 """The arithmetic of a plan: how often each corpus is drawn, in which order, and which samples share a row.
 
-Pure functions of arrays and a seed; 1.6 million draws take a few seconds.
+Pure functions of arrays and a seed; 1.6 million draws take about a second.
 """
 
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32] | Ints
 LONG_SHARE = 4
 """Samples longer than a row's ``1 / LONG_SHARE`` are placed first, longest first; the others fill up in drawn order."""
+RESERVE_SHARE = 4
+"""Short samples fill rows up to the last ``1 / RESERVE_SHARE`` as they come; what follows is placed where it fits best.
+
+Looking for the best place costs ten times as much as taking the next one, and a quarter of the samples is enough to
+find a fit: rows come out as full as if every sample had been looked at.
+"""
 WINDOW_DRAWS = 1 << 15
 """Samples that are packed together: large enough to fill rows, small beside a run, so the blend stays even."""
+_JUDGED_DRAWS = 1 << 13
 
 
 def exact_draws(weights: Sequence[float], total: int) -> list[int]:
@@ -38,25 +47,39 @@ def seeded(*parts: object) -> np.random.Generator:
 
 def sample_order(samples: int, draws: int, seed: int, corpus: str) -> Ints:
     """Return ``draws`` sample numbers: concatenated seeded permutations, so each epoch holds every sample once."""
-    epochs = -(-draws // samples)
-    orders = [seeded(seed, corpus, epoch).permutation(samples) for epoch in range(epochs)]
-    return np.concatenate([*orders, np.empty(0, dtype=np.int64)])[:draws].astype(np.int64)
+    whole, rest = divmod(draws, samples)
+    orders = [_permutation(seeded(seed, corpus, epoch), samples, samples) for epoch in range(whole)]
+    return np.concatenate([*orders, _permutation(seeded(seed, corpus, whole), samples, rest)])
 
 
-def interleave(draws: Sequence[int]) -> Ints:
+def _permutation(generator: np.random.Generator, size: int, count: int) -> Ints:
+    """Return the first ``count`` numbers of a permutation of ``size``: sorted by random keys, as far as needed.
+
+    A number stands in the low bits of its key, so keys differ and any sort gives the same order.
+    """
+    bits = size.bit_length()
+    keys = generator.integers(0, 1 << 63, size, dtype=np.int64) >> bits << bits
+    keys |= np.arange(size)
+    if count < size:
+        keys = np.partition(keys, count)[:count]
+    keys.sort()
+    return keys & ((1 << bits) - 1)
+
+
+def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
     """Return the corpus number of every draw, spread evenly.
 
     The k-th draw of a corpus comes at time ``(k + 1/2) / draws``; after any ``n`` draws of all corpora, corpus ``i`` of
     ``C`` has been drawn ``n * draws[i] / sum(draws)`` times to within ``(1 + C) / 2``.
     """
     times = [(np.arange(count) + 0.5) / count for count in draws if count]
-    corpora = [np.full(count, index) for index, count in enumerate(draws) if count]
+    corpora = [np.full(count, index, dtype=np.int16) for index, count in enumerate(draws) if count]
     if not times:
-        return np.empty(0, dtype=np.int64)
-    return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")].astype(np.int64)
+        return np.empty(0, dtype=np.int16)
+    return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")]
 
 
-def pack_in_order(lengths: Ints, images: Ints, length: int, max_images: int | None) -> Ints:
+def pack_in_order(lengths: Counts, images: Counts, length: int, max_images: int | None) -> Ints:
     """Return the row of each sample when rows are filled in the given order and none is reordered."""
     rows = np.empty(len(lengths), dtype=np.int64)
     cap = max_images if max_images is not None else int(images.sum())
@@ -70,13 +93,13 @@ def pack_in_order(lengths: Ints, images: Ints, length: int, max_images: int | No
 
 
 def pack_windows(
-    lengths: Ints, images: Ints, length: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS
+    lengths: Counts, images: Counts, length: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS
 ) -> Ints:
     """Return the row of each sample: best fit inside windows of draws, rows shuffled within each window.
 
     Long samples go first, by decreasing length, because they are hard to place; short ones keep their drawn order, or
     every row would hold samples of one length, that is of one task. On lengths as in AKI's mixture (200 to 650 tokens)
-    rows of 4096 come out 98 % full, against 98.3 % with all samples sorted.
+    rows of 4096 come out 98 % full, as with all samples sorted.
 
     Args:
         lengths: tokens of each sample in draw order, none above ``length``.
@@ -90,18 +113,18 @@ def pack_windows(
     first = 0
     for number, start in enumerate(range(0, len(lengths), window)):
         part = slice(start, start + window)
-        local, count = _best_fit(lengths[part], images[part], length, max_images)
+        local, count = _pack_window(lengths[part], images[part], length, max_images)
         rows[part] = first + seeded(seed, "rows", number).permutation(count)[local]
         first += count
     return rows
 
 
-def better_length(lengths: Ints, images: Ints, length: int, max_images: int | None) -> tuple[int, float]:
+def better_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[int, float]:
     """Return the row length near ``length`` (half to twice, multiples of 64) that packs fullest, and how full.
 
-    Judged on the first window of draws; nearer lengths win ties.
+    Judged on the first draws; nearer lengths win ties.
     """
-    lengths, images = lengths[:WINDOW_DRAWS], images[:WINDOW_DRAWS]
+    lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
     longest = int(lengths.max())
     nearby = [size for size in range(max(64, length // 128 * 64), 2 * length + 1, 64) if size >= longest]
     full = {size: fullness(lengths, pack_windows(lengths, images, size, max_images, 0), size) for size in nearby}
@@ -109,44 +132,102 @@ def better_length(lengths: Ints, images: Ints, length: int, max_images: int | No
     return best, full.get(best, 0.0)
 
 
-def fullness(lengths: Ints, rows: Ints, length: int) -> float:
+def fullness(lengths: Counts, rows: Ints, length: int) -> float:
     """Return the share of a row's positions that hold tokens, over all rows."""
     return float(lengths.sum() / (int(rows.max()) + 1) / length)
 
 
-def _best_fit(lengths: Ints, images: Ints, length: int, max_images: int | None) -> tuple[Ints, int]:
-    """Best fit of one window: rows of the samples, and the number of rows.
+class _OpenRows:
+    """The rows of a window that have room left.
 
-    ``open_rows[slots][free]`` holds rows with so much room, and bit ``free`` of ``masks[slots]`` says that there is
-    one, so the fullest row a sample fits is the lowest set bit at or above its length.
+    By image slots left and tokens left, ``rows`` holds stacks of rows; ``frees`` lists in order the tokens left that
+    have one, so the fullest row that a sample fits is found by bisection. Rows without room for ``least`` tokens go.
     """
-    slots_of_new = max_images or 0
-    needs = images if max_images is not None else np.zeros_like(images)
-    open_rows: list[dict[int, list[int]]] = [{} for _ in range(slots_of_new + 1)]
-    masks = [0] * (slots_of_new + 1)
-    rows = np.empty(len(lengths), dtype=np.int64)
-    opened = 0
-    order = np.argsort(np.where(lengths * LONG_SHARE > length, -lengths, 0), kind="stable")
-    for index, tokens, need in zip(order.tolist(), lengths[order].tolist(), needs[order].tolist(), strict=True):
-        best, best_slots = length + 1, -1
-        for slots in range(need, slots_of_new + 1):
-            fitting = masks[slots] >> tokens
-            if fitting:
-                free = tokens + (fitting & -fitting).bit_length() - 1
-                if free < best:
-                    best, best_slots = free, slots
-        if best_slots < 0:
-            row, best, best_slots = opened, length, slots_of_new
-            opened += 1
+
+    def __init__(self, length: int, slots: int, least: int) -> None:
+        self._length, self._slots, self._least = length, slots, least
+        self._rows: list[dict[int, list[int]]] = [{} for _ in range(slots + 1)]
+        self._frees: list[list[int]] = [[] for _ in range(slots + 1)]
+        self.count = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that would fill all rows."""
+        return sum(free * len(rows) for stacks in self._rows for free, rows in stacks.items())
+
+    def open(self, tokens: Counts, images: Counts) -> None:
+        """Add rows that hold so much."""
+        for free, slots in zip((self._length - tokens).tolist(), (self._slots - images).tolist(), strict=True):
+            self._keep(self.count, free, slots)
+            self.count += 1
+
+    def place(self, tokens: Counts, images: Counts) -> list[int]:
+        """Return the row of each sample in turn: the one it fits best, or a new one where it fits none."""
+        found, all_frees, all_rows, keep = [], self._frees, self._rows, self._keep
+        for size, need in zip(tokens.tolist(), images.tolist(), strict=True):
+            best, place, slots = self._length + 1, 0, -1
+            for more in range(need, self._slots + 1):
+                frees = all_frees[more]
+                at = bisect_left(frees, size)
+                if at < len(frees) and frees[at] < best:
+                    best, place, slots = frees[at], at, more
+            if slots < 0:
+                row, best, slots = self.count, self._length, self._slots
+                self.count += 1
+            else:
+                stack = all_rows[slots][best]
+                row = stack.pop()
+                if not stack:
+                    del all_rows[slots][best], all_frees[slots][place]
+            found.append(row)
+            keep(row, best - size, slots - need)
+        return found
+
+    def _keep(self, row: int, free: int, slots: int) -> None:
+        if free < self._least:
+            return
+        stack = self._rows[slots].get(free)
+        if stack:
+            stack.append(row)
         else:
-            stack = open_rows[best_slots][best]
-            row = stack.pop()
-            if not stack:
-                masks[best_slots] ^= 1 << best
-        rows[index] = row
-        free, slots = best - tokens, best_slots - need
-        stack = open_rows[slots].setdefault(free, [])
-        if not stack:
-            masks[slots] |= 1 << free
-        stack.append(row)
-    return rows, opened
+            self._rows[slots][free] = [row]
+            insort(self._frees[slots], free)
+
+
+def _pack_window(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[Ints, int]:
+    """Return the rows of one window's samples, and the number of rows."""
+    slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
+    rows, open_rows = np.empty(len(lengths), dtype=np.int64), _OpenRows(length, slots, int(lengths.min()))
+    long = lengths * LONG_SHARE > length
+    longs, shorts = np.flatnonzero(long), np.flatnonzero(~long)
+    longs = longs[np.argsort(-lengths[longs], kind="stable")]
+    rows[longs] = open_rows.place(lengths[longs], needs[longs])
+    tokens, counts = (np.cumsum(np.append(0, values[shorts])) for values in (lengths, needs))
+    bounds = np.array(_bounds(tokens, counts, length, slots, open_rows.room))
+    rows[shorts[: bounds[-1]]] = np.repeat(np.arange(len(bounds) - 1) + open_rows.count, np.diff(bounds))
+    open_rows.open(np.diff(tokens[bounds]), np.diff(counts[bounds]))
+    left = shorts[bounds[-1] :]
+    rows[left] = open_rows.place(lengths[left], needs[left])
+    return rows, open_rows.count
+
+
+def _bounds(tokens: Counts, images: Counts, length: int, slots: int, room: int) -> list[int]:
+    """Return where new rows begin and end when short samples fill all but their reserve in the given order.
+
+    As many rows as what does not fit into the ``room`` of the open ones would fill.
+
+    Args:
+        tokens: of all samples before each one and, last, of all; so are ``images``.
+        images: see there.
+        length: tokens a row holds.
+        slots: images a row holds.
+        room: tokens that would fill the rows that are open already.
+    """
+    ends, counts = tokens.tolist(), images.tolist()
+    most_tokens, most_images = length - length // RESERVE_SHARE, slots - slots // RESERVE_SHARE
+    bounds = [0]
+    for _ in range(max(0, ends[-1] - room) // length):
+        at = bounds[-1]
+        fitting = min(bisect_right(ends, ends[at] + most_tokens), bisect_right(counts, counts[at] + most_images))
+        bounds.append(fitting - 1)
+    return bounds

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,11 @@ from data_prep.packs import sha256_file
 from data_prep.progress import Reporter
 from data_prep.prompts import NO_PROMPT, draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
-from data_prep.samples import Columns, read_columns
+from data_prep.samples import read_columns
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Workspace
 
-PLAN_VERSION = 3
+PLAN_VERSION = 4
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
 _PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
@@ -147,55 +147,37 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """What is drawn from one corpus, in its own order; arrays of one length."""
+    """Draws in their order; arrays of one length."""
 
-    sample: Ints
-    """Numbers of the samples, into the corpus's columns."""
-    prompt: Ints
-    unit: Ints
-    index: Ints
-    tokens: Ints
+    unit: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
     """With the prompt."""
-    images: Ints
-
-    @classmethod
-    def of(cls, columns: Columns, sample: Ints, prompt: Ints, prompt_tokens: Ints, first_unit: int) -> _Draws:
-        """Look up drawn samples; units are numbered on from ``first_unit``."""
-        extra = np.append(prompt_tokens, 0)[prompt]  # the last entry is for NO_PROMPT
-        return cls(
-            sample,
-            prompt,
-            columns.unit[sample] + first_unit,
-            columns.index[sample],
-            columns.n_tokens[sample] + extra,
-            columns.n_images[sample],
-        )
+    images: npt.NDArray[np.int32]
+    prompt: npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, slots=True)
 class _Blend:
-    """All draws of a pack set in blended order; arrays of one length."""
+    """All draws of a pack set in blended order."""
 
-    corpus: Ints
-    unit: Ints
-    index: Ints
-    tokens: Ints
-    images: Ints
-    prompt: Ints
+    corpus: npt.NDArray[np.int16]
+    draws: _Draws
 
     @classmethod
-    def of(cls, pack: PackConfig, drawn: Sequence[_Draws]) -> _Blend:
+    def of(cls, pack: PackConfig, parts: Sequence[_Draws]) -> _Blend:
         """Blend the draws of several corpora; without shuffling, corpus after corpus."""
-        corpus = interleave([len(part.sample) for part in drawn])
+        corpus = interleave([len(part.unit) for part in parts])
         corpus = corpus if pack.shuffle else np.sort(corpus)
         places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
 
-        def spread(name: str) -> Ints:
-            blended = np.empty(len(corpus), dtype=np.int64)
-            blended[places] = np.concatenate([getattr(part, name) for part in drawn])
+        def spread(name: str) -> npt.NDArray[Any]:
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            blended = np.empty_like(joined)
+            blended[places] = joined
             return blended
 
-        return cls(corpus, *map(spread, ("unit", "index", "tokens", "images", "prompt")))
+        return cls(corpus, _Draws(*(spread(field.name) for field in fields(_Draws))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,51 +190,50 @@ class _Made:
 
 
 def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer) -> _Made:
-    columns = [read_columns(intake.units) for intake in intakes]
-    samples = _draw(pack, seed, [intake.corpus for intake in intakes], columns)
-    first_units = itertools.accumulate([len(intake.units) for intake in intakes[:-1]], initial=0)
-    prompt_tokens = np.array([len(ids) for ids in prompt_ids(tokenizer, pack.prompts)], dtype=np.int64)
+    kept = [[unit.report().tally.kept for unit in intake.units] for intake in intakes]
+    orders = _draw(pack, seed, [intake.corpus for intake in intakes], list(map(sum, kept)))
+    first_units = itertools.accumulate(map(len, kept), initial=0)
+    prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
     drawn, audits = [], {}
-    for intake, part, sample, first_unit in zip(intakes, columns, samples, first_units, strict=True):
-        prompted = part.prompt_at[sample] != NO_PROMPT
-        prompt = draw_prompts(prompted, len(pack.prompts), seed, intake.corpus)
-        drawn.append(_Draws.of(part, sample, prompt, prompt_tokens, first_unit))
-        audits[intake.corpus] = audit_corpus(part, sample, drawn[-1].tokens)
+    for intake, counts, chosen, first_unit in zip(intakes, kept, orders, first_units, strict=False):
+        part = read_columns(intake.units, counts, chosen)
+        prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(pack.prompts), seed, intake.corpus)
+        tokens = part.n_tokens + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
+        audits[intake.corpus] = audit_corpus(part, sum(counts), tokens)
+        drawn.append(_Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt))
     check_audit(name, audits)
     blend = _Blend.of(pack, drawn)
-    rows = _rows(pack, seed, blend)
+    rows = _rows(pack, seed, blend.draws)
     order = np.argsort(rows, kind="stable")
-    values = [rows, blend.corpus, blend.unit, blend.index, np.arange(len(order)), blend.prompt]
+    draws = blend.draws
+    values: list[npt.NDArray[Any]] = [rows, blend.corpus, draws.unit, draws.index, np.arange(len(order)), draws.prompt]
     arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
-    advice = [*warnings(name, audits), *_advice(name, pack, blend, rows)]
+    advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
     return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
 
 
-def _draw(pack: PackConfig, seed: int, names: Sequence[str], columns: Sequence[Columns]) -> list[Ints]:
-    """Return, per corpus, the numbers of its samples in the order they are drawn."""
+def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:
+    """Yield, per corpus of so many samples, their numbers in the order they are drawn."""
     if pack.draws is None:
-        counts = [len(part) * (pack.epochs or 1) for part in columns]
+        counts = [count * (pack.epochs or 1) for count in samples]
     else:
         counts = exact_draws([pack.corpora[name] for name in names], pack.draws)
+    for name, size, count in zip(names, samples, counts, strict=True):
+        yield sample_order(size, count, seed, name) if pack.shuffle else np.resize(np.arange(size), count)
+
+
+def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
     if not pack.shuffle:
-        return [np.resize(np.arange(len(part)), count) for part, count in zip(columns, counts, strict=True)]
-    return [
-        sample_order(len(part), count, seed, name) for name, part, count in zip(names, columns, counts, strict=True)
-    ]
+        return pack_in_order(draws.tokens, draws.images, pack.length, pack.max_images)
+    return pack_windows(draws.tokens, draws.images, pack.length, pack.max_images, seed)
 
 
-def _rows(pack: PackConfig, seed: int, blend: _Blend) -> Ints:
-    if not pack.shuffle:
-        return pack_in_order(blend.tokens, blend.images, pack.length, pack.max_images)
-    return pack_windows(blend.tokens, blend.images, pack.length, pack.max_images, seed)
-
-
-def _advice(name: str, pack: PackConfig, blend: _Blend, rows: Ints) -> list[str]:
+def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
     """Return a line that names a fuller row length, where one is clearly fuller."""
-    full = fullness(blend.tokens, rows, pack.length)
+    full = fullness(draws.tokens, rows, pack.length)
     if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(rows) < _FEW_SAMPLES:
         return []
-    best, better = better_length(blend.tokens, blend.images, pack.length, pack.max_images)
+    best, better = better_length(draws.tokens, draws.images, pack.length, pack.max_images)
     if better < full + _WASTE_WORTH_A_WORD / 2:
         return []
     return [f"note: packs.{name}: rows of {pack.length} come out {full:.1%} full, rows of {best} would {better:.1%}"]

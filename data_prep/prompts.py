@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.packing import Ints, seeded
+from data_prep.packing import seeded
 from data_prep.samples import Sample
 from data_prep.template import Text
 from data_prep.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode([Text(prompt)], image_tokens=1).ids.tolist() for prompt in prompts]
 
 
-def draw_prompts(prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str) -> Ints:
+def draw_prompts(prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str) -> npt.NDArray[np.int16]:
     """Return which of so many prompts each draw of a corpus gets, by seed, corpus and number of the draw.
 
     Args:
@@ -36,12 +36,12 @@ def draw_prompts(prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpu
         corpus: name of the corpus.
 
     Returns:
-        int64[draws]; ``NO_PROMPT`` where a draw gets none.
+        int16[draws]; ``NO_PROMPT`` where a draw gets none.
     """
     if not prompts:
-        return np.full(len(prompted), NO_PROMPT, dtype=np.int64)
+        return np.full(len(prompted), NO_PROMPT, dtype=np.int16)
     drawn = seeded(seed, corpus, "prompts").integers(prompts, size=len(prompted))
-    return np.where(prompted, drawn, NO_PROMPT)
+    return np.where(prompted, drawn, NO_PROMPT).astype(np.int16)
 
 
 def insert_prompt(sample: Sample, ids: Sequence[int]) -> Sample:

@@ -40,18 +40,18 @@ _FLAGS = ("truncated", "ended")
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Per-sample numbers of one corpus, over its units in order; arrays of one length."""
+    """Numbers of chosen samples of one corpus, in the order they were chosen; arrays of one length."""
 
-    unit: npt.NDArray[np.int64]
+    unit: npt.NDArray[np.int32]
     """Number of the unit within ``units``."""
-    index: npt.NDArray[np.int64]
+    index: npt.NDArray[np.int32]
     """Number of the sample within its unit."""
-    n_tokens: npt.NDArray[np.int64]
-    n_images: npt.NDArray[np.int64]
-    n_target: npt.NDArray[np.int64]
-    n_repeated: npt.NDArray[np.int64]
-    n_left_out: npt.NDArray[np.int64]
-    prompt_at: npt.NDArray[np.int64]
+    n_tokens: npt.NDArray[np.int32]
+    n_images: npt.NDArray[np.int32]
+    n_target: npt.NDArray[np.int32]
+    n_repeated: npt.NDArray[np.int32]
+    n_left_out: npt.NDArray[np.int32]
+    prompt_at: npt.NDArray[np.int32]
     truncated: npt.NDArray[np.bool_]
     ended: npt.NDArray[np.bool_]
 
@@ -59,19 +59,32 @@ class Columns:
         return len(self.unit)
 
 
-def read_columns(units: Sequence[Unit]) -> Columns:
-    """Read the numbers a plan needs; token ids stay on disk. Raises UserError when a unit cannot be read."""
-    parts: dict[str, list[Any]] = {name: [] for name in (*_NUMBERS, *_FLAGS)}
-    counts = []
-    for unit in units:
-        batches = _open(unit)
-        counts.append(sum(batch.num_rows for batch in batches))
-        for name, arrays in parts.items():
-            arrays += [batch.column(name).to_numpy(zero_copy_only=False) for batch in batches]
-    numbers = {name: _concatenate(parts[name], np.int64) for name in _NUMBERS}
-    flags = {name: _concatenate(parts[name], np.bool_) for name in _FLAGS}
-    index = _concatenate([np.arange(count) for count in counts], np.int64)
-    return Columns(np.repeat(np.arange(len(units)), counts), index, **numbers, **flags)
+def read_columns(units: Sequence[Unit], kept: Sequence[int], chosen: npt.NDArray[np.int64]) -> Columns:
+    """Read the numbers a plan needs of chosen samples; one unit is open at a time, and token ids stay on disk.
+
+    Args:
+        units: of one corpus.
+        kept: samples of each unit.
+        chosen: numbers of samples over all units, in any order, with repeats.
+
+    Raises:
+        UserError: a unit cannot be read, or holds another number of samples.
+    """
+    starts = np.cumsum([0, *kept])
+    unit = (np.searchsorted(starts, chosen, side="right") - 1).astype(np.int32)
+    index = (chosen - starts[unit]).astype(np.int32)
+    kinds = dict.fromkeys(_NUMBERS, "int32") | dict.fromkeys(_FLAGS, "bool")
+    columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(chosen), dtype=kind) for name, kind in kinds.items()}
+    by_unit = np.argsort(unit, kind="stable")
+    ends = np.cumsum(np.bincount(unit, minlength=len(units)))
+    for number in np.unique(unit).tolist():
+        places = by_unit[ends[number - 1] if number else 0 : ends[number]]
+        table = pa.Table.from_batches(_open(units[number]))
+        if table.num_rows != kept[number]:
+            raise _unreadable(units[number], f"{table.num_rows} samples, its marker says {kept[number]}")
+        for name, column in columns.items():
+            column[places] = table.column(name).to_numpy()[index[places]]
+    return Columns(unit, index, **columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +135,8 @@ def _open(unit: Unit) -> list[pa.RecordBatch]:
     try:
         return open_batches(unit.tokens)
     except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{unit.tokens}: cannot be read ({error}); delete its folder and run ingest again") from error
+        raise _unreadable(unit, error) from error
 
 
-def _concatenate(arrays: Sequence[npt.NDArray[Any]], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    return np.concatenate([*arrays, np.empty(0, dtype=dtype)]).astype(dtype, copy=False)
+def _unreadable(unit: Unit, why: object) -> UserError:
+    return UserError(f"{unit.tokens}: cannot be read ({why}); delete its folder and run ingest again")

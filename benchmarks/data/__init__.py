@@ -1,0 +1,1 @@
+"""Benchmarks of data preparation; ``python -m benchmarks.data --help``."""

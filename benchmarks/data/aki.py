@@ -1,0 +1,159 @@
+"""AKI's eleven instruction corpora with their published sizes and weights, as ingested units without token ids.
+
+Lengths are drawn: 144 image tokens, about 45 of system prompt and template, and texts as long as those of the corpora.
+A plan reads nothing else of a unit, so ``mma-prep plan`` on such a folder does exactly what it does on real data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import yaml
+
+from data_prep.arrow_files import BATCH_ROWS
+from data_prep.packs import sha256_file, write_atomic
+from data_prep.progress import Reporter
+from data_prep.quarantine import Tally
+from data_prep.recipe import Recipe, load_recipe
+from data_prep.recipe_tokenizer import prepare_tokenizer
+from data_prep.samples import SAMPLE_SCHEMA
+from data_prep.tokenizer import train_sentencepiece
+from data_prep.workspace import Intake, Unit, UnitReport, Workspace
+
+Ints = npt.NDArray[np.int64]
+IMAGE_TOKENS, FRAME_TOKENS, MOST_TEXT_TOKENS = 144, 45, 512
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """One corpus: published number of samples, weight in the blend, and what its texts are like."""
+
+    samples: int
+    weight: float
+    text_tokens: Callable[[np.random.Generator, int], npt.NDArray[np.floating | np.integer]]
+    per_unit: int = 4096
+    image_share: float = 1.0
+
+
+def _words(mean: float) -> Callable[[np.random.Generator, int], npt.NDArray[np.int64]]:
+    return lambda rng, count: rng.poisson(mean, count)
+
+
+def _paragraphs(middle: float, spread: float) -> Callable[[np.random.Generator, int], npt.NDArray[np.float64]]:
+    return lambda rng, count: rng.lognormal(np.log(middle), spread, count)
+
+
+CORPORA = {
+    "vqav2": Corpus(443_757, 0.103, _words(14)),
+    "gqa": Corpus(943_000, 0.103, _words(15)),
+    "vsr": Corpus(7_680, 0.026, _words(24)),
+    "ocrvqa": Corpus(801_579, 0.103, _words(18), per_unit=20_000),
+    "aokvqa": Corpus(17_056, 0.103, _words(50)),
+    "scienceqa": Corpus(12_726, 0.103, _paragraphs(90, 0.6), image_share=0.49),
+    "refcoco": Corpus(120_624, 0.103, _words(32)),
+    "refcoco_plus": Corpus(120_191, 0.103, _words(32)),
+    "refcocog": Corpus(80_512, 0.103, _words(37)),
+    "visual_genome": Corpus(5_408_689, 0.047, _words(34), per_unit=25_000),
+    "llava": Corpus(157_712, 0.103, _paragraphs(230, 0.5)),
+}
+
+
+def make_workspace(folder: Path, length: int, draws: int, scale: float = 1.0) -> Recipe:
+    """Write units of all corpora under ``folder``; return a recipe whose ingest is complete.
+
+    Args:
+        folder: empty, or made by the same call.
+        length: tokens of a packed row.
+        draws: of the whole blend.
+        scale: of the corpora; 1 for the published sizes.
+    """
+    recipe = load_recipe(str(_write_recipe(folder, length, draws, scale)))
+    space = Workspace(recipe)
+    tokenizer = prepare_tokenizer(space, Reporter(quiet=True))
+    for intake in space.intakes(tokenizer):
+        _write_units(intake, CORPORA[intake.corpus], scale)
+    return recipe
+
+
+def _write_recipe(folder: Path, length: int, draws: int, scale: float) -> Path:
+    model = folder / "raw" / "tokenizer" / "tokenizer.model"
+    if not model.is_file():
+        model.parent.mkdir(parents=True, exist_ok=True)
+        train_sentencepiece(["a few words are enough, for nothing is tokenised here"], 300, (), model)
+    for name, corpus in CORPORA.items():
+        for number in range(-(-int(corpus.samples * scale) // corpus.per_unit)):
+            shard = folder / "raw" / name / f"{number:05d}.tar"  # a shard's name; nothing is read from it
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            shard.touch()
+    content = {
+        "root": str(folder / "raw"),
+        "out": str(folder / "out"),
+        "tokenizer": "tokenizer",
+        "image_tokens": IMAGE_TOKENS,
+        "corpora": {name: {"type": "webdataset", "tars": f"{name}/*.tar"} for name in CORPORA},
+        "packs": {
+            "sft": {
+                "corpora": {name: corpus.weight for name, corpus in CORPORA.items()},
+                "template": "plain",
+                "length": length,
+                "draws": draws,
+            }
+        },
+    }
+    path = folder / f"recipe-{length}.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def _write_units(intake: Intake, corpus: Corpus, scale: float) -> None:
+    left = int(corpus.samples * scale)
+    for unit in intake.units:
+        count = min(corpus.per_unit, left)
+        left -= count
+        if not unit.is_done():
+            _write_unit(unit, corpus, count)
+
+
+def _write_unit(unit: Unit, corpus: Corpus, count: int) -> None:
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{unit.corpus}/{unit.shard}".encode()).digest()[:8]))
+    unit.folder.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(unit.tokens), "wb") as sink, pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
+        for batch in _batches(corpus, count, rng):
+            writer.write_batch(batch)
+    unit.rejects.write_bytes(b"")
+    unit.digests.write_bytes(b"")
+    report = UnitReport(unit.raw, Tally(count), 0, unit.tokens.stat().st_size, sha256_file(unit.tokens))
+    write_atomic(unit.marker, report.to_json().encode())
+
+
+def _batches(corpus: Corpus, count: int, rng: np.random.Generator) -> Iterator[pa.RecordBatch]:
+    for start in range(0, count, BATCH_ROWS):
+        rows = min(BATCH_ROWS, count - start)
+        text = np.clip(corpus.text_tokens(rng, rows), 4, MOST_TEXT_TOKENS - FRAME_TOKENS).astype(np.int32)
+        images = (rng.random(rows) < corpus.image_share).astype(np.int32)
+        numbers = {
+            "n_tokens": FRAME_TOKENS + text + IMAGE_TOKENS * images,
+            "n_images": images,
+            "n_target": text // 2,
+            "prompt_at": np.full(rows, -1, dtype=np.int32),
+            "truncated": np.zeros(rows, dtype=bool),
+            "ended": np.ones(rows, dtype=bool),
+        }
+        yield pa.RecordBatch.from_arrays(
+            [
+                pa.array(numbers[field.name], type=field.type) if field.name in numbers else _blank(field.type, rows)
+                for field in SAMPLE_SCHEMA
+            ],
+            schema=SAMPLE_SCHEMA,
+        )
+
+
+def _blank(kind: pa.DataType, rows: int) -> pa.Array:
+    value = "" if pa.types.is_string(kind) else [] if pa.types.is_list(kind) else 0
+    return pa.array([value] * rows, type=kind)

@@ -102,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
         "--html", type=Path, metavar="FILE", help="write a page to browse instead (with masks: mma inspect)"
     )
     inspect.set_defaults(command=_inspect)
+    text = "what was rejected, why, and examples"
+    rejects = commands.add_parser("rejects", parents=[debug], help=text, description=text)
+    rejects.add_argument("directory", type=Path, metavar="DIR", help="an output folder")
+    rejects.add_argument("--html", type=Path, metavar="FILE", help="write a page with images instead")
+    rejects.set_defaults(command=_rejects)
     return parser
 
 
@@ -181,3 +186,12 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from data_prep.inspect import show_rows
 
     show_rows(arguments.directory, wanted or "0")
+
+
+def _rejects(arguments: argparse.Namespace) -> None:
+    from data_prep.rejects import show_rejects, write_rejects_page
+
+    if arguments.html is not None:
+        print(write_rejects_page(arguments.directory, arguments.html))
+    else:
+        show_rejects(arguments.directory)

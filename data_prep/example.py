@@ -17,6 +17,7 @@ class ImageRef:
     name: str
     """Where it came from, for messages: a file name, or ``shard.tar/KEY.jpg``."""
     path: Path | None = None
+    """The file; beside ``data``, the archive that holds it as the member ``name``."""
     data: bytes | None = None
     annotated_size: tuple[float, float] | None = None
     """Width and height that boxes refer to; ingest rejects the sample when the upright image has another shape."""
@@ -72,3 +73,7 @@ class Reject:
     code: str
     """Lower-case with dashes, e.g. ``missing-image``; the closed list is ``data_prep.quarantine.CODES``."""
     detail: str = ""
+    raw: str = ""
+    """What was found, as far as it is text."""
+    image: ImageRef | None = None
+    """Its image, where there is one."""

@@ -47,7 +47,9 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
         reporter.say("ingest: this share is done; plan follows when all shares are")
         return
     done = team.serial(lambda: require_ingested(space))
-    rejected = f" ({done.tally.describe_codes()}; see {space.rejects})" if done.tally.rejected else ""
+    rejected = (
+        f" ({done.tally.describe_codes()}; `mma-prep rejects {space.out}` shows them)" if done.tally.rejected else ""
+    )
     counts = f"{done.tally.kept:,} samples kept, {done.tally.rejected:,} rejected{rejected}"
     reporter.say(f"ingest: {counts}; images in {done.images}")
 

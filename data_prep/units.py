@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
 _SHAPE_TOLERANCE = 0.02  # rounding of the sides of scaled copies
+_RAW_CHARACTERS = 400  # of a rejected sample, in its list
 _IMAGE_BATCH_ROWS = 64  # images are large: a batch is what a unit holds in memory
 
 
@@ -61,13 +62,13 @@ def ingest_unit(job: UnitJob) -> UnitReport:
     with UnitWriter(unit, intake.writing, tokenizer) as writer:
         for item in corpus.examples(unit.shard):
             if isinstance(item, Reject):
-                writer.reject(item.sample, item.code, item.detail)
+                writer.reject(item)
                 continue
             for excerpt in excerpts(item, intake.writing.template.turns):
                 try:
                     writer.keep(excerpt)
                 except BadSample as problem:
-                    writer.reject(excerpt.example.id, problem.code, problem.detail)
+                    writer.reject(rejected(excerpt.example, problem))
     report = writer.report()
     write_atomic(unit.marker, report.to_json().encode())
     return report
@@ -106,12 +107,12 @@ class UnitWriter:
         entry, tally = self._samples.entry, Tally(self._kept, dict(sorted(self._codes.items())))
         return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256)
 
-    def reject(self, sample: str, code: str, detail: str) -> None:
+    def reject(self, item: Reject) -> None:
         """Count and list a sample that cannot be used."""
-        assert code in CODES, code
-        self._codes[code] += 1
-        place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": sample}
-        self._rejects.write(json.dumps({**place, "code": code, "detail": detail}) + "\n")
+        assert item.code in CODES, item.code
+        self._codes[item.code] += 1
+        place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": item.sample}
+        self._rejects.write(json.dumps({**place, "code": item.code, "detail": item.detail, **shown(item)}) + "\n")
 
     def keep(self, excerpt: Excerpt) -> None:
         """Add a sample with its images. Raises BadSample when it cannot be used; nothing is added then."""
@@ -189,6 +190,21 @@ class UnitWriter:
             self._images[key] = len(self._images)
             self._pixels.append((key, *size, data))
         return self._images[key]
+
+
+def rejected(example: Example, problem: BadSample) -> Reject:
+    """Return why an example cannot be used, with what it says and its first image."""
+    said = (f"{turn.role}: {part}" for turn in example.turns for part in turn.parts if isinstance(part, str))
+    return Reject(example.id, problem.code, problem.detail, "\n".join(said), next(iter(example.images), None))
+
+
+def shown(item: Reject) -> dict[str, str]:
+    """Return what ``mma-prep rejects`` shows of a sample: the beginning of its text, and where its image lies."""
+    image, raw = item.image, item.raw[:_RAW_CHARACTERS].encode(errors="backslashreplace").decode()
+    if image is None or image.path is None:
+        return {"raw": raw}
+    member = image.name if image.data is not None else ""
+    return {"raw": raw, "image": str(image.path), "member": member.partition("/")[2]}
 
 
 def check_annotated_size(image: ImageRef, size: tuple[int, int]) -> None:

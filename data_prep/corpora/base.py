@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -131,9 +133,10 @@ class RowCorpus(Corpus):
             sample = self.row_id(row) or sample
             if number in self._repeats:
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
-            return list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
+            found = list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
         except BadSample as problem:
-            return [Reject(sample, problem.code, problem.detail)]
+            found = [Reject(sample, problem.code, problem.detail)]
+        return [replace(item, raw=as_text(value)) if isinstance(item, Reject) else item for item in found]
 
     @cached_property
     def _repeats(self) -> frozenset[int]:
@@ -149,6 +152,13 @@ class RowCorpus(Corpus):
                 repeats.add(number)
             seen.add(sample)
         return frozenset(repeats)
+
+
+def as_text(value: object) -> str:
+    """Return a raw row in words, for whoever looks at what was rejected."""
+    if isinstance(value, Malformed):
+        return ""
+    return json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
 
 
 def attempt(sample: str, make: Callable[[], Example]) -> Example | Reject:

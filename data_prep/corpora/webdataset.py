@@ -71,21 +71,23 @@ class WebDataset(Corpus):
             try:
                 if key in seen:
                     raise BadSample("duplicate-id", f"key {key} occurs twice in {path.name}")
-                yield self._example(sample, path.name, members)
+                yield self._example(sample, path, members)
             except BadSample as problem:
-                yield Reject(sample, problem.code, problem.detail)
+                words = b"\n".join(members[suffix].data for suffix in TEXT_SUFFIXES if suffix in members)
+                yield Reject(
+                    sample, problem.code, problem.detail, words.decode(errors="replace"), _image(path, members)
+                )
             seen.add(key)
 
-    def _example(self, sample: str, tar: str, members: dict[str, Member]) -> Example:
+    def _example(self, sample: str, tar: Path, members: dict[str, Member]) -> Example:
         clean(next(iter(members.values())).key, "key")
         for member in members.values():
             if member.unsafe:
                 raise BadSample("unsafe-path", member.unsafe)
-        image = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+        image = _image(tar, members)
         if image is None:
             raise BadSample("missing-image", f"no member {sample}.{'|'.join(IMAGE_SUFFIXES)}")
-        ref = ImageRef(name=f"{tar}/{image.key}.{image.suffix}", data=image.data)
-        turns = (Turn("user", (ref,)), Turn("assistant", (self._caption(members),)))
+        turns = (Turn("user", (image,)), Turn("assistant", (self._caption(members),)))
         return Example(sample, turns, kind="document")
 
     def _caption(self, members: dict[str, Member]) -> str:
@@ -100,6 +102,26 @@ class WebDataset(Corpus):
         if self.granularity is not None:
             return _ocr_caption(_parse(text(about, self.caption_key or "captions")), self.granularity)
         return text(about, self.caption_key or "caption")
+
+
+def _image(tar: Path, members: dict[str, Member]) -> ImageRef | None:
+    found = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
+    if found is None or found.unsafe:
+        return None
+    return ImageRef(f"{tar.name}/{found.key}.{found.suffix}", path=tar, data=found.data)
+
+
+def read_image(path: Path, name: str) -> bytes:
+    """Return the member ``KEY.SUFFIX`` of a tar. Raises OSError where it cannot be read, KeyError where it is not."""
+    try:
+        with tarfile.open(path) as tar:
+            for info in tar:
+                stem, _, suffix = PurePosixPath(info.name).name.partition(".")
+                if info.isreg() and f"{PurePosixPath(info.name).parent / stem}.{suffix.lower()}" == name:
+                    return _read(tar, info, "", "").data
+    except (tarfile.TarError, EOFError, zlib.error) as problem:
+        raise OSError(f"{path}: damaged tar ({problem})") from problem
+    raise KeyError(f"{path} has no member {name}")
 
 
 def _decode(data: bytes) -> str:

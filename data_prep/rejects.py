@@ -1,0 +1,161 @@
+"""Quarantined samples to look at: how many for which reason, and examples with their text and image."""
+
+from __future__ import annotations
+
+import bisect
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from data_prep.corpora.webdataset import read_image
+from data_prep.errors import UserError
+from data_prep.images import BadImage, decode_rgb
+from data_prep.packs import write_atomic
+from data_prep.quarantine import CODES
+from data_prep.web_page import Html, el, page, picture, table, tiles
+
+EXAMPLES = 12
+"""Shown of each corpus and reason on a page."""
+_TERMINAL_EXAMPLES = 3
+_TERMINAL_CHARACTERS = 110
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """One line of ``rejects.jsonl``."""
+
+    corpus: str
+    shard: str
+    sample: str
+    code: str
+    detail: str
+    raw: str = ""
+    """The beginning of its text."""
+    image: str = ""
+    """File of its image, or the archive that holds it."""
+    member: str = ""
+    """Name of the image inside an archive."""
+
+    def picture(self) -> Html | None:
+        """Return the image as far as it can still be opened."""
+        if not self.image:
+            return None
+        path = Path(self.image)
+        try:
+            return picture(decode_rgb(read_image(path, self.member) if self.member else path.read_bytes()), alt="")
+        except (OSError, KeyError, BadImage):
+            return None
+
+
+@dataclass(slots=True)
+class Group:
+    """The samples of one corpus that were rejected for one reason.
+
+    A corpus that two pack sets write in different ways is ingested twice, and its rejected samples count twice.
+    """
+
+    corpus: str
+    code: str
+    count: int = 0
+    examples: list[tuple[int, Rejected]] = field(default_factory=list)
+    """At most ``EXAMPLES``, chosen by a hash of their ids: from all over the corpus, and always the same."""
+
+    def add(self, item: Rejected) -> None:
+        """Count a sample, and keep it if it is to be an example."""
+        self.count += 1
+        entry = (zlib.crc32(item.sample.encode(errors="replace")), item)
+        place = bisect.bisect_left(self.examples, entry[0], key=lambda one: one[0])
+        if entry not in self.examples[place : place + 1]:  # a second pack set, written otherwise, may reject it too
+            self.examples.insert(place, entry)
+            del self.examples[EXAMPLES:]
+
+
+def read_rejects(directory: Path) -> list[Group]:
+    """Return what an output folder's ``rejects.jsonl`` lists, by corpus, the commonest reason first.
+
+    Raises:
+        UserError: there is no such list, or a line of it is damaged.
+    """
+    path = directory / "rejects.jsonl"
+    if not path.is_file():
+        raise UserError(f"{directory}: no rejects.jsonl here; name an output folder in which ingest is complete")
+    groups: dict[tuple[str, str], Group] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                item = Rejected(**json.loads(line))
+            except (ValueError, TypeError) as error:
+                raise UserError(f"{path}: line {number} is damaged ({error}); run mma-prep ingest again") from error
+            groups.setdefault((item.corpus, item.code), Group(item.corpus, item.code)).add(item)
+    return sorted(groups.values(), key=lambda group: (group.corpus, -group.count, group.code))
+
+
+def show_rejects(directory: Path, console: Console | None = None) -> None:
+    """Print reasons and a few examples of each. Raises UserError."""
+    console = console or Console(highlight=False)
+    groups = read_rejects(directory)
+    if not groups:
+        console.print(f"{directory}: nothing was rejected")
+        return
+    counts = Table("corpus", "reason", "samples", "meaning")
+    counts.columns[2].justify = "right"
+    for row in _counted(groups):
+        counts.add_row(*row)
+    console.print(counts)
+    for group in groups:
+        console.print(f"\n{group.corpus}: {group.code}", style="bold")
+        for _, item in group.examples[:_TERMINAL_EXAMPLES]:
+            for line in (f"{item.sample}: {item.detail}", " ".join(item.raw.split())):
+                if line:
+                    console.print("  " + line[:_TERMINAL_CHARACTERS], markup=False, soft_wrap=True)
+
+
+def write_rejects_page(directory: Path, out: Path) -> str:
+    """Write reasons and examples, with the images that can still be opened, as one HTML page; return a line about it.
+
+    Raises:
+        UserError: see :func:`read_rejects`.
+    """
+    groups = read_rejects(directory)
+    data = page(f"{directory} - rejected samples", _body(directory, groups))
+    write_atomic(out, data)
+    return f"{out}: {sum(group.count for group in groups):,} rejected samples, {len(data) / 1e6:.1f} MB"
+
+
+def _counted(groups: Sequence[Group]) -> Iterator[tuple[str, ...]]:
+    named = ""
+    for group in groups:
+        yield "" if group.corpus == named else group.corpus, group.code, f"{group.count:,}", CODES.get(group.code, "")
+        named = group.corpus
+
+
+def _body(directory: Path, groups: Sequence[Group]) -> Iterator[Html]:
+    yield el("h1", f"{directory}: rejected samples")
+    yield el("p", f"At most {EXAMPLES} examples of each corpus and reason; rejects.jsonl lists all.", class_="quiet")
+    corpora = len({group.corpus for group in groups})
+    total = sum(group.count for group in groups)
+    yield tiles([(f"{total:,}", "samples rejected"), (f"{corpora}", "corpora lost some")])
+    yield el("h2", "Reasons")
+    rows = [(corpus, code, meaning, count) for corpus, code, count, meaning in _counted(groups)]
+    yield table(("corpus", "reason", "meaning", "samples"), rows, texts=3)
+    for group in groups:
+        yield el("h2", f"{group.corpus}: {group.code} ({group.count:,})")
+        yield el("div", *(_example(item) for _, item in group.examples), class_="examples")
+
+
+def _example(item: Rejected) -> Html:
+    shown = item.picture()
+    words = el(
+        "div",
+        el("div", el("b", item.sample), f" in {item.shard}", class_="source"),
+        el("span", item.code, class_="code"),
+        " ",
+        item.detail,
+        el("div", item.raw, class_="raw"),
+    )
+    return el("div", *([el("figure", shown)] if shown else []), words, class_="example")

@@ -87,5 +87,5 @@ def check_bad_fraction(tallies: Mapping[str, Tally], limit: float, listing: Path
             raise UserError(
                 f"corpora.{corpus}: {tally.rejected} of {tally.seen} samples ({fraction:.1%}) were rejected, "
                 f"above max_bad_fraction={limit:g}: {tally.describe_codes()}; "
-                f"`mma-prep rejects {listing.parent}` shows them; mend the data or raise max_bad_fraction"
+                f"`mma-prep rejects {listing.parent}` shows what {listing.name} lists; mend the data or raise max_bad_fraction"
             )

@@ -182,6 +182,8 @@ class LogConfig(Section):
     traffic: bool = False
     """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step."""
 
+    spike_mads: Annotated[float, Field(ge=0)] = 10.0
+    """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""
 
 class RunConfig(Section):
     """One training run: a stage (PT or SFT) of a recipe on a pack folder."""

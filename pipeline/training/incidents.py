@@ -1,33 +1,162 @@
-"""Steps that went wrong: what is said of them, and when a run gives up."""
+"""Steps that went wrong: which rows and samples they hold, what is said of them, and when a run gives up.
+
+``RUN/incidents.jsonl`` has a line for each: when, step, kind, loss, grad_norm, whether the update was skipped, and the
+rows in question with their sources. It is only ever appended to, so a run that goes back to a checkpoint may say the
+same of a step twice.
+"""
 
 from __future__ import annotations
 
+import math
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
 from data_prep.errors import UserError
+from data_prep.packs import Source
 from pipeline.data.batches import StepBatch
 from pipeline.parallel.zero3 import StepResult
 from pipeline.training.blueprint import Blueprint
+from pipeline.training.metrics import recent_losses
+from pipeline.training.run_folder import RunFolder
+
+WINDOW, LEAST = 64, 16
+"""Steps a loss is compared with, and how many of them it takes."""
+FLOOR = 1e-3
+"""Least deviation, as a share of the median: losses that hardly move are no measure of a spike."""
+WORST = 4
+"""Micro-batches that a loss spike names."""
+
+
+class LossHistory:
+    """The losses of the last steps: median and median absolute deviation (MAD), which outliers hardly move."""
+
+    def __init__(self, losses: Iterable[float] = ()) -> None:
+        """Begin with the losses before a resume; those that are not finite are left out."""
+        self._losses = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
+
+    def add(self, loss: float) -> float | None:
+        """Take up a loss; return how many MADs it is above the median before it, or None too early to say."""
+        if not math.isfinite(loss):
+            return None
+        before = np.array(self._losses)
+        self._losses.append(loss)
+        if len(before) < LEAST:
+            return None
+        median = float(np.median(before))
+        deviation = max(float(np.median(abs(before - median))), FLOOR * abs(median), float(np.finfo(float).tiny))
+        return (loss - median) / deviation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A step just done."""
+
+    step: int
+    """1-based."""
+    result: StepResult
+    batch: StepBatch
+    losses: Sequence[float]
+    """Summed token loss of every micro-batch of all replicas, in order of rows."""
+
+    @property
+    def loss(self) -> float:
+        """Mean per supervised token."""
+        return sum(self.losses) / max(1, self.batch.targets)
+
+    @property
+    def not_finite(self) -> list[int]:
+        """Micro-batches whose loss is not finite."""
+        return [micro for micro, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
 class Incidents:
-    """Counts skipped steps; the same on every rank, reported by rank 0."""
+    """Looks at every step; what it counts is the same on every rank, what it reports is written by rank 0."""
 
-    def __init__(self, plan: Blueprint) -> None:
-        """Start with none."""
-        self._plan = plan
+    def __init__(self, plan: Blueprint, folder: RunFolder, *, step: int) -> None:
+        """Start at a step with nothing skipped."""
+        self._plan, self._folder = plan, folder
+        self._lead = plan.topology.rank == 0
         self._skipped = 0
+        self._history = LossHistory(recent_losses(folder.path / "metrics.jsonl", step, WINDOW) if self._lead else ())
 
-    def look(self, step: int, result: StepResult, batch: StepBatch) -> None:
-        """Report a step whose update was skipped. Raises UserError after too many in a row."""
-        if result.applied:
-            self._skipped = 0
+    def look(self, outcome: Outcome) -> None:
+        """Report a step that was skipped, or whose loss is not finite or far above those before.
+
+        Raises UserError on all ranks alike, after too many skipped steps in a row.
+        """
+        self._skipped = 0 if outcome.result.applied else self._skipped + 1
+        if self._lead:
+            self._report(outcome)
+        if self._skipped < self._plan.config.train.max_skipped_steps:
             return
-        self._skipped += 1
-        rows = f"{batch.rows.start}..{batch.rows.stop - 1}"
-        if self._plan.topology.rank == 0:
-            text = f"step {step}: gradient not finite, update skipped on all ranks (rows {rows} of the packs)"
-            print(text, flush=True)
-        if self._skipped >= self._plan.config.train.max_skipped_steps:
-            raise UserError(
-                f"{self._skipped} steps in a row had a non-finite gradient (last rows {rows}): lower train.lr, "
-                f"or look at the rows with mma-prep inspect {self._plan.config.data.packs} --row {batch.rows.start}"
-            )
+        odd = outcome.not_finite
+        rows = self._rows_of(outcome, odd[0]) if odd else outcome.batch.rows
+        raise UserError(
+            f"{self._skipped} steps in a row had a non-finite {'loss' if odd else 'gradient'} "
+            f"(last {_span(rows)}): lower train.lr, or look at the rows with {self._inspect(rows)}"
+        )
+
+    def _report(self, outcome: Outcome) -> None:
+        odd, skipped = outcome.not_finite, "" if outcome.result.applied else ", update skipped on all ranks"
+        mads, limit = self._history.add(outcome.loss), self._plan.config.log.spike_mads
+        if odd:
+            self._tell("loss not finite", skipped, outcome, odd)
+        elif skipped:
+            self._tell("gradient not finite", skipped, outcome, range(len(outcome.losses)))
+        elif limit and mads is not None and mads > limit:
+            words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the median of the last steps; worst"
+            self._tell("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
+
+    def _tell(self, kind: str, words: str, outcome: Outcome, micros: Sequence[int], **more: float) -> None:
+        """Print one line and write one; ``micros`` are the micro-batches in question, the worst first."""
+        rows = [row for micro in micros for row in self._rows_of(outcome, micro)]
+        means = {row: self._mean(outcome, micro) for micro in micros for row in self._rows_of(outcome, micro)}
+        self._folder.add_incident(
+            step=outcome.step, kind=kind, skipped=not outcome.result.applied, loss=_number(outcome.loss),
+            grad_norm=_number(outcome.result.grad_norm), **more, rows=[self._row(row, means[row]) for row in rows],
+        )  # fmt: skip
+        shown = outcome.batch.rows if len(micros) == len(outcome.losses) else self._rows_of(outcome, micros[0])
+        others = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
+        names = _names([source for row in shown for source in self._plan.packs[row].source])
+        place = f"({_span(shown)} of the packs{others}: {names})"
+        print(f"step {outcome.step}: {kind}{words} {place}; look: {self._inspect(shown)}", flush=True)
+
+    def _worst(self, outcome: Outcome) -> list[int]:
+        means = [self._mean(outcome, micro) for micro in range(len(outcome.losses))]
+        return sorted(range(len(means)), key=lambda micro: -means[micro])[:WORST]
+
+    def _mean(self, outcome: Outcome, micro: int) -> float:
+        """Return the loss per supervised token of a micro-batch; counted anew, as most steps have no use for it."""
+        targets = sum(self._plan.packs.n_target(row) for row in self._rows_of(outcome, micro))
+        return outcome.losses[micro] / max(1, targets)
+
+    def _rows_of(self, outcome: Outcome, micro: int) -> range:
+        """Return the rows of one of all replicas' micro-batches."""
+        order = self._plan.order
+        return order.micro_rows(outcome.batch.rows.start, *divmod(micro, order.micros))
+
+    def _row(self, row: int, loss: float) -> dict[str, Any]:
+        """Return what is written of a row; its loss is the mean of its micro-batch, null when not finite."""
+        sources = [{"dataset": s.dataset, "sample": s.sample, "draw": s.draw} for s in self._plan.packs[row].source]
+        return {"row": row, "loss": _number(loss), "sources": sources}
+
+    def _inspect(self, rows: range) -> str:
+        return f"mma-prep inspect {self._plan.config.data.packs} --row {rows.start}"
+
+
+def _number(value: float) -> float | None:
+    """Return what JSON can hold of a number."""
+    return value if math.isfinite(value) else None
+
+
+def _span(rows: range) -> str:
+    return f"row {rows.start}" if len(rows) == 1 else f"rows {rows.start}..{rows.stop - 1}"
+
+
+def _names(sources: Sequence[Source]) -> str:
+    shown = ", ".join(f"{source.dataset} {source.sample}" for source in sources[:2])
+    return f"{shown} and {len(sources) - 2} more samples" if len(sources) > 2 else shown

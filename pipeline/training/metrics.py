@@ -96,6 +96,13 @@ class MetricsFile:
         self._stream.close()
 
 
+def recent_losses(path: Path, step: int, count: int) -> list[float]:
+    """Return up to ``count`` losses of a metrics file at and before a step; those that were not finite are left out."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    losses = [json.loads(line)["loss"] for line in lines if _step_of(line) <= step]
+    return [loss for loss in losses if loss is not None][-count:]
+
+
 def _is_odd(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 

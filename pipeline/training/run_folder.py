@@ -5,6 +5,7 @@ runs/NAME/env.json        versions, ranks, git commit of the last start
 runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, ...}; "step" is the last one
                           saved while running, and a run that was killed says "running" too
 runs/NAME/metrics.jsonl   one line a step
+runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
 runs/NAME/checkpoints/    see `pipeline.training.checkpoint`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
 """
@@ -59,7 +60,7 @@ class RunFolder:
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
         """Write status.json."""
-        status = {"state": state, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+        status = {"state": state, "step": step, "time": timestamp(), **more}
         write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
     def set_failed(self, error: BaseException, step: int | None = None) -> None:
@@ -76,6 +77,11 @@ class RunFolder:
         except (OSError, ValueError):
             return {}
 
+    def add_incident(self, **incident: Any) -> None:
+        """Add a line to incidents.jsonl."""
+        with (self.path / "incidents.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"time": timestamp(), **incident}, allow_nan=False) + "\n")
+
     def stop_asked(self) -> bool:
         """Whether a STOP file is there."""
         return self.stop_file.exists()
@@ -83,6 +89,11 @@ class RunFolder:
     def clear_stop(self) -> None:
         """Remove the STOP file once it is honoured, so that the same command resumes."""
         self.stop_file.unlink(missing_ok=True)
+
+
+def timestamp() -> str:
+    """Return the time of day, as run folders write it."""
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def environment(world: int) -> dict[str, Any]:

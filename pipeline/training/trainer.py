@@ -21,7 +21,7 @@ from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
 from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.incidents import Incidents
+from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
 from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run_folder import RunFolder, State
@@ -33,7 +33,8 @@ from pipeline.training.schedule import learning_rate
 class _Totals:
     """Sums over all ranks of one step."""
 
-    loss: float
+    losses: tuple[float, ...]
+    """Summed token loss of every micro-batch of the step, in order of rows."""
     tokens: int
     images: int
     stop: bool
@@ -56,7 +57,7 @@ class Trainer:
         self._peak = peak_flops(self._device)
         self.step = self._resume() or self._start()
         self._saver = Saver(plan, folder, self._stage, step=self.step)
-        self._incidents = Incidents(plan)
+        self._incidents = Incidents(plan, folder, step=self.step)
 
     def _say(self, text: str) -> None:
         if self._lead:
@@ -141,8 +142,8 @@ class Trainer:
         losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
         result = self._stage.step(rate)
         self.step += 1
-        totals = self._sum_over_ranks(losses.sum(), batch, self._wants_stop(run_began))
-        self._incidents.look(self.step, result, batch)
+        totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
+        self._incidents.look(Outcome(self.step, result, batch, totals.losses))
         return self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began), totals.stop
 
     def _wants_stop(self, run_began: float) -> bool:
@@ -150,14 +151,18 @@ class Trainer:
         late = bool(limit) and time.monotonic() - run_began > 3600 * limit
         return self._lead and (late or self._folder.stop_asked())
 
-    def _sum_over_ranks(self, loss_sum: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
+    def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
         """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
-        first = self._plan.topology.first
-        own = [batch.tokens if first else 0, batch.images if first else 0, float(stop)]
-        sums = torch.cat([loss_sum.view(1), torch.tensor(own, dtype=torch.float64, device=loss_sum.device)])
+        topology, count = self._plan.topology, len(losses)
+        own = [batch.tokens if topology.first else 0, batch.images if topology.first else 0, float(stop)]
+        sums = torch.zeros(len(own) + topology.dp * count, dtype=torch.float64)
+        sums[: len(own)] = torch.tensor(own, dtype=torch.float64)
+        sums = sums.to(losses.device)
+        start = len(own) + topology.replica * count
+        sums[start : start + count] = losses
         dist.all_reduce(sums)
-        loss, tokens, images, stops = sums.tolist()
-        return _Totals(loss, int(tokens), int(images), stops > 0)
+        tokens, images, stops, *every_loss = sums.tolist()
+        return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0)
 
     def _stats(
         self, batch: StepBatch, result: StepResult, totals: _Totals, rate: float, data_s: float, step_s: float
@@ -171,9 +176,9 @@ class Trainer:
             mfu = flops / step_s / (self._peak * self._plan.topology.world)
         norm = result.grad_norm if result.applied else None
         return StepStats(
-            step=self.step, loss=totals.loss / max(1, batch.targets), lr=rate, grad_norm=norm, applied=result.applied,
-            targets=batch.targets, tokens=totals.tokens, images=totals.images, consumed_packs=batch.rows.stop,
-            step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu, memory_gib=memory,
+            step=self.step, loss=sum(totals.losses) / max(1, batch.targets), lr=rate, grad_norm=norm,
+            applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
+            consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu, memory_gib=memory,
             traffic=self._traffic(),
         )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,21 +71,22 @@ def read_columns(units: Sequence[Unit], kept: Sequence[int], chosen: npt.NDArray
     Raises:
         UserError: a unit cannot be read, or holds another number of samples.
     """
-    starts = np.cumsum([0, *kept])
-    unit = (np.searchsorted(starts, chosen, side="right") - 1).astype(np.int32)
-    index = (chosen - starts[unit]).astype(np.int32)
-    kinds = dict.fromkeys(_NUMBERS, "int32") | dict.fromkeys(_FLAGS, "bool")
+    order = np.argsort(chosen)
+    numbers, starts = chosen[order], np.cumsum([0, *kept])
+    bounds = np.searchsorted(numbers, starts).tolist()
+    kinds = dict.fromkeys(("unit", "index", *_NUMBERS), "int32") | dict.fromkeys(_FLAGS, "bool")
     columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(chosen), dtype=kind) for name, kind in kinds.items()}
-    by_unit = np.argsort(unit, kind="stable")
-    ends = np.cumsum(np.bincount(unit, minlength=len(units)))
-    for number in np.unique(unit).tolist():
-        places = by_unit[ends[number - 1] if number else 0 : ends[number]]
+    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+        if first == last:
+            continue
         table = pa.Table.from_batches(_open(units[number]))
         if table.num_rows != kept[number]:
             raise _unreadable(units[number], f"{table.num_rows} samples, its marker says {kept[number]}")
-        for name, column in columns.items():
-            column[places] = table.column(name).to_numpy()[index[places]]
-    return Columns(unit, index, **columns)
+        places, inside = order[first:last], numbers[first:last] - starts[number]
+        columns["unit"][places], columns["index"][places] = number, inside
+        for name in (*_NUMBERS, *_FLAGS):
+            columns[name][places] = table.column(name).to_numpy()[inside]
+    return Columns(**columns)
 
 
 @dataclass(frozen=True, slots=True)

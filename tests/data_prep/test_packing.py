@@ -106,7 +106,7 @@ def aki_like(count: int) -> np.ndarray:
     return (169 + np.choose(kind, [words, phrases, talks])).astype(np.int64)
 
 
-@pytest.mark.parametrize(("length", "at_least"), [(1024, 0.93), (2048, 0.95), (4096, 0.975)])
+@pytest.mark.parametrize(("length", "at_least"), [(1024, 0.93), (2048, 0.96), (4096, 0.98)])
 def test_rows_come_out_full_on_lengths_as_in_the_paper(length: int, at_least: float) -> None:
     lengths = aki_like(60_000)
     rows = pack_windows(lengths, np.ones_like(lengths), length, None, 0)
@@ -125,4 +125,4 @@ def test_short_samples_are_mixed_rather_than_sorted() -> None:
     lengths = np.tile([34, 36], 500)
     rows = pack_windows(lengths, np.ones_like(lengths), 512, None, 0)
     mixed = sum(len(set(lengths[rows == row].tolist())) == 2 for row in range(rows.max() + 1))
-    assert mixed >= rows.max()
+    assert mixed / (rows.max() + 1) > 0.94  # the last few are made of what is left

@@ -1,0 +1,128 @@
+"""``plan``: the plan step on AKI's corpora, and its packing beside other ways to pack the same draws."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+import time
+from bisect import bisect_left, insort
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.data.aki import Ints, make_workspace
+from data_prep.ingest import require_ingested
+from data_prep.packing import fullness, pack_in_order, pack_windows
+from data_prep.plan import Plan, plan, plan_path
+from data_prep.progress import Reporter
+from data_prep.recipe import Recipe
+from data_prep.samples import read_columns
+from data_prep.workspace import Workspace
+
+DRAWS = 1_600_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--scale", type=float, default=1.0, help="of the corpora's published sizes")
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """Yield the tables, line by line."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield "| row length | whole plan step: draws / s | full |"
+        yield "|---:|---:|---:|"
+        for length in options.lengths:
+            recipe = make_workspace(Path(folder), length, options.draws, options.scale)
+            seconds, made = _whole_step(recipe)
+            tokens = sum(audit.tokens for audit in made.audits.values())
+            yield f"| {length:,} | {len(made.row) / seconds:,.0f} | {tokens / (made.rows * length):.2%} |"
+        tokens_of_draws = _tokens(recipe, made)
+    yield ""
+    yield "| packing alone | row length | samples / s | full |"
+    yield "|---|---:|---:|---:|"
+    for length in options.lengths:
+        for name, pack in _PACKERS.items():
+            seconds, rows = _timed(pack, tokens_of_draws, length)
+            full = fullness(tokens_of_draws, rows, length)
+            yield f"| {name} | {length:,} | {len(rows) / seconds:,.0f} | {full:.2%} |"
+        yield from _trl(tokens_of_draws, length)
+
+
+def _whole_step(recipe: Recipe) -> tuple[float, Plan]:
+    """Plan as ``mma-prep plan`` does after ingest; processor seconds, and the plan."""
+    space = Workspace(recipe)
+    require_ingested(space)  # seals the store, as the end of ingest does
+    shutil.rmtree(space.packs("sft"), ignore_errors=True)
+    start = time.process_time()
+    plan(recipe, Reporter(quiet=True))
+    return time.process_time() - start, Plan.load(plan_path(space.packs("sft")))
+
+
+def _tokens(recipe: Recipe, made: Plan) -> Ints:
+    """Return the tokens of every draw, in blended order."""
+    space = Workspace(recipe)
+    units = [unit for intake in space.intakes(require_ingested(space).tokenizer_sha256) for unit in intake.units]
+    kept = [unit.report().tally.kept for unit in units]
+    starts = np.cumsum([0, *kept])
+    tokens = np.empty(len(made.row), dtype=np.int64)
+    tokens[made.draw] = read_columns(units, kept, starts[made.unit] + made.index).n_tokens
+    return tokens
+
+
+def _timed(pack: Callable[[Ints, int], Ints], tokens: Ints, length: int) -> tuple[float, Ints]:
+    start = time.process_time()
+    rows = pack(tokens, length)
+    return time.process_time() - start, rows
+
+
+def best_fit_decreasing(tokens: Ints, length: int) -> Ints:
+    """All samples by decreasing length, each into the fullest row it fits: what TRL calls ``bfd``."""
+    rows = np.empty(len(tokens), dtype=np.int64)
+    frees: list[int] = []
+    open_rows: dict[int, list[int]] = {}
+    count = 0
+    for sample in np.argsort(-tokens, kind="stable").tolist():
+        size = int(tokens[sample])
+        at = bisect_left(frees, size)
+        free = frees[at] if at < len(frees) else length
+        if at == len(frees):
+            row, count = count, count + 1
+        else:
+            row = open_rows[free].pop()
+            if not open_rows[free]:
+                del frees[at]
+        if not open_rows.setdefault(free - size, []):
+            insort(frees, free - size)
+        open_rows[free - size].append(row)
+        rows[sample] = row
+    return rows
+
+
+_PACKERS: dict[str, Callable[[Ints, int], Ints]] = {
+    "this project": lambda tokens, length: pack_windows(tokens, np.ones_like(tokens), length, None, 0),
+    "next fit": lambda tokens, length: pack_in_order(tokens, np.ones_like(tokens), length, None),
+    "best fit decreasing": best_fit_decreasing,
+}
+
+
+def _trl(tokens: Ints, length: int) -> Iterator[str]:
+    """TRL's own ``bfd`` with its defaults on the first draws, where TRL is installed; it moves token ids as well."""
+    try:
+        from trl import pack_dataset
+    except ImportError:
+        return
+    import pyarrow as pa
+    from datasets import Dataset
+
+    tokens = tokens[:50_000]
+    ends = np.cumsum(np.append(0, tokens)).astype(np.int32)
+    ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.zeros(ends[-1], dtype=np.int32)))
+    start = time.process_time()
+    packed = pack_dataset(Dataset(pa.table({"input_ids": ids})), length, "bfd")
+    seconds = time.process_time() - start
+    full = int(tokens.sum()) / (len(packed) * length)
+    yield f"| TRL, with ids, {len(tokens):,} draws | {length:,} | {len(tokens) / seconds:,.0f} | {full:.2%} |"

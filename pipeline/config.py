@@ -170,6 +170,18 @@ class CheckpointConfig(Section):
     """Save every so many steps (and at the end, and on a stop); 0 = only then."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
+    keep_every: NonNegative = 0
+    """Keep those of every so many steps for good, a multiple of every_steps; 0 = none."""
+    asynchronous: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes a trained parameter of the rank, kept."""
+
+    @model_validator(mode="after")
+    def _kept_are_saved(self) -> CheckpointConfig:
+        if self.keep_every and (not self.every_steps or self.keep_every % self.every_steps):
+            raise ValueError(
+                f"keep_every={self.keep_every} is no multiple of every_steps={self.every_steps}: make it one"
+            )
+        return self
 
 
 class LogConfig(Section):
@@ -184,6 +196,7 @@ class LogConfig(Section):
 
     spike_mads: Annotated[float, Field(ge=0)] = 10.0
     """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""
+
 
 class RunConfig(Section):
     """One training run: a stage (PT or SFT) of a recipe on a pack folder."""

@@ -4,68 +4,30 @@ One folder per checkpoint: a safetensors file per rank with flat fp32 shards of 
 state (``master|NAME``, ``exp_avg|NAME``, ``exp_avg_sq|NAME``; ``frozen|NAME`` in the compute type), and a manifest with
 the shape of every parameter, the grid, the training state and a hash of every file. Parameter names are global
 (``model.layers.7...``), so a shard of any other grid is a slice of a few files. The tokenizer lies beside them, so that
-a checkpoint can be exported wherever it is moved to. Nothing is pickled.
+a checkpoint can be exported wherever it is moved to. Nothing is pickled, and nothing outside of the folder is read.
 
-A checkpoint is written into a hidden folder, synced, and renamed: a reader never meets half of one.
+`pipeline.training.writing` writes them.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from data_prep.errors import UserError
-from data_prep.packs import write_atomic
 from pipeline.parallel.zero3 import STATES, Zero3Stage
+from pipeline.training.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
 
-FORMAT = "mma-checkpoint"
-VERSION = 1
-TOKENIZER = "tokenizer"
 _NAME = re.compile(r"step-\d{8}")
-_Said = TypeVar("_Said")
-
-
-@dataclass(frozen=True)
-class ParamEntry:
-    """One parameter of the model: its whole shape, the stage that holds it, and whether it trains."""
-
-    shape: tuple[int, ...]
-    stage: int
-    trained: bool
-
-
-@dataclass(frozen=True)
-class CheckpointManifest:
-    """What a checkpoint holds beside tensors."""
-
-    step: int
-    """Optimizer steps taken, skipped ones included."""
-    optimizer_steps: int
-    """Updates AdamW counted."""
-    consumed_packs: int
-    plan_sha256: str
-    """Identity of the packs' order; resuming on another is refused."""
-    batch_packs: int
-    pp: int
-    dp: int
-    config: dict[str, Any]
-    model: dict[str, Any]
-    """What export needs to rebuild the model (see `pipeline.model.spec`)."""
-    params: dict[str, ParamEntry] = field(default_factory=dict)
-    files: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """File name -> bytes and xxh3-128."""
+_TYPES = {"frozen": ("F32", "BF16")}
 
 
 class Checkpoint:
@@ -74,48 +36,58 @@ class Checkpoint:
     def __init__(self, path: Path | str) -> None:
         """Read the manifest. Raises UserError when the folder is not a whole checkpoint of this format."""
         self.path = Path(path)
-        try:
-            raw = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
-            if (raw.pop("format"), raw.pop("version")) != (FORMAT, VERSION):
-                raise ValueError(f"not a {FORMAT} of version {VERSION}")
-            params = {
-                name: ParamEntry(tuple(e["shape"]), e["stage"], e["trained"]) for name, e in raw.pop("params").items()
-            }
-            self.manifest = CheckpointManifest(**raw, params=params)
-            self._open: dict[int, Any] = {}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path} is not a whole checkpoint ({error})") from error
+        self.manifest = read_manifest(self.path)
+        self._open: dict[int, Any] = {}
 
     def faults(self, *, part: int = 0, parts: int = 1) -> list[str]:
         """Hash every ``parts``-th file from ``part`` on; return a line for each that is missing or altered."""
         lines = []
         for name in sorted(self.manifest.files)[part::parts]:
             path, entry = self.path / name, self.manifest.files[name]
-            if not path.is_file():
-                lines.append(f"{path} is missing")
-            elif path.stat().st_size != entry["bytes"] or _hash(path) != entry["xxh3"]:
+            if not is_plain_file(path) or (path.parent.is_symlink() and path.parent != self.path):
+                lines.append(f"{path} is missing, or is no plain file")
+            elif path.stat().st_size != entry.bytes or hash_file(path) != entry.xxh3:
                 lines.append(f"{path} is damaged")
         return lines
 
     def _shards(self, rank: int) -> Any:
         if rank not in self._open:
             path = self.path / rank_file(rank)
+            if not is_plain_file(path):
+                raise UserError(f"{path} is missing, or is no plain file: name another checkpoint")
             try:
                 self._open[rank] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
                 raise UserError(f"{path} cannot be read ({error}): name another checkpoint") from error
         return self._open[rank]
 
-    def read_flat(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Return elements ``start .. stop - 1`` of a flattened parameter or optimizer state (1-D, as saved)."""
-        entry, dp = self.manifest.params[name], self.manifest.dp
-        pieces, first_rank = [], entry.stage * dp
-        for rank in range(first_rank, first_rank + dp):
+    def _shard(self, rank: int, kind: str, name: str) -> Any:
+        """Return one rank's shard of a tensor, unread: one row of numbers of the type the format writes."""
+        try:
             shard = self._shards(rank).get_slice(f"{kind}|{name}")
+            shape, dtype = shard.get_shape(), shard.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{self.path / rank_file(rank)} has no {kind}|{name}: name another checkpoint") from error
+        if len(shape) != 1 or dtype not in _TYPES.get(kind, ("F32",)):
+            raise UserError(f"{self.path / rank_file(rank)}: {kind}|{name} is {dtype}{shape}, which no run saves")
+        return shard
+
+    def read_flat(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start .. stop - 1`` of a flattened parameter or optimizer state (1-D, as saved).
+
+        Raises UserError where the shards are not what the manifest says.
+        """
+        entry, dp = self.manifest.params[name], self.manifest.dp
+        pieces, offset = [], 0
+        for rank in range(entry.stage * dp, (entry.stage + 1) * dp):
+            shard = self._shard(rank, kind, name)
             size = shard.get_shape()[0]
-            lo, hi = start - (rank - first_rank) * size, stop - (rank - first_rank) * size
+            lo, hi = start - offset, stop - offset
             if lo < size and hi > 0:
                 pieces.append(shard[max(lo, 0) : min(hi, size)])
+            offset += size
+        if offset < stop:
+            raise UserError(f"{self.path}: {kind}|{name} has {offset} elements, its shape is {list(entry.shape)}")
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,11 +102,6 @@ class Checkpoint:
         return {**self.manifest.model, "tokenizer": str(self.path / TOKENIZER)}
 
 
-def rank_file(rank: int) -> str:
-    """Return the file name of one rank's shards."""
-    return f"rank-{rank:05d}.safetensors"
-
-
 def checkpoint_folders(run_dir: Path) -> list[Path]:
     """Return the finished checkpoint folders of a run, newest first (whole or damaged; hidden ones are unfinished)."""
     folder = run_dir / "checkpoints"
@@ -145,7 +112,7 @@ def checkpoint_folders(run_dir: Path) -> list[Path]:
 def open_checkpoint(path: Path | str) -> Checkpoint:
     """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises UserError when there is none."""
     path = Path(path)
-    if (path / "manifest.json").is_file():
+    if (path / MANIFEST).is_file():
         return Checkpoint(path)
     folders = checkpoint_folders(path)
     if not folders:
@@ -159,7 +126,7 @@ def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | Non
     ``path`` is a run folder, or one checkpoint folder.
     """
     complaints: list[str] = []
-    for folder in [path] if (path / "manifest.json").is_file() else checkpoint_folders(path):
+    for folder in [path] if (path / MANIFEST).is_file() else checkpoint_folders(path):
         try:
             checkpoint = Checkpoint(folder)
             faults = checkpoint.faults(part=rank, parts=world)
@@ -169,42 +136,6 @@ def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | Non
             return checkpoint, complaints
         complaints += faults or [f"{folder}: damaged (seen by another rank)"]
     return None, complaints
-
-
-def save(stage: Zero3Stage, folder: Path, manifest: CheckpointManifest, *, tokenizer: Path) -> Path:
-    """Write one checkpoint from all ranks; return its folder. Every rank must call it at the same step.
-
-    Raises UserError on all ranks alike when one of them cannot write (a full disk, say); nothing is left of it then.
-    """
-    rank = stage.topology.rank
-    final = folder / f"step-{manifest.step:08d}"
-    hidden = folder / f".{final.name}.tmp"
-    if rank == 0:
-        shutil.rmtree(hidden, ignore_errors=True)
-    dist.barrier()
-    try:
-        written = _together(lambda: (_write_rank(stage, hidden / rank_file(rank)), _describe(stage)), final)
-        _together(lambda: _publish(hidden, final, manifest, written, tokenizer) if rank == 0 else None, final)
-    except UserError:
-        if rank == 0:
-            shutil.rmtree(hidden, ignore_errors=True)
-        raise
-    return final
-
-
-def _together(write: Callable[[], _Said], what: Path) -> list[_Said]:
-    """Let every rank write, and return what each has to say, once all are done."""
-    said, fault = None, ""
-    try:
-        said = write()
-    except (OSError, SafetensorError) as error:
-        fault = str(error)
-    gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (said, fault))
-    faults = sorted({fault for _, fault in gathered if fault})
-    if faults:
-        raise UserError(f"{what} cannot be written ({faults[0]}): mend that, and the same command goes on")
-    return [said for said, _ in gathered]
 
 
 def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
@@ -222,76 +153,32 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
 
 
-def prune(run_dir: Path, keep_last: int, *, newest: Path) -> None:
-    """Keep ``newest`` and the whole ones just before it; remove older ones and what no run can use.
+def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -> None:
+    """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
 
-    That is unfinished folders, and damaged ones of later steps, which the run has gone back from.
+    Others are older ones, unfinished folders, and damaged ones of later steps, which the run has gone back from.
+    ``newest`` must be whole; it is never removed.
     """
     folders = checkpoint_folders(run_dir)
-    kept = [folder for folder in folders if folder.name <= newest.name][:keep_last]
-    torn = (run_dir / "checkpoints").glob(".step-*.tmp")
-    for old in [*(folder for folder in folders if folder not in kept), *torn]:
+    earlier = [folder for folder in folders if folder.name <= newest.name]
+    kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
+    for old in [*(folder for folder in folders if folder not in kept), *unfinished_folders(run_dir / "checkpoints")]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write_rank(stage: Zero3Stage, path: Path) -> dict[str, Any]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, param in stage.trainable():
-        tensors[f"master|{name}"] = stage.master_shard(param).cpu()
-        for state in STATES:
-            tensors[f"{state}|{name}"] = stage.master_shard(param, state).cpu()
-    for name, param in stage.frozen():
-        tensors[f"frozen|{name}"] = stage.compute_shard(param).cpu()
-    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-    return _seal(path)
+def unfinished_folders(folder: Path) -> list[Path]:
+    """Return what interrupted saves left in a folder of checkpoints."""
+    return sorted(folder.glob(".step-*.tmp"))
 
 
-def _seal(path: Path) -> dict[str, Any]:
-    """Bring a file to the disk; return its entry in the manifest."""
-    with path.open("rb+") as stream:
-        os.fsync(stream.fileno())
-    return {"bytes": path.stat().st_size, "xxh3": _hash(path)}
-
-
-def _describe(stage: Zero3Stage) -> dict[str, dict[str, Any]]:
-    if stage.topology.replica:
-        return {}
-    return {
-        name: {"shape": tuple(stage.full_shape(param)), "stage": stage.topology.stage, "trained": param.requires_grad}
-        for name, param in stage.module.named_parameters()
-    }
-
-
-def _publish(
-    hidden: Path, final: Path, manifest: CheckpointManifest, written: list[tuple[Any, dict[str, Any]]], tokenizer: Path
-) -> None:
-    raw = asdict(manifest)
-    raw["files"] = {rank_file(rank): own for rank, (own, _) in enumerate(written)}
-    (hidden / TOKENIZER).mkdir()
-    for source in sorted(tokenizer.iterdir()):
-        copy = shutil.copyfile(source, hidden / TOKENIZER / source.name)
-        raw["files"][f"{TOKENIZER}/{source.name}"] = _seal(copy)
-    raw["params"] = {name: entry for _, described in written for name, entry in described.items()}
-    text = json.dumps({"format": FORMAT, "version": VERSION, **raw}, indent=1)
-    write_atomic(hidden / "manifest.json", text.encode())
-    shutil.rmtree(final, ignore_errors=True)
-    hidden.rename(final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def step_of(folder: Path) -> int:
+    """Return the step a finished checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def _as_saved(name: str, checkpoint: Checkpoint) -> str:
     """Return the name a parameter was saved under: a tied head is the embedding where one stage held both."""
-    tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"]["tie_word_embeddings"]
+    tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"].get("tie_word_embeddings")
     return "model.embed_tokens.weight" if tied and name not in checkpoint.manifest.params else name
 
 
@@ -314,7 +201,8 @@ def _copy_range(into: torch.Tensor, source: Checkpoint, kind: str, name: str, st
     into[: values.numel()].copy_(values)
 
 
-def _hash(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 of a file in hex, read in pieces."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):

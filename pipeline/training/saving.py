@@ -2,57 +2,140 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import time
+import uuid
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from typing import Any
 
+import torch.distributed as dist
+
+from data_prep.errors import UserError
 from data_prep.template import template_of
 from pipeline.parallel.zero3 import Zero3Stage
-from pipeline.training import checkpoint
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import CheckpointManifest
+from pipeline.training.checkpoint import prune, unfinished_folders
+from pipeline.training.manifest import CheckpointManifest
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
 
 
 class Saver:
-    """Writes a run's checkpoints from all ranks and removes old ones."""
+    """Writes a run's checkpoints from all ranks and removes old ones.
+
+    With ``checkpoint.asynchronous`` training only waits while shards are copied to host memory; a thread of each rank
+    writes them. Ranks learn that all threads are done from a number they add up every step anyway, so that all of them
+    go on with the save after the same step: no thread takes part in a collective. One save is under way at a time.
+    """
 
     def __init__(self, plan: Blueprint, folder: RunFolder, stage: Zero3Stage, *, step: int) -> None:
-        """Save ``stage`` into ``folder``; ``step`` is the one its newest checkpoint holds (0 = none)."""
+        """Save ``stage`` into ``folder``; ``step`` is the one its newest checkpoint holds (0 = none). Collective."""
         self._plan, self._folder, self._stage = plan, folder, stage
-        self._saved = step
+        self._lead = plan.topology.rank == 0
+        self._place = folder.path / "checkpoints"
+        self._newest = step
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._host = HostCopy(stage) if plan.config.checkpoint.asynchronous else None
+        self._parts: Generator[Part, list[Any], None] | None = None  # what is left of the save under way
+        self._part: Future[Any] = Future()
+        self._waited = 0.0
+        if self._lead:
+            for torn in unfinished_folders(self._place):
+                shutil.rmtree(torn, ignore_errors=True)
+        said: list[Any] = [None] * plan.topology.world
+        dist.all_gather_object(said, (describe(stage), uuid.uuid4().hex[:8]))
+        self._params = {name: entry for params, _ in said for name, entry in params.items()}
+        self._token: str = said[0][1]
 
     def due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint after this step."""
         every = self._plan.config.checkpoint.every_steps
         return bool(every) and step % every == 0
 
-    def save(self, step: int) -> None:
-        """Save, unless this step's checkpoint is there. Every rank must call it at the same step.
+    @property
+    def pending(self) -> float:
+        """This rank's share of the number that ranks add up: 1 while it writes, infinite once it has failed, else 0."""
+        if self._parts is None or (self._part.done() and self._part.exception() is None):
+            return 0.0
+        return math.inf if self._part.done() else 1.0
 
-        Raises UserError on all ranks alike when one of them cannot write.
+    def advance(self, pending: float) -> None:
+        """Go on with a save under way if no rank is at work on it any more, or one has failed.
+
+        ``pending`` is the sum over all ranks. Raises UserError on all ranks alike when one of them could not write.
         """
-        if step == self._saved:
-            return
-        plan = self._plan
-        tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
-        saved = checkpoint.save(
-            self._stage, self._folder.path / "checkpoints", self._manifest(step), tokenizer=tokenizer
-        )
-        self._saved = step
-        if plan.topology.rank == 0:
-            self._retire(saved, step)
+        if self._parts is not None and (pending == 0 or math.isinf(pending)):
+            self._timed(self._next_part)
 
-    def _retire(self, saved: Path, step: int) -> None:
-        checkpoint.prune(self._folder.path, self._plan.config.checkpoint.keep_last, newest=saved)
-        self._folder.set_status("running", step)
-        print(f"saved {saved}", flush=True)
+    def save(self, step: int) -> None:
+        """Begin to save, unless this step's checkpoint is there. Every rank must call it at the same step.
+
+        A save that is still under way is waited for, and so is this one unless it is asynchronous. Raises UserError on
+        all ranks alike when one of them cannot write; nothing is left of the checkpoint then.
+        """
+        self.finish()
+        if step != self._newest:
+            self._timed(lambda: self._begin(step))
+        if self._host is None:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the save under way. Every rank must call it at the same step; raises UserError as `save` does."""
+        while self._parts is not None:
+            self._timed(self._next_part)
+
+    def take_waited(self) -> float:
+        """Return the seconds that training stood still for saves since the last call."""
+        waited, self._waited = self._waited, 0.0
+        return waited
+
+    def _timed(self, work: Part) -> None:
+        began = time.monotonic()
+        work()
+        self._waited += time.monotonic() - began
+
+    def _begin(self, step: int) -> None:
+        plan = self._plan
+        own = self._host.take() if self._host else dict(shards(self._stage))
+        self._step, self._target = step, Target(self._place / f"step-{step:08d}", self._token)
+        tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
+        self._parts = parts_of_save(
+            own, self._target, self._manifest(step), rank=plan.topology.rank, tokenizer=tokenizer
+        )
+        self._part = self._pool.submit(next(self._parts))
+
+    def _next_part(self) -> None:
+        """End a part on all ranks and begin the next."""
+        assert self._parts is not None
+        try:
+            said = together(self._part, self._target.final)
+            self._part = self._pool.submit(self._parts.send(said))
+        except StopIteration:
+            self._parts = None
+            self._saved()
+        except UserError:
+            self._parts = None
+            if self._lead:
+                shutil.rmtree(self._target.hidden, ignore_errors=True)
+            raise
+
+    def _saved(self) -> None:
+        self._newest = self._step
+        if self._lead:
+            kept = self._plan.config.checkpoint
+            prune(self._folder.path, kept.keep_last, newest=self._target.final, keep_every=kept.keep_every)
+            self._folder.set_status("running", self._step)
+            print(f"saved {self._target.final}", flush=True)
 
     def _manifest(self, step: int) -> CheckpointManifest:
         plan = self._plan
         return CheckpointManifest(
             step=step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=step * plan.order.batch_packs,
             plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
-            dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan),
+            dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan), params=self._params,
         )  # fmt: skip
 
 

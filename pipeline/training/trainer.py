@@ -38,6 +38,8 @@ class _Totals:
     tokens: int
     images: int
     stop: bool
+    saving: float
+    """See `Saver.advance`."""
 
 
 class Trainer:
@@ -112,6 +114,7 @@ class Trainer:
                 state = "stopped"
                 break
         self._saver.save(self.step)
+        self._saver.finish()
         if metrics is not None:
             metrics.close()
         return state
@@ -144,7 +147,9 @@ class Trainer:
         self.step += 1
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
         self._incidents.look(Outcome(self.step, result, batch, totals.losses))
-        return self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began), totals.stop
+        stats = self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began)
+        self._saver.advance(totals.saving)
+        return stats, totals.stop
 
     def _wants_stop(self, run_began: float) -> bool:
         limit = self._plan.config.train.max_hours
@@ -154,15 +159,16 @@ class Trainer:
     def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
         """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
         topology, count = self._plan.topology, len(losses)
-        own = [batch.tokens if topology.first else 0, batch.images if topology.first else 0, float(stop)]
+        own = [batch.tokens if topology.first else 0, batch.images if topology.first else 0]
+        own += [float(stop), self._saver.pending]
         sums = torch.zeros(len(own) + topology.dp * count, dtype=torch.float64)
         sums[: len(own)] = torch.tensor(own, dtype=torch.float64)
         sums = sums.to(losses.device)
         start = len(own) + topology.replica * count
         sums[start : start + count] = losses
         dist.all_reduce(sums)
-        tokens, images, stops, *every_loss = sums.tolist()
-        return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0)
+        tokens, images, stops, saving, *every_loss = sums.tolist()
+        return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0, saving)
 
     def _stats(
         self, batch: StepBatch, result: StepResult, totals: _Totals, rate: float, data_s: float, step_s: float

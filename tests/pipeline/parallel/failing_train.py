@@ -12,7 +12,8 @@ import torch
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.train import main
-from pipeline.training import checkpoint
+from pipeline.training import writing
+from pipeline.training.manifest import rank_file
 
 FAULTS = ("not-a-number", "killed-in-step", "killed-in-save")
 
@@ -55,16 +56,17 @@ def kill_in_step(rank: int, step: int) -> None:
 
 def kill_in_save(rank: int, step: int) -> None:
     """Kill the process once its shard of the checkpoint of one step is half written."""
-    write = checkpoint._write_rank
+    write = writing._write
 
-    def torn(stage: Zero3Stage, path: Any) -> dict[str, Any]:
-        own = write(stage, path)
-        if own_rank() == rank and f"{step:08d}" in str(path):
-            os.truncate(path, own["bytes"] // 2)
+    def torn(own: Any, folder: Any, own_rank: int, tokenizer: Any) -> Any:
+        files = write(own, folder, own_rank, tokenizer)
+        if own_rank == rank and f"{step:08d}" in str(folder):
+            path = folder / rank_file(own_rank)
+            os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
-        return own
+        return files
 
-    checkpoint._write_rank = torn
+    writing._write = torn
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_a_killed_rank_ends_the_job_and_leaves_only_whole_checkpoints(
     assert json.loads((run_dir / "status.json").read_text())["state"] != "done"
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000002"]
     assert open_checkpoint(run_dir).faults() == []
-    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004.tmp/rank-00002*"))
+    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004.*.tmp/rank-00002*"))
 
 
 def test_the_next_start_takes_no_notice_of_half_a_checkpoint(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,17 @@ def interrupt(demo: Path, run_dir: Path, *more: str, after_step: int, ranks: int
     finally:
         kill(job)
         job.communicate()
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let jobs started within write no file beyond ``size`` bytes: what a full disk does, and needs no root."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def wait_for_step(run_dir: Path, step: int, timeout_s: float) -> None:

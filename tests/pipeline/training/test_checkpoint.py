@@ -29,15 +29,18 @@ def test_only_finished_checkpoints_are_listed(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("newest", "keep_last", "left"),
+    ("newest", "keep_last", "keep_every", "left"),
     [
-        pytest.param(30, 2, [30, 20], id="the newest are kept"),
-        pytest.param(20, 1, [20], id="a damaged later one does not push out the one just saved"),
-        pytest.param(20, 5, [20, 10], id="fewer than asked"),
+        pytest.param(30, 2, 0, [30, 20], id="the newest are kept"),
+        pytest.param(20, 1, 0, [20], id="a damaged later one does not push out the one just saved"),
+        pytest.param(20, 5, 0, [20, 10], id="fewer than asked"),
+        pytest.param(30, 1, 10, [30, 20, 10], id="kept for good"),
+        pytest.param(30, 1, 20, [30, 20], id="every second for good"),
+        pytest.param(20, 1, 30, [20], id="a damaged later one is not kept for good"),
     ],
 )
-def test_pruning(newest: int, keep_last: int, left: list[int], run_dir: Path) -> None:
-    prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}")
+def test_pruning(newest: int, keep_last: int, keep_every: int, left: list[int], run_dir: Path) -> None:
+    prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}", keep_every=keep_every)
     assert steps(run_dir) == left
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-")) == [
         "old-step-00000005"

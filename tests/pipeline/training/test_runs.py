@@ -15,6 +15,7 @@ from tests.launch import ROOT, kill, start
 from tests.pipeline.training.runs import (
     STEPS,
     curve,
+    files_limited_to,
     flags,
     furthest,
     interrupt,
@@ -158,14 +159,13 @@ def test_a_checkpoint_is_all_an_export_needs(undisturbed: Path, tmp_path: Path) 
 
 
 def test_a_checkpoint_that_cannot_be_written_fails_the_run_in_words(small_demo: Path, tmp_path: Path) -> None:
-    blocked = tmp_path / "run/checkpoints/.step-00000002.tmp"
-    blocked.parent.mkdir(parents=True)
-    blocked.touch()
-    job = train(small_demo, tmp_path / "run")
+    with files_limited_to(200_000):
+        job = train(small_demo, tmp_path / "run", "--checkpoint.asynchronous", "false")
     assert job.code == 2 and "Traceback" not in job.output
     assert "step-00000002 cannot be written" in job.output
     status = json.loads((tmp_path / "run/status.json").read_text())
     assert (status["state"], status["step"]) == ("failed", 2)
+    assert not list((tmp_path / "run/checkpoints").iterdir()), "nothing is left of it"
 
 
 def test_a_run_without_a_whole_checkpoint_is_not_begun_again(

@@ -159,8 +159,8 @@ class Trainer:
     def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
         """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
         topology, count = self._plan.topology, len(losses)
-        own = [batch.tokens if topology.first else 0, batch.images if topology.first else 0]
-        own += [float(stop), self._saver.pending]
+        shown = (batch.tokens, batch.images) if topology.first else (0, 0)
+        own = [*shown, float(stop), self._saver.pending]
         sums = torch.zeros(len(own) + topology.dp * count, dtype=torch.float64)
         sums[: len(own)] = torch.tensor(own, dtype=torch.float64)
         sums = sums.to(losses.device)
@@ -184,8 +184,8 @@ class Trainer:
         return StepStats(
             step=self.step, loss=sum(totals.losses) / max(1, batch.targets), lr=rate, grad_norm=norm,
             applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
-            consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu, memory_gib=memory,
-            traffic=self._traffic(),
+            consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
+            memory_gib=memory, traffic=self._traffic(),
         )  # fmt: skip
 
     def _traffic(self) -> StepTraffic | None:

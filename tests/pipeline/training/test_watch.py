@@ -1,0 +1,178 @@
+"""The watchdog: what it decides from what it hears, and what real processes hear, say and leave behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.training.monitor import SETTLE_S, SILENT_S, TERMINATED, Monitor
+from pipeline.training.watch import TERMINATED_CODE, Watch
+from tests.launch import ROOT, environment
+
+LIMIT_S = 5.0
+
+
+class Ranks:
+    """A monitor that hears ``world`` ranks, on a clock of its own."""
+
+    def __init__(self, world: int = 4) -> None:
+        self.monitor = Monitor(world, LIMIT_S)
+        self.now, self._count = 100.0, 0
+        for rank in range(world):
+            self.monitor.join(rank, f"host h, pid {rank}", self.now)
+
+    def say(self, rank: int, doing: str, *, waits: bool = False, step: int = 3, anew: bool = True) -> None:
+        self._count += anew
+        news = {"step": step, "count": self._count if anew else 0, "doing": doing, "where": "", "waits": waits}
+        self.monitor.pulse(rank, news, self.now)
+
+    def verdict(self, after_s: float, *, terminated: bool = False) -> str:
+        verdict = self.monitor.verdict(self.now + after_s, terminated=terminated)
+        return "" if verdict is None else "\n".join([verdict.text, *verdict.others])
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    """Rank 1 is in a forward, the others wait for it, and none has got further since."""
+    ranks = Ranks()
+    ranks.say(1, "forward of micro-batch 2")
+    for rank in (0, 2, 3):
+        ranks.say(rank, "waiting for rank 1: hidden states of micro-batch 2", waits=True)
+    return ranks
+
+
+def test_the_rank_that_does_not_wait_is_the_one_that_hangs(ranks: Ranks) -> None:
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+    said = ranks.verdict(LIMIT_S + 0.1)
+    assert "rank 1 (host h, pid 1) hangs in forward of micro-batch 2 while the others wait" in said
+    assert "ranks 0, 2-3: waiting for rank 1: hidden states of micro-batch 2" in said
+
+
+def test_any_progress_of_any_rank_is_progress(ranks: Ranks) -> None:
+    ranks.now += LIMIT_S - 1
+    ranks.say(3, "backward of micro-batch 0")
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+    assert "no rank got any further" in ranks.verdict(LIMIT_S + 0.1)
+
+
+def test_a_pulse_without_news_is_no_progress() -> None:
+    ranks = Ranks(2)
+    for rank in (0, 1):
+        ranks.say(rank, "forward", anew=False)
+    ranks.now += LIMIT_S + 1
+    for rank in (0, 1):
+        ranks.say(rank, "forward", anew=False)
+    assert "all of them are busy, none is plainly the cause" in ranks.verdict(0)
+
+
+def test_silence_tells_more_than_what_was_said_last(ranks: Ranks) -> None:
+    ranks.now += SILENT_S + LIMIT_S
+    for rank in (0, 1, 3):
+        ranks.monitor.members[rank].heard = ranks.now
+    assert "nothing was heard of rank 2 (host h, pid 2) for 15 s, last in waiting for rank 1" in ranks.verdict(0)
+
+
+def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
+    ranks.monitor.failed(0, "RuntimeError: Connection closed by peer", 1, ranks.now)
+    ranks.monitor.gone(2, ranks.now)
+    assert ranks.verdict(SETTLE_S / 2) == "", "more news may come"
+    said = ranks.verdict(2 * SETTLE_S)
+    assert said.startswith("rank 2 (host h, pid 2) died at step 3 in waiting for rank 1")
+    assert "rank 0: failed then: RuntimeError: Connection closed by peer" in said
+
+
+def test_a_lost_node_is_all_its_ranks(ranks: Ranks) -> None:
+    for rank in (2, 3, 1):
+        ranks.monitor.gone(rank, ranks.now)
+    said = ranks.verdict(2 * SETTLE_S)
+    assert said.startswith("rank 1 (host h, pid 1) died at step 3 in forward of micro-batch 2")
+    assert "; so did ranks 2-3" in said
+
+
+def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
+    ranks.monitor.failed(3, "the image cannot be read", 2, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == "rank 3 (host h, pid 3), step 3: the image cannot be read"
+    for rank in (0, 1):
+        ranks.monitor.failed(rank, "the image cannot be read", 2, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == "the image cannot be read"
+
+
+def test_who_takes_leave_does_not_die(ranks: Ranks) -> None:
+    for rank in (1, 2, 3):
+        ranks.monitor.left(rank)
+        ranks.monitor.gone(rank, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == ""
+
+
+def test_a_suspended_job_has_not_hung(ranks: Ranks) -> None:
+    ranks.now += 3600
+    ranks.monitor.forgive(3600)
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+
+
+def test_ranks_that_were_all_told_to_end_have_not_failed(ranks: Ranks) -> None:
+    ranks.monitor.failed(3, TERMINATED, TERMINATED_CODE, ranks.now)
+    assert ranks.verdict(0, terminated=True) == ""
+    assert ranks.verdict(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "it alone was"
+
+
+def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
+    del ranks.monitor.members[3]
+    assert ranks.verdict(LIMIT_S + 0.1).endswith("rank 3: not watched")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "said", "codes"),
+    [
+        pytest.param(
+            ["waits", "killed", "waits"], ["rank 1 (pid ", "died at step 7 in"], [1, -signal.SIGKILL, 1], id="killed"
+        ),
+        pytest.param(["waits", "hangs", "waits"], ["no rank got any further for 5 s", "rank 1 (pid ",
+            "hangs in a long forward (watch_worker.py:", "in work) while the others wait"], [1, 1, 1], id="hangs"
+        ),
+        pytest.param(["killed", "waits"], ["rank 0 (pid ", "died: killed, or out of host memory; this rank was in "
+            "waiting for rank 1"], [-signal.SIGKILL, 1], id="rank 0 killed"),
+        pytest.param(["waits", "waits", "fails"], ["error\n", "step ", ": the disk is full"], [2, 2, 2], id="fails"),
+        pytest.param(["waits", "terminated"], [f": {TERMINATED}"], [TERMINATED_CODE] * 2, id="one is terminated"),
+        pytest.param(["leaves", "leaves"], [], [0, 0], id="all is well"),
+    ],
+)  # fmt: skip
+def test_processes_end_together_and_say_why(
+    faults: list[str], said: list[str], codes: list[int], tmp_path: Path
+) -> None:
+    worker, world = ROOT / "tests/pipeline/training/watch_worker.py", str(len(faults))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), world, tmp_path / "port", tmp_path / f"{rank}.log", fault],
+            env=environment({"PYTHONPATH": str(ROOT)}), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, fault in enumerate(faults)
+    ]  # fmt: skip
+    output = "".join(rank.communicate(timeout=50)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == codes, output
+    assert all(words in output for words in said), output
+    assert said or not output, output
+    for rank, code in enumerate(codes):
+        log = (tmp_path / f"{rank}.log").read_text()
+        assert code == TERMINATED_CODE or ("most recent call first" in log) == (code == 1), log
+
+
+def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with (tmp_path / "log").open("w") as log:
+            watch = Watch(
+                rank=1, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
+            )  # fmt: skip
+            watch.follow(closed.getsockname(), 1)
+            watch.close()
+            assert not watch.fail("an error", 2), "nobody listens: the rank says it by itself"
+    assert "warning: rank 1 cannot reach the watchdog of rank 0 at 127.0.0.1:" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

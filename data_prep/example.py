@@ -19,6 +19,8 @@ class ImageRef:
     path: Path | None = None
     """The file; beside ``data``, the archive that holds it as the member ``name``."""
     data: bytes | None = None
+    optional: bool = False
+    """Where it cannot be used, it is left out and counted, and its sample is kept."""
     annotated_size: tuple[float, float] | None = None
     """Width and height that boxes refer to; ingest rejects the sample when the upright image has another shape."""
 
@@ -56,6 +58,8 @@ class Example:
     """``chat`` goes through the chat template; ``document`` (captions) is written without role headers."""
     family: str = ""
     """Question family for accuracy tables (VQAv2 ``question_type``, ...); empty when the corpus has none."""
+    continues: bool = False
+    """A document that goes on in another sample: it gets no end token."""
     meta: Mapping[str, str] = field(default_factory=dict)
     """Anything worth showing in ``inspect``; never read by training."""
 

@@ -13,7 +13,8 @@ import json
 import struct
 import warnings
 import zlib
-from pathlib import Path
+from collections.abc import Callable
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,22 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+def misnamed(data: bytes, name: str) -> bool:
+    """Return whether a file name's suffix says another format than its bytes do (a GIF named .jpg)."""
+    said, found = _SUFFIXES.get(PurePath(name).suffix.lower()), next((one for sign, one in _SIGNS if sign(data)), None)
+    return said is not None and found is not None and said != found
+
+
+_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP"}
+_SIGNS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (lambda data: data.startswith(b"\xff\xd8\xff"), "JPEG"),
+    (lambda data: data.startswith(b"\x89PNG"), "PNG"),
+    (lambda data: data.startswith(b"GIF8"), "GIF"),
+    (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", "WEBP"),
+    (lambda data: data.startswith(b"BM"), "BMP"),
+)
 
 
 class ImageStore:

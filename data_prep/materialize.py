@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
-from data_prep.ingest import Ingested, pack_units, require_ingested
+from data_prep.ingest import Ingested, pack_units, require_ingested, tallies_by_corpus
 from data_prep.packs import (
     IMAGE,
     TEXT,
@@ -250,9 +250,17 @@ def _manifest(
     targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
+    tallies = tallies_by_corpus(pack_intakes(space, pack, ready.tokenizer_sha256))
     corpora = {
         corpus: CorpusStats(
-            audit.draws, audit.samples, audit.epochs, audit.tokens, audit.targets, audit.repeated, audit.left_out
+            audit.draws,
+            audit.samples,
+            audit.epochs,
+            audit.tokens,
+            audit.targets,
+            audit.repeated,
+            audit.left_out,
+            dict(tallies[corpus].repairs),
         )
         for corpus, audit in plan.audits.items()
     }

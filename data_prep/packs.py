@@ -114,6 +114,8 @@ class CorpusStats:
     """Tokens of earlier turns that other samples hold too."""
     left_out: int = 0
     """Later answers of the drawn conversations that no sample holds."""
+    repairs: dict[str, int] = field(default_factory=dict)
+    """What was mended in the corpus's kept samples: code of ``data_prep.quarantine.REPAIRS`` -> times."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,6 +34,13 @@ CODES: Mapping[str, str] = {
 """Closed list of reasons: code -> one-line meaning."""
 
 
+REPAIRS: Mapping[str, str] = {
+    "image-dropped": "an image of an interleaved document is missing or broken, and was left out",
+    "misnamed-image": "an image is of another format than its file name says",
+}
+"""Closed list of what is mended and counted, the sample being kept: code -> one-line meaning."""
+
+
 class BadSample(Exception):  # noqa: N818 - an outcome of one sample, not a fault of the program
     """One sample cannot be used; carries its code (a key of ``CODES``) and words that help to mend it."""
 
@@ -51,6 +58,8 @@ class Tally:
     kept: int = 0
     codes: Mapping[str, int] = field(default_factory=dict)
     """Rejected samples by reason code."""
+    repairs: Mapping[str, int] = field(default_factory=dict)
+    """What was mended in kept samples, by the codes of ``REPAIRS``."""
 
     @property
     def rejected(self) -> int:
@@ -70,11 +79,12 @@ class Tally:
 
 def add_tallies(tallies: Iterable[Tally]) -> Tally:
     """Return the sum of several tallies."""
-    kept, codes = 0, Counter[str]()
+    kept, codes, repairs = 0, Counter[str](), Counter[str]()
     for tally in tallies:
         kept += tally.kept
         codes.update(tally.codes)
-    return Tally(kept, dict(sorted(codes.items())))
+        repairs.update(tally.repairs)
+    return Tally(kept, dict(sorted(codes.items())), dict(sorted(repairs.items())))
 
 
 def check_bad_fraction(tallies: Mapping[str, Tally], limit: float, listing: Path) -> None:
@@ -87,5 +97,6 @@ def check_bad_fraction(tallies: Mapping[str, Tally], limit: float, listing: Path
             raise UserError(
                 f"corpora.{corpus}: {tally.rejected} of {tally.seen} samples ({fraction:.1%}) were rejected, "
                 f"above max_bad_fraction={limit:g}: {tally.describe_codes()}; "
-                f"`mma-prep rejects {listing.parent}` shows what {listing.name} lists; mend the data or raise max_bad_fraction"
+                f"`mma-prep rejects {listing.parent}` shows what {listing.name} lists; "
+                "mend the data or raise max_bad_fraction"
             )

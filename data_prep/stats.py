@@ -12,6 +12,7 @@ from rich.table import Table
 
 from data_prep.audit import turn_notes
 from data_prep.packs import Manifest, PackReader
+from data_prep.quarantine import REPAIRS
 from data_prep.verify import pack_folders
 
 CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
@@ -58,6 +59,8 @@ def corpus_notes(manifest: Manifest) -> Iterator[str]:
     for name, stats in manifest.corpora.items():
         for line in turn_notes(stats):
             yield f"{name}: {line}"
+        for code, count in stats.repairs.items():
+            yield f"{name}: mended {count:,} x {code}: {REPAIRS.get(code, '')}"
 
 
 def _corpus_table(manifest: Manifest) -> Table:

@@ -150,12 +150,14 @@ class Template:
             BadSample: the template cannot write the example's kind.
         """
         if example.kind == "document":
-            return self._document(example.turns, prompt)
+            return self._document(example.turns, prompt, open_ended=example.continues)
         return self._chat(example.turns, answered=True)
 
     def takes_prompt(self, example: Example) -> bool:
-        """Return whether a prompt is to stand in an example: in documents that give images and no text."""
-        return bool(self.prompts) and example.kind == "document" and _only_shows(example.turns)
+        """Return whether a prompt is to stand in an example: in documents that give images, then a text alone."""
+        roles = [turn.role for turn in example.turns]
+        captions = roles.count("assistant") == 1 and roles[-1] == "assistant"
+        return bool(self.prompts) and example.kind == "document" and captions and _only_shows(example.turns)
 
     def prompt_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
         """Return what the model is given at inference: everything up to and including the assistant's header.
@@ -172,13 +174,10 @@ class Template:
 
     def _document(self, turns: Sequence[Turn], prompt: str, *, open_ended: bool = False) -> list[Piece]:
         numbers = count()
-        given = [part for turn in turns if turn.role != "assistant" for part in turn.parts]
-        pieces = list(_parts(given, numbers, generated=False))
+        pieces = [piece for turn in turns for piece in _parts(turn.parts, numbers, generated=turn.role == "assistant")]
         if prompt:
-            pieces.insert(0 if self.order == "text_first" else len(pieces), Text(prompt))
-        for turn in turns:
-            if turn.role == "assistant":
-                pieces += _parts(turn.parts, numbers, generated=True)
+            given = next((place for place, piece in enumerate(pieces) if _is_generated(piece)), len(pieces))
+            pieces.insert(0 if self.order == "text_first" else given, Text(prompt))
         return pieces if open_ended else [*pieces, Special(EOS, generated=True)]
 
     def _with_system(self, turns: Sequence[Turn]) -> Sequence[Turn]:
@@ -213,6 +212,10 @@ class Template:
         if self.order == "image_first":
             return [*(part for image in images for part in (image, joint)), text]
         return [text, *(part for image in images for part in (joint, image))]
+
+
+def _is_generated(piece: Piece) -> bool:
+    return not isinstance(piece, Image) and piece.generated
 
 
 def _only_shows(turns: Iterable[Turn]) -> bool:

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +16,9 @@ import numpy as np
 
 from data_prep.arrow_files import ArrowWriter, atomic_path
 from data_prep.corpora import build_corpus
+from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
-from data_prep.images import IMAGE_SCHEMA, decode_rgb
+from data_prep.images import IMAGE_SCHEMA, decode_rgb, misnamed
 from data_prep.packs import IMAGE, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
@@ -61,14 +63,7 @@ def ingest_unit(job: UnitJob) -> UnitReport:
     unit.forget()
     with UnitWriter(unit, intake.writing, tokenizer) as writer:
         for item in corpus.examples(unit.shard):
-            if isinstance(item, Reject):
-                writer.reject(item)
-                continue
-            for excerpt in excerpts(item, intake.writing.template.turns):
-                try:
-                    writer.keep(excerpt)
-                except BadSample as problem:
-                    writer.reject(rejected(excerpt.example, problem))
+            writer.take(item)
     report = writer.report()
     write_atomic(unit.marker, report.to_json().encode())
     return report
@@ -84,6 +79,7 @@ class UnitWriter:
         self._images: dict[bytes, int] = {}
         self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
         self._kept = 0
 
     def __enter__(self) -> UnitWriter:
@@ -104,8 +100,60 @@ class UnitWriter:
 
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
-        entry, tally = self._samples.entry, Tally(self._kept, dict(sorted(self._codes.items())))
+        entry, tally = self._samples.entry, self._tally()
         return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256)
+
+    def take(self, item: Example | Reject) -> None:
+        """Keep what a raw sample gives, or list why it cannot be used."""
+        if isinstance(item, Reject):
+            self.reject(item)
+            return
+        try:
+            whole = self._usable(item)
+        except BadSample as problem:
+            self.reject(rejected(item, problem))
+            return
+        for excerpt in self._excerpts(whole):
+            try:
+                self.keep(excerpt)
+            except BadSample as problem:
+                self.reject(rejected(excerpt.example, problem))
+
+    def _usable(self, example: Example) -> Example:
+        """Return an example without those optional images that cannot be used. Raises BadSample where none is left."""
+        dropped = [image for image in example.images if image.optional and not self._opens(image)]
+        if not dropped:
+            return example
+        if len(dropped) == len(example.images):
+            raise BadSample(
+                "missing-image", f"none of {len(dropped)} images can be used, the first is {dropped[0].name}"
+            )
+        self._repairs["image-dropped"] += len(dropped)
+        return without_images(example, dropped)
+
+    def _opens(self, image: ImageRef) -> bool:
+        try:
+            self._validated_image(image)
+        except BadSample:
+            return False
+        return True
+
+    def _excerpts(self, example: Example) -> Iterator[Excerpt]:
+        """Yield the samples that an example becomes: parts of a conversation or of a long document."""
+        if example.kind == "chat":
+            yield from excerpts(example, self._writing.template.turns)
+            return
+        writing = self._writing
+        room = Room(writing.length, writing.max_text_tokens, writing.max_images)
+        yield from map(Excerpt, fitting(example, room, self._measure))
+
+    def _measure(self, example: Example) -> Size:
+        tokens = len(self._tokenizer.encode(self._writing.template.pieces(example), self._writing.image_tokens))
+        return Size(tokens, len(example.images), self._writing.image_tokens)
+
+    def _tally(self) -> Tally:
+        repairs = {code: count for code, count in sorted(self._repairs.items()) if count}
+        return Tally(self._kept, dict(sorted(self._codes.items())), repairs)
 
     def reject(self, item: Reject) -> None:
         """Count and list a sample that cannot be used."""
@@ -161,23 +209,24 @@ class UnitWriter:
 
     def _validated(self, example: Example) -> list[tuple[bytes, bytes, tuple[int, int]]]:
         """Return (sha256, bytes, upright size) of the images, decoding what this unit has not seen yet."""
-        found = []
-        for image in example.images:
-            try:
-                data = image.read()
-            except OSError as error:
-                raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
-            key = hashlib.sha256(data).digest()
-            size = self._size(key, data, image.name)
-            check_annotated_size(image, size)
-            found.append((key, data, size))
-        return found
+        return [self._validated_image(image) for image in example.images]
+
+    def _validated_image(self, image: ImageRef) -> tuple[bytes, bytes, tuple[int, int]]:
+        try:
+            data = image.read()
+        except OSError as error:
+            raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
+        key = hashlib.sha256(data).digest()
+        size = self._size(key, data, image.name)
+        check_annotated_size(image, size)
+        return key, data, size
 
     def _size(self, key: bytes, data: bytes, name: str) -> tuple[int, int]:
         """Return the upright size of an image, decoding what this unit has not seen yet. Raises BadSample."""
         if key not in self._outcomes:
             try:
                 self._outcomes[key] = decode_rgb(data).size
+                self._repairs["misnamed-image"] += misnamed(data, name)
             except BadSample as problem:
                 self._outcomes[key] = (problem.code, f"{name}: {problem.detail}")
         outcome = self._outcomes[key]

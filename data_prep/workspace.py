@@ -33,7 +33,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 4
+INGEST_VERSION = 5
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 
@@ -98,7 +98,8 @@ class Unit:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
             raw = json.loads(self.marker.read_text(encoding="utf-8"))
-            return UnitReport(raw["raw"], Tally(raw["kept"], raw["codes"]), raw["images"], raw["bytes"], raw["sha256"])
+            tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
+            return UnitReport(raw["raw"], tally, raw["images"], raw["bytes"], raw["sha256"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
@@ -141,7 +142,8 @@ class UnitReport:
 
     def to_json(self) -> str:
         """Return the done-marker's text."""
-        fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes), "images": self.images}
+        fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
+        fields |= {"repairs": dict(self.tally.repairs), "images": self.images}
         return json.dumps({**fields, "bytes": self.size, "sha256": self.sha256}, sort_keys=True) + "\n"
 
 

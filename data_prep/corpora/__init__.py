@@ -13,6 +13,7 @@ from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
 from data_prep.corpora.chat import Chat
 from data_prep.corpora.gqa import GQA
+from data_prep.corpora.interleaved import Interleaved
 from data_prep.corpora.llava import LLaVA
 from data_prep.corpora.nlvr import NLVR
 from data_prep.corpora.ocrvqa import OCRVQA
@@ -31,6 +32,7 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
         "aokvqa": AOKVQA,
         "chat": Chat,
         "gqa": GQA,
+        "interleaved": Interleaved,
         "llava": LLaVA,
         "nlvr": NLVR,
         "ocrvqa": OCRVQA,

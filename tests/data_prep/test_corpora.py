@@ -65,6 +65,21 @@ GOLDENS = [
     pytest.param("scienceqa", "scienceqa", {}, "golden", id="scienceqa"),
     pytest.param("scienceqa", "scienceqa", {"only_images": True}, "golden_only_images", id="scienceqa-images"),
     pytest.param("visual_genome", "visual_genome", {}, "golden", id="visual-genome"),
+    pytest.param("interleaved", "interleaved", {"data": "obelics/*.parquet"}, "golden_obelics", id="obelics"),
+    pytest.param(
+        "interleaved",
+        "interleaved",
+        {"data": "obelics/*.parquet", "names": "sha256", "images": "hashed", "missing": "reject"},
+        "golden_obelics_sha256",
+        id="obelics-sha256",
+    ),
+    pytest.param(
+        "interleaved",
+        "interleaved",
+        {"data": "mmc4/*.jsonl", "format": "mmc4", "id_column": "url"},
+        "golden_mmc4",
+        id="mmc4",
+    ),
     pytest.param("nlvr", "nlvr", {"permutations": 2}, "golden_verify", id="nlvr-verify"),
     pytest.param("nlvr", "nlvr", {"task": "caption"}, "golden_caption", id="nlvr-caption"),
 ]
@@ -102,7 +117,7 @@ def test_ids_are_unique_codes_are_known_and_images_can_be_read(
     examples = [item for item in items if isinstance(item, Example)]
     assert len({example.id for example in examples}) == len(examples)
     assert {item.code for item in items if isinstance(item, Reject)} <= set(CODES)
-    assert all(image.read() for example in examples for image in example.images)
+    assert all(image.read() for example in examples for image in example.images if not image.optional)
     assert all(example.turns[-1].role == "assistant" for example in examples)
     for item in items:
         (item.id if isinstance(item, Example) else item.sample + item.detail).encode()

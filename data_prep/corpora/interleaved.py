@@ -1,0 +1,155 @@
+"""Documents of interleaved images and text: OBELICS and Multimodal C4."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path, PurePosixPath
+from typing import Literal
+from urllib.parse import unquote, urlsplit
+
+from pydantic import field_validator
+
+from data_prep.corpora.base import RawFolder, Row, RowCorpus, as_row
+from data_prep.corpora.fields import Pattern, clean, find_image, key_text, matching_files, require
+from data_prep.corpora.parquet import ParquetRows
+from data_prep.corpora.tables import Chain, json_lines
+from data_prep.example import Example, ImageRef, Part, Turn
+from data_prep.quarantine import BadSample
+
+SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
+"""Tried in this order behind a hash."""
+
+
+class Interleaved(RowCorpus):
+    """A row is a document: text is generated, images are given.
+
+    ``obelics``: parallel lists ``images`` (addresses or null) and ``texts`` (text or null), one of the two at each
+    place. ``mmc4``: ``text_list`` (sentences) and ``image_info`` (``[{image_name, matched_text_index, ...}]``); an
+    image stands before the sentence that it matches.
+
+    Web images vanish. With ``missing: drop`` an image that is not there or cannot be read is left out of its document
+    and counted (``image-dropped``); a document that loses all of them is rejected. Images behind the last text teach
+    nothing and are left out. A document longer than a row becomes several samples, cut between units of images and
+    text, and with ``max_images`` of the pack set none holds more of them.
+    """
+
+    data: Pattern
+    """The ``.jsonl`` or ``.parquet`` files, as a glob pattern."""
+    format: Literal["obelics", "mmc4"] = "obelics"
+    """Which keys the documents have."""
+    images: RawFolder = Path("images")
+    """Folder of the image files."""
+    names: Literal["name", "sha256"] = "name"
+    """An image's file: the last part of its address (``name``; addresses that end alike share a file), or the hex
+    SHA-256 of the whole address with some suffix (``sha256``)."""
+    path_column: str | None = None
+    """OBELICS: take files from this list beside ``images`` instead, as a download that renames them writes it."""
+    id_column: str | None = None
+    """Column of the ids; without it the number of the row is its id."""
+    missing: Literal["drop", "reject"] = "drop"
+    """What a missing or broken image costs: itself, or its whole document."""
+
+    @field_validator("data")
+    @classmethod
+    def _known_suffix(cls, pattern: str) -> str:
+        if Path(pattern).suffix not in (".jsonl", ".parquet"):
+            raise ValueError("must end in .jsonl or .parquet")
+        return pattern
+
+    def files(self) -> Sequence[Path]:
+        """Return the data files by name."""
+        return matching_files(self.root, "data", self.data)
+
+    def read_rows(self) -> Sequence[object]:
+        """Index the files; documents are read when needed."""
+        keys = ("images", "texts", self.path_column) if self.format == "obelics" else ("text_list", "image_info")
+        return self._tables([*keys, self.id_column])
+
+    def rows_with_ids(self) -> Iterable[object]:
+        """Return the id column alone."""
+        return self._tables([self.id_column]) if self.id_column else ()
+
+    def _tables(self, columns: Sequence[str | None]) -> Chain:
+        wanted = [column for column in columns if column is not None]
+        return Chain(
+            [ParquetRows(path, wanted) if path.suffix == ".parquet" else json_lines(path) for path in self.files()]
+        )
+
+    def row_id(self, row: Row) -> str:
+        """Return the id, if the files have any."""
+        return key_text(row, self.id_column) if self.id_column else ""
+
+    def read_row(self, row: Row, sample: str) -> Iterable[Example]:
+        """Return the document."""
+        joint = "\n\n" if self.format == "obelics" else " "
+        turns = list[Turn]()
+        for shows, group in groupby(self._parts(row), key=lambda part: isinstance(part, ImageRef)):
+            parts = tuple(group)
+            said = joint.join(part for part in parts if isinstance(part, str))
+            turns.append(Turn("user", parts) if shows else Turn("assistant", (said,)))
+        if turns and turns[-1].role == "user":
+            turns.pop()
+        if not turns:
+            raise BadSample("empty-text", "the document holds no text")
+        if len(turns) == 1:
+            raise BadSample("missing-image", "the document holds no image before a text")
+        yield Example(sample, tuple(turns), kind="document")
+
+    def _parts(self, row: Row) -> Iterator[Part]:
+        return self._obelics(row) if self.format == "obelics" else self._mmc4(row)
+
+    def _obelics(self, row: Row) -> Iterator[Part]:
+        images, texts = require(row, "images", list), require(row, "texts", list)
+        files = require(row, self.path_column, list) if self.path_column else images
+        if not len(images) == len(texts) == len(files):
+            raise BadSample("missing-key", f"{len(images)} images, {len(texts)} texts: the lists must be parallel")
+        for place, (image, text, file) in enumerate(zip(images, texts, files, strict=True)):
+            if (image is None) == (text is None):
+                raise BadSample("missing-key", f"place {place} must hold either an image or a text")
+            if image is not None:
+                yield self._image(file if self.path_column else image)
+            elif said := clean(_string(text, "texts"), "texts"):
+                yield said
+
+    def _mmc4(self, row: Row) -> Iterator[Part]:
+        sentences = require(row, "text_list", list)
+        before: dict[int, list[ImageRef]] = {}
+        for about in map(as_row, require(row, "image_info", list)):
+            place = require(about, "matched_text_index", int)
+            if not 0 <= place < len(sentences):
+                raise BadSample("bad-label", f"matched_text_index is {place} among {len(sentences)} sentences")
+            before.setdefault(place, []).append(self._image(require(about, "image_name", str)))
+        for place, sentence in enumerate(sentences):
+            yield from before.get(place, ())
+            if said := clean(_string(sentence, "text_list"), "text_list"):
+                yield said
+
+    def _image(self, address: object) -> ImageRef:
+        """Return an image; one that is not there still gets its place, for ingest to leave out and count."""
+        names = self._names(_string(address, "images"))
+        for name in names:
+            try:
+                found = find_image(self.root / self.images, name)
+            except BadSample as problem:
+                if problem.code != "missing-image" or (self.missing == "reject" and name == names[-1]):
+                    raise
+            else:
+                return replace(found, optional=self.missing == "drop")
+        return ImageRef(names[0], path=self.root / self.images / names[0], optional=True)
+
+    def _names(self, address: str) -> list[str]:
+        if self.names == "sha256":
+            digest = hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
+            return [digest + suffix for suffix in SUFFIXES]
+        if self.path_column or "://" not in address:
+            return [address]
+        return [unquote(PurePosixPath(urlsplit(address).path).name) or "unnamed"]
+
+
+def _string(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadSample("missing-key", f"'{key}' holds {type(value).__name__}, expected text")
+    return value

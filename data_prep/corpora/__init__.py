@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
+from data_prep.corpora.captions import Captions
 from data_prep.corpora.chat import Chat
 from data_prep.corpora.gqa import GQA
 from data_prep.corpora.interleaved import Interleaved
@@ -30,6 +31,7 @@ __all__ = ["CORPORA", "Corpus", "build_corpus"]
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
         "aokvqa": AOKVQA,
+        "captions": Captions,
         "chat": Chat,
         "gqa": GQA,
         "interleaved": Interleaved,

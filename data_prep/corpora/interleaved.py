@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Literal
-from urllib.parse import unquote, urlsplit
 
 from pydantic import field_validator
 
 from data_prep.corpora.base import RawFolder, Row, RowCorpus, as_row
-from data_prep.corpora.fields import Pattern, clean, find_image, key_text, matching_files, require
+from data_prep.corpora.downloads import find_first, hashed, last_part
+from data_prep.corpora.fields import Pattern, clean, key_text, matching_files, require
 from data_prep.corpora.parquet import ParquetRows
 from data_prep.corpora.tables import Chain, json_lines
 from data_prep.example import Example, ImageRef, Part, Turn
 from data_prep.quarantine import BadSample
-
-SUFFIXES = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
-"""Tried in this order behind a hash."""
 
 
 class Interleaved(RowCorpus):
@@ -129,24 +125,14 @@ class Interleaved(RowCorpus):
 
     def _image(self, address: object) -> ImageRef:
         """Return an image; one that is not there still gets its place, for ingest to leave out and count."""
-        names = self._names(_string(address, "images"))
-        for name in names:
-            try:
-                found = find_image(self.root / self.images, name)
-            except BadSample as problem:
-                if problem.code != "missing-image" or (self.missing == "reject" and name == names[-1]):
-                    raise
-            else:
-                return replace(found, optional=self.missing == "drop")
+        value = _string(address, "images")
+        names = hashed(value) if self.names == "sha256" else [value] if self.path_column else last_part(value)
+        try:
+            return replace(find_first(self.root / self.images, names), optional=self.missing == "drop")
+        except BadSample as problem:
+            if problem.code != "missing-image" or self.missing == "reject":
+                raise
         return ImageRef(names[0], path=self.root / self.images / names[0], optional=True)
-
-    def _names(self, address: str) -> list[str]:
-        if self.names == "sha256":
-            digest = hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
-            return [digest + suffix for suffix in SUFFIXES]
-        if self.path_column or "://" not in address:
-            return [address]
-        return [unquote(PurePosixPath(urlsplit(address).path).name) or "unnamed"]
 
 
 def _string(value: object, key: str) -> str:

@@ -36,7 +36,9 @@ class Member(NamedTuple):
 class WebDataset(Corpus):
     """Tars of ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and ``KEY.json``; one tar is one shard.
 
-    Tars are streamed, nothing is extracted, and only regular files with plain relative names are read.
+    Tars are streamed, nothing is extracted, and only regular files with plain relative names are read. An id is
+    ``TAR/KEY``: img2dataset numbers every shard anew where it is run again, so equal keys in two tars are two samples,
+    and no process has to remember the keys of others. A key that a tar holds twice is a duplicate.
     """
 
     tars: Pattern = "*.tar"

@@ -5,8 +5,10 @@ After an intended change, print the new lines with ``render`` and read them befo
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from data_prep.corpora import CORPORA, Corpus, build_corpus
 from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import CODES
+from tests.data_prep.raw import png, write_tar
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 GOLDENS = [
@@ -79,6 +82,23 @@ GOLDENS = [
         {"data": "mmc4/*.jsonl", "format": "mmc4", "id_column": "url"},
         "golden_mmc4",
         id="mmc4",
+    ),
+    pytest.param(
+        "captions", "captions", {"data": "kale-*.parquet", "caption_key": "cogvlm_caption"}, "golden_kale", id="kale"
+    ),
+    pytest.param(
+        "captions",
+        "captions",
+        {"data": "files/*.parquet", "images": "files", "names": "img2dataset"},
+        "golden_img2dataset",
+        id="captions-img2dataset",
+    ),
+    pytest.param(
+        "captions",
+        "captions",
+        {"data": "own.jsonl", "images": ".", "names": "path", "image_key": "file"},
+        "golden_path",
+        id="captions-path",
     ),
     pytest.param("nlvr", "nlvr", {"permutations": 2}, "golden_verify", id="nlvr-verify"),
     pytest.param("nlvr", "nlvr", {"task": "caption"}, "golden_caption", id="nlvr-caption"),
@@ -264,3 +284,19 @@ def test_real_cc12m_tars_are_read_without_a_reject() -> None:
     items = outcomes(build_corpus("webdataset", {}, Path(os.environ["CC12M_DIR"])))
     assert items
     assert [item for item in items if isinstance(item, Reject)] == []
+
+
+def test_equal_keys_in_two_tars_are_two_samples_and_a_key_twice_in_one_is_a_duplicate(tmp_path: Path) -> None:
+    for shard in ("00000", "00001"):
+        write_tar(tmp_path / f"{shard}.tar", {"000000001": (png(1), "a"), "x/2": (png(2), "b")})
+    with tarfile.open(tmp_path / "00001.tar", "a") as tar:
+        for name, data in (("000000001.png", png(3)), ("000000001.txt", b"again")):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    items = outcomes(build_corpus("webdataset", {}, tmp_path))
+    kept = [item.id for item in items if isinstance(item, Example)]
+    assert kept == ["00000/000000001", "00000/x/2", "00001/000000001", "00001/x/2"]
+    assert [(item.sample, item.code) for item in items if isinstance(item, Reject)] == [
+        ("00001/000000001", "duplicate-id")
+    ]

@@ -1,0 +1,80 @@
+"""Captions in Parquet or JSON-lines files, their images in a folder: KALE, and img2dataset's ``files`` layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import field_validator
+
+from data_prep.corpora.base import RawFolder, Row, RowCorpus
+from data_prep.corpora.downloads import by_key, find_first, hashed, last_part
+from data_prep.corpora.fields import Pattern, clean, key_text, matching_files, require, text
+from data_prep.corpora.parquet import ParquetRows
+from data_prep.corpora.tables import Chain, json_lines
+from data_prep.example import Example, Turn
+
+
+class Captions(RowCorpus):
+    """``{url, caption, ...}`` a row; the caption is generated.
+
+    The number of a row is its id, so that two files with equal keys cannot meet and nothing has to remember them.
+    """
+
+    data: Pattern
+    """The ``.parquet`` or ``.jsonl`` files, as a glob pattern."""
+    caption_key: str = "caption"
+    """Column of the caption (KALE has ``caption`` and ``cogvlm_caption`` too)."""
+    images: RawFolder = Path("images")
+    """Folder of the image files."""
+    names: Literal["name", "sha256", "img2dataset", "path"] = "name"
+    """How ``image_key`` names a file: by the last part of the address (``name``), by the address's hex SHA-256
+    (``sha256``), by img2dataset's key (``00012/000120034.jpg``; rows that were not downloaded are passed over), or as
+    the path itself (``path``)."""
+    image_key: str | None = None
+    """Column that names the image; without it ``url``, ``key`` for img2dataset, ``path`` for paths."""
+
+    @field_validator("data")
+    @classmethod
+    def _known_suffix(cls, pattern: str) -> str:
+        if Path(pattern).suffix not in (".jsonl", ".parquet"):
+            raise ValueError("must end in .jsonl or .parquet")
+        return pattern
+
+    def files(self) -> Sequence[Path]:
+        """Return the data files by name."""
+        return matching_files(self.root, "data", self.data)
+
+    def read_rows(self) -> Sequence[object]:
+        """Index the files; captions are read when needed."""
+        columns = [self.caption_key, self._image_key, *(["status"] if self.names == "img2dataset" else [])]
+        return Chain(
+            [ParquetRows(path, columns) if path.suffix == ".parquet" else json_lines(path) for path in self.files()]
+        )
+
+    def rows_with_ids(self) -> Iterable[object]:
+        """Return nothing: rows have no ids."""
+        return ()
+
+    def row_id(self, row: Row) -> str:
+        """Return nothing: the number of the row is its id."""
+        return ""
+
+    def read_row(self, row: Row, sample: str) -> Iterable[Example]:
+        """Return the captioned image."""
+        if self.names == "img2dataset" and require(row, "status", str) != "success":
+            return
+        image = find_first(self.root / self.images, self._names(row))
+        turns = (Turn("user", (image,)), Turn("assistant", (text(row, self.caption_key),)))
+        yield Example(sample, turns, kind="document")
+
+    @property
+    def _image_key(self) -> str:
+        return self.image_key or {"img2dataset": "key", "path": "path"}.get(self.names, "url")
+
+    def _names(self, row: Row) -> list[str]:
+        if self.names == "img2dataset":
+            return by_key(key_text(row, self._image_key))
+        value = clean(require(row, self._image_key, str), self._image_key)
+        return [value] if self.names == "path" else hashed(value) if self.names == "sha256" else last_part(value)

@@ -156,9 +156,12 @@ class ParallelConfig(Section):
     """Decoder layers of each stage by hand, e.g. "9,12,11"; empty = by cost."""
     resident: Share = 1.0
     """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
-    Below 1 the rest is released after each use and nothing is prefetched."""
-    reduce_once: bool = True
-    """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole gradient of the stage)."""
+    Below 1 needs ZeRO stage 3 in the DeepSpeed file; the rest is released after each use."""
+    reduce_once: bool | None = None
+    """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole gradient of the stage);
+    None = as the ZeRO stage of the DeepSpeed file has it: 1 and 3 once, 2 each micro-batch."""
+    leaf_layers: bool = False
+    """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
     timeout_s: Positive = 1800
     """A collective that waits longer ends the job."""
 

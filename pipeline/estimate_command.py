@@ -14,6 +14,7 @@ from pipeline.flags import parse
 from pipeline.model.counts import Counts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.parallel.partition import split_layers
 from pipeline.parallel.schedule import bubble
 from pipeline.parallel.topology import Topology, micro_batches
@@ -25,7 +26,8 @@ Estimate what each rank of a training run needs, before there are packs, and on 
 trainer may follow the recipe:
 
   mma estimate demo_sft
-  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --length 4096"""
+  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --length 4096
+  mma estimate aki_4b_sft --deepspeed ds_configs/zero1.json"""
 
 
 def estimate_command(argv: Sequence[str]) -> int:
@@ -41,12 +43,14 @@ def estimate_command(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
     options, flags = parser.parse_known_args(list(argv))
-    config = parse(["--recipe", options.recipe, *flags]).config
+    invocation = parse(["--recipe", options.recipe, *flags])
+    config = invocation.config
+    sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
     shares = options.images / options.length, options.targets
     console = Console()
     for ranks in options.ranks:
-        load = draw_load(config, spec, ranks=ranks, length=options.length, shares=shares)
+        load = draw_load(config, sharding, spec, ranks=ranks, length=options.length, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks", shares))
     return 0
 
@@ -65,7 +69,9 @@ def image_tokens(config: RunConfig) -> int:
     return int((vision.image_size // vision.patch_size) ** 2)
 
 
-def draw_load(config: RunConfig, spec: ModelSpec, *, ranks: int, length: int, shares: tuple[float, float]) -> Load:
+def draw_load(
+    config: RunConfig, sharding: Sharding, spec: ModelSpec, *, ranks: int, length: int, shares: tuple[float, float]
+) -> Load:
     """Lay a model over a grid of ranks; ``shares`` are images and supervised tokens a token. Raises ConfigError."""
     if length < spec.image_tokens:
         raise ConfigError(f"--length {length} cannot hold one image of {spec.image_tokens} tokens")
@@ -75,7 +81,7 @@ def draw_load(config: RunConfig, spec: ModelSpec, *, ranks: int, length: int, sh
     costs = counts.stage_costs(image_share=shares[0], target_share=shares[1])
     splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=costs)
     bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
-    return Load(config, spec, counts, tuple(splits), topology.dp, micros, micro_packs * length, bf16)
+    return Load(config, sharding, spec, counts, tuple(splits), topology.dp, micros, micro_packs * length, bf16)
 
 
 def work_shares(load: Load, shares: tuple[float, float]) -> list[float]:
@@ -93,7 +99,7 @@ def table(load: Load, title: str, shares: tuple[float, float]) -> Table:
     grid = (
         f"{stages} stages x {load.dp} replicas, {load.micros} micro-batches of {load.micro_tokens:,} tokens, "
         f"{parallel.schedule}, bubble {bubble(stages, load.micros):.1%}, {millions(load.counts.total)} parameters, "
-        f"{'bf16' if load.bf16 else 'fp32'}, resident {parallel.resident:g}"
+        f"{'bf16' if load.bf16 else 'fp32'}, {load.sharding}"
     )
     out = Table(title=title, caption=grid, title_justify="left", caption_justify="left")
     for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):

@@ -47,4 +47,4 @@ def test_training_flags_are_known() -> None:
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("ds_configs/*.json")), ids=lambda path: path.name)
 def test_shipped_deepspeed_files_are_accepted(path: Path) -> None:
-    assert read_ds_config(str(path))["zero_optimization"]["stage"] == 3
+    assert read_ds_config(str(path))["zero_optimization"]["stage"] in (1, 2, 3)

@@ -96,6 +96,10 @@ class Stage(nn.Module):
             if not self.shares_head:
                 yield "lm_head", self.lm_head
 
+    def blocks(self) -> Iterator[nn.Module]:
+        """Yield the vision tower's encoder blocks and the decoder layers."""
+        yield from (unit for name, unit in self.units() if ".layers." in name)
+
     @property
     def rotary(self) -> nn.Module:
         """The family's rotary embedding, which has no parameters."""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ConfigError, RunConfig
+from pipeline.config import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
     "train_batch_size": "train.batch_packs",
@@ -20,10 +21,14 @@ _OWNED = {
     "pipeline": "parallel.pp",
     "tensorboard": "log.tensorboard",
 }
+# Their groups of ranks are made over the whole world, across pipeline stages; a value of 1 or less leaves them off.
+_WORLD_WIDE = ("zero_hpz_partition_size", "mics_shard_size")
+_QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+_WHOLE = 1 << 60  # more elements than any parameter, or any stage, has
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """Read the user's DeepSpeed file. Raises ConfigError: missing, bad JSON, a key the recipe owns, not ZeRO-3."""
+    """Read the user's DeepSpeed file. Raises ConfigError: missing, bad JSON, a key the recipe owns, no ZeRO stage."""
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -35,12 +40,80 @@ def read_ds_config(path: str) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if raw.get(key, "auto") != "auto":
             raise ConfigError(f"--deepspeed {path}: '{key}' is set by the recipe: remove it and use {owner}")
-    zero = raw.get("zero_optimization", {})
-    if zero.get("stage") != 3:
-        raise ConfigError(
-            f"--deepspeed {path}: zero_optimization.stage={zero.get('stage')}: this trainer runs ZeRO stage 3"
-        )
+    zero = raw.get("zero_optimization")
+    fault = _zero_fault(zero if isinstance(zero, dict) else {})
+    if fault:
+        raise ConfigError(f"--deepspeed {path}: zero_optimization.{fault}")
     return {key: value for key, value in raw.items() if key not in _OWNED}
+
+
+def _zero_fault(zero: dict[str, Any]) -> str:
+    """Return what of a ``zero_optimization`` section cannot be run, and the way out; empty when all can."""
+    if zero.get("stage") not in (1, 2, 3):
+        return f"stage={zero.get('stage')}: this trainer runs stages 1, 2 and 3"
+    for key in _WORLD_WIDE:
+        if zero.get(key, 1) > 1:
+            return f"{key}={zero[key]} is not supported: remove it"
+    for key in _QUANTIZED:
+        if zero.get(key):
+            return f"{key} is not supported: remove it"
+    for key in ("offload_optimizer", "offload_param"):
+        if _device(zero, key) not in ("none", "cpu"):
+            return f"{key}.device={_device(zero, key)} is not supported: use cpu"
+    if _device(zero, "offload_param") == "cpu" and zero["stage"] != 3:
+        return f"offload_param needs stage 3, in stage {zero['stage']} the weights stay on the device: remove it"
+    if _device(zero, "offload_param") == "cpu" and _device(zero, "offload_optimizer") != "cpu":
+        return "offload_param needs offload_optimizer too: add it"
+    return ""
+
+
+def _device(zero: dict[str, Any], key: str) -> str:
+    return str((zero.get(key) or {}).get("device", "none"))
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """What the data-parallel ranks of a stage share among them, and when: ZeRO-1, 2 and 3 in one code path.
+
+    Optimizer states and fp32 weights are always sharded. ZeRO-1 and ZeRO-2 are ZeRO-3 with every parameter
+    *persistent*: gathered once, right after the optimizer step, and whole until the next.
+    """
+
+    stage: int
+    """ZeRO stage of the DeepSpeed file."""
+    resident: float
+    """Share of a stage's parameters whole within a step."""
+    reduce_once: bool
+    """Gradients are reduce-scattered once a step, else once a micro-batch."""
+    offload_optimizer: bool
+    """Master weights, moments and gradients for the update are in host memory."""
+    offload_params: bool
+    """Compute-type shards are in host memory."""
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any], parallel: ParallelConfig) -> Sharding:
+        """Read the user's DeepSpeed file together with the recipe. Raises ConfigError where they disagree."""
+        zero = ds_config["zero_optimization"]
+        stage, once = int(zero["stage"]), parallel.reduce_once
+        if stage < 3 and parallel.resident < 1:
+            raise ConfigError(
+                f"parallel.resident={parallel.resident:g} needs ZeRO stage 3: in stage {stage} weights stay whole; "
+                "use --deepspeed ds_configs/zero3.json, or remove it"
+            )
+        if stage < 3 and once is not None and once != (stage == 1):
+            raise ConfigError(
+                f"parallel.reduce_once={str(once).lower()} is ZeRO stage {1 if once else 2}, the DeepSpeed file says "
+                f"{stage}: remove it, or use --deepspeed ds_configs/zero{1 if once else 2}.json"
+            )
+        offload = (_device(zero, key) == "cpu" for key in ("offload_optimizer", "offload_param"))
+        return cls(stage, parallel.resident, stage != 2 if once is None else once, *offload)
+
+    def __str__(self) -> str:
+        offloaded = {"optimizer": self.offload_optimizer, "parameters": self.offload_params}
+        moved = " and ".join(name for name, there in offloaded.items() if there)
+        weights = "weights whole between steps" if self.stage < 3 else f"resident {self.resident:g}"
+        reduced = f"gradients reduced {'once a step' if self.reduce_once else 'every micro-batch'}"
+        return f"ZeRO-{self.stage}, {weights}, {reduced}" + (f", {moved} on the CPU" if moved else "")
 
 
 def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, micro_packs: int, bf16: bool) -> dict[str, Any]:
@@ -51,6 +124,7 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, micro_packs: i
     """
     done = {
         **raw,
+        "zero_optimization": _as_stage_3(raw["zero_optimization"]),
         "train_micro_batch_size_per_gpu": micro_packs,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip_norm,
@@ -64,3 +138,11 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, micro_packs: i
     if config.log.tensorboard:
         done["tensorboard"] = {"enabled": True, "output_path": config.run_dir, "job_name": "tensorboard"}
     return done
+
+
+def _as_stage_3(zero: dict[str, Any]) -> dict[str, Any]:
+    """Return ZeRO-1 and ZeRO-2 as the ZeRO-3 that keeps every parameter whole between steps."""
+    if zero["stage"] == 3:
+        return zero
+    kept = {"stage3_param_persistence_threshold": _WHOLE, "stage3_model_persistence_threshold": _WHOLE}
+    return {**zero, "stage": 3, **kept}

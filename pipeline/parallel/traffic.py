@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass
 class Traffic:
-    """Bytes counted since the last `take`; DeepSpeed's collectives are counted in `pipeline.parallel.zero3`."""
+    """Bytes and calls since the last `take`; DeepSpeed's collectives are counted in `pipeline.parallel.zero3`."""
 
     gathered: int = 0
     """Whole size of gathered weights."""
@@ -15,11 +15,16 @@ class Traffic:
     """Whole size of reduce-scattered gradients."""
     sent: int = 0
     """Hidden states and their gradients sent to neighbouring stages."""
+    gathers: int = 0
+    """All-gather calls."""
+    reductions: int = 0
+    """Reduce-scatter calls."""
 
     def take(self) -> Traffic:
         """Return the counts and start again from zero."""
-        counted = Traffic(self.gathered, self.reduced, self.sent)
-        self.gathered = self.reduced = self.sent = 0
+        counted = replace(self)
+        for name in vars(counted):
+            setattr(self, name, 0)
         return counted
 
 
@@ -32,8 +37,13 @@ class StepTraffic:
     reduce_x: float
     """Reduced bytes over the bytes of the stage's trained parameters; 1 = each reduced once."""
     sent_bytes: int
+    gathers: int = 0
+    """All-gather calls."""
+    reductions: int = 0
+    """Reduce-scatter calls."""
 
     @classmethod
     def of(cls, counted: Traffic, *, trained: int, frozen: int, size: int) -> StepTraffic:
         """Relate counts to a stage of ``trained`` and ``frozen`` parameters of ``size`` bytes each."""
-        return cls(counted.gathered / (size * (trained + frozen)), counted.reduced / (size * trained), counted.sent)
+        gathered, reduced = counted.gathered / (size * (trained + frozen)), counted.reduced / (size * trained)
+        return cls(gathered, reduced, counted.sent, counted.gathers, counted.reductions)

@@ -12,21 +12,24 @@ composes with any outside schedule, given these corrections:
 4. *One accumulation step*: the schedule owns micro-batches and the caller scales its loss (see `ds_config`).
 5. *Release after each backward*: DeepSpeed counts a module's open backwards in one counter that every forward resets;
    with several micro-batches alive, weights would stay gathered after the first. Each call gets a counter of its own.
+6. *A stack that is cleared*: recomputation ends a module's forward early, so DeepSpeed's stack of running modules grows
+   with every recomputed layer of a run; it is cut back after each step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime.zero import partition_parameters, partitioned_param_coordinator, stage3
+from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.utils import apply_to_tensors_only
+from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
 from pipeline.parallel.groups import Groups
@@ -36,6 +39,10 @@ from pipeline.parallel.traffic import Traffic
 TESTED_VERSIONS = ("0.19.8",)
 STATES = ("exp_avg", "exp_avg_sq")
 _GATHER, _REDUCE = partition_parameters._dist_allgather_fn, stage3.reduce_scatter_coalesced
+_GATHER_PERSISTENT = partition_parameters.Init._allgather_params_coalesced
+_GATHER_ONE = partition_parameters.Init._allgather_params_sequential
+_PREFETCHED = 0.05  # share of a stage that may be gathered ahead where weights are released after each use
+_DEFAULTS = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9}
 _HOLD = -1  # a module id that no module has: a parameter held under it stays gathered until the optimizer step
 
 
@@ -116,14 +123,47 @@ def _count_collectives(traffic: Traffic) -> None:
 
     def gather(shard: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
         traffic.gathered += whole.nbytes
+        traffic.gathers += 1
         return _GATHER(shard, whole, group)
 
     def reduce(tensors: list[torch.Tensor], group: Any = None) -> Any:
         traffic.reduced += sum(tensor.nbytes for tensor in tensors)
+        traffic.reductions += 1
         return _REDUCE(tensors, group)
+
+    def counted(gather_params: Callable[..., Any]) -> Callable[..., Any]:
+        def gather_each(init: Any, params: list[Any], *args: Any, **options: Any) -> Any:
+            sharded = [param for param in params if param.ds_zero_partition_world_size > 1]
+            traffic.gathered += sum(param.ds_numel_aligned * param.ds_tensor.element_size() for param in sharded)
+            traffic.gathers += len(sharded)
+            return gather_params(init, params, *args, **options)
+
+        return gather_each
 
     partition_parameters._dist_allgather_fn = gather
     stage3.reduce_scatter_coalesced = reduce
+    partition_parameters.Init._allgather_params_coalesced = counted(_GATHER_PERSISTENT)
+    partition_parameters.Init._allgather_params_sequential = counted(_GATHER_ONE)
+
+
+def _params(module: nn.Module) -> list[Any]:
+    """Return a module's parameters; mypy knows nothing of what DeepSpeed puts on them."""
+    return list(module.parameters())
+
+
+def _released_at_once(ds_config: dict[str, Any], numel: int, resident: float) -> dict[str, Any]:
+    """Keep nothing of a stage of ``numel`` elements for its next use, and bound what is gathered ahead.
+
+    DeepSpeed's prefetch does not release what it met in its queue while it was whole. Over several micro-batches that
+    is everything, sooner or later, unless `stage3_max_live_parameters` ends its looking ahead.
+    """
+    zero = ds_config["zero_optimization"]
+    bounds = {
+        "stage3_prefetch_bucket_size": _PREFETCHED * numel,
+        "stage3_max_live_parameters": (resident + _PREFETCHED) * numel,
+    }
+    bounded = {key: min(int(zero.get(key, _DEFAULTS[key])), int(bound)) for key, bound in bounds.items()}
+    return {**ds_config, "zero_optimization": {**zero, **bounded, "stage3_max_reuse_distance": 0}}
 
 
 class _CallEnd(torch.autograd.Function):
@@ -174,6 +214,7 @@ class Zero3Stage:
         resident: float,
         reduce_once: bool,
         tied: nn.Parameter | None = None,
+        leaves: Iterable[nn.Module] = (),
     ) -> None:
         """Wrap a module whose parameters `sharder` has sharded.
 
@@ -186,15 +227,15 @@ class Zero3Stage:
             resident: Share of the stage's parameters kept gathered within a step.
             reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
             tied: This stage's copy of a weight that the first and the last stage share, when they are different ranks.
+            leaves: Modules whose parameters are gathered together when the module runs, instead of each sub-module's.
         """
         self.topology, self._groups, self._tied = topology, groups, tied
         self._resident, self._reduce_once = resident, reduce_once
-        if (
-            resident < 1
-        ):  # what is not held goes at once; DeepSpeed would keep what is used again, and what it prefetched
-            at_once = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
-            zero = {**ds_config["zero_optimization"], **at_once}
-            ds_config = {**ds_config, "zero_optimization": zero}
+        for leaf in leaves:
+            set_z3_leaf_module(leaf, True)
+        if resident < 1:
+            numel = sum(param.ds_numel for param in _params(module))
+            ds_config = _released_at_once(ds_config, numel, resident)
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=ds_config, mpu=_Mpu(topology, groups)
         )
@@ -204,6 +245,7 @@ class Zero3Stage:
         self._zero._get_norm_groups = self._global_norm  # correction 3
         _release_each_call(self._zero.parameter_offload, self.module)
         self._norm = 0.0
+        self._running = len(parameter_offload.FWD_MODULE_STACK)
         self.traffic = Traffic()
         _count_collectives(self.traffic)
 
@@ -228,12 +270,19 @@ class Zero3Stage:
         self._zero.parameter_offload.get_param_coordinator().reset_step()
         with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
             yield
-        if self._tied is not None:  # equal shape and equal dp: the shards line up and can be summed pairwise
-            dist.all_reduce(self.gradient_shard(self._tied), group=self._groups.ends)
+        del parameter_offload.FWD_MODULE_STACK[self._running :]  # correction 6
+        if self._tied is not None:
+            self._sum_tied(self.gradient_shard(self._tied))
+
+    def _sum_tied(self, shard: torch.Tensor) -> None:
+        """Add the other end's gradient: equal shape and equal dp, so the shards line up and are summed pairwise."""
+        on_device = shard.to(self.engine.device)  # NCCL moves nothing that is offloaded to the host
+        dist.all_reduce(on_device, group=self._groups.ends)
+        shard.copy_(on_device)
 
     def _hold(self) -> None:
         """Keep parameters gathered, up to the resident share, until the optimizer step releases them."""
-        params: list[Any] = list(self.module.parameters())
+        params = _params(self.module)
         left = self._resident * sum(param.ds_numel for param in params)
         for param in params:
             if param.ds_numel <= left:
@@ -278,11 +327,8 @@ class Zero3Stage:
 
     def _global_norm(self) -> list[torch.Tensor]:
         """Correction 3: the norm over all shards of all stages; -1 is DeepSpeed's word for "skip this step"."""
-        grads = list(self._grad_shards())
-        total = torch.zeros(1, dtype=torch.float64, device=grads[0].device)
-        for norm in torch._foreach_norm([grad.float() for grad in grads]):
-            total += norm.double() ** 2
-        total = total.to(self.engine.device)
+        norms = torch._foreach_norm(list(self._grad_shards()), 2, torch.float32)  # half-precision shards: no copies
+        total = torch.stack(norms).double().square().sum(0, keepdim=True).to(self.engine.device)
         dist.all_reduce(total)
         norm = total.sqrt()[0]
         self._norm = float(norm)

@@ -20,7 +20,7 @@ from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
 from pipeline.model.counts import Counts
 from pipeline.model.spec import ModelSpec
-from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
+from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.partition import split_layers
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.training.origins import check_init_from, check_resume
@@ -44,6 +44,7 @@ class Blueprint:
     steps: int
     """Optimizer steps of the whole run."""
     bf16: bool
+    sharding: Sharding
     ds_config: dict[str, Any]
 
     @classmethod
@@ -51,6 +52,7 @@ class Blueprint:
         """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
         config = invocation.config
         raw_ds = read_ds_config(invocation.deepspeed)
+        sharding = Sharding.of(raw_ds, config.parallel)
         topology = Topology(world, rank, config.parallel.pp)
         micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
         packs = _open_packs(config)
@@ -72,7 +74,7 @@ class Blueprint:
         bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
         return cls(
             config, invocation.recipe, packs, policy, spec, counts, topology,
-            BatchOrder(config.train.batch_packs, topology.dp, micros), tuple(splits), steps, bf16,
+            BatchOrder(config.train.batch_packs, topology.dp, micros), tuple(splits), steps, bf16, sharding,
             complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16),
         )  # fmt: skip
 

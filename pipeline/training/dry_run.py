@@ -52,13 +52,15 @@ def _stage_lines(plan: Blueprint) -> Iterator[str]:
     topology, parallel = plan.topology, plan.config.parallel
     yield (
         f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
-        f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}, resident {parallel.resident:g}"
+        f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}"
     )
+    yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
     load = Load.of(plan)
     for stage, layers in enumerate(plan.splits):
         trained, frozen = load.stage_parameters(stage)
         need = load.memory(stage)
-        parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in ("states", "gathered", "activations"))
+        names = ("states", "gathered", "activations", *(["host"] if need.host else []))
+        parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
         yield (
             f"           stage {stage}: layers {layers.start}..{layers.stop - 1}, {millions(trained)} trained + "
             f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"

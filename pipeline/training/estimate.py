@@ -1,7 +1,8 @@
 """What a rank of each stage will need and do, counted from the model's shape before anything is started.
 
-Model states follow ZeRO-3 (arXiv 1910.02054): what is sharded is divided by the data-parallel ranks of a stage; what
-the step keeps gathered is not. Activations assume one recomputed layer at a time where checkpointing is on.
+Model states follow ZeRO (arXiv 1910.02054): what is sharded is divided by the data-parallel ranks of a stage; what the
+step, or ZeRO-1 and ZeRO-2 for good, keeps whole is not. What is offloaded is counted for the host. Activations assume
+one recomputed layer at a time where checkpointing is on.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pipeline.config import RunConfig
 from pipeline.model.counts import Counts
 from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding
 from pipeline.training.blueprint import Blueprint
 
 GIB = 2**30
@@ -25,10 +27,12 @@ class MemoryEstimate:
     gathered: float
     """Weights held whole within a step, and the whole gradient where it is reduced once."""
     activations: float
+    host: float = 0.0
+    """Sharded states in host memory; not in the others."""
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """All that is on the device."""
         return self.states + self.gathered + self.activations
 
 
@@ -37,6 +41,7 @@ class Load:
     """A model on a grid: all that memory depends on."""
 
     config: RunConfig
+    sharding: Sharding
     spec: ModelSpec
     counts: Counts
     splits: tuple[range, ...]
@@ -52,8 +57,9 @@ class Load:
         """Take the load of a checked run."""
         tokens = plan.order.micro_packs * plan.packs.manifest.length
         return cls(
-            plan.config, plan.spec, plan.counts, plan.splits, plan.topology.dp, plan.order.micros, tokens, plan.bf16
-        )
+            plan.config, plan.sharding, plan.spec, plan.counts, plan.splits, plan.topology.dp, plan.order.micros,
+            tokens, plan.bf16,
+        )  # fmt: skip
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""
@@ -62,11 +68,12 @@ class Load:
     def memory(self, stage: int) -> MemoryEstimate:
         """Estimate the peak device memory of a rank of one stage."""
         trained, frozen = self.stage_parameters(stage)
-        size, parallel = (2 if self.bf16 else 4), self.config.parallel
-        states = (trained * (size + 4 + 8 + 4) + frozen * size) / self.dp
-        whole = max(parallel.resident * (trained + frozen), self._largest_unit(stage))
-        gathered = (whole + (trained if parallel.reduce_once else 0)) * size
-        return MemoryEstimate(states, gathered, self._activations(stage, size))
+        size, sharding = (2 if self.bf16 else 4), self.sharding
+        shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
+        host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
+        whole = max(sharding.resident * (trained + frozen), self._largest_unit(stage))
+        gathered = (whole + (trained if sharding.reduce_once else 0)) * size
+        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), host)
 
     def _largest_unit(self, stage: int) -> int:
         """Parameters of the piece that must be whole while it runs, however little stays gathered."""

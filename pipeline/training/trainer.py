@@ -226,6 +226,6 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero
     )  # fmt: skip
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
-        resident=config.parallel.resident, reduce_once=config.parallel.reduce_once,
-        tied=module.tied_copy,
+        resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
+        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (),
     )  # fmt: skip

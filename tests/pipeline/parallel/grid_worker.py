@@ -21,7 +21,7 @@ from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel import zero3
-from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
+from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.partition import split_layers
 from pipeline.parallel.runner import Runner
@@ -48,7 +48,11 @@ class Case:
     checkpointing: bool = False
     tied: bool = False
     resident: float = 1.0
-    reduce_once: bool = True
+    reduce_once: bool | None = None
+    config: str = "zero3"
+    """File of ds_configs."""
+    leaves: bool = False
+    """Layers are gathered as one."""
     evaluate: bool = False
     """Run a forward without gradients before every step."""
     persist: int = 0
@@ -124,10 +128,14 @@ class Job:
     def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
         self.case, self.topology, self.groups = case, topology, groups
         self.spec = grid_spec(case.tied, case.layers)
-        config = RunConfig(train=TRAIN)
+        config = RunConfig.model_validate(
+            {"train": TRAIN, "parallel": {"resident": case.resident, "reduce_once": case.reduce_once}}
+        )
         config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
-        ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), config, micro_packs=1, bf16=False)
-        ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
+        raw = read_ds_config(f"ds_configs/{case.config}.json")
+        raw["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
+        sharding = Sharding.of(raw, config.parallel)
+        ds_config = complete_ds_config(raw, config, micro_packs=1, bf16=False)
         if case.without == "one accumulation":
             ds_config["gradient_accumulation_steps"] = case.micros[0] // topology.dp
         module = build_stage(
@@ -140,8 +148,8 @@ class Job:
             if case.without == "release":
                 patch.setattr(zero3, "_release_each_call", lambda offload, root: None)
             self.stage = Zero3Stage(
-                module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=case.resident,
-                reduce_once=case.reduce_once, tied=module.tied_copy,
+                module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=sharding.resident,
+                reduce_once=sharding.reduce_once, tied=module.tied_copy, leaves=module.blocks() if case.leaves else (),
             )  # fmt: skip
         self.runner = Runner(
             self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=torch.float32,
@@ -162,7 +170,7 @@ class Job:
     def train(self) -> dict[str, Any]:
         """Take all steps; return this rank's losses, norms, gradient shards of every step and last weights."""
         seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": []}
-        seen |= {"traffic": [], "peak": [], "parameters": self.parameters()}
+        seen |= {"traffic": [], "traffic of update": [], "whole": [], "peak": [], "parameters": self.parameters()}
         peak = GatheredPeak(self.stage)
         for step in range(len(self.case.micros)):
             micros, scale = self.micros(step)
@@ -177,7 +185,8 @@ class Job:
             seen["traffic"].append(asdict(self.stage.traffic.take()))
             seen["peak"].append(peak.take())
             result = self.stage.step(LR)
-            self.stage.traffic.take()  # what the step itself gathers again: small parameters kept whole
+            seen["traffic of update"].append(asdict(self.stage.traffic.take()))  # parameters kept whole
+            seen["whole"].append(whole_share(self.stage))
             seen["norm"].append(result.grad_norm)
             seen["applied"].append(result.applied)
             seen["weights"].append(
@@ -205,17 +214,22 @@ class Job:
             dist.send(output.contiguous(), self.topology.rank + self.topology.dp, group=self.groups.forward)
 
 
+def whole_share(stage: Zero3Stage) -> float:
+    """Share of a stage's parameters that is whole at this moment."""
+    params: list[Any] = list(stage.module.parameters())
+    whole = sum(param.ds_numel for param in params if param.ds_status.name != "NOT_AVAILABLE")
+    return float(whole / sum(param.ds_numel for param in params))
+
+
 class GatheredPeak:
     """Largest share of a stage's parameters that is whole at once, looked at whenever more is gathered."""
 
     def __init__(self, stage: Zero3Stage) -> None:
-        params: list[Any] = list(stage.module.parameters())
-        numel, gather = sum(param.ds_numel for param in params), partition_parameters._dist_allgather_fn
+        gather = partition_parameters._dist_allgather_fn
         self._most = 0.0
 
         def looked(*args: Any) -> Any:
-            whole = sum(param.ds_numel for param in params if param.ds_status.name != "NOT_AVAILABLE")
-            self._most = max(self._most, whole / numel)
+            self._most = max(self._most, whole_share(stage))
             return gather(*args)
 
         partition_parameters._dist_allgather_fn = looked

@@ -10,16 +10,19 @@ from pipeline.cli import main
 from pipeline.estimate_command import draw_load, image_tokens, work_shares
 from pipeline.flags import parse
 from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.training.estimate import Load
 
 SHARES = (0.01, 0.3)
+OFFLOADED = ("zero3_offload", "zero3_offload_params")
 GRID = ["--train.batch-packs", "16", "--parallel.micro-batches", "0"]
 
 
-def load_of(*flags: str, ranks: int = 4, length: int = 512) -> Load:
+def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> Load:
     config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
+    sharding = Sharding.of(read_ds_config(f"ds_configs/{zero}.json"), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
-    return draw_load(config, spec, ranks=ranks, length=length, shares=SHARES)
+    return draw_load(config, sharding, spec, ranks=ranks, length=length, shares=SHARES)
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -40,6 +43,21 @@ def test_what_is_held_follows_the_settings(resident: float, once: bool) -> None:
     counts = load.counts
     largest = max(*counts.layers, counts.connector, counts.embed, counts.head)  # whole while it runs, whatever stays
     assert load.memory(0).gathered == 2 * (max(resident * (trained + frozen), largest) + once * trained)
+
+
+def test_zero_stages_differ_in_the_gradient_that_is_held() -> None:
+    one, two, three = (load_of(zero=name).memory(0) for name in ("zero1", "zero2", "zero3"))
+    trained, frozen = load_of().stage_parameters(0)
+    assert one == three, "ZeRO-3 gathered once a step and reduced once a step"
+    assert (one.gathered - two.gathered, two.gathered) == (2 * trained, 2 * (trained + frozen))
+
+
+def test_what_is_offloaded_is_counted_for_the_host() -> None:
+    here, there, all_there = (load_of(zero=name).memory(0) for name in ("zero3", *OFFLOADED))
+    trained, frozen = load_of().stage_parameters(0)
+    assert (there.host, all_there.host) == (trained * 16 / 4, trained * 16 / 4 + (trained + frozen) * 2 / 4)
+    assert here.host == all_there.states == 0
+    assert here.states == there.states + there.host == all_there.host
 
 
 def test_activations_follow_schedule_and_recomputation() -> None:

@@ -1,0 +1,79 @@
+"""The DeepSpeed file and the recipe: what they agree on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_prep.errors import UserError
+from pipeline.config import ParallelConfig, RunConfig
+from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
+from tests.launch import ROOT
+
+SHIPPED = sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json"))
+
+
+def shipped(name: str) -> dict[str, Any]:
+    return read_ds_config(str(ROOT / f"ds_configs/{name}.json"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_file_runs_as_stage_3(name: str) -> None:
+    done = complete_ds_config(shipped(name), RunConfig(), micro_packs=2, bf16=True)
+    assert done["zero_optimization"]["stage"] == 3
+    assert done["gradient_clipping"] == RunConfig().train.clip_norm
+    whole = done["zero_optimization"]["stage3_param_persistence_threshold"] > 1e12
+    assert whole == (name in ("zero1", "zero2"))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        pytest.param("zero1", {}, "ZeRO-1, weights whole between steps, gradients reduced once a step", id="zero1"),
+        pytest.param("zero2", {}, "ZeRO-2, weights whole between steps, gradients reduced every micro", id="zero2"),
+        pytest.param("zero3", {}, "ZeRO-3, resident 1, gradients reduced once a step", id="zero3"),
+        pytest.param(
+            "zero3", {"resident": 0, "reduce_once": False}, "ZeRO-3, resident 0, gradients reduced every", id="true"
+        ),
+        pytest.param("zero3_offload", {}, "optimizer on the CPU", id="offload"),
+        pytest.param("zero3_offload_params", {}, "optimizer and parameters on the CPU", id="offload of all"),
+    ],
+)
+def test_the_plan_says_what_is_sharded_and_when(name: str, keys: dict[str, Any], words: str) -> None:
+    assert words in str(Sharding.of(shipped(name), ParallelConfig.model_validate(keys)))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "words"),
+    [
+        ("zero1", {"resident": 0.5}, "parallel.resident=0.5 needs ZeRO stage 3"),
+        ("zero1", {"reduce_once": False}, r"reduce_once=false is ZeRO stage 2, .* says 1: .*zero2.json"),
+        ("zero2", {"reduce_once": True}, r"reduce_once=true is ZeRO stage 1, .* says 2: .*zero1.json"),
+    ],
+)
+def test_a_recipe_that_contradicts_the_stage_is_refused(name: str, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Sharding.of(shipped(name), ParallelConfig.model_validate(keys))
+
+
+@pytest.mark.parametrize(
+    ("zero", "words"),
+    [
+        ({}, "stage=None: this trainer runs stages 1, 2 and 3"),
+        ([], "zero_optimization.stage=None"),
+        ({"stage": 0}, "stage=0"),
+        ({"stage": 3, "zero_hpz_partition_size": 8}, "zero_hpz_partition_size=8 is not supported"),
+        ({"stage": 3, "zero_quantized_weights": True}, "zero_quantized_weights is not supported"),
+        ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device=nvme .*use cpu"),
+        ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
+        ({"stage": 3, "offload_param": {"device": "cpu"}}, "needs offload_optimizer too"),
+    ],
+)
+def test_zero_settings_that_cannot_be_run_are_refused(zero: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UserError, match=words):
+        read_ds_config(str(path))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ INITIALISED = "_is_hf_initialized"
 def build_stage(
     spec: ModelSpec,
     *,
-    layers: range,
+    layers: Sequence[int],
     first: bool,
     last: bool,
     dtype: torch.dtype,
@@ -38,7 +38,7 @@ def build_stage(
 
     Args:
         spec: the model.
-        layers: global indices of the decoder layers.
+        layers: global indices of the decoder layers, in order; one run of them, or several chunks.
         first: adds vision tower, connector and embedding.
         last: adds final norm and head.
         dtype: type of the parameters; values are drawn or read in fp32 and cast.

@@ -48,9 +48,9 @@ class Counts:
         """All parameters."""
         return self.vision + self.connector + self.embed + sum(self.layers) + self.norm + self.head
 
-    def of_stage(self, layers: range, *, first: bool, last: bool) -> tuple[int, int]:
+    def of_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> tuple[int, int]:
         """Return (trained, frozen) parameters of a stage; a tied head on another stage than the embedding is a copy."""
-        trained = sum(self.layers[layers.start : layers.stop])
+        trained = sum(self.layers[layer] for layer in layers)
         if first:
             trained += self.connector + self.embed + (0 if self.vision_frozen else self.vision)
         if last:

@@ -8,7 +8,7 @@ T packed tokens of one micro-batch, D hidden width. Parameter names are global, 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ class Stage(nn.Module):
         llm: PreTrainedModel,
         vision: PreTrainedModel | None,
         *,
-        layers: range,
+        layers: Sequence[int],
         first: bool,
         last: bool,
         gradient_checkpointing: bool = False,
@@ -57,7 +57,7 @@ class Stage(nn.Module):
             spec: the model.
             llm: the whole language model on the meta device, whose modules the stage takes.
             vision: the vision tower on the meta device; None unless ``first``.
-            layers: global indices of its decoder layers.
+            layers: global indices of its decoder layers, in order; one run of them, or several chunks.
             first: holds vision tower, connector and embedding.
             last: holds the final norm, the head and the loss.
             gradient_checkpointing: recompute each decoder layer in the backward pass.
@@ -126,18 +126,20 @@ class Stage(nn.Module):
             self.vision.eval()
         return self
 
-    def forward(self, hidden: torch.Tensor | None, inputs: StageInputs) -> torch.Tensor:
-        """Run one micro-batch.
+    def forward(self, hidden: torch.Tensor | None, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
+        """Run one micro-batch through one chunk of the stage.
 
         Args:
-            hidden: [1, T, D] from the stage before; None on the first.
+            hidden: [1, T, D] from the chunk before; None where the model's first layer is run.
             inputs: the micro-batch, on the stage's device.
+            layers: the chunk's decoder layers; None = all of the stage.
 
         Returns:
-            Hidden states [1, T, D]; on the last stage the *sum* of the supervised tokens' losses, an fp32 scalar.
+            Hidden states [1, T, D]; from the model's last layer on the *sum* of the supervised tokens' losses, an
+            fp32 scalar.
         """
-        hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs)
-        if not self.last:
+        hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs, layers)
+        if not self.last or (layers is not None and layers.stop < self.spec.layers):
             return hidden_1TD
         supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
         hidden_ND = self.model.norm(hidden_1TD[0].index_select(0, supervised))
@@ -165,18 +167,19 @@ class Stage(nn.Module):
         patches_BPD = features_BPD[:, -self.spec.patches :]  # CLIP's first feature is its class token
         return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
 
-    def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs) -> torch.Tensor:
-        """Run this stage's decoder layers, [1, T, D] -> [1, T, D]."""
+    def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
+        """Run decoder layers, by default all of this stage, [1, T, D] -> [1, T, D]."""
+        run = [(int(name), layer) for name, layer in self.model.layers.items() if not layers or int(name) in layers]
         multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
-        if self.first and multiplier is not None:  # Granite scales whatever enters its layers, images too
+        if run[0][0] == 0 and multiplier is not None:  # Granite scales whatever enters its layers, images too
             hidden_1TD = hidden_1TD * multiplier
         positions_1T = inputs.position_ids[None]
         rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
-        for index, layer in self.model.layers.items():
+        for index, layer in run:
             options = {
                 "attention_mask": inputs.plan,
                 "position_ids": positions_1T,
-                "position_embeddings": rotary[self._layer_type(int(index))],
+                "position_embeddings": rotary[self._layer_type(index)],
             }
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_1TD = checkpoint(layer, hidden_1TD, use_reentrant=False, preserve_rng_state=False, **options)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -58,11 +59,14 @@ class Groups:
 
     data: Any
     """Ranks that hold the same stage."""
-    forward: Any
-    """Ranks one micro-batch passes through, for hidden states on their way forward."""
-    backward: Any
-    """The same ranks again, for gradients on their way back: on NCCL a second communicator lets a send of one
-    direction pass a receive of the other, where a single one would deadlock 1F1B."""
+    links: Mapping[tuple[int, int], Any]
+    """(from stage, to stage) -> the group of these two ranks of this replica, for neighbours on the ring of stages.
+
+    NCCL runs what is asked of a communicator one after the other on one stream. A receive that was posted ahead of its
+    message would hold up whatever came behind it: a send the other way, which the message may be waiting for, or a
+    message from another rank. So each ordered pair of ranks has a communicator of its own: one rank only ever sends
+    in it, the other only ever receives, in the same order.
+    """
     solo: Any
     """This rank alone: what DeepSpeed is told is the model-parallel group."""
     ends: Any
@@ -74,16 +78,44 @@ def create_groups(topology: Topology, timeout_s: int = 1800) -> Groups:
     # A new group does not take the world's limit over: left out, it would be the backend's (10 minutes on NCCL).
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     data = [new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
-    forward = [new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
-    backward = [new_group(topology.replica_ranks(replica)) for replica in range(topology.dp)]
+    links = _create_links(topology, new_group)
     solo = [new_group([rank]) for rank in range(topology.world)]
     ends = None
     if topology.pp > 1:
         pairs = [[topology.rank_of(0, r), topology.rank_of(topology.pp - 1, r)] for r in range(topology.dp)]
         made = [new_group(pair) for pair in pairs]
         ends = made[topology.replica] if topology.first or topology.last else None
-    own = topology.replica
-    return Groups(data[topology.stage], forward[own], backward[own], solo[topology.rank], ends)
+    return Groups(data[topology.stage], links, solo[topology.rank], ends)
+
+
+def _create_links(topology: Topology, new_group: Callable[[list[int]], Any]) -> dict[tuple[int, int], Any]:
+    """Create the links of all replicas; return those of this rank."""
+    own = {}
+    for replica, (source, target) in itertools.product(range(topology.dp), ring(topology.pp)):
+        group = new_group([topology.rank_of(source, replica), topology.rank_of(target, replica)])
+        if replica == topology.replica and topology.stage in (source, target):
+            own[source, target] = group
+    return own
+
+
+def ring(stages: int) -> list[tuple[int, int]]:
+    """Return the ordered pairs of stages that exchange messages; with chunks, the last stage and the first do too."""
+    pairs = {(stage, (stage + step) % stages) for stage in range(stages) for step in (1, -1)}
+    return sorted((source, target) for source, target in pairs if source != target)
+
+
+def connect(topology: Topology, groups: Groups, device: torch.device) -> None:
+    """Send one number over every link, in one order on all ranks.
+
+    NCCL connects two ranks at the first message between them and waits for both: a receive posted ahead would wait
+    for a send that cannot come yet.
+    """
+    for source, target in sorted(groups.links):
+        number, group = torch.zeros(1, device=device), groups.links[source, target]
+        if topology.stage == source:
+            dist.send(number, topology.rank_of(target, topology.replica), group=group)
+        else:
+            dist.recv(number, topology.rank_of(source, topology.replica), group=group)
 
 
 def device_of_rank() -> torch.device:

@@ -7,13 +7,30 @@ from itertools import pairwise
 
 from pipeline.config import ConfigError
 
+Chunks = tuple[range, ...]
+"""Decoder layers of a stage, chunk by chunk."""
+
+
+def split_stages(
+    layers: int, stages: int, chunks: int, *, by_hand: str = "", costs: Sequence[float] = ()
+) -> tuple[Chunks, ...]:
+    """Return the chunks of each stage: every ``stages``-th of the pieces that `split_layers` makes.
+
+    Raises:
+        ConfigError: The hand-made split does not fit, or there are more chunks than layers.
+    """
+    pieces = split_layers(layers, stages * chunks, by_hand=by_hand, costs=costs)
+    return tuple(tuple(pieces[stage::stages]) for stage in range(stages))
+
 
 def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence[float] = ()) -> list[range]:
     """Return the decoder layers of each stage.
 
+    Every stage has a layer: ZeRO needs something to train on each, and of the rest only parts of the ends train.
+
     Args:
         layers: Decoder layers of the model.
-        stages: Pipeline stages.
+        stages: Pipeline stages, or with chunks the places of the line they form.
         by_hand: ``"9,12,11"``: layers of each stage, or empty.
         costs: ``layers + 2`` relative costs: what precedes the layers (vision, connector, embedding), each layer, what
             follows them (head and loss). Empty = every layer 1, ends 0.
@@ -23,7 +40,8 @@ def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence
     """
     if stages > layers:
         raise ConfigError(
-            f"parallel.pp={stages} is more than the model's {layers} decoder layers: use at most {layers}"
+            f"parallel.pp x parallel.chunks = {stages} is more than the model's {layers} decoder layers: "
+            f"use at most {layers} in all"
         )
     counts = (
         _parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or [0.0] + [1.0] * layers + [0.0], stages)
@@ -39,7 +57,8 @@ def _parse(text: str, layers: int, stages: int) -> list[int]:
         raise ConfigError(f"parallel.split='{text}' is not a list of layer counts such as '9,12,11'") from None
     if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
         raise ConfigError(
-            f"parallel.split='{text}' must be {stages} counts of at least 1 that sum to {layers} decoder layers"
+            f"parallel.split='{text}' must be {stages} counts of at least 1 (one a stage, or a chunk: parallel.pp x "
+            f"parallel.chunks) that sum to {layers} decoder layers"
         )
     return counts
 

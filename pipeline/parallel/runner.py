@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from pipeline.model.inputs import StageInputs
-from pipeline.parallel.groups import Groups
-from pipeline.parallel.schedule import SCHEDULES
+from pipeline.parallel.groups import Groups, connect
+from pipeline.parallel.messages import Messages
+from pipeline.parallel.schedule import Action
+from pipeline.parallel.simulation import orders
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage
+
+AHEAD = 2
+"""Actions ahead of the one that runs whose messages are received while it runs."""
+
+
+class _Step:
+    """What one optimizer step keeps between actions."""
+
+    def __init__(self, micros: Sequence[StageInputs], scale: float, messages: Messages, device: torch.device) -> None:
+        self.micros, self.scale, self.messages = micros, scale, messages
+        self.losses = torch.zeros(len(micros), dtype=torch.float64, device=device)
+        self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
+        """(micro-batch, chunk) -> its input and output, from its forward to its backward."""
 
 
 class Runner:
@@ -27,9 +40,10 @@ class Runner:
         width: int,
         dtype: torch.dtype,
         schedule: str,
+        chunks: Sequence[range | None] = (None,),
         doing: Callable[[str], None] = lambda words: None,
     ) -> None:
-        """Bind a stage to its neighbours.
+        """Bind a stage to its neighbours; every rank must do so at the same time.
 
         Args:
             stage: This rank's stage.
@@ -38,14 +52,14 @@ class Runner:
             width: Hidden size.
             dtype: Type of hidden states.
             schedule: A key of `SCHEDULES`.
+            chunks: Decoder layers of each of the stage's chunks; None = all of its layers.
             doing: Told what is about to be done, in words: what a rank that hangs did last.
         """
-        self._doing = doing
         self._stage, self._topology, self._groups = stage, topology, groups
-        self._width, self._dtype, self._order = width, dtype, SCHEDULES[schedule]
-        self._previous = topology.rank - topology.dp
-        self._next = topology.rank + topology.dp
+        self._width, self._dtype, self._schedule = width, dtype, schedule
+        self._chunks, self._doing = chunks, doing
         self._device = stage.engine.device
+        connect(topology, groups, self._device)
 
     def run(self, micros: Sequence[StageInputs], scale: float) -> torch.Tensor:
         """Forward and backward every micro-batch inside one accumulation.
@@ -58,58 +72,56 @@ class Runner:
         Returns:
             float64 [len(micros)]: the *sum* of token losses of each micro-batch (0 but on the last stage).
         """
-        losses = torch.zeros(len(micros), dtype=torch.float64, device=self._device)
-        live: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}
-        sent: list[tuple[Any, torch.Tensor]] = []
+        of_stages = orders(self._schedule, self._topology.pp, len(micros), len(self._chunks))
+        order = of_stages[self._topology.stage]
+        step = _Step(micros, scale, self._messages(of_stages, micros), self._device)
         with self._stage.accumulate():
-            for kind, micro in self._order(self._topology.stage, self._topology.pp, len(micros)):
-                if kind == "F":
-                    live[micro] = self._forward(micro, micros[micro], sent)
-                    if self._topology.last:
-                        losses[micro] = live[micro][1].detach()
+            for index, action in enumerate(order):
+                for upcoming in order[index : index + 1 + AHEAD]:
+                    step.messages.post(upcoming)
+                if action.kind == "F":
+                    self._forward(step, action)
                 else:
-                    self._backward(micro, *live.pop(micro), scale, sent)
-            for work, _ in sent:
-                work.wait()
-        return losses
+                    self._backward(step, action)
+            step.messages.finish()
+        return step.losses
 
-    def _forward(
-        self, micro: int, inputs: StageInputs, sent: list[tuple[Any, torch.Tensor]]
-    ) -> tuple[torch.Tensor | None, torch.Tensor]:
-        hidden = None
-        if not self._topology.first:
-            self._doing(f"waiting for rank {self._previous}: hidden states of micro-batch {micro}")
-            hidden = self._receive(self._previous, inputs.input_ids.numel(), self._groups.forward).requires_grad_()
-        self._doing(f"forward of micro-batch {micro}")
-        output = self._stage.forward(hidden, inputs)
-        if not self._topology.last:
-            sent.append(self._send(output.detach(), self._next, self._groups.forward))
-        return hidden, output
+    def _messages(self, of_stages: Sequence[Sequence[Action]], micros: Sequence[StageInputs]) -> Messages:
+        return Messages(
+            of_stages, chunks=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in micros],
+            width=self._width, dtype=self._dtype, topology=self._topology, groups=self._groups, device=self._device,
+            traffic=self._stage.traffic,
+        )  # fmt: skip
 
-    def _backward(
-        self,
-        micro: int,
-        hidden: torch.Tensor | None,
-        output: torch.Tensor,
-        scale: float,
-        sent: list[tuple[Any, torch.Tensor]],
-    ) -> None:
-        grad = None
-        if not self._topology.last:
-            self._doing(f"waiting for rank {self._next}: gradients of micro-batch {micro}")
-            grad = self._receive(self._next, output.shape[1], self._groups.backward)
-        self._doing(f"backward of micro-batch {micro}")
-        self._stage.backward(output * scale if grad is None else output, grad)
+    def _receive(self, step: _Step, action: Action) -> torch.Tensor | None:
+        sender = step.messages.sender(action)
+        if sender is None:
+            return None
+        what = "hidden states" if action.kind == "F" else "gradients"
+        self._doing(f"waiting for rank {sender}: {what} of {self._name(action)}")
+        return step.messages.take(action)
+
+    def _name(self, action: Action) -> str:
+        chunk = f", chunk {action.chunk}" if len(self._chunks) > 1 else ""
+        return f"micro-batch {action.micro}{chunk}"
+
+    def _forward(self, step: _Step, action: Action) -> None:
+        hidden = self._receive(step, action)
+        if hidden is not None:
+            hidden.requires_grad_()
+        self._doing(f"forward of {self._name(action)}")
+        output = self._stage.forward(hidden, step.micros[action.micro], self._chunks[action.chunk])
+        step.live[action.micro, action.chunk] = hidden, output
+        if self._topology.last and action.chunk == len(self._chunks) - 1:
+            step.losses[action.micro] = output.detach()
+        else:
+            step.messages.send(action, output.detach())
+
+    def _backward(self, step: _Step, action: Action) -> None:
+        grad = self._receive(step, action)
+        hidden, output = step.live.pop((action.micro, action.chunk))
+        self._doing(f"backward of {self._name(action)}")
+        self._stage.backward(output * step.scale if grad is None else output, grad)
         if hidden is not None:
             assert hidden.grad is not None, "the stage's output does not depend on its input"
-            sent.append(self._send(hidden.grad, self._previous, self._groups.backward))
-
-    def _send(self, tensor: torch.Tensor, rank: int, group: Any) -> tuple[Any, torch.Tensor]:
-        tensor = tensor.contiguous()
-        self._stage.traffic.sent += tensor.nbytes
-        return dist.isend(tensor, rank, group=group), tensor
-
-    def _receive(self, rank: int, tokens: int, group: Any) -> torch.Tensor:
-        buffer = torch.empty((1, tokens, self._width), dtype=self._dtype, device=self._device)
-        dist.recv(buffer, rank, group=group)
-        return buffer
+            step.messages.send(action, hidden.grad)

@@ -252,7 +252,7 @@ class Zero3Stage:
     def _check_internals(self) -> None:
         """Fail at start-up, not in mid-run, where DeepSpeed's internals are not the ones relied on."""
         needed = ("parameter_offload", "fp16_groups", "averaged_gradients", "fp32_partitioned_groups_flat",
-                  "grad_position", "clear_backward_seen_flag", "_get_norm_groups",
+                  "grad_position", "grad_partitions_flat_buffer", "clear_backward_seen_flag", "_get_norm_groups",
                   "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
         missing = [name for name in needed if not hasattr(self._zero, name)]
         if missing or not hasattr(self._zero.parameter_offload, "fwd_pre_hook"):
@@ -268,6 +268,8 @@ class Zero3Stage:
         """Surround all forwards and backwards of one optimizer step."""
         self._hold()
         self._zero.parameter_offload.get_param_coordinator().reset_step()
+        # The step's first backward overwrites what the step before left; another chunk's parameters see a later one.
+        self._zero.grad_partitions_flat_buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
             yield
         del parameter_offload.FWD_MODULE_STACK[self._running :]  # correction 6
@@ -289,9 +291,9 @@ class Zero3Stage:
                 left -= param.ds_numel
                 param.ds_active_sub_modules.add(_HOLD)
 
-    def forward(self, hidden: torch.Tensor | None, inputs: Any) -> torch.Tensor:
-        """Run one micro-batch forward."""
-        return self.engine(hidden, inputs)  # type: ignore[no-any-return]
+    def forward(self, hidden: torch.Tensor | None, inputs: Any, layers: range | None = None) -> torch.Tensor:
+        """Run one micro-batch forward, through a chunk of the stage's layers or through all."""
+        return self.engine(hidden, inputs, layers)  # type: ignore[no-any-return]
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:
         """Run one micro-batch backward, from a loss or from the next stage's gradient of the hidden states."""

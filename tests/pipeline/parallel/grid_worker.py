@@ -23,7 +23,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.parallel import zero3
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
-from pipeline.parallel.partition import split_layers
+from pipeline.parallel.partition import split_stages
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
@@ -44,7 +44,7 @@ class Case:
     """One shape of the grid and one way to run it."""
 
     pp: int
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     checkpointing: bool = False
     tied: bool = False
     resident: float = 1.0
@@ -63,6 +63,7 @@ class Case:
     """One gradient on one rank of one stage is not a number in one step."""
     layers: int = LAYERS
     micros: tuple[int, ...] = MICROS
+    chunks: int = 1
 
 
 CASES: Mapping[str, Case] = {
@@ -85,6 +86,11 @@ CASES: Mapping[str, Case] = {
     "pp2-resident0.5": Case(2, resident=0.5, reduce_once=False),
     "pp2-resident1": Case(2, "gpipe", checkpointing=True, reduce_once=False),
     "pp4-resident0.5": Case(4, resident=0.5, reduce_once=False),
+    "pp2-interleaved-checkpointing-evaluate": Case(2, "interleaved", checkpointing=True, evaluate=True, chunks=2),
+    "pp2-interleaved-odd": Case(2, "interleaved", chunks=2, micros=(6, 10, 2)),
+    "pp4-interleaved-resident0": Case(4, "interleaved", resident=0.0, reduce_once=False, layers=8, chunks=2),
+    "tied-pp2-interleaved-resident0": Case(2, "interleaved", tied=True, resident=0.0, chunks=2),
+    "tied-pp4-interleaved-odd": Case(4, "interleaved", True, tied=True, layers=8, chunks=2, micros=(6, 9, 7)),
 }
 BROKEN: Mapping[str, Case] = {
     "backward-flag": Case(2, "gpipe", reduce_once=False, without="backward flag"),
@@ -138,8 +144,9 @@ class Job:
         ds_config = complete_ds_config(raw, config, micro_packs=1, bf16=False)
         if case.without == "one accumulation":
             ds_config["gradient_accumulation_steps"] = case.micros[0] // topology.dp
+        chunks = split_stages(case.layers, topology.pp, case.chunks)[topology.stage]
         module = build_stage(
-            self.spec, layers=split_layers(case.layers, topology.pp)[topology.stage], first=topology.first,
+            self.spec, layers=[layer for chunk in chunks for layer in chunk], first=topology.first,
             last=topology.last, dtype=torch.float32, device="cpu", seed=3, reads=topology.replica == 0,
             shard=sharder(topology, groups, ds_config), gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
@@ -153,8 +160,9 @@ class Job:
             )  # fmt: skip
         self.runner = Runner(
             self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=torch.float32,
-            schedule=case.schedule,
+            schedule=case.schedule, chunks=chunks,
         )  # fmt: skip
+        self.chunks = chunks
         if case.without:
             UNDO[case.without](self.stage)
 
@@ -205,13 +213,19 @@ class Job:
     @torch.no_grad()
     def evaluate(self, inputs: StageInputs) -> None:
         """Pass one micro-batch through all stages without gradients, as a validation loss would."""
-        hidden = None
-        if not self.topology.first:
-            hidden = torch.empty(1, inputs.input_ids.numel(), self.spec.width)
-            dist.recv(hidden, self.topology.rank - self.topology.dp, group=self.groups.forward)
-        output = self.stage.forward(hidden, inputs)
-        if not self.topology.last:
-            dist.send(output.contiguous(), self.topology.rank + self.topology.dp, group=self.groups.forward)
+        stage, stages = self.topology.stage, self.topology.pp
+        for index, chunk in enumerate(self.chunks):
+            hidden = None
+            if index or stage:
+                before = (stage - 1) % stages
+                hidden = torch.empty(1, inputs.input_ids.numel(), self.spec.width)
+                source = self.topology.rank_of(before, self.topology.replica)
+                dist.recv(hidden, source, group=self.groups.links[before, stage])
+            output = self.stage.forward(hidden, inputs, chunk)
+            if index + 1 < len(self.chunks) or stage + 1 < stages:
+                after = (stage + 1) % stages
+                target = self.topology.rank_of(after, self.topology.replica)
+                dist.send(output.contiguous(), target, group=self.groups.links[stage, after])
 
 
 def whole_share(stage: Zero3Stage) -> float:

@@ -34,7 +34,6 @@ from tests.pipeline.parallel.grid_worker import (
 pytestmark = pytest.mark.slow
 WORKER = ROOT / "tests/pipeline/parallel/grid_worker.py"
 Tensors = Mapping[str, torch.Tensor]
-TARGETS = [target_count([micro_batch(step, index) for index in range(count)]) for step, count in enumerate(MICROS)]
 
 
 @dataclass
@@ -47,16 +46,20 @@ class Reference:
     weights: list[Tensors] = field(default_factory=list)
 
 
+def reference(case: Case, skipped: int | None = None) -> Reference:
+    """Train a case's whole model with torch alone; ``skipped`` is a step without an update."""
+    return _reference(case.tied, case.layers, case.micros, skipped)
+
+
 @cache
-def reference(tied: bool, skipped: int | None = None) -> Reference:
-    """Train the whole model with torch alone; ``skipped`` is a step without an update."""
-    stage, seen = whole_stage(grid_spec(tied)), Reference()
+def _reference(tied: bool, layers: int, micro_counts: tuple[int, ...], skipped: int | None) -> Reference:
+    stage, seen = whole_stage(grid_spec(tied, layers)), Reference()
     trained = {name: param for name, param in stage.named_parameters() if param.requires_grad}
     matrices = [param for param in trained.values() if param.dim() > 1]
     vectors = [param for param in trained.values() if param.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay)
-    for step, count in enumerate(MICROS):
+    for step, count in enumerate(micro_counts):
         micros = [micro_batch(step, index) for index in range(count)]
         optimizer.zero_grad()
         losses = [stage(None, inputs) for inputs in micros]
@@ -101,13 +104,18 @@ def furthest(got: Tensors, wanted: Tensors) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-def mean_losses(ranks: Sequence[dict[str, Any]]) -> list[float]:
-    return [sum(rank["loss"][step] for rank in ranks) / TARGETS[step] for step in range(len(MICROS))]
+@cache
+def targets(step: int, count: int) -> int:
+    return target_count([micro_batch(step, index) for index in range(count)])
+
+
+def mean_losses(ranks: Sequence[dict[str, Any]], case: Case) -> list[float]:
+    return [sum(rank["loss"][step] for rank in ranks) / targets(step, n) for step, n in enumerate(case.micros)]
 
 
 def test_the_reference_clips_and_trains() -> None:
     for tied in (False, True):
-        seen = reference(tied)
+        seen = reference(Case(1, tied=tied))
         assert min(seen.norm) > TRAIN.clip_norm, "clipping is active in every step"
         assert furthest(seen.weights[-1], seen.weights[0]) > 1e-3
 
@@ -115,8 +123,8 @@ def test_the_reference_clips_and_trains() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_any_grid_equals_one_process(name: str, results: Path) -> None:
     case, ranks = CASES[name], ranks_of(results, name)
-    wanted = reference(case.tied)
-    assert mean_losses(ranks) == pytest.approx(wanted.loss, rel=2e-7)
+    wanted = reference(case)
+    assert mean_losses(ranks, case) == pytest.approx(wanted.loss, rel=2e-7)
     for rank in ranks:
         assert rank["norm"] == ranks[0]["norm"], "one norm on all ranks, to the bit"
         assert rank["norm"] == pytest.approx(wanted.norm, rel=1e-6)
@@ -130,16 +138,16 @@ def test_any_grid_equals_one_process(name: str, results: Path) -> None:
 def test_without_the_backward_flag_gradients_are_lost(results: Path) -> None:
     """Correction 2: the loss is that of a sound run."""
     case, ranks = BROKEN["backward-flag"], ranks_of(results, "backward-flag")
-    wanted = reference(case.tied)
+    wanted = reference(case)
     got = whole([rank["gradients"][0] for rank in ranks], wanted.gradients[0], case)
     assert furthest(got, wanted.gradients[0]) > 1e-3
-    assert sum(rank["loss"][0] for rank in ranks) / TARGETS[0] == pytest.approx(wanted.loss[0], rel=2e-7)
+    assert sum(rank["loss"][0] for rank in ranks) / targets(0, MICROS[0]) == pytest.approx(wanted.loss[0], rel=2e-7)
 
 
 def test_without_the_global_norm_stages_clip_differently(results: Path) -> None:
     """Correction 3: DeepSpeed's own norm knows one stage only."""
     case, ranks = BROKEN["global-norm"], ranks_of(results, "global-norm")
-    wanted = reference(case.tied)
+    wanted = reference(case)
     got = whole([rank["weights"][-1] for rank in ranks], wanted.weights[-1], case)
     assert furthest(got, wanted.weights[-1]) > 1e-5
 
@@ -152,7 +160,7 @@ def test_without_the_global_norm_one_stage_skips_while_the_other_steps(results: 
 def test_with_accumulation_left_to_deepspeed_every_stage_divides_again(results: Path) -> None:
     """Correction 4."""
     case, ranks = BROKEN["one-accumulation"], ranks_of(results, "one-accumulation")
-    wanted = reference(case.tied)
+    wanted = reference(case)
     got = whole([rank["gradients"][0] for rank in ranks], wanted.gradients[0], case)
     assert furthest(got, wanted.gradients[0]) > 1e-3
     assert not all(rank["applied"][0] for rank in ranks), "and the first step is taken for half a step"
@@ -168,7 +176,7 @@ def test_without_the_group_local_order_check_sound_stages_are_refused() -> None:
 @pytest.mark.parametrize("name", POISONED)
 def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(name: str, results: Path) -> None:
     case, ranks = POISONED[name], ranks_of(results, name)
-    wanted = reference(case.tied, skipped=POISONED_STEP)
+    wanted = reference(case, skipped=POISONED_STEP)
     for rank in ranks:
         assert rank["applied"] == [step != POISONED_STEP for step in range(len(MICROS))]
         assert not math.isfinite(rank["norm"][POISONED_STEP])

@@ -8,9 +8,10 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.data.order import BatchOrder
-from pipeline.parallel.partition import split_layers
-from pipeline.parallel.schedule import SCHEDULES, bubble
+from pipeline.model.counts import Counts
+from pipeline.parallel.partition import split_layers, split_stages
 from pipeline.parallel.topology import Topology, micro_batches
+from tests.pipeline.model.helpers import tiny_spec
 
 
 @pytest.mark.parametrize(("world", "pp"), [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
@@ -41,33 +42,6 @@ def test_global_batches_do_not_depend_on_ranks(replicas: int, micros: int) -> No
         assert rows == list(order.global_rows(12 * step)) == list(range(12 * step, 12 * step + 12))
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("stages", "micros"), list(itertools.product([1, 2, 3, 4], [1, 2, 4, 7])))
-def test_schedules_run_every_micro_batch_once_and_cannot_deadlock(name: str, stages: int, micros: int) -> None:
-    """Simulates the stages: an action runs when its input has arrived; all must finish, in order, within memory."""
-    queues = [list(SCHEDULES[name](stage, stages, micros)) for stage in range(stages)]
-    done: list[set[tuple[str, int]]] = [set() for _ in range(stages)]
-    clock = 0
-    while any(queues):
-        ready = [
-            s for s, queue in enumerate(queues)
-            if queue and (
-                (queue[0].kind == "F" and (s == 0 or ("F", queue[0].micro) in done[s - 1]))
-                or (queue[0].kind == "B" and ("F", queue[0].micro) in done[s]
-                    and (s == stages - 1 or ("B", queue[0].micro) in done[s + 1]))
-            )
-        ]  # fmt: skip
-        assert ready, f"deadlock: {queues}"
-        for stage, action in [(s, queues[s].pop(0)) for s in ready]:
-            done[stage].add((action.kind, action.micro))
-            held = sum(kind == "F" for kind, _ in done[stage]) - sum(kind == "B" for kind, _ in done[stage])
-            assert held <= (micros if name == "gpipe" else min(stages - stage, micros))
-        clock += 1
-    assert all(len(d) == 2 * micros for d in done)
-    assert clock == 2 * (micros + stages - 1), "as long as theory says, for forwards and backwards of equal cost"
-    assert 1 - 2 * micros / clock == pytest.approx(bubble(stages, micros))
-
-
 @pytest.mark.parametrize(
     ("layers", "stages", "ends"), [(7, 3, (2.5, 1.0)), (8, 4, (0.0, 0.0)), (5, 5, (9.0, 3.0)), (9, 2, (4.0, 0.5))]
 )
@@ -92,3 +66,23 @@ def test_split_by_hand_is_checked(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         split_layers(12, 3, by_hand=text)
     assert [len(r) for r in split_layers(12, 3, by_hand="3,4,5")] == [3, 4, 5]
+
+
+def test_chunks_of_a_stage_are_every_so_manyth_piece() -> None:
+    stages = split_stages(8, 2, 2, by_hand="1,2,2,3")
+    assert stages == ((range(0, 1), range(3, 5)), (range(1, 3), range(5, 8)))
+    assert split_stages(8, 4, 1) == tuple((piece,) for piece in split_layers(8, 4))
+    with pytest.raises(UserError, match=r"parallel.pp x parallel.chunks = 12 .* 8 decoder layers: use at most 8"):
+        split_stages(8, 4, 3)
+
+
+@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (3, 1), (6, 1), (2, 2), (3, 2), (2, 3)])
+def test_every_stage_trains_something_whatever_the_split(stages: int, chunks: int) -> None:
+    """DeepSpeed cannot run where nothing trains: each chunk has a decoder layer, however costly the frozen tower."""
+    counts = Counts.of(tiny_spec(num_hidden_layers=6))
+    assert counts.vision_frozen
+    for before, after in ((0.0, 0.0), (1e9, 0.0), (0.0, 1e9)):
+        for stage, own in enumerate(split_stages(6, stages, chunks, costs=[before, *[1.0] * 6, after])):
+            layers = [layer for chunk in own for layer in chunk]
+            trained, frozen = counts.of_stage(layers, first=stage == 0, last=stage == stages - 1)
+            assert trained >= min(counts.layers) and bool(frozen) == (stage == 0)

@@ -1,0 +1,95 @@
+"""What a schedule costs before it is run: a simulated step, with the time of every action on every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.parallel.schedule import SCHEDULES, Action, feeds, needs
+
+Cost = Callable[[int, Action], float]
+"""(stage, action) -> its duration, in any unit."""
+
+
+class Slot(NamedTuple):
+    """An action and when it runs."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """One step of a pipeline, messages taking no time."""
+
+    slots: tuple[tuple[Slot, ...], ...]
+    """What each stage does, in order."""
+
+    @property
+    def makespan(self) -> float:
+        """Time from the first forward to the last backward."""
+        return max(slots[-1].end for slots in self.slots)
+
+    @property
+    def bubble(self) -> float:
+        """Share of the step in which stages have nothing to do, on average."""
+        busy = sum(slot.end - slot.start for slots in self.slots for slot in slots)
+        return 1 - busy / (len(self.slots) * self.makespan)
+
+
+def orders(schedule: str, stages: int, micros: int, chunks: int = 1) -> list[Sequence[Action]]:
+    """Return the order of every stage."""
+    return [SCHEDULES[schedule](stage, stages, micros, chunks) for stage in range(stages)]
+
+
+def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, chunks: int = 1) -> Simulation:
+    """Run every stage's actions in its order, each as soon as its input is there.
+
+    Raises:
+        RuntimeError: No stage can go on, so that a real step would hang.
+    """
+    stages = len(of_stages)
+    done: dict[tuple[int, Action], float] = {}
+    slots: list[list[Slot]] = [[] for _ in range(stages)]
+    while sum(map(len, slots)) < sum(map(len, of_stages)):
+        before = len(done)
+        for stage, order in enumerate(of_stages):
+            while len(slots[stage]) < len(order):
+                action = order[len(slots[stage])]
+                ready = _ready(stage, action, done, stages, chunks)
+                if ready is None:
+                    break
+                start = max(ready, slots[stage][-1].end if slots[stage] else 0.0)
+                done[stage, action] = start + cost(stage, action)
+                slots[stage].append(Slot(action, start, done[stage, action]))
+        if len(done) == before:
+            raise RuntimeError(f"the schedule deadlocks after {before} actions")
+    return Simulation(tuple(map(tuple, slots)))
+
+
+def _ready(stage: int, action: Action, done: dict[tuple[int, Action], float], stages: int, chunks: int) -> float | None:
+    """Return when an action's inputs are there; None while one of them has not been made."""
+    peer = needs(stage, action, stages, chunks)
+    wanted = [peer] if peer else []
+    if action.kind == "B":
+        wanted.append((stage, action._replace(kind="F")))
+    times = [done.get(each) for each in wanted]
+    known = [time for time in times if time is not None]
+    return max(known, default=0.0) if len(known) == len(times) else None
+
+
+def messages(of_stages: Sequence[Sequence[Action]], source: int, target: int, chunks: int = 1) -> list[Action]:
+    """Return the actions of ``target`` that messages from ``source`` are for, in the order they are sent."""
+    fed = (feeds(source, action, len(of_stages), chunks) for action in of_stages[source])
+    return [each[1] for each in fed if each is not None and each[0] == target]
+
+
+def most_held(order: Sequence[Action], sizes: Sequence[float]) -> float:
+    """Return the most activations a stage holds at once; a micro-batch of chunk c counts ``sizes[c]``."""
+    held = most = 0.0
+    for action in order:
+        held += sizes[action.chunk] if action.kind == "F" else -sizes[action.chunk]
+        most = max(most, held)
+    return most

@@ -163,7 +163,7 @@ class ParallelConfig(Section):
     leaf_layers: bool = False
     """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
     timeout_s: Positive = 1800
-    """A collective that waits longer ends the job."""
+    """Seconds without progress of any rank after which the job ends, naming the rank that is the cause."""
 
 
 class CheckpointConfig(Section):

@@ -93,7 +93,7 @@ def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:
         flag, given, value = word.partition("=")
         if not flag.startswith(("--model.llm.config.", "--model.vision.config.")):
             flags = [flag_name(key) for key, section in known_keys().items() if section is None]
-            raise UserError(f"unknown flag '{word}'{did_you_mean(flag, flags)}; --help lists all")
+            raise UserError(f"unknown flag '{flag}'{did_you_mean(flag, flags)}; --help lists all")
         value = value if given else next(words, "")
         if not value:
             raise UserError(f"argument {flag}: expected a value")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,13 +19,14 @@ from pipeline.recipe import to_yaml
 if TYPE_CHECKING:
     from pipeline.training.blueprint import Blueprint
     from pipeline.training.run_folder import RunFolder
+    from pipeline.training.watch import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train from a recipe and flags; return the exit code (0 done or stopped, 2 for an error the user can mend)."""
+    """Train from a recipe and flags; return the exit code: 0 done or stopped, 2 what the user can mend, 1 others."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(parse(words))
+        return _run(parse(words), debug="--debug" in words)
     except UserError as error:
         if "--debug" in words:
             raise
@@ -33,19 +35,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(invocation: Invocation) -> int:
+def _run(invocation: Invocation, *, debug: bool) -> int:
     if invocation.print_config:
         print(to_yaml(invocation.config), end="")
         return 0
     from pipeline.training.libraries import settle_libraries
 
     settle_libraries()
-    from pipeline.parallel.groups import device_of_rank, fill_rank_variables, start_processes, stop_processes
+    from pipeline.parallel.groups import fill_rank_variables, stop_processes
     from pipeline.training.blueprint import Blueprint
     from pipeline.training.demo_data import prepare_demo
     from pipeline.training.dry_run import describe
+    from pipeline.training.redact import refuse_secrets
     from pipeline.training.run_folder import RunFolder
 
+    refuse_secrets(invocation.config.model_dump())
     fill_rank_variables()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     prepare_demo(invocation.config, rank=rank)
@@ -56,42 +60,57 @@ def _run(invocation: Invocation) -> int:
         return 0
     folder = RunFolder(plan.config.run_dir)
     folder.create()
-    try:
-        device_of_rank()
-        start_processes(plan.config.parallel.timeout_s)
-        code = _train(plan, folder)
-    except UserError as error:
-        if rank:  # met in mid-run, perhaps by this rank alone
-            print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
-        raise
-    stop_processes()  # only when all is well: after a failure, peers may wait in a collective for ever
+    code = _supervise(plan, folder, debug=debug)
+    if code == 0:
+        stop_processes()  # only when all is well: after a failure, peers may wait in a collective for ever
     return code
 
 
-def _train(plan: Blueprint, folder: RunFolder) -> int:
+def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
+    """Train under the watchdog; return the exit code, once all ranks know of an error of this one."""
+    from pipeline.parallel.groups import device_of_rank, start_processes
+    from pipeline.training.logs import RankLog
+    from pipeline.training.supervise import collective_limit, end_with, watch_ranks
+
+    topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
+    log, watch = RankLog(folder, topology.rank), None
+    try:
+        device_of_rank()
+        start_processes(collective_limit(timeout_s))
+        watch = watch_ranks(topology, folder, log, timeout_s)
+        _train(plan, folder, watch)
+        watch.close()
+        return 0
+    except KeyboardInterrupt:
+        if watch is not None:
+            watch.close()
+        raise
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return end_with(error, folder=folder, log=log, watch=watch, rank=topology.rank)
+
+
+def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
     from pipeline.training.trainer import Trainer
 
     lead = plan.topology.rank == 0
     if lead:
         folder.record_start(plan.config, world=plan.topology.world)
-    trainer = None
-    try:
-        trainer = Trainer(plan, folder)
-        state = trainer.fit()
-    except BaseException as error:
-        folder.set_failed(error, trainer.step if trainer else None)
-        raise
+    trainer = Trainer(plan, folder, watch.activity)
+    state = trainer.fit()
     if lead:
         folder.clear_stop()
         folder.set_status(state, trainer.step)
         print(f"{state} at step {trainer.step}/{plan.steps}: {folder.path}", flush=True)
-    return 0
 
 
 def _report(error: UserError) -> int:
     """Print one line, on rank 0: what is refused before the start is refused by every rank alike."""
+    from pipeline.training.redact import redact
+
     if os.environ.get("RANK", "0") == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     return 2
 
 

@@ -19,9 +19,14 @@ class Activity:
 
     def __init__(self) -> None:
         """Start at step 0."""
-        self.step = 0
+        self.step = self.begun = 0
         self._now = (0, "starting", time.monotonic())
         self._thread = threading.get_ident()
+
+    def begin_step(self, step: int) -> None:
+        """Say which step, counted from 1, is begun."""
+        self.step = step
+        self.begun += 1
 
     def doing(self, words: str) -> None:
         """Say what is begun; words that begin with "waiting for" tell that other ranks are waited for."""
@@ -39,7 +44,8 @@ class Activity:
         if time.monotonic() - since > LOOK_AFTER_S:
             where, in_collective = self._look()
         waits = in_collective or words.startswith("waiting for")
-        return {"step": self.step, "count": count, "doing": words, "where": where, "waits": waits}
+        news = {"step": self.step, "begun": self.begun, "count": count}
+        return {**news, "doing": words, "where": where, "waits": waits}
 
     def _look(self) -> tuple[str, bool]:
         """Return the innermost frame of the training thread, and whether a collective holds it.
@@ -52,7 +58,7 @@ class Activity:
         if own is None:
             return "", False
         others = [frame for ident, frame in frames.items() if ident not in known]
-        place = f"{Path(own.f_code.co_filename).name}:{own.f_lineno} in {own.f_code.co_name}"
+        place = f"{Path(own.f_code.co_filename).name}:{own.f_lineno or '?'} in {own.f_code.co_name}"
         return place, any(_is_collective(frame) for frame in (own, *others))
 
 

@@ -14,6 +14,9 @@ SETTLE_S = 0.3
 SILENT_S = 10.0
 """A rank that says nothing for so long is held or unreachable, whatever it did last; each speaks once a second."""
 TERMINATED = "ended by SIGTERM"
+START_S = 300.0
+"""Least time without progress before the second step of a start: reading weights and compiling have no measure of it,
+and a limit that suits steps would end them."""
 _SHOWN = 12
 
 
@@ -26,6 +29,8 @@ class Member:
     """``stage 0, replica 1; host node-2, pid 4242``."""
     state: Literal["running", "died", "failed", "left"] = "running"
     step: int = 0
+    begun: int = 0
+    """Steps begun since the start."""
     doing: str = "starting"
     where: str = ""
     """Innermost Python frame of a rank that has done the same for a while."""
@@ -86,7 +91,7 @@ class Monitor:
         member.heard = now
         if (member.step, member.count) != (news["step"], news["count"]):
             self._progress = now
-        for name in ("step", "count", "doing", "where", "waits"):
+        for name in ("step", "begun", "count", "doing", "where", "waits"):
             setattr(member, name, news[name])
 
     def failed(self, rank: int, error: str, code: int, now: float) -> None:
@@ -126,9 +131,14 @@ class Monitor:
             if died or failed:
                 return self._death(died) if died else self._error(failed)
         running = self._in_state("running")
-        if self._trouble is None and running and now - self._progress > self.timeout_s:
+        if self._trouble is None and running and now - self._progress > self._limit:
             return self._hang(running, now)
         return None
+
+    @property
+    def _limit(self) -> float:
+        started = any(member.begun > 1 for member in self.members.values())
+        return self.timeout_s if started else max(self.timeout_s, START_S)
 
     def _in_state(self, state: str) -> list[Member]:
         return [member for _, member in sorted(self.members.items()) if member.state == state]
@@ -151,7 +161,7 @@ class Monitor:
         busy = [member for member in running if not member.waits and member not in silent]
         guilty = silent or (busy if len(busy) < len(running) else [])
         step = max(member.step for member in running)
-        begin = f"no rank got any further for {self.timeout_s:g} s (parallel.timeout_s) at step {step}: "
+        begin = f"no rank got any further for {self._limit:g} s (parallel.timeout_s) at step {step}: "
         if silent:
             text = f"nothing was heard of {silent[0]} for {now - silent[0].heard:.0f} s, last in {silent[0].activity}"
         elif guilty:

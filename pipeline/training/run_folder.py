@@ -1,11 +1,12 @@
 """The run folder: what is in it, who writes what, and how a run is stopped.
 
 runs/NAME/config.yaml     the resolved configuration of the last start
-runs/NAME/env.json        versions, ranks, git commit of the last start
+runs/NAME/env.json        versions, ranks, git state and what of the environment matters, of the last start
 runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, ...}; "step" is the last one
                           saved while running, and a run that was killed says "running" too
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
+runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
 runs/NAME/checkpoints/    see `pipeline.training.checkpoint`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
 """
@@ -13,14 +14,8 @@ runs/NAME/STOP            made by the user or the batch script: end after this s
 from __future__ import annotations
 
 import json
-import os
-import platform
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +23,10 @@ from data_prep.errors import UserError
 from data_prep.packs import write_atomic
 from pipeline.config import RunConfig
 from pipeline.recipe import to_yaml
+from pipeline.training.environment import environment
+from pipeline.training.redact import redact
 
 State = Literal["running", "done", "stopped", "failed"]
-_PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "numpy")
 
 
 class RunFolder:
@@ -63,12 +59,11 @@ class RunFolder:
         status = {"state": state, "step": step, "time": timestamp(), **more}
         write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
-    def set_failed(self, error: BaseException, step: int | None = None) -> None:
+    def set_failed(self, error: str, step: int | None = None) -> None:
         """Record a failure, on whichever rank it is met; what the first one says stays."""
         before = self.status()
         if before.get("state") != "failed":
-            step = before.get("step", 0) if step is None else step
-            self.set_status("failed", step, error=str(error) or type(error).__name__)
+            self.set_status("failed", before.get("step", 0) if step is None else step, error=redact(error))
 
     def status(self) -> dict[str, Any]:
         """Return status.json, or an empty dictionary before the first start."""
@@ -76,6 +71,10 @@ class RunFolder:
             return dict(json.loads((self.path / "status.json").read_text(encoding="utf-8")))
         except (OSError, ValueError):
             return {}
+
+    def log_path(self, rank: int) -> Path:
+        """Return where a rank writes what it has to say for itself."""
+        return self.path / "logs" / f"rank-{rank}.log"
 
     def add_incident(self, **incident: Any) -> None:
         """Add a line to incidents.jsonl."""
@@ -94,31 +93,3 @@ class RunFolder:
 def timestamp() -> str:
     """Return the time of day, as run folders write it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
-
-
-def environment(world: int) -> dict[str, Any]:
-    """Return versions and the place of the run; no environment variable is copied, so no secret can be."""
-    return {
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
-        "git_commit": _git_commit(),
-        "host": socket.gethostname(),
-        "ranks": world,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "slurm_job": os.environ.get("SLURM_JOB_ID"),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=5).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -20,6 +20,7 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
 from pipeline.training import checkpoint
+from pipeline.training.activity import Activity
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
@@ -27,6 +28,7 @@ from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run_folder import RunFolder, State
 from pipeline.training.saving import Saver
 from pipeline.training.schedule import learning_rate
+from pipeline.training.supervise import collective_limit
 
 
 @dataclass(frozen=True)
@@ -45,18 +47,20 @@ class _Totals:
 class Trainer:
     """Owns this rank's stage, its data and the run's state (one integer: steps done)."""
 
-    def __init__(self, plan: Blueprint, folder: RunFolder) -> None:
+    def __init__(self, plan: Blueprint, folder: RunFolder, activity: Activity) -> None:
         """Build the stage, and load the newest whole checkpoint, or the weights the run starts from."""
-        self._plan, self._folder = plan, folder
+        self._plan, self._folder, self._activity = plan, folder, activity
         self._device = device_of_rank()
         self._lead = plan.topology.rank == 0
-        groups = create_groups(plan.topology, plan.config.parallel.timeout_s)
-        self._stage = _build_engine(plan, groups, self._device)
+        activity.doing("creating process groups")
+        groups = create_groups(plan.topology, collective_limit(plan.config.parallel.timeout_s))
+        self._stage = _build_engine(plan, groups, self._device, activity)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
-            schedule=plan.config.parallel.schedule,
+            schedule=plan.config.parallel.schedule, doing=activity.doing,
         )  # fmt: skip
         self._peak = peak_flops(self._device)
+        activity.doing("loading a checkpoint")
         self.step = self._resume() or self._start()
         self._saver = Saver(plan, folder, self._stage, step=self.step)
         self._incidents = Incidents(plan, folder, step=self.step)
@@ -109,10 +113,12 @@ class Trainer:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
             if stop or self._saver.due(self.step):
+                self._activity.doing("saving")
                 self._saver.save(self.step)
             if stop:
                 state = "stopped"
                 break
+        self._activity.doing("saving")
         self._saver.save(self.step)
         self._saver.finish()
         if metrics is not None:
@@ -131,6 +137,7 @@ class Trainer:
         try:
             while True:
                 began = time.monotonic()
+                self._activity.doing("reading rows")
                 batch = next(steps, None)
                 if batch is None:
                     return
@@ -140,11 +147,14 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch, data_s: float, run_began: float) -> tuple[StepStats, bool]:
         began = time.monotonic()
+        self._activity.begin_step(self.step + 1)
         rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
         scale = self._plan.topology.dp / max(1, batch.targets)
         losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
+        self._activity.doing("optimizer step")
         result = self._stage.step(rate)
         self.step += 1
+        self._activity.doing("adding up the step's totals")
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
         self._incidents.look(Outcome(self.step, result, batch, totals.losses))
         stats = self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began)
@@ -206,17 +216,24 @@ def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def _build_engine(plan: Blueprint, groups: Groups, device: torch.device) -> Zero3Stage:
+def _build_engine(plan: Blueprint, groups: Groups, device: torch.device, activity: Activity) -> Zero3Stage:
     topology, config = plan.topology, plan.config
+    share = sharder(topology, groups, plan.ds_config)
+
+    def shard(unit: torch.nn.Module) -> None:
+        activity.doing("building the stage")  # anew for each unit: large ones take minutes to read
+        share(unit)
+
     warning = check_version()
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
     export = config.init_from if is_export(config.init_from) else ""
     source = WeightSource.open_export(plan.spec, export) if export else WeightSource.open(plan.spec)
     module = build_stage(
-        plan.spec, layers=plan.layers, first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
+        plan.spec, layers=plan.layers,
+        first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
         seed=config.train.seed, source=source,
-        reads=topology.replica == 0, shard=sharder(topology, groups, plan.ds_config),
+        reads=topology.replica == 0, shard=shard,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     train = config.train

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.train import main
 from pipeline.training import writing
 from pipeline.training.manifest import rank_file
-
-FAULTS = ("not-a-number", "killed-in-step", "killed-in-save")
+from pipeline.training.trainer import Trainer
 
 
 def own_rank() -> int:
@@ -54,6 +54,54 @@ def kill_in_step(rank: int, step: int) -> None:
     Runner.run, Zero3Stage.backward = counted, deadly  # type: ignore[method-assign]
 
 
+def hang_in_step(rank: int, step: int) -> None:
+    """Sleep for ever in the second forward of one step."""
+    run, forward, calls = Runner.run, Zero3Stage.forward, [0, 0]
+
+    def counted(self: Runner, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[:] = [calls[0] + 1, 0]
+        return run(self, *args, **kwargs)
+
+    def asleep(self: Zero3Stage, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[1] += 1
+        while (own_rank(), *calls) == (rank, step, 2):
+            time.sleep(3600)
+        return forward(self, *args, **kwargs)
+
+    Runner.run, Zero3Stage.forward = counted, asleep  # type: ignore[method-assign]
+
+
+def fail_in_step(rank: int, step: int) -> None:
+    """Raise what nobody expects on one rank."""
+    run, calls = Runner.run, [0]
+
+    def broken(self: Runner, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[0] += 1
+        if (own_rank(), calls[0]) == (rank, step):
+            raise ZeroDivisionError("a bug of this rank\nin two lines")
+        return run(self, *args, **kwargs)
+
+    Runner.run = broken  # type: ignore[method-assign]
+
+
+def poison_token(token: int, step: int) -> None:
+    """Make one token's embedding not a number before the first step: rows that hold it have no finite loss."""
+    start = Trainer.__init__
+
+    def poisoned(self: Trainer, *args: Any, **kwargs: Any) -> None:
+        start(self, *args, **kwargs)
+        stage, name = self._stage, "model.embed_tokens.weight"
+        param = dict(stage.trainable()).get(name)
+        if param is not None:
+            width, shard = stage.full_shape(param)[1], stage.master_shard(param)
+            first = stage.topology.replica * stage.compute_shard(param).numel()
+            places = torch.arange(first, first + len(shard)) // width == token
+            shard[places] = torch.nan
+            stage.finish_load(stage.optimizer_steps)
+
+    Trainer.__init__ = poisoned  # type: ignore[method-assign]
+
+
 def kill_in_save(rank: int, step: int) -> None:
     """Kill the process once its shard of the checkpoint of one step is half written."""
     write = writing._write
@@ -69,10 +117,12 @@ def kill_in_save(rank: int, step: int) -> None:
     writing._write = torn
 
 
+FAULTS = {
+    "not-a-number": poison_gradient, "killed-in-step": kill_in_step, "killed-in-save": kill_in_save,
+    "hangs": hang_in_step, "fails": fail_in_step, "poisoned-token": poison_token,
+}  # fmt: skip
+
 if __name__ == "__main__":
     launcher, (fault, rank, step), words = sys.argv[1:2], sys.argv[2:5], sys.argv[5:]
-    assert fault in FAULTS
-    {"not-a-number": poison_gradient, "killed-in-step": kill_in_step, "killed-in-save": kill_in_save}[fault](
-        int(rank), int(step)
-    )
+    FAULTS[fault](int(rank), int(step))
     sys.exit(main([*launcher, *words]))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.monitor import SETTLE_S, SILENT_S, TERMINATED, Monitor
+from pipeline.training.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
 from pipeline.training.watch import TERMINATED_CODE, Watch
 from tests.launch import ROOT, environment
 
@@ -26,9 +26,10 @@ class Ranks:
         for rank in range(world):
             self.monitor.join(rank, f"host h, pid {rank}", self.now)
 
-    def say(self, rank: int, doing: str, *, waits: bool = False, step: int = 3, anew: bool = True) -> None:
+    def say(self, rank: int, doing: str, *, waits: bool = False, begun: int = 2, anew: bool = True) -> None:
         self._count += anew
-        news = {"step": step, "count": self._count if anew else 0, "doing": doing, "where": "", "waits": waits}
+        count = self._count if anew else 0
+        news = {"step": 3, "begun": begun, "count": count, "doing": doing, "where": "", "waits": waits}
         self.monitor.pulse(rank, news, self.now)
 
     def verdict(self, after_s: float, *, terminated: bool = False) -> str:
@@ -58,6 +59,13 @@ def test_any_progress_of_any_rank_is_progress(ranks: Ranks) -> None:
     ranks.say(3, "backward of micro-batch 0")
     assert ranks.verdict(LIMIT_S - 0.1) == ""
     assert "no rank got any further" in ranks.verdict(LIMIT_S + 0.1)
+
+
+def test_starting_takes_its_time() -> None:
+    ranks = Ranks(1)
+    ranks.say(0, "building the stage", begun=1)
+    assert ranks.verdict(START_S - 1) == ""
+    assert "hangs in building the stage" not in ranks.verdict(START_S + 1), "alone, it is not compared with others"
 
 
 def test_a_pulse_without_news_is_no_progress() -> None:

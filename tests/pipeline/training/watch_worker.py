@@ -20,7 +20,8 @@ def report(verdict: Verdict) -> None:
 
 def meet(watch: Watch, place: Path, rank: int, world: int) -> None:
     """Make progress until all ranks have been watched for a while."""
-    watch.activity.step = 7
+    watch.activity.begin_step(6)
+    watch.activity.begin_step(7)
     watch.activity.doing("waiting for rank 1: hidden states of micro-batch 1")
     place.with_suffix(f".{rank}").touch()
     while not all(place.with_suffix(f".{peer}").exists() for peer in range(world)):

@@ -1,0 +1,48 @@
+"""``RUN/logs/rank-N.log``: one rank's warnings, errors with tracebacks, and stacks when the watchdog ends it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import traceback
+from pathlib import Path
+from typing import IO
+
+from pipeline.training.redact import redact
+from pipeline.training.run_folder import RunFolder, timestamp
+
+_LIBRARIES = ("DeepSpeed", "transformers")
+"""Loggers that do not pass their records on."""
+
+
+class _Plain(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
+class RankLog:
+    """The log file of this rank, and what the console shows of errors."""
+
+    def __init__(self, folder: RunFolder, rank: int) -> None:
+        """Open the file, and let all warnings of this process come to it as well. Raises OSError."""
+        self.path: Path = folder.log_path(rank)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.stream: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
+        self.stream.write(f"--- {timestamp()} rank {rank} on {socket.gethostname()}, pid {os.getpid()}\n")
+        handler = logging.StreamHandler(self.stream)
+        handler.setLevel(logging.WARNING)
+        handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        for name in (None, *_LIBRARIES):
+            logging.getLogger(name).addHandler(handler)
+        if rank == 0:  # what all ranks would say alike is shown once
+            console = logging.StreamHandler()
+            console.setLevel(logging.WARNING)
+            console.setFormatter(_Plain("warning: %(message)s"))
+            logging.getLogger().addHandler(console)
+        logging.captureWarnings(True)
+
+    def error(self, error: BaseException) -> None:
+        """Write an error with its traceback."""
+        self.stream.write(redact(f"{timestamp()} {''.join(traceback.format_exception(error))}"))
+        self.stream.flush()

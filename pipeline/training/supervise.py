@@ -1,0 +1,99 @@
+"""Ties the watchdog to a run: starts it on all ranks, and says and records in the run folder why a job ended."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from data_prep.errors import UserError
+from pipeline.parallel.groups import device_of_rank
+from pipeline.parallel.topology import Topology
+from pipeline.training.logs import RankLog
+from pipeline.training.monitor import Verdict
+from pipeline.training.redact import redact
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.watch import Watch, listen
+
+SLACK_S = 60
+
+
+def collective_limit(timeout_s: int) -> int:
+    """Return the limit of collectives in seconds: later than the watchdog's, which knows whom they wait for."""
+    return timeout_s + SLACK_S
+
+
+def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: int) -> Watch:
+    """Start the watchdog on all ranks of a process group that has been joined. Collective."""
+    watch = Watch(
+        rank=topology.rank, world=topology.world, place=_place(topology), timeout_s=timeout_s, log=log.stream,
+        report=partial(_report, folder), lost=partial(_lost, folder, topology.rank),
+    )  # fmt: skip
+    listener = _try_to_listen(watch) if topology.rank == 0 else None
+    port = listener.getsockname()[1] if listener else 0
+    shared = torch.tensor([port, secrets.randbits(62)], dtype=torch.long, device=device_of_rank())
+    dist.broadcast(shared, 0)
+    port, secret = shared.tolist()
+    if listener is not None:
+        watch.lead(listener, secret)
+    elif port:
+        watch.follow((os.environ["MASTER_ADDR"], port), secret)
+    return watch
+
+
+def _place(topology: Topology) -> str:
+    host, pid = socket.gethostname(), os.getpid()
+    return f"stage {topology.stage}, replica {topology.replica}; host {host}, pid {pid}"
+
+
+def _try_to_listen(watch: Watch) -> socket.socket | None:
+    try:
+        return listen()
+    except OSError as error:
+        watch.warn(f"rank 0 cannot open a port ({error}): there is no watchdog, only the limit of collectives")
+        return None
+
+
+def _report(folder: RunFolder, verdict: Verdict) -> None:
+    text = redact(verdict.text)
+    say(f"error: {text}", *(f"  {line}" for line in verdict.others))
+    if verdict.kind != "error":
+        say(f"  stacks of all ranks: {folder.path / 'logs'}")
+    folder.set_failed(text, verdict.step)
+    folder.add_incident(
+        step=verdict.step, kind=verdict.kind, error=text, others=[redact(line) for line in verdict.others]
+    )
+
+
+def _lost(folder: RunFolder, rank: int, text: str) -> None:
+    """One rank of each node says it: who is left when rank 0 is not, nobody knows."""
+    if rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
+        say(f"error: {text}")
+        folder.set_failed(text)
+
+
+def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Watch | None, rank: int) -> int:
+    """Log what went wrong on this rank, see to it that it is said once, and return the exit code."""
+    log.error(error)
+    code = 2 if isinstance(error, UserError) else 1
+    text = str(error) if code == 2 else f"{_in_short(error)}; traceback: {log.path}"
+    if watch is None or not watch.fail(text, code):
+        say(f"error{f' on rank {rank}' if rank else ''}: {redact(text)}")
+        folder.set_failed(text, watch.activity.step if watch else None)
+    return code
+
+
+def _in_short(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+def say(*lines: str) -> None:
+    """Print lines to stderr in one piece, so that other ranks cannot come between."""
+    sys.stderr.write("\n".join(lines) + "\n")
+    sys.stderr.flush()

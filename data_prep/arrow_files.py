@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import pyarrow as pa
 
@@ -31,24 +31,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class ArrowWriter:
-    """Streams rows to one Arrow IPC file in batches of ``batch_rows``; use as a context manager.
+class ArrowFile:
+    """Writes record batches to one Arrow IPC file; use as a context manager.
 
-    ``entry`` holds the file's size, hash and number of rows once the block has ended well.
+    ``entry`` holds the file's size, hash and number of rows once the block has ended well; without ``hashed``, no hash.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS) -> None:
-        self._path, self._schema, self._batch_rows = path, schema, batch_rows
-        self._rows: list[tuple[Any, ...]] = []
+    def __init__(self, path: Path, schema: pa.Schema, *, hashed: bool = True) -> None:
+        self._path, self._schema, self._hashed = path, schema, hashed
         self._written = 0
         self.entry = FileEntry(path.name, 0, "")
 
-    def __enter__(self) -> ArrowWriter:
+    def __enter__(self) -> Self:
         self._context = atomic_path(self._path)
         self._temporary = self._context.__enter__()
         self._sink = pa.OSFile(str(self._temporary), "wb")
         self._stream = pa.ipc.new_file(self._sink, self._schema)
         return self
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Add a batch of the schema."""
+        self._stream.write_batch(batch)
+        self._written += batch.num_rows
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+        self._sink.close()
+        if kind is None:
+            digest = sha256_file(self._temporary) if self._hashed else ""
+            self.entry = FileEntry(self._path.name, self._temporary.stat().st_size, digest, self._written)
+        self._context.__exit__(kind, error, trace)
+
+
+class ArrowWriter(ArrowFile):
+    """Streams rows to one Arrow IPC file in batches of ``batch_rows``."""
+
+    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS, hashed: bool = True) -> None:
+        super().__init__(path, schema, hashed=hashed)
+        self._batch_rows = batch_rows
+        self._rows: list[tuple[Any, ...]] = []
 
     def append(self, row: tuple[Any, ...]) -> None:
         """Add one row: values in the order of the schema."""
@@ -61,24 +84,23 @@ class ArrowWriter:
     ) -> None:
         if kind is None:
             self._flush()
-        self._stream.close()
-        self._sink.close()
-        if kind is None:
-            digest, size = sha256_file(self._temporary), self._temporary.stat().st_size
-            self.entry = FileEntry(self._path.name, size, digest, self._written)
-        self._context.__exit__(kind, error, trace)
+        super().__exit__(kind, error, trace)
 
     def _flush(self) -> None:
-        if not self._rows:
-            return
-        values = zip(*self._rows, strict=True)
-        columns = [pa.array(column, type=field.type) for column, field in zip(values, self._schema, strict=True)]
-        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-        self._written += len(self._rows)
-        self._rows.clear()
+        if self._rows:
+            columns = [
+                pa.array(column, type=field.type)
+                for column, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
+            ]
+            self.write(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+            self._rows.clear()
 
 
 def open_batches(path: Path) -> list[pa.RecordBatch]:
-    """Map an Arrow IPC file into memory and return its record batches. Raises OSError or ArrowInvalid."""
-    reader = pa.ipc.open_file(pa.memory_map(str(path)))
-    return [reader.get_batch(index) for index in range(reader.num_record_batches)]
+    """Map an Arrow IPC file into memory and return its record batches; they keep the map, no file stays open.
+
+    Raises OSError or ArrowInvalid.
+    """
+    with pa.memory_map(str(path)) as mapped:
+        reader = pa.ipc.open_file(mapped)
+        return [reader.get_batch(index) for index in range(reader.num_record_batches)]

@@ -170,7 +170,8 @@ class ImageStore:
     def _open(self, entry: FileEntry) -> pa.RecordBatch:
         path = self.directory / entry.name
         try:
-            batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+            with pa.memory_map(str(path)) as mapped:  # the batch keeps the map: a store may have more shards than files
+                batch = pa.ipc.open_file(mapped).get_batch(0)  # may be open
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: cannot be read ({error}); run mma-prep again") from error
         if batch.num_rows != entry.rows or batch.schema != IMAGE_SCHEMA:

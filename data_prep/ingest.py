@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.arrow_files import atomic_path
@@ -16,7 +16,7 @@ from data_prep.recipe_tokenizer import prepare_tokenizer
 from data_prep.seal import seal_store
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitJob, ingest_unit
-from data_prep.workers import Team
+from data_prep.workers import ALONE, Team
 from data_prep.workspace import Intake, Unit, Workspace, describe_missing
 
 
@@ -39,14 +39,18 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     """
     space = Workspace(recipe)
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
-    jobs = [UnitJob(unit, intake) for intake in space.intakes(tokenizer_sha256) for unit in intake.units]
+    jobs = [
+        UnitJob(unit, replace(intake, shards={}))  # a job that knew all shards would be large to send
+        for intake in space.intakes(tokenizer_sha256)
+        for unit in intake.units
+    ]
     waiting = [job for job in team.share(jobs) if not job.unit.is_done()]
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
         team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
     if not team.does_all:
         reporter.say("ingest: this share is done; plan follows when all shares are")
         return
-    done = team.serial(lambda: require_ingested(space))
+    done = require_ingested(space, team)
     rejected = (
         f" ({done.tally.describe_codes()}; `mma-prep rejects {space.out}` shows them)" if done.tally.rejected else ""
     )
@@ -54,12 +58,19 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     reporter.say(f"ingest: {counts}; images in {done.images}")
 
 
-def require_ingested(space: Workspace) -> Ingested:
+def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
     """Check that every unit is there, list and limit the rejected samples, and seal the image store.
 
     Raises:
         UserError: units are missing (the message counts them and names the first), or too many samples were rejected.
     """
+    tokenizer_sha256, tally = team.serial(lambda: _check_units(space))
+    units = pack_units(space.intakes(tokenizer_sha256))
+    return Ingested(tokenizer_sha256, seal_store(units, space.images, team), tally)
+
+
+def _check_units(space: Workspace) -> tuple[str, Tally]:
+    """Return the tokenizer's hash and what became of all samples."""
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
     intakes = space.intakes(tokenizer_sha256)
     units = pack_units(intakes)
@@ -69,7 +80,7 @@ def require_ingested(space: Workspace) -> Ingested:
     write_rejects(space, units)
     tallies = tallies_by_corpus(intakes)
     check_bad_fraction(tallies, space.recipe.max_bad_fraction, space.rejects)
-    return Ingested(tokenizer_sha256, seal_store(units, space.images), add_tallies(tallies.values()))
+    return tokenizer_sha256, add_tallies(tallies.values())
 
 
 def pack_units(intakes: Iterable[Intake]) -> list[Unit]:

@@ -283,8 +283,8 @@ class PackReader:
     def _open(self, entry: FileEntry) -> pa.RecordBatch:
         path = self.directory / entry.name
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            batch = reader.get_batch(0)
+            with pa.memory_map(str(path)) as mapped:  # the batch keeps the map, no file stays open
+                batch = pa.ipc.open_file(mapped).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
         if batch.num_rows != entry.rows or batch.schema != row_schema(self.manifest.length):

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
+from data_prep import digests
 from data_prep.arrow_files import ArrowWriter, atomic_path
 from data_prep.corpora import build_corpus
 from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.images import IMAGE_SCHEMA, decode_rgb, misnamed
-from data_prep.packs import IMAGE, write_atomic
+from data_prep.packs import IMAGE, sha256_file, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.samples import SAMPLE_SCHEMA
@@ -77,6 +78,7 @@ class UnitWriter:
         self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
         self._prompt_room = max(map(len, prompt_ids(tokenizer, writing.template.prompts)), default=0)
         self._images: dict[bytes, int] = {}
+        self._sizes: dict[bytes, int] = {}
         self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
@@ -86,7 +88,7 @@ class UnitWriter:
         with ExitStack() as stack:
             self._samples = stack.enter_context(ArrowWriter(self._unit.tokens, SAMPLE_SCHEMA))
             self._pixels = stack.enter_context(
-                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=_IMAGE_BATCH_ROWS)
+                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=_IMAGE_BATCH_ROWS, hashed=False)
             )
             rejects = stack.enter_context(atomic_path(self._unit.rejects))
             self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
@@ -96,12 +98,13 @@ class UnitWriter:
     def __exit__(self, *failure: object) -> None:
         self._stack.__exit__(*failure)  # type: ignore[arg-type]
         if failure[0] is None:
-            write_atomic(self._unit.digests, b"".join(self._images))
+            write_atomic(self._unit.digests, digests.to_bytes(self._sizes))
 
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
-        return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256)
+        hashes = entry.sha256, sha256_file(self._unit.digests), sha256_file(self._unit.rejects)
+        return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, *hashes)
 
     def take(self, item: Example | Reject) -> None:
         """Keep what a raw sample gives, or list why it cannot be used."""
@@ -237,6 +240,7 @@ class UnitWriter:
     def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:
         if key not in self._images:
             self._images[key] = len(self._images)
+            self._sizes[key] = len(data)
             self._pixels.append((key, *size, data))
         return self._images[key]
 

@@ -93,6 +93,10 @@ class LocalTeam(Team):
                 raise
 
 
+ALONE = LocalTeam(1)
+"""This process does everything."""
+
+
 class MpiTeam(Team):
     """The ranks of an MPI launch; unit ``k`` belongs to rank ``k % size``."""
 

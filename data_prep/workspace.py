@@ -33,7 +33,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 5
+INGEST_VERSION = 6
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 
@@ -77,7 +77,7 @@ class Unit:
 
     @property
     def digests(self) -> Path:
-        """Raw sha256 of the distinct images, 32 bytes each, in order of first use."""
+        """Hashes of the distinct images (``data_prep.digests``)."""
         return self.folder / f"{self.shard}.sha256"
 
     @property
@@ -99,7 +99,18 @@ class Unit:
         try:
             raw = json.loads(self.marker.read_text(encoding="utf-8"))
             tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
-            return UnitReport(raw["raw"], tally, raw["images"], raw["bytes"], raw["sha256"])
+            report = UnitReport(
+                raw["raw"],
+                tally,
+                raw["images"],
+                raw["bytes"],
+                raw["sha256"],
+                raw["images_sha256"],
+                raw["rejects_sha256"],
+            )
+            if json.loads(report.to_json()) != raw:
+                raise ValueError("it differs from its own hash")
+            return report
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
@@ -111,7 +122,13 @@ class Unit:
             return False
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
-        return whole and (not report.images or self.images.is_file() or self._is_sealed())
+        stores = self.folder.parents[2] / "images"
+        return whole and (not report.images or self.images.is_file() or self.sealed_in(stores) is not None)
+
+    def sealed_in(self, stores: Path) -> str | None:
+        """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""
+        names = sorted(path.name.rpartition("-")[2] for path in self._rows())
+        return next((name for name in names if (stores / name / "store.json").is_file()), None)
 
     def forget(self) -> None:
         """Remove the marker and the rows of sealed stores: the unit is about to be made anew."""
@@ -120,10 +137,6 @@ class Unit:
 
     def _rows(self) -> list[Path]:
         return list(self.folder.glob(f"{glob.escape(self.shard)}.rows-*"))
-
-    def _is_sealed(self) -> bool:
-        stores = self.folder.parents[2] / "images"
-        return any((stores / path.name.rpartition("-")[2] / "store.json").is_file() for path in self._rows())
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,12 +152,18 @@ class UnitReport:
     """Bytes of the token file."""
     sha256: str
     """Hash of the token file."""
+    images_sha256: str
+    """Hash of the hashes of its images."""
+    rejects_sha256: str
+    """Hash of the list of quarantined samples."""
 
     def to_json(self) -> str:
-        """Return the done-marker's text."""
+        """Return the done-marker's text, which holds its own hash."""
         fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
-        fields |= {"repairs": dict(self.tally.repairs), "images": self.images}
-        return json.dumps({**fields, "bytes": self.size, "sha256": self.sha256}, sort_keys=True) + "\n"
+        fields |= {"repairs": dict(self.tally.repairs), "images": self.images, "bytes": self.size}
+        hashes = {"sha256": self.sha256, "images_sha256": self.images_sha256, "rejects_sha256": self.rejects_sha256}
+        whole = {**fields, **hashes}
+        return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)

@@ -263,6 +263,11 @@ class PackReader:
         batch, local = self._locate(index)
         return int(batch.column("n_target")[local].as_py())
 
+    def sources(self, index: int) -> tuple[Source, ...]:
+        """Return what one row holds without touching the rest of it."""
+        batch, local = self._locate(index)
+        return tuple(Source(**entry) for entry in batch.column("source")[local].as_py())
+
     def verify(self) -> None:
         """Hash every file of the folder. Raises UserError naming the first missing or altered one."""
         for entry in self.manifest.files:

@@ -60,6 +60,8 @@ def _run(invocation: Invocation, *, debug: bool) -> int:
         return 0
     folder = RunFolder(plan.config.run_dir)
     folder.create()
+    if rank == 0:
+        folder.claim()
     code = _supervise(plan, folder, debug=debug)
     if code == 0:
         stop_processes()  # only when all is well: after a failure, peers may wait in a collective for ever
@@ -102,7 +104,7 @@ def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
     if lead:
         folder.clear_stop()
         folder.set_status(state, trainer.step)
-        print(f"{state} at step {trainer.step}/{plan.steps}: {folder.path}", flush=True)
+        print(f"{state} at {trainer.place}: {folder.path}", flush=True)
 
 
 def _report(error: UserError) -> int:

@@ -67,6 +67,18 @@ def kill(job: subprocess.Popen[str], sig: int = signal.SIGKILL) -> None:
             continue
 
 
+def kill_one(job: subprocess.Popen[str], rank: int) -> bool:
+    """Kill -9 one rank of a job; False when it has no such process (yet)."""
+    for process in session_processes(job.pid):
+        try:
+            if f"--local_rank={rank}" in Path(f"/proc/{process}/cmdline").read_text().split("\0"):
+                os.kill(process, signal.SIGKILL)
+                return True
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return False
+
+
 def session_processes(session: int) -> Sequence[int]:
     """Process ids that belong to a session (the launcher and all ranks)."""
     found = []

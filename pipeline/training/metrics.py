@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 
-from data_prep.packs import write_atomic
+from data_prep.errors import UserError
+from data_prep.packs import PackReader, write_atomic
 from pipeline.parallel.traffic import StepTraffic
 
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
@@ -71,6 +73,11 @@ class StepStats:
     mfu: float | None
     memory_gib: float | None
     """Peak device memory of this process; None on CPUs."""
+    samples: str = ""
+    """Digest of the samples the step trained, in order: equal in two runs exactly when these are (see
+    `samples_digest`)."""
+    save_s: float = 0.0
+    """Seconds since the step before that training stood still for a checkpoint; not part of step_s."""
     traffic: StepTraffic | None = None
     """Of rank 0; None unless log.traffic is set."""
 
@@ -86,14 +93,37 @@ class MetricsFile:
         self._stream = path.open("a", encoding="utf-8")
 
     def write(self, stats: StepStats) -> None:
-        """Append one step."""
+        """Append one step. Raises UserError when the disk is full."""
         line = {name: None if _is_odd(value) else value for name, value in asdict(stats).items()}
-        self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
-        self._stream.flush()
+        try:
+            self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
+            self._stream.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._stream.name} cannot be written ({error.strerror}): mend that, and the same command goes on"
+            ) from error
 
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def samples_digest(packs: PackReader, rows: range) -> str:
+    """Return the xxh3-64 in hex of corpus, sample id and draw of every segment of some rows, in order."""
+    digest = xxhash.xxh3_64()
+    for row in rows:
+        for source in packs.sources(row):
+            digest.update(json.dumps([source.dataset, source.sample, source.draw]).encode())
+    return digest.hexdigest()
+
+
+def forget_events_from(step: int, monitor: Any) -> None:
+    """Tell TensorBoard to forget events of ``step`` and later: what a start that was killed wrote after its save."""
+    writer = monitor.tb_monitor.summary_writer if monitor.tb_monitor else None
+    if writer is not None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+
+        writer.file_writer.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
 
 
 def recent_losses(path: Path, step: int, count: int) -> list[float]:

@@ -8,6 +8,7 @@ runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
 runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
 runs/NAME/checkpoints/    see `pipeline.training.checkpoint`
+runs/NAME/lock            held while the run is trained, see `pipeline.training.run_lock`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +25,7 @@ from data_prep.errors import UserError
 from data_prep.packs import write_atomic
 from pipeline.config import RunConfig
 from pipeline.recipe import to_yaml
+from pipeline.training import run_lock
 from pipeline.training.environment import environment
 from pipeline.training.redact import redact
 
@@ -38,15 +41,21 @@ class RunFolder:
         self.stop_file = self.path / "STOP"
 
     def create(self) -> None:
-        """Make the folder, on every rank alike. Raises UserError when it cannot be written."""
+        """Make the folder, on every rank alike. Raises UserError when it cannot be written, or leads elsewhere."""
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                return
+                links = [path for path in self.path.iterdir() if path.is_symlink() and not path.is_dir()]
         except OSError as error:
             raise UserError(
                 f"run_dir {self.path} cannot be written ({error.strerror}): choose another --run-dir"
             ) from error
+        if links:
+            raise UserError(f"{links[0]} is a symbolic link, which is not written through: put the file in its place")
+
+    def claim(self) -> None:
+        """Keep other starts out for the life of this process; rank 0 only. Raises UserError naming who has it."""
+        self._lock = run_lock.hold(self.path)
 
     def record_start(self, config: RunConfig, *, world: int) -> None:
         """Write config.yaml, env.json and the status of a start; rank 0 only."""
@@ -63,7 +72,8 @@ class RunFolder:
         """Record a failure, on whichever rank it is met; what the first one says stays."""
         before = self.status()
         if before.get("state") != "failed":
-            self.set_status("failed", before.get("step", 0) if step is None else step, error=redact(error))
+            with suppress(OSError):  # on a full disk there is no telling, and the failure itself matters more
+                self.set_status("failed", before.get("step", 0) if step is None else step, error=redact(error))
 
     def status(self) -> dict[str, Any]:
         """Return status.json, or an empty dictionary before the first start."""

@@ -23,7 +23,15 @@ from pipeline.training import checkpoint
 from pipeline.training.activity import Activity
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.incidents import Incidents, Outcome
-from pipeline.training.metrics import Console, MetricsFile, StepStats, monitor_events, peak_flops
+from pipeline.training.metrics import (
+    Console,
+    MetricsFile,
+    StepStats,
+    forget_events_from,
+    monitor_events,
+    peak_flops,
+    samples_digest,
+)
 from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run_folder import RunFolder, State
 from pipeline.training.saving import Saver
@@ -81,7 +89,8 @@ class Trainer:
                 )
             return 0
         checkpoint.load(self._stage, found)
-        self._say(f"resuming from {found.path} (step {found.manifest.step}/{self._plan.steps})")
+        self.step = found.manifest.step
+        self._say(f"resuming from {found.path} ({self.place})")
         for change in changed_settings(found.manifest.config, self._plan.config):
             self._say(f"  changed since: {change}")
         return found.manifest.step
@@ -97,11 +106,18 @@ class Trainer:
             self._say(f"starting from the weights of {source}")
         return 0
 
+    @property
+    def place(self) -> str:
+        """Return how far the run is, in words."""
+        step, steps = self.step, self._plan.steps
+        return f"step {step}/{steps}" if step <= steps else f"step {step}, beyond train.steps={steps}"
+
     def fit(self) -> State:
         """Train to the last step, or until asked to stop; save; return how it ended."""
         plan, config = self._plan, self._plan.config
         metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._lead else None
         console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
+        forget_events_from(self.step + 1, self._stage.engine.monitor)
         state: State = "done"
         began = time.monotonic()
         for batch, data_s in self._batches():
@@ -195,7 +211,8 @@ class Trainer:
             step=self.step, loss=sum(totals.losses) / max(1, batch.targets), lr=rate, grad_norm=norm,
             applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
             consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
-            memory_gib=memory, traffic=self._traffic(),
+            memory_gib=memory, traffic=self._traffic(), save_s=self._saver.take_waited(),
+            samples=samples_digest(self._plan.packs, batch.rows) if self._lead else "",
         )  # fmt: skip
 
     def _traffic(self) -> StepTraffic | None:

@@ -7,11 +7,13 @@ import math
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from data_prep.packs import PackReader
 from pipeline.config import TrainSection
-from pipeline.training.metrics import MetricsFile, StepStats, clock, known_peak
+from pipeline.training.metrics import MetricsFile, StepStats, clock, forget_events_from, known_peak, samples_digest
 from pipeline.training.schedule import learning_rate
 
 STATS = StepStats(
@@ -39,6 +41,29 @@ def test_a_resume_drops_later_steps_and_torn_lines(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 2, "lo')
     MetricsFile(path, resume_step=2).close()
     assert [line["step"] for line in lines(path)] == [1, 2]
+
+
+def test_a_digest_tells_samples_and_their_order_apart(small_demo: Path) -> None:
+    packs = PackReader(small_demo / "packs/sft")
+    digests = {samples_digest(packs, rows) for rows in (range(2), range(1, 3), range(1), range(1, -1, -1))}
+    assert len(digests) == 4
+    assert samples_digest(packs, range(2)) in digests
+    assert packs.sources(3) == packs[3].source
+
+
+def test_tensorboard_forgets_what_a_killed_start_wrote_beyond_its_checkpoint(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    for first, last, loss in ((1, 5, 1.0), (3, 4, 2.0)):  # the second start resumes from step 2
+        writer = SummaryWriter(str(tmp_path), filename_suffix=str(first))
+        forget_events_from(first, SimpleNamespace(tb_monitor=SimpleNamespace(summary_writer=writer)))
+        for step in range(first, last + 1):
+            writer.add_scalar("train/loss", loss, step)
+        writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")
+    assert [(event.step, event.value) for event in events] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
+    forget_events_from(1, SimpleNamespace(tb_monitor=None))
 
 
 @pytest.mark.parametrize(

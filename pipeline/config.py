@@ -150,10 +150,13 @@ class ParallelConfig(Section):
     """Pipeline stages; data-parallel ranks = ranks / pp."""
     micro_batches: NonNegative = 0
     """Micro-batches of a step on each data-parallel rank; 0 = one pack each."""
-    schedule: Literal["1f1b", "gpipe"] = "1f1b"
-    """Order of forwards and backwards of a step."""
+    schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
+    """Order of forwards and backwards of a step (see `mma schedule`)."""
+    chunks: Positive = 1
+    """Pieces a stage's layers are cut into, with the interleaved schedule: so many times less bubble, more messages."""
     split: str = ""
-    """Decoder layers of each stage by hand, e.g. "9,12,11"; empty = by cost."""
+    """Decoder layers of each stage by hand, e.g. "9,12,11", with chunks of all first ones, then all second ones;
+    empty = by cost."""
     resident: Share = 1.0
     """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
     Below 1 needs ZeRO stage 3 in the DeepSpeed file; the rest is released after each use."""
@@ -164,6 +167,17 @@ class ParallelConfig(Section):
     """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
     timeout_s: Positive = 1800
     """Seconds without progress of any rank after which the job ends, naming the rank that is the cause."""
+
+    @model_validator(mode="after")
+    def _chunks_are_interleaved(self) -> ParallelConfig:
+        interleaved = self.schedule == "interleaved"
+        if interleaved and self.pp == 1:
+            raise ValueError("schedule=interleaved needs stages to go around: set pp to 2 or more, or schedule to 1f1b")
+        if interleaved and self.chunks == 1:
+            raise ValueError("schedule=interleaved needs chunks to go through: set chunks to 2 or more")
+        if self.chunks > 1 and not interleaved:
+            raise ValueError(f"chunks={self.chunks} needs schedule=interleaved: set it, or chunks to 1")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -195,7 +209,9 @@ class LogConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor into the run folder."""
     traffic: bool = False
-    """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step."""
+    """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step, and the measured pipeline bubble."""
+    trace_step: NonNegative = 0
+    """Write what every rank does in this step to trace-step-N.json (open it in ui.perfetto.dev); 0 = none."""
 
     spike_mads: Annotated[float, Field(ge=0)] = 10.0
     """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""

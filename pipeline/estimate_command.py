@@ -15,10 +15,9 @@ from pipeline.model.counts import Counts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
-from pipeline.parallel.partition import split_layers
-from pipeline.parallel.schedule import bubble
+from pipeline.parallel.partition import split_stages
 from pipeline.parallel.topology import Topology, micro_batches
-from pipeline.training.dry_run import millions
+from pipeline.training.dry_run import millions, shown_bubble, shown_layers
 from pipeline.training.estimate import GIB, Load
 
 DESCRIPTION = """\
@@ -51,7 +50,7 @@ def estimate_command(argv: Sequence[str]) -> int:
     console = Console()
     for ranks in options.ranks:
         load = draw_load(config, sharding, spec, ranks=ranks, length=options.length, shares=shares)
-        console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks", shares))
+        console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))
     return 0
 
 
@@ -78,35 +77,36 @@ def draw_load(
     topology = Topology(ranks, 0, config.parallel.pp)
     micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
     counts = Counts.of(spec)
-    costs = counts.stage_costs(image_share=shares[0], target_share=shares[1])
-    splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=costs)
+    costs = counts.part_costs(
+        image_share=shares[0], target_share=shares[1], recomputed=config.train.gradient_checkpointing
+    )
+    splits = split_stages(
+        spec.layers, topology.pp, config.parallel.chunks, by_hand=config.parallel.split, costs=[*map(sum, costs)]
+    )
     bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
-    return Load(config, sharding, spec, counts, tuple(splits), topology.dp, micros, micro_packs * length, bf16)
+    return Load(config, sharding, spec, counts, splits, costs, topology.dp, micros, micro_packs * length, bf16)
 
 
-def work_shares(load: Load, shares: tuple[float, float]) -> list[float]:
+def work_shares(load: Load) -> list[float]:
     """Return each stage's share of a step's floating-point operations."""
-    before, *layers, after = load.counts.stage_costs(image_share=shares[0], target_share=shares[1])
-    work = [sum(layers[split.start : split.stop]) for split in load.splits]
-    work[0] += before
-    work[-1] += after
+    work = [sum(sum(load.work(stage, chunk)) for chunk in range(len(own))) for stage, own in enumerate(load.splits)]
     return [stage / sum(work) for stage in work]
 
 
-def table(load: Load, title: str, shares: tuple[float, float]) -> Table:
+def table(load: Load, title: str) -> Table:
     """Return a line for each stage; memory is in GiB a rank: sharded states, what is held whole, activations, all."""
     stages, parallel = len(load.splits), load.config.parallel
     grid = (
         f"{stages} stages x {load.dp} replicas, {load.micros} micro-batches of {load.micro_tokens:,} tokens, "
-        f"{parallel.schedule}, bubble {bubble(stages, load.micros):.1%}, {millions(load.counts.total)} parameters, "
+        f"{parallel.schedule}, bubble {shown_bubble(load)}, {millions(load.counts.total)} parameters, "
         f"{'bf16' if load.bf16 else 'fp32'}, {load.sharding}"
     )
     out = Table(title=title, caption=grid, title_justify="left", caption_justify="left")
     for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):
         out.add_column(name, justify="right")
-    for stage, work in enumerate(work_shares(load, shares)):
+    for stage, work in enumerate(work_shares(load)):
         (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.splits[stage]
         memory = [f"{part / GIB:.2f}" for part in (need.states, need.gathered, need.activations, need.total)]
-        row = [str(stage), f"{split.start}..{split.stop - 1}", millions(trained), millions(frozen), f"{work:.1%}"]
+        row = [str(stage), shown_layers(split), millions(trained), millions(frozen), f"{work:.1%}"]
         out.add_row(*row, *memory)
     return out

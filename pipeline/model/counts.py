@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from pipeline.model.spec import ModelSpec
+
+
+class Cost(NamedTuple):
+    """Floating-point operations of a part of the model."""
+
+    forward: float
+    backward: float
 
 
 @dataclass(frozen=True)
@@ -67,17 +75,20 @@ class Counts:
         vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * images
         return decoder + vision + 6.0 * self.connector * self.image_tokens * images
 
-    def stage_costs(self, *, image_share: float, target_share: float) -> Sequence[float]:
-        """Return relative costs for `split_layers`: before the layers, each layer, after them.
+    def part_costs(self, *, image_share: float, target_share: float, recomputed: bool) -> Sequence[Cost]:
+        """Return the operations of a packed token: before the layers, each layer, after them.
 
         Args:
             image_share: Images per packed token.
             target_share: Supervised tokens per packed token.
+            recomputed: Decoder layers run forward again in the backward pass.
         """
-        vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * image_share
-        before = vision + 6.0 * self.connector * self.image_tokens * image_share
-        after = 6.0 * (self.head or self.embed) * target_share
-        return [before, *(6.0 * count for count in self.layers), after]
+        vision = self.vision * self.patches * image_share
+        before = vision + self.connector * self.image_tokens * image_share
+        trained = before - (vision if self.vision_frozen else 0.0)
+        layers = [Cost(2.0 * count, (6.0 if recomputed else 4.0) * count) for count in self.layers]
+        after = (self.head or self.embed) * target_share
+        return [Cost(2.0 * before, 4.0 * trained), *layers, Cost(2.0 * after, 4.0 * after)]
 
 
 def _size(module: nn.Module) -> int:

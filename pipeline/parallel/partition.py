@@ -11,6 +11,11 @@ Chunks = tuple[range, ...]
 """Decoder layers of a stage, chunk by chunk."""
 
 
+def joined(chunks: Chunks) -> list[int]:
+    """Return all decoder layers of a stage."""
+    return [layer for chunk in chunks for layer in chunk]
+
+
 def split_stages(
     layers: int, stages: int, chunks: int, *, by_hand: str = "", costs: Sequence[float] = ()
 ) -> tuple[Chunks, ...]:

@@ -5,6 +5,7 @@ Every rank draws the same blueprint from the same files, so an error found here 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from pipeline.data.order import BatchOrder
 from pipeline.flags import Invocation
 from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
-from pipeline.model.counts import Counts
+from pipeline.model.counts import Cost, Counts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.partition import split_layers
+from pipeline.parallel.partition import Chunks, joined, split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.training.origins import check_init_from, check_resume
 from pipeline.training.tokenizers import check_tokenizer
@@ -39,8 +40,10 @@ class Blueprint:
     counts: Counts
     topology: Topology
     order: BatchOrder
-    splits: tuple[range, ...]
-    """Decoder layers of each pipeline stage."""
+    splits: tuple[Chunks, ...]
+    """Decoder layers of each pipeline stage, chunk by chunk."""
+    costs: Sequence[Cost]
+    """Work of the model's parts, see `Counts.part_costs`."""
     steps: int
     """Optimizer steps of the whole run."""
     bf16: bool
@@ -67,14 +70,17 @@ class Blueprint:
         if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         counts = Counts.of(spec)
-        costs = counts.stage_costs(
-            image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens
+        costs = counts.part_costs(
+            image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
+            recomputed=config.train.gradient_checkpointing,
+        )  # fmt: skip
+        splits = split_stages(
+            spec.layers, topology.pp, config.parallel.chunks, by_hand=config.parallel.split, costs=[*map(sum, costs)]
         )
-        splits = split_layers(spec.layers, topology.pp, by_hand=config.parallel.split, costs=costs)
         bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
         return cls(
             config, invocation.recipe, packs, policy, spec, counts, topology,
-            BatchOrder(config.train.batch_packs, topology.dp, micros), tuple(splits), steps, bf16, sharding,
+            BatchOrder(config.train.batch_packs, topology.dp, micros), splits, costs, steps, bf16, sharding,
             complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16),
         )  # fmt: skip
 
@@ -84,13 +90,14 @@ class Blueprint:
         return torch.bfloat16 if self.bf16 else torch.float32
 
     @property
-    def layers(self) -> range:
-        """Decoder layers of this rank's stage."""
+    def chunks(self) -> Chunks:
+        """Decoder layers of this rank's stage, chunk by chunk."""
         return self.splits[self.topology.stage]
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""
-        return self.counts.of_stage(self.splits[stage], first=stage == 0, last=stage == len(self.splits) - 1)
+        layers = joined(self.splits[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
 
 
 def _open_packs(config: RunConfig) -> PackReader:

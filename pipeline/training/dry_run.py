@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.parallel.partition import Chunks
 from pipeline.parallel.schedule import bubble
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.estimate import GIB, Load
@@ -49,22 +50,32 @@ def _batch_lines(plan: Blueprint) -> Iterator[str]:
 
 
 def _stage_lines(plan: Blueprint) -> Iterator[str]:
-    topology, parallel = plan.topology, plan.config.parallel
+    topology, parallel, load = plan.topology, plan.config.parallel, Load.of(plan)
     yield (
         f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
-        f"expected bubble {bubble(topology.pp, plan.order.micros):.1%}"
+        f"expected bubble {shown_bubble(load)}"
     )
     yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
-    load = Load.of(plan)
-    for stage, layers in enumerate(plan.splits):
+    for stage, chunks in enumerate(plan.splits):
         trained, frozen = load.stage_parameters(stage)
         need = load.memory(stage)
         names = ("states", "gathered", "activations", *(["host"] if need.host else []))
         parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
         yield (
-            f"           stage {stage}: layers {layers.start}..{layers.stop - 1}, {millions(trained)} trained + "
+            f"           stage {stage}: layers {shown_layers(chunks)}, {millions(trained)} trained + "
             f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"
         )
+
+
+def shown_bubble(load: Load) -> str:
+    """Return the bubble of a step, and what it would be if all chunks cost the same."""
+    even = bubble(len(load.splits), load.micros, load.config.parallel.chunks)
+    return f"{load.bubble:.1%} ({even:.1%} with equal stages)"
+
+
+def shown_layers(chunks: Chunks) -> str:
+    """Return a stage's decoder layers as ``0..3`` or ``0..1, 4..5``."""
+    return ", ".join(f"{chunk.start}..{chunk.stop - 1}" for chunk in chunks)
 
 
 def millions(count: float) -> str:

@@ -7,12 +7,16 @@ one recomputed layer at a time where checkpointing is on.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config import RunConfig
-from pipeline.model.counts import Counts
+from pipeline.model.counts import Cost, Counts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding
+from pipeline.parallel.partition import Chunks, joined
+from pipeline.parallel.schedule import Action
+from pipeline.parallel.simulation import most_held, orders, simulate
 from pipeline.training.blueprint import Blueprint
 
 GIB = 2**30
@@ -44,8 +48,10 @@ class Load:
     sharding: Sharding
     spec: ModelSpec
     counts: Counts
-    splits: tuple[range, ...]
-    """Decoder layers of each stage."""
+    splits: tuple[Chunks, ...]
+    """Decoder layers of each stage, chunk by chunk."""
+    costs: Sequence[Cost]
+    """Work of the model's parts, see `Counts.part_costs`."""
     dp: int
     micros: int
     """Micro-batches of a step on each data-parallel rank."""
@@ -57,13 +63,37 @@ class Load:
         """Take the load of a checked run."""
         tokens = plan.order.micro_packs * plan.packs.manifest.length
         return cls(
-            plan.config, plan.sharding, plan.spec, plan.counts, plan.splits, plan.topology.dp, plan.order.micros,
-            tokens, plan.bf16,
+            plan.config, plan.sharding, plan.spec, plan.counts, plan.splits, plan.costs, plan.topology.dp,
+            plan.order.micros, tokens, plan.bf16,
         )  # fmt: skip
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""
-        return self.counts.of_stage(self.splits[stage], first=stage == 0, last=stage == len(self.splits) - 1)
+        layers = joined(self.splits[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
+
+    def work(self, stage: int, chunk: int) -> Cost:
+        """Return the operations of one chunk for a packed token."""
+        before, *layers, after = self.costs
+        parts = [layers[layer] for layer in self.splits[stage][chunk]]
+        parts += [before] if (stage, chunk) == (0, 0) else []
+        parts += [after] if (stage + 1, chunk + 1) == (len(self.splits), len(self.splits[-1])) else []
+        return Cost(sum(part.forward for part in parts), sum(part.backward for part in parts))
+
+    @property
+    def orders(self) -> list[Sequence[Action]]:
+        """What every stage does in a step, in order."""
+        return orders(self.config.parallel.schedule, len(self.splits), self.micros, len(self.splits[0]))
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which stages wait for each other, for what their parts really cost."""
+        costs = [[self.work(stage, chunk) for chunk in range(len(own))] for stage, own in enumerate(self.splits)]
+
+        def cost(stage: int, action: Action) -> float:
+            return costs[stage][action.chunk][action.kind == "B"]
+
+        return simulate(self.orders, cost, len(self.splits[0])).bubble
 
     def memory(self, stage: int) -> MemoryEstimate:
         """Estimate the peak device memory of a rank of one stage."""
@@ -77,7 +107,7 @@ class Load:
 
     def _largest_unit(self, stage: int) -> int:
         """Parameters of the piece that must be whole while it runs, however little stays gathered."""
-        units = list(self.counts.layers[self.splits[stage].start : self.splits[stage].stop])
+        units = [self.counts.layers[layer] for layer in joined(self.splits[stage])]
         if stage == 0:
             units += [self.counts.connector, self.counts.embed]
         if stage == len(self.splits) - 1:
@@ -86,10 +116,10 @@ class Load:
 
     def _activations(self, stage: int, size: int) -> float:
         """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
-        width, stages, layers = self.spec.width, len(self.splits), len(self.splits[stage])
+        width = self.spec.width
         feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
         one_layer = float(self.micro_tokens * (16 * width + 3 * feed_forward) * size)
-        alive = min(stages - stage, self.micros) if self.config.parallel.schedule == "1f1b" else self.micros
+        layers = most_held(self.orders[stage], [len(chunk) for chunk in self.splits[stage]])
         if self.config.train.gradient_checkpointing:
-            return alive * layers * self.micro_tokens * width * size + one_layer
-        return alive * layers * one_layer
+            return layers * self.micro_tokens * width * size + one_layer
+        return layers * one_layer

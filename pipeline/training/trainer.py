@@ -16,6 +16,7 @@ from pipeline.data.batches import BatchSource, StepBatch, to_device
 from pipeline.model.build import build_stage
 from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups, create_groups, device_of_rank
+from pipeline.parallel.partition import joined
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
@@ -65,7 +66,7 @@ class Trainer:
         self._stage = _build_engine(plan, groups, self._device, activity)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
-            schedule=plan.config.parallel.schedule, doing=activity.doing,
+            schedule=plan.config.parallel.schedule, chunks=plan.chunks, doing=activity.doing,
         )  # fmt: skip
         self._peak = peak_flops(self._device)
         activity.doing("loading a checkpoint")
@@ -247,7 +248,7 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device, activit
     export = config.init_from if is_export(config.init_from) else ""
     source = WeightSource.open_export(plan.spec, export) if export else WeightSource.open(plan.spec)
     module = build_stage(
-        plan.spec, layers=plan.layers,
+        plan.spec, layers=joined(plan.chunks),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
         seed=config.train.seed, source=source,
         reads=topology.replica == 0, shard=shard,

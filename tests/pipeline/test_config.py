@@ -50,6 +50,15 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
         pytest.param(["--train.lr", "fast"], ["train.lr", "number", "fast"], id="not a number"),
         pytest.param(["--train.batch-packs", "0"], ["train.batch_packs", "greater than 0"], id="out of range"),
         pytest.param(["--parallel.schedule", "zigzag"], ["parallel.schedule", "1f1b"], id="not a choice"),
+        pytest.param(
+            ["--parallel.pp", "2", "--parallel.chunks", "2"], ["chunks=2 needs schedule=interleaved"], id="chunks alone"
+        ),
+        pytest.param(
+            ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"], ["set pp to 2 or more"], id="one stage"
+        ),
+        pytest.param(
+            ["--parallel.schedule", "interleaved", "--parallel.pp", "2"], ["set chunks to 2 or more"], id="one chunk"
+        ),
         pytest.param(["--train.lr", "1e-9"], ["train", "min_lr=0.0001 is above lr=1e-09"], id="floor above peak"),
         pytest.param(["--model.llm.config.hidden_size"], ["hidden_size", "expected a value"], id="no value"),
         pytest.param(["--model.llm.config.hidden_size="], ["hidden_size", "expected a value"], id="empty value"),

@@ -33,7 +33,7 @@ def test_states_of_all_ranks_sum_to_the_model(ranks: int, pp: int) -> None:
     trained = load.counts.total - load.counts.vision
     summed = sum(load.memory(stage).states * load.dp for stage in range(pp))
     assert summed == pytest.approx(trained * (2 + 16) + load.counts.vision * 2)
-    assert sum(work_shares(load, SHARES)) == pytest.approx(1)
+    assert sum(work_shares(load)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("resident", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
@@ -75,7 +75,7 @@ def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "demo_sft on 2 ranks" in shown and "demo_sft on 4 ranks" in shown
-    assert "bubble 5.9%" in shown and "bubble 11.1%" in shown
+    assert "(5.9% with equal stages)" in shown and "(11.1% with equal stages)" in shown
 
 
 @pytest.mark.parametrize(

@@ -8,17 +8,19 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 from data_prep.errors import UserError
-from data_prep.images import ImageStore
+from data_prep.images import ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
 from data_prep.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
+from data_prep.views import apply_view, describe_view
 
-GIVEN, GENERATED, IMAGE, MARK = "", "bold green", "cyan", "magenta"
-LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{IMAGE}]image[/]"
+GIVEN, GENERATED, SHOWN, MARK = "", "bold green", "cyan", "magenta"
+LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{SHOWN}]image[/]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +64,17 @@ class PackFolder:
             text = self.tokenizer.decode(ids, specials=True) if instance < 0 else ""
             yield Stretch(text, len(ids), generated, special, instance)
 
-    def image_size(self, row: PackRow, instance: int) -> str:
-        """Return ``640x480`` of an image of a row: pixels, upright."""
-        return "x".join(map(str, self.store.size(int(row.image_row[instance])))) if self.store else "?"
+    def describe_image(self, row: PackRow, instance: int) -> str:
+        """Return ``640x480 px, mirrored`` of an image of a row: its upright pixels, and what is done to them."""
+        size = "x".join(map(str, self.store.size(int(row.image_row[instance])))) if self.store else "?"
+        view = "" if row.view is None else describe_view(row.view[instance])
+        return f"{size} px, {view}" if view else f"{size} px"
+
+    def image(self, row: PackRow, instance: int) -> Image.Image:
+        """Return an image of a row as training shows it. Raises BadImage where it cannot be decoded."""
+        assert self.store is not None, "a row with images, but the packs name no image store"
+        image = decode_rgb(self.store.read(int(row.image_row[instance])))
+        return image if row.view is None else apply_view(image, row.view[instance])
 
 
 def chosen_rows(text: str, rows: int) -> range:
@@ -104,9 +114,9 @@ def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
     shown = Text()
     for part in folder.stretches(row, segment):
         if part.instance >= 0:
-            image, size = int(row.image_row[part.instance]), folder.image_size(row, part.instance)
-            words = f"[image {image}: {size} px, {part.tokens} of {folder.manifest.image_tokens} tokens]"
-            shown.append(words, style=IMAGE)
+            image, about = int(row.image_row[part.instance]), folder.describe_image(row, part.instance)
+            words = f"[image {image}: {about}, {part.tokens} of {folder.manifest.image_tokens} tokens]"
+            shown.append(words, style=SHOWN)
             continue
         written = GENERATED if part.generated else GIVEN
         shown.append(part.text, style=f"{written} {MARK}".strip() if part.special else written)

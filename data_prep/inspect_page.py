@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.images import BadImage, decode_rgb
+from data_prep.images import BadImage
 from data_prep.inspect import PackFolder, Stretch, chosen_rows
 from data_prep.packs import PackRow, Source, write_atomic
 from data_prep.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
@@ -216,9 +216,8 @@ def _text(parts: list[Stretch]) -> Html:
 def _figure(folder: PackFolder, row: PackRow, part: Stretch) -> Html:
     image = int(row.image_row[part.instance])
     try:
-        assert folder.store is not None, "a row with images, but the packs name no image store"
-        shown = picture(decode_rgb(folder.store.read(image)), alt=f"image {image}")
+        shown = picture(folder.image(row, part.instance), alt=f"image {image}")
     except BadImage as problem:
         shown = el("span", f"cannot be shown: {problem}")
-    size = folder.image_size(row, part.instance)
-    return el("figure", shown, el("figcaption", f"image {image}: {size} px"))
+    about = folder.describe_image(row, part.instance)
+    return el("figure", shown, el("figcaption", f"image {image}: {about}"))

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Sample, SampleReader
 from data_prep.tokenizer import Tokenizer
+from data_prep.views import Augment, Views, draw_views
 from data_prep.workers import Team
 from data_prep.workspace import Unit, Workspace, digest
 
@@ -118,6 +119,8 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> 
         "image_tokens": space.recipe.image_tokens,
         "length": pack.length,
         "prompts": prompt_ids(Tokenizer.load(space.tokenizer), pack.prompts),
+        "seed": space.recipe.seed,
+        "augments": {corpus: augment.model_dump() for corpus, augment in space.recipe.augments(pack).items()},
     }
     write_atomic(_work(folder) / f"context-{key[:12]}.json", json.dumps(context).encode())
     Tokenizer.load(space.tokenizer).save(folder / "tokenizer")
@@ -139,6 +142,9 @@ class _Context:
     length: int
     prompts: list[list[int]]
     """Token ids of each prompt."""
+    seed: int
+    augments: dict[str, Augment]
+    """What is asked for the images of some corpora."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -147,8 +153,9 @@ def _context(folder: Path, key: str) -> _Context:
     units = [Unit(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
     samples = SampleReader(units, raw["store"])
-    settings = {name: raw[name] for name in ("image_tokens", "length", "prompts")}
-    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, **settings)
+    settings = {name: raw[name] for name in ("image_tokens", "length", "prompts", "seed")}
+    augments = {corpus: Augment(**asked) for corpus, asked in raw["augments"].items()}
+    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, **settings, augments=augments)
 
 
 def write_row_file(job: RowFileJob) -> None:
@@ -176,7 +183,22 @@ def _row(context: _Context, draws: range) -> PackRow:
         for draw, sample in zip(draws, samples, strict=True)
     )
     tokenizer = context.tokenizer
-    return pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
+    row = pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
+    return replace(row, view=_views(context, samples, sources)) if context.augments else row
+
+
+def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Views:
+    """Return how each image of a row is shown, by seed, corpus, sample and draw."""
+    as_it_is = Augment()
+    return np.concatenate(
+        [
+            draw_views(
+                context.augments.get(source.dataset, as_it_is), sample.alterable, len(sample.images),
+                context.seed, source.dataset, source.sample, source.draw,
+            )
+            for sample, source in zip(samples, sources, strict=True)
+        ]
+    )  # fmt: skip
 
 
 def _drawn(context: _Context, draw: int) -> Sample:

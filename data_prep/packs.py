@@ -19,6 +19,7 @@ Row (``L`` = ``manifest.length`` tokens):
     image_row  list<int64>  image store rows, in order of instance
     n_target   int32      supervised tokens: generated, and not the first token of their segment
     source     list<struct<dataset, sample, draw, family>>  one per segment, in order
+    view       list<int16>  only in packs with augmented corpora: five numbers an image (data_prep.views)
 
 Positions, commit indices, labels and cu_seqlens are derived, never stored.
 """
@@ -54,11 +55,11 @@ SOURCE_TYPE = pa.struct(
 )
 
 
-def row_schema(length: int) -> pa.Schema:
-    """Return the Arrow schema of rows of ``length`` tokens."""
+def row_schema(length: int, *, views: bool = False) -> pa.Schema:
+    """Return the Arrow schema of rows of ``length`` tokens, with or without views of their images."""
     tokens = [(name, pa.list_(kind, length)) for name, (kind, _) in TOKEN_COLUMNS.items()]
     tail = [("image_row", pa.list_(pa.int64())), ("n_target", pa.int32()), ("source", pa.list_(SOURCE_TYPE))]
-    return pa.schema([*tokens, *tail])
+    return pa.schema([*tokens, *tail, *([("view", pa.list_(pa.int16()))] if views else [])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,8 @@ class PackRow:
     image_row: npt.NDArray[np.int64]
     n_target: int
     source: tuple[Source, ...]
+    view: npt.NDArray[np.int16] | None = None
+    """int16[images, 5], see ``data_prep.views``; None where images are shown as they are."""
 
 
 def count_targets(segment: npt.NDArray[np.int32], generated: npt.NDArray[np.uint8]) -> int:
@@ -214,13 +217,22 @@ def rows_to_batch(rows: Sequence[PackRow], length: int) -> pa.RecordBatch:
     columns.append(pa.array([row.n_target for row in rows], type=pa.int32()))
     sources = [[(source.dataset, source.sample, source.draw, source.family) for source in row.source] for row in rows]
     columns.append(pa.array(sources, type=pa.list_(SOURCE_TYPE)))
-    return pa.RecordBatch.from_arrays(columns, schema=row_schema(length))
+    views = has_views(rows)
+    if views:
+        columns.append(pa.array([[] if row.view is None else row.view.ravel() for row in rows], pa.list_(pa.int16())))
+    return pa.RecordBatch.from_arrays(columns, schema=row_schema(length, views=views))
+
+
+def has_views(rows: Sequence[PackRow]) -> bool:
+    """Return whether rows say how their images are shown: all of them do, or none."""
+    assert len({row.view is None for row in rows}) <= 1, "rows of one pack with and without views"
+    return bool(rows) and rows[0].view is not None
 
 
 def write_rows(path: Path, rows: Sequence[PackRow], length: int) -> FileEntry:
     """Write one row file atomically and return its manifest entry (named relative to ``path.parent``)."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, row_schema(length)) as writer:
+    with pa.ipc.new_file(sink, row_schema(length, views=has_views(rows))) as writer:
         if rows:
             writer.write_batch(rows_to_batch(rows, length))
     data = sink.getvalue().to_pybytes()
@@ -256,7 +268,13 @@ class PackReader:
         arrays = {name: self._tokens(batch, name, local) for name in TOKEN_COLUMNS}
         image_row = np.asarray(batch.column("image_row")[local].values.to_numpy(zero_copy_only=False), dtype=np.int64)
         source = tuple(Source(**entry) for entry in batch.column("source")[local].as_py())
-        return PackRow(**arrays, image_row=image_row, n_target=batch.column("n_target")[local].as_py(), source=source)
+        return PackRow(
+            **arrays,
+            image_row=image_row,
+            n_target=batch.column("n_target")[local].as_py(),
+            source=source,
+            view=self._view(batch, local),
+        )
 
     def n_target(self, index: int) -> int:
         """Return the supervised tokens of one row without touching the rest of it."""
@@ -292,9 +310,17 @@ class PackReader:
                 batch = pa.ipc.open_file(mapped).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
-        if batch.num_rows != entry.rows or batch.schema != row_schema(self.manifest.length):
+        schemas = [row_schema(self.manifest.length, views=views) for views in (False, True)]
+        if batch.num_rows != entry.rows or batch.schema not in schemas:
             raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
         return batch
+
+    @staticmethod
+    def _view(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
+        if "view" not in batch.schema.names:
+            return None
+        flat = batch.column("view")[local].values.to_numpy(zero_copy_only=False)
+        return np.asarray(flat, dtype=np.int16).reshape(-1, 5)
 
     def _tokens(self, batch: pa.RecordBatch, name: str, local: int) -> npt.NDArray[Any]:
         length = self.manifest.length

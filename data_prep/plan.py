@@ -127,11 +127,13 @@ def describe(name: str, pack: PackConfig, made: Plan) -> str:
 
 def _settings(recipe: Recipe, pack: PackConfig, intakes: Sequence[Intake]) -> dict[str, Any]:
     """Everything a plan depends on; two plans with equal settings are equal."""
+    augments = {corpus: augment.model_dump() for corpus, augment in recipe.augments(pack).items()}
     return {
         "version": PLAN_VERSION,
         "seed": recipe.seed,
         "pack": pack.model_dump(mode="json", include=_PLANNED),
         "units": [[unit.corpus, unit.shard, unit.report().sha256] for unit in pack_units(intakes)],
+        **({"augments": augments} if augments else {}),  # a resumed run must not see other pixels either
     }
 
 

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_prep.errors import UserError, did_you_mean
 from data_prep.template import Order, Template
 from data_prep.turns import Turns
+from data_prep.views import Augment, allowed
 from data_prep.yaml_files import expand, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
@@ -53,6 +54,8 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     type: str
+    augment: Augment | None = None
+    """Mirror or crop images at training time, where the text of a sample allows it (``data_prep.views``)."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -159,7 +162,22 @@ class Recipe(_Strict):
                     f"packs.{name}.length={pack.length} cannot hold one image of image_tokens={self.image_tokens} "
                     "and any text: raise length or lower image_tokens"
                 )
+            self._check_augmented(name, pack)
         return self
+
+    def _check_augmented(self, name: str, pack: PackConfig) -> None:
+        """Refuse prompts that would never let an image be changed as a corpus asks."""
+        for text in (*pack.prompts, pack.system):
+            for corpus, augment in self.augments(pack).items():
+                if augment.bits & ~allowed(text):
+                    raise ValueError(
+                        f"packs.{name}: {text.strip()!r} speaks of sides, places, counts or written text, so "
+                        f"corpora.{corpus}.augment would never be true: change the text or remove augment"
+                    )
+
+    def augments(self, pack: PackConfig) -> dict[str, Augment]:
+        """Return what is asked for the images of a pack set's corpora."""
+        return {corpus: augment for corpus in pack.corpora if (augment := self.corpora[corpus].augment)}
 
     @property
     def root_dir(self) -> Path:
@@ -180,6 +198,7 @@ _LEVELS: Mapping[int, Mapping[str, type[BaseModel]]] = {
     1: {"": Recipe},
     2: {"tokenizer": TokenizerConfig},
     3: {"tokenizer": TrainTokenizer, "packs": PackConfig},
+    4: {"corpora": Augment},
 }
 """Models by depth of a key and its first component, for "did you mean"."""
 

@@ -47,7 +47,10 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
 
 def _raw_texts(space: Workspace) -> dict[str, object]:
     """What a trained tokenizer depends on: readers, their options and the raw files."""
-    return {name: [space.recipe.corpora[name].model_dump(), shards] for name, shards in space.shards.items()}
+    return {
+        name: [space.recipe.corpora[name].model_dump(exclude={"augment"}), shards]
+        for name, shards in space.shards.items()
+    }
 
 
 def _source_hashes(path: Path) -> dict[str, str]:

@@ -31,6 +31,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("prompt_at", pa.int32()),  # where a prompt is to stand, or -1
         ("truncated", pa.bool_()),
         ("ended", pa.bool_()),  # whether the last supervised token ends a turn
+        ("alterable", pa.int8()),  # what its text allows to be done to its images (data_prep.views)
     ]
 )
 """One tokenised sample of a unit."""
@@ -101,6 +102,8 @@ class Sample:
     """Rows of the image store."""
     prompt_at: int = -1
     """Where a prompt is to stand, or -1."""
+    alterable: int = 0
+    """What its text allows to be done to its images: bits of ``data_prep.views``."""
 
 
 class SampleReader:
@@ -121,6 +124,7 @@ class SampleReader:
             batch.column("generated")[local].values.to_numpy(),
             rows[batch.column("images")[local].values.to_numpy()],
             batch.column("prompt_at")[local].as_py(),
+            batch.column("alterable")[local].as_py(),
         )
 
     def _unit(self, number: int) -> tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]:

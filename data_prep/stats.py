@@ -14,6 +14,7 @@ from data_prep.audit import turn_notes
 from data_prep.packs import Manifest, PackReader
 from data_prep.quarantine import REPAIRS
 from data_prep.verify import pack_folders
+from data_prep.views import UNIT
 
 CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
 _BAR = 40
@@ -35,6 +36,8 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
         console.print(_corpus_table(manifest))
         for line in corpus_notes(manifest):
             console.print(line)
+        if views := view_counts(reader):
+            console.print(views)
         console.print("segment lengths in tokens")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)
@@ -76,6 +79,16 @@ def segment_lengths(reader: PackReader) -> npt.NDArray[np.int64]:
     """Return the lengths of all packed samples in tokens."""
     counts = [np.bincount(row.segment)[1:] for row in reader]
     return np.concatenate([*counts, np.empty(0, dtype=np.int64)]).astype(np.int64)
+
+
+def view_counts(reader: PackReader) -> str:
+    """Return a line about the images that training changes; nothing where the recipe asks for none."""
+    sources: dict[str, dict[str, object]] = reader.manifest.recipe.get("sources", {})
+    if not any(source.get("augment") for source in sources.values()):
+        return ""
+    views = np.concatenate([row.view for row in reader if row.view is not None])
+    cropped = np.count_nonzero((views[:, 3:] < UNIT).any(axis=1))
+    return f"images: {np.count_nonzero(views[:, 0]):,} of {len(views):,} mirrored, {cropped:,} cropped"
 
 
 def binned(values: npt.NDArray[np.int64], most: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

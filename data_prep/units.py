@@ -26,6 +26,7 @@ from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.samples import SAMPLE_SCHEMA
 from data_prep.tokenizer import Encoded, Tokenizer
 from data_prep.turns import Excerpt, excerpts
+from data_prep.views import allowed_by
 from data_prep.workspace import Intake, Unit, UnitReport, Writing
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class UnitWriter:
         supervised = np.flatnonzero(encoded.generated[1:])
         ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
         counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
-        flags = (self._prompt_at(example, encoded), truncated, ended)
+        flags = (self._prompt_at(example, encoded), truncated, ended, allowed_by(example))
         self._samples.append((example.id, example.family, encoded.ids, encoded.generated, images, *counts, *flags))
         self._kept += 1
 

@@ -42,6 +42,11 @@ class Corpus(BaseModel, ABC):
     root: Path = Field(exclude=True)
     """Folder that all other paths are relative to."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are (``augment`` is refused); empty where the texts decide."""
+        return ""
+
     @abstractmethod
     def shards(self) -> Sequence[str]:
         """Return the names of the units of work, in order."""

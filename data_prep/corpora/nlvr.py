@@ -45,6 +45,11 @@ class NLVR(RowCorpus):
     answers: tuple[str, str] = ("true", "false")
     """The words for a true and for a false sentence."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "its sentences are about places and counts"
+
     def read_rows(self) -> Sequence[object]:
         """Index the lines."""
         return json_lines(self.root / self.sentences)

@@ -33,6 +33,11 @@ class OCRVQA(RowCorpus):
     prompt: Annotated[str, slot("question")] = SHORT_ANSWER
     """What the user says; the default is AKI's."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "its questions are about written text"
+
     def read_rows(self) -> Sequence[object]:
         """Index the file; covers are read when needed."""
         return json_members(self.root / self.covers)

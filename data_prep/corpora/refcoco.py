@@ -35,6 +35,11 @@ class RefCOCO(RowCorpus):
     box_prompt: Annotated[str, slot("phrase")] = LOCATE
     """What the user says when the box is asked for."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "boxes refer to the whole, upright image"
+
     def read_rows(self) -> Sequence[object]:
         """Give every expression the boxes that its annotations draw."""
         path = self.root / self.annotations

@@ -32,6 +32,11 @@ class ScienceQA(RowCorpus):
     prompt: Annotated[str, slot("question")] = LETTER_ANSWER
     """What the user says; ``{question}`` is the hint, the question and, line by line, its options."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "its maps and diagrams carry written labels"
+
     def read_rows(self) -> Sequence[object]:
         """Index the file; problems are read when needed."""
         return json_members(self.root / self.problems)

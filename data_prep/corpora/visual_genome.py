@@ -35,6 +35,11 @@ class VisualGenome(RowCorpus):
     prompt: Annotated[str, slot("box")] = DESCRIBE_REGION
     """What the user says; the default is AKI's."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "boxes refer to the whole, upright image"
+
     def read_rows(self) -> Sequence[object]:
         """Index the file; the regions of an image are read when needed."""
         return json_array(self.root / self.regions)

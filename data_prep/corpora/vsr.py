@@ -30,6 +30,11 @@ class VSR(RowCorpus):
     answers: tuple[str, str] = ("yes", "no")
     """The words for a true and for a false statement."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "its statements are about places and directions"
+
     def read_rows(self) -> Sequence[object]:
         """Index the lines."""
         return json_lines(self.root / self.statements)

@@ -48,6 +48,11 @@ class WebDataset(Corpus):
     granularity: Annotated[int, Field(ge=0, le=5)] | None = None
     """BLIP3-OCR-200M keeps several captions under ``captions``, as JSON in a string: take the one of this detail."""
 
+    @property
+    def unalterable(self) -> str:
+        """Why the images must be shown as they are."""
+        return "its captions are text that is read off the images" if self.granularity is not None else ""
+
     def shards(self) -> Sequence[str]:
         """Return the tars' relative paths without ``.tar``, escaped to be file names."""
         return list(self._tars)

@@ -14,6 +14,7 @@ from PIL import Image
 from data_prep.errors import UserError
 from data_prep.images import BadImage, ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
+from data_prep.views import apply_view
 from pipeline.attention import build_plan
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, Sidecars, position_ids
@@ -130,11 +131,16 @@ class BatchSource:
         return StepBatch(tuple(micros), all_rows, targets, tokens, images)
 
     def _pixels(self, rows: list[PackRow], preprocess: Preprocess) -> torch.Tensor | None:
-        wanted = [int(i) for row in rows for i in row.image_row]
-        if not wanted:
+        if not any(len(row.image_row) for row in rows):
             return None
         assert self._images is not None, "rows with images, but the packs name no image store"
-        return preprocess.batch([self._decode(self._images, i) for i in wanted])
+        return preprocess.batch([image for row in rows for image in self._shown(self._images, row)])
+
+    def _shown(self, store: ImageStore, row: PackRow) -> Iterator[Image.Image]:
+        """Yield a row's images as the pack says they are shown."""
+        for number, index in enumerate(row.image_row.tolist()):
+            image = self._decode(store, index)
+            yield image if row.view is None else apply_view(image, row.view[number])
 
     @staticmethod
     def _decode(store: ImageStore, index: int) -> Image.Image:

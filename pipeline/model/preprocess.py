@@ -18,7 +18,7 @@ class Preprocess:
     """Squash to a square, scale to 0..1, normalise: what the tower saw when it was trained.
 
     The whole image is squashed, never cropped: crops and flips would change positions, counts and written words that
-    questions ask about.
+    questions ask about. Where a sample's text allows one, its pack says so (``data_prep.views``).
     """
 
     size_px: int

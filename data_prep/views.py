@@ -11,7 +11,6 @@ so it does not depend on ranks, and a resumed run sees the same pixels.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from typing import Annotated
 
 import numpy as np
@@ -35,9 +34,9 @@ INSTRUCTIONS = (
     "answer with the option's letter from the given choices",
 )
 """Sentences of prompts that speak of the answer, not of the image; they are not searched."""
-SIDES = """left right leftmost rightmost left-hand right-hand lefthand righthand leftward rightward leftwards
-rightwards left-most right-most side sides sided sideways east west eastern western eastward westward northeast
-northwest southeast southwest clockwise counterclockwise counter-clockwise anticlockwise anti-clockwise starboard
+SIDES = """left right leftmost rightmost lefthand righthand leftward rightward leftwards
+rightwards side sides sided sideways east west eastern western eastward westward northeast
+northwest southeast southwest clockwise counterclockwise anticlockwise starboard
 portside"""
 ORIENTATION = """orientation oriented facing faces direction directions heading towards toward mirror mirrors mirrored
 mirroring reflected reflection flipped rotated rotation turned turning tilted tilting leaning pointing points profile
@@ -47,7 +46,7 @@ handwriting handwritten wrote spell spells spelled spelling says say saying said
 numeral numerals digit digits font title titles headline label labels labeled labelled logo logos brand brands branded
 sign signs signage signboard poster posters banner banners billboard billboards license licence jersey print prints
 printed engraved inscription inscribed alphabet language page pages book books newspaper magazine menu keyboard clock
-clocks time o'clock graffiti tattoo symbol symbols flag flags barcode scoreboard score price prices date dates
+clocks time graffiti tattoo symbol symbols flag flags barcode scoreboard score price prices date dates
 calendar document documents receipt ticket map maps chart charts graph graphs plot diagram diagrams quote quotes
 quotation slogan message screenshot website subtitle subtitles stamp coin coins banknote"""
 PLACES = """top bottom corner corners edge edges border borders center centre middle background foreground behind
@@ -59,20 +58,13 @@ COUNTING = """count counts counting counted many few several some any all both e
 quantity pair pairs couple couples trio dozen dozens single only just lone alone another other others multiple various
 group zero one two three four five six seven eight nine ten eleven twelve twenty hundred first second third last more
 most less least fewer there"""
-_QUOTED = r"[\"\u201c\u201d\u00ab\u00bb]|(?<!\w)['\u2018][^']+'(?!\w)"
-_DIGITS = r"\d"
-_FOREIGN = r"[^\W\d_a-z]"  # a letter that English does not have: nothing is known of what the text says
-
-
-def _searcher(words: Iterable[str], *patterns: str) -> re.Pattern[str]:
-    listed = "|".join(sorted((re.escape(word) for one in words for word in one.split()), key=len, reverse=True))
-    return re.compile("|".join([rf"(?<!\w)(?:{listed})(?!\w)", *patterns]))
-
-
 _BOXES = "box boxes bounding bbox coordinate coordinates pixel pixels axis axes"
-_NO_FLIP = _searcher((SIDES, ORIENTATION, READING, _BOXES), _QUOTED, _DIGITS, _FOREIGN)
-_NO_CROP = _searcher((SIDES, ORIENTATION, READING, PLACES, COUNTING), _QUOTED, _DIGITS, _FOREIGN)
-_IGNORED = re.compile("|".join(map(re.escape, INSTRUCTIONS)))
+_MIRROR_SHOWS = frozenset(" ".join((SIDES, ORIENTATION, READING, _BOXES)).split())
+_CROP_SHOWS = _MIRROR_SHOWS | frozenset(" ".join((PLACES, COUNTING)).split())
+_WORD = re.compile(r"[a-z]+")
+_MARK = re.compile(r"[\d\"\u201c\u201d\u00ab\u00bb]")
+_QUOTED = re.compile(r"(?<!\w)['\u2018][^'\u2019]+['\u2019](?!\w)")
+_FOREIGN = re.compile(r"[^\W\d_a-z]")
 
 
 class Augment(BaseModel):
@@ -93,8 +85,22 @@ class Augment(BaseModel):
 
 def allowed(text: str) -> int:
     """Return what a text allows to be done to its images: bits of ``FLIP`` and ``CROP``."""
-    searched = _IGNORED.sub("", text.lower().replace("\u2019", "'"))
-    return FLIP * (not _NO_FLIP.search(searched)) + CROP * (not _NO_CROP.search(searched))
+    searched = text.lower()
+    for sentence in INSTRUCTIONS:
+        searched = searched.replace(sentence, "")
+    if _beyond_words(searched):
+        return 0
+    words = set(_WORD.findall(searched))
+    return FLIP * words.isdisjoint(_MIRROR_SHOWS) + CROP * words.isdisjoint(_CROP_SHOWS)
+
+
+def _beyond_words(text: str) -> bool:
+    """Return whether a text holds numbers, quotations (to be read, as often as not) or letters English does not have."""
+    return bool(
+        _MARK.search(text)
+        or (("'" in text or "\u2018" in text) and _QUOTED.search(text))
+        or (not text.isascii() and _FOREIGN.search(text))
+    )
 
 
 def allowed_by(example: Example) -> int:

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,8 +161,9 @@ def _context(folder: Path, key: str) -> _Context:
 def write_row_file(job: RowFileJob) -> None:
     """Make one row file and its done-marker."""
     context = _context(job.folder, job.key)
-    bounds = np.searchsorted(context.plan.row, np.arange(job.start, job.stop + 1))
-    rows = [_row(context, range(first, last)) for first, last in itertools.pairwise(bounds.tolist())]
+    bounds = np.searchsorted(context.plan.row, np.arange(job.start, job.stop + 1)).tolist()
+    samples = iter(_drawn(context, slice(bounds[0], bounds[-1])))
+    rows = [_row(context, range(first, last), samples) for first, last in itertools.pairwise(bounds)]
     (job.folder / "manifest.json").unlink(missing_ok=True)  # it describes other rows from here on
     entry = write_rows(job.path, rows, context.length)
     counts = {
@@ -175,9 +176,9 @@ def write_row_file(job: RowFileJob) -> None:
     write_atomic(job.marker, json.dumps({"key": job.key, "file": asdict(entry), **counts}).encode())
 
 
-def _row(context: _Context, draws: range) -> PackRow:
-    plan = context.plan
-    samples = [_drawn(context, draw) for draw in draws]
+def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
+    """Lay out the row of some draws, whose samples come next."""
+    plan, samples = context.plan, list(itertools.islice(drawn, len(draws)))
     sources = tuple(
         Source(plan.names[plan.corpus[draw]], sample.name, int(plan.draw[draw]), sample.family)
         for draw, sample in zip(draws, samples, strict=True)
@@ -201,11 +202,12 @@ def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Sourc
     )  # fmt: skip
 
 
-def _drawn(context: _Context, draw: int) -> Sample:
-    """Return the sample of a draw, with the prompt drawn for it."""
-    plan, prompt = context.plan, int(context.plan.prompt[draw])
-    sample = context.samples.read(int(plan.unit[draw]), int(plan.index[draw]))
-    return sample if prompt < 0 else insert_prompt(sample, context.prompts[prompt])
+def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
+    """Yield the samples of draws, with the prompts drawn for them."""
+    plan = context.plan
+    samples = context.samples.read(plan.unit[draws], plan.index[draws])
+    for sample, prompt in zip(samples, plan.prompt[draws].tolist(), strict=True):
+        yield sample if prompt < 0 else insert_prompt(sample, context.prompts[prompt])
 
 
 def pack_row(

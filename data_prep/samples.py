@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +34,6 @@ SAMPLE_SCHEMA = pa.schema(
     ]
 )
 """One tokenised sample of a unit."""
-_OPEN_UNITS = 128
 _NUMBERS = ("n_tokens", "n_images", "n_target", "n_repeated", "n_left_out", "prompt_at")
 _FLAGS = ("truncated", "ended")
 
@@ -92,7 +90,7 @@ def read_columns(units: Sequence[Unit], kept: Sequence[int], chosen: npt.NDArray
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One tokenised sample; arrays are views into the mapped file."""
+    """One tokenised sample."""
 
     name: str
     family: str
@@ -107,34 +105,38 @@ class Sample:
 
 
 class SampleReader:
-    """Random access to samples of many units; the most recently used units stay mapped."""
+    """Random access to samples of many units; no unit stays open."""
 
     def __init__(self, units: Sequence[Unit], store: str) -> None:
         self._units, self._store = units, store
-        self._open: OrderedDict[int, tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]] = OrderedDict()
 
-    def read(self, unit: int, index: int) -> Sample:
-        """Return sample ``index`` of unit ``unit``."""
-        batches, rows = self._unit(unit)
-        batch, local = batches[index // BATCH_ROWS], index % BATCH_ROWS
-        return Sample(
-            batch.column("sample")[local].as_py(),
-            batch.column("family")[local].as_py(),
-            batch.column("input_ids")[local].values.to_numpy(),
-            batch.column("generated")[local].values.to_numpy(),
-            rows[batch.column("images")[local].values.to_numpy()],
-            batch.column("prompt_at")[local].as_py(),
-            batch.column("alterable")[local].as_py(),
-        )
+    def read(self, units: npt.NDArray[np.integer], indices: npt.NDArray[np.integer]) -> list[Sample]:
+        """Return the samples ``indices`` of ``units``, in the given order; every unit is opened once.
 
-    def _unit(self, number: int) -> tuple[list[pa.RecordBatch], npt.NDArray[np.int64]]:
-        if number not in self._open:
+        Args:
+            units: numbers of units, in any order, with repeats.
+            indices: numbers of samples within these units; of one length.
+        """
+        found: dict[int, Sample] = {}
+        for number in np.unique(units).tolist():
             unit = self._units[number]
-            self._open[number] = (_open(unit), np.fromfile(unit.rows(self._store), dtype=np.int64))
-            if len(self._open) > _OPEN_UNITS:
-                self._open.popitem(last=False)
-        self._open.move_to_end(number)
-        return self._open[number]
+            batches, rows = _open(unit), np.fromfile(unit.rows(self._store), dtype=np.int64)
+            for place in np.flatnonzero(units == number).tolist():
+                index = int(indices[place])
+                found[place] = _sample(batches[index // BATCH_ROWS], index % BATCH_ROWS, rows)
+        return [found[place] for place in range(len(units))]
+
+
+def _sample(batch: pa.RecordBatch, local: int, rows: npt.NDArray[np.int64]) -> Sample:
+    return Sample(
+        batch.column("sample")[local].as_py(),
+        batch.column("family")[local].as_py(),
+        batch.column("input_ids")[local].values.to_numpy().copy(),  # a view would keep the unit mapped
+        batch.column("generated")[local].values.to_numpy().copy(),
+        rows[batch.column("images")[local].values.to_numpy()],
+        batch.column("prompt_at")[local].as_py(),
+        batch.column("alterable")[local].as_py(),
+    )
 
 
 def _open(unit: Unit) -> list[pa.RecordBatch]:

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks.data.aki import CORPORA, make_workspace
+from data_prep.arrow_files import BATCH_ROWS, open_batches
 from data_prep.errors import UserError
 from data_prep.packing import exact_draws
 from data_prep.plan import Plan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe
-from data_prep.samples import SampleReader
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Unit, Workspace
 
@@ -63,11 +63,9 @@ def test_every_sample_is_drawn_equally_often(made: Plan, recipe: Recipe) -> None
 
 def test_rows_hold_what_the_samples_say_and_no_more(made: Plan, recipe: Recipe) -> None:
     units = units_of(recipe)
-    for unit in units:
-        unit.rows("none").write_bytes(b"")
-    reader = SampleReader(units, "none")
+    tables = {number: open_batches(units[number].tokens) for number in np.unique(made.unit).tolist()}
     lengths = [
-        reader._unit(unit)[0][index // 1024].column("n_tokens")[index % 1024].as_py()
+        tables[unit][index // BATCH_ROWS].column("n_tokens")[index % BATCH_ROWS].as_py()
         for unit, index in zip(made.unit.tolist(), made.index.tolist(), strict=True)
     ]
     filled = np.bincount(made.row, weights=lengths)

@@ -95,7 +95,7 @@ def allowed(text: str) -> int:
 
 
 def _beyond_words(text: str) -> bool:
-    """Return whether a text holds numbers, quotations (to be read, as often as not) or letters English does not have."""
+    """Return whether a text holds numbers, quotations (mostly of what is read) or letters English does not have."""
     return bool(
         _MARK.search(text)
         or (("'" in text or "\u2018" in text) and _QUOTED.search(text))

@@ -156,19 +156,25 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
 def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -> None:
     """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
 
-    Others are older ones, unfinished folders, and damaged ones of later steps, which the run has gone back from.
-    ``newest`` must be whole; it is never removed.
+    Others are older ones, and damaged ones of later steps, which the run has gone back from. ``newest`` must be whole;
+    it is never removed. Unfinished folders stay: other ranks may have begun the next save.
     """
     folders = checkpoint_folders(run_dir)
     earlier = [folder for folder in folders if folder.name <= newest.name]
     kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
-    for old in [*(folder for folder in folders if folder not in kept), *unfinished_folders(run_dir / "checkpoints")]:
+    for old in [folder for folder in folders if folder not in kept]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def unfinished_folders(folder: Path) -> list[Path]:
-    """Return what interrupted saves left in a folder of checkpoints."""
-    return sorted(folder.glob(".step-*.tmp"))
+def unfinished_folders(run_dir: Path) -> list[Path]:
+    """Return the folders of saves under way, or what interrupted ones left."""
+    return sorted((run_dir / "checkpoints").glob(".step-*.tmp"))
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what interrupted saves left, at the start of a run, when none is under way."""
+    for torn in unfinished_folders(run_dir):
+        shutil.rmtree(torn, ignore_errors=True)
 
 
 def step_of(folder: Path) -> int:

@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.template import template_of
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import prune, unfinished_folders
+from pipeline.training.checkpoint import prune, remove_unfinished
 from pipeline.training.manifest import CheckpointManifest
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
@@ -43,8 +43,7 @@ class Saver:
         self._part: Future[Any] = Future()
         self._waited = 0.0
         if self._lead:
-            for torn in unfinished_folders(self._place):
-                shutil.rmtree(torn, ignore_errors=True)
+            remove_unfinished(folder.path)
         said: list[Any] = [None] * plan.topology.world
         dist.all_gather_object(said, (describe(stage), uuid.uuid4().hex[:8]))
         self._params = {name: entry for params, _ in said for name, entry in params.items()}

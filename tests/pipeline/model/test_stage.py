@@ -11,10 +11,13 @@ import torch
 from pipeline.masks import POLICIES, Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE
+from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from tests.pipeline.model.helpers import (
     FAMILY_KEYS,
     IMAGE_TOKENS,
+    VOCAB,
+    model_config,
     plain_llm,
     random_sidecars,
     slow_loss,
@@ -183,3 +186,27 @@ def test_casting_the_stage_keeps_rotary_frequencies_exact() -> None:
     before = stage.rotary.inv_freq.clone()
     stage.bfloat16()
     assert stage.rotary.inv_freq.dtype == F32 and torch.equal(stage.rotary.inv_freq, before)
+
+
+@pytest.mark.parametrize("family", FAMILY_KEYS)
+@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+def test_nothing_in_a_step_is_random_whatever_the_configs_say(family: str, vision: str) -> None:
+    """So a checkpoint needs no state of a random number generator, and a resumed run equals an undisturbed one."""
+    plain = tiny_spec(family, vision=vision)
+    rates = {key: 0.5 for key in plain.llm.to_dict() if "drop" in key}
+    config = model_config(family, vision=vision, **rates)
+    towers = {key: 0.5 for key in plain.vision.to_dict() if "drop" in key}
+    assert rates and towers, "the library calls its dropout keys otherwise now"
+    config.vision.config.update(towers)
+    spec = ModelSpec.resolve(config, vocab_size=VOCAB, image_tokens=IMAGE_TOKENS)
+    stage = whole_stage(replace(spec, vision_frozen=False)).train()
+    inputs = stage_inputs(random_sidecars(3, 2, padding=2), dtype=torch.float32)
+    before, results = torch.get_rng_state(), []
+    for _ in range(2):
+        stage.zero_grad()
+        loss = stage(None, inputs)
+        loss.backward()
+        results.append((loss.detach(), gradients(stage)))
+    assert torch.equal(torch.get_rng_state(), before), "a step drew random numbers"
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(results[0][1][name], results[1][1][name]) for name in results[0][1])

@@ -86,11 +86,10 @@ class Chaos:
         steps = self.random.randint(1, 2)
         if not _until(lambda: len(metrics(run_dir)) >= before - 1 + steps, job):
             return False
-        hidden = run_dir / "checkpoints"
         seen = {
             "in a step": lambda: True,
-            "in a save": lambda: bool(unfinished_folders(hidden)),
-            "while publishing": lambda: any(True for _ in hidden.glob(".step-*.tmp/manifest.json")),
+            "in a save": lambda: bool(unfinished_folders(run_dir)),
+            "while publishing": lambda: any(True for _ in run_dir.glob("checkpoints/.step-*.tmp/manifest.json")),
         }[moment]
         if not _until(seen, job, poll_s=0.0005):
             return False
@@ -156,7 +155,7 @@ def test_a_full_disk_and_a_read_only_one_end_a_run_in_words_and_it_goes_on(
     assert "cannot be written" in full.output and "No space left" in full.output
     assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
     assert [Checkpoint(folder).faults() for folder in checkpoint_folders(run_dir)] == [[]] * 2
-    assert not unfinished_folders(run_dir / "checkpoints"), "its room is given back"
+    assert not unfinished_folders(run_dir), "its room is given back"
     remount(small_disk, "ro")
     refused = train(small_demo, run_dir)
     assert refused.code == 2 and "Traceback" not in refused.output, refused.output

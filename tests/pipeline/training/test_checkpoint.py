@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
-from pipeline.training.checkpoint import checkpoint_folders, newest_whole, open_checkpoint, prune
+from pipeline.training.checkpoint import checkpoint_folders, newest_whole, open_checkpoint, prune, remove_unfinished
 from pipeline.training.origins import changed_settings
 from pipeline.training.run_folder import RunFolder
 
@@ -42,9 +42,15 @@ def test_only_finished_checkpoints_are_listed(run_dir: Path) -> None:
 def test_pruning(newest: int, keep_last: int, keep_every: int, left: list[int], run_dir: Path) -> None:
     prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}", keep_every=keep_every)
     assert steps(run_dir) == left
-    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-")) == [
-        "old-step-00000005"
-    ]
+    others = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-"))
+    assert others == [".step-00000040.tmp", "old-step-00000005"], "a save under way is left alone"
+
+
+def test_what_interrupted_saves_left_is_removed_at_a_start(run_dir: Path) -> None:
+    remove_unfinished(run_dir)
+    assert steps(run_dir) == [30, 20, 10]
+    assert not (run_dir / "checkpoints/.step-00000040.tmp").exists()
+    assert (run_dir / "checkpoints/old-step-00000005").exists()
 
 
 def test_folders_without_a_manifest_are_complaints(run_dir: Path) -> None:

@@ -75,15 +75,15 @@ def test_the_first_failure_stays(tmp_path: Path) -> None:
     folder.create()
     folder.record_start(RunConfig(), world=2)
     folder.set_status("running", 7)
-    folder.set_failed(UserError("row 5 is unreadable"))
-    folder.set_failed(RuntimeError("connection closed"), 9)
+    folder.set_failed("row 5 is unreadable")
+    folder.set_failed("connection closed", 9)
     assert {key: folder.status()[key] for key in ("state", "step", "error")} == {
         "state": "failed",
         "step": 7,
         "error": "row 5 is unreadable",
     }
     folder.record_start(RunConfig(), world=2)
-    folder.set_failed(KeyboardInterrupt())
+    folder.set_failed("KeyboardInterrupt")
     assert folder.status()["error"] == "KeyboardInterrupt"
 
 

@@ -115,8 +115,8 @@ def test_a_manifest_is_believed_only_as_far_as_it_is_checked(
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "null", '"manifest"', "{", '{"step": 1}', "[" * 100_000, f'{{"step": {"9" * 5000}}}', "\0", '{"\ud800": 1}'],
-    ids=["empty", "a list", "null", "a word", "half", "little", "deep", "long number", "binary", "half a character"],
+    ["", "[]", "null", '"manifest"', "{", '{"step": 1}', "[" * 100_000, '{"step": ' + "9" * 5000 + "}", "\0"],
+    ids=["empty", "a list", "null", "a word", "half", "little", "deep", "long number", "binary"],
 )  # fmt: skip
 def test_what_is_no_manifest_is_said_so(text: str, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError, did_you_mean
-from data_prep.template import Order, Template
+from data_prep.template import AKI_CHUNK_END, Order, Template
 from data_prep.turns import Turns
 from data_prep.views import Augment, allowed
 from data_prep.yaml_files import expand, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
+
+
+AKI_TEMPLATES = ("caption", "phi3")
 
 
 class _Strict(BaseModel):
@@ -86,6 +90,9 @@ class PackConfig(_Strict):
     """Where images go, beside the text of their user turn or the prompt: image_first, text_first or as_written."""
     turns: Turns = "every"
     """What a conversation becomes: one sample (every), only its first exchange (first), one per answer (expand)."""
+    aki_parity: bool = False
+    """Write samples as the released AKI does, its faults left out: ``<|endofchunk|>`` behind a caption, and only the
+    first exchange of a conversation. For its templates, caption and phi3."""
     max_text_tokens: int | None = Field(None, ge=1)
     """Longest text of a sample in tokens (template included), besides its images."""
     max_images: int | None = Field(None, ge=1)
@@ -113,12 +120,22 @@ class PackConfig(_Strict):
             raise ValueError("corpora: weights need draws; with epochs every corpus is drawn in full")
         if any(not prompt.strip() or "\x00" in prompt for prompt in self.prompts):
             raise ValueError("prompts: every prompt must hold text, and no NUL")
+        if self.aki_parity and (self.template not in AKI_TEMPLATES or self.prompts or self.order != "image_first"):
+            raise ValueError(
+                f"aki_parity=true needs template {' or '.join(AKI_TEMPLATES)}, order=image_first and no prompts: "
+                "the released AKI has no other"
+            )
+        if self.aki_parity and self.turns == "expand":
+            raise ValueError("aki_parity=true cuts conversations after their first exchange: remove turns=expand")
         self.to_template()
         return self
 
     def to_template(self) -> Template:
         """Return the template with this set's settings. Raises UserError when they do not fit each other."""
-        return Template(self.template, system=self.system, prompts=self.prompts, order=self.order, turns=self.turns)
+        plain = Template(self.template, system=self.system, prompts=self.prompts, order=self.order, turns=self.turns)
+        if not self.aki_parity:
+            return plain
+        return replace(plain, turns="first" if plain.dialect else "every", chunk_end=AKI_CHUNK_END)
 
 
 class Recipe(_Strict):

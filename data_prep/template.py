@@ -19,6 +19,8 @@ from data_prep.turns import Turns
 
 EOS = "<eos>"
 """Stands for the tokenizer's own end-of-text token, whatever it is called there."""
+AKI_CHUNK_END = "<|endofchunk|>"
+"""What the released AKI writes behind every caption."""
 Order: TypeAlias = Literal["image_first", "text_first", "as_written"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
@@ -111,6 +113,8 @@ class Template:
     """
     turns: Turns = "every"
     """Whether the answers before the last one are generated; with ``expand`` they are given."""
+    chunk_end: str = ""
+    """Special token behind every generated text of a document; empty for none."""
 
     def __post_init__(self) -> None:
         if self.name not in DIALECTS:
@@ -132,7 +136,8 @@ class Template:
     @property
     def specials(self) -> tuple[str, ...]:
         """Special tokens the tokenizer must know."""
-        return (EOS, *(self.dialect.specials if self.dialect else ()))
+        chunk_end = (self.chunk_end,) if self.chunk_end else ()
+        return (EOS, *chunk_end, *(self.dialect.specials if self.dialect else ()))
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -174,7 +179,12 @@ class Template:
 
     def _document(self, turns: Sequence[Turn], prompt: str, *, open_ended: bool = False) -> list[Piece]:
         numbers = count()
-        pieces = [piece for turn in turns for piece in _parts(turn.parts, numbers, generated=turn.role == "assistant")]
+        pieces: list[Piece] = []
+        for turn in turns:
+            generated = turn.role == "assistant"
+            pieces += _parts(turn.parts, numbers, generated=generated)
+            if generated and self.chunk_end:
+                pieces.append(Special(self.chunk_end, generated=True))
         if prompt:
             given = next((place for place, piece in enumerate(pieces) if _is_generated(piece)), len(pieces))
             pieces.insert(0 if self.order == "text_first" else given, Text(prompt))
@@ -242,4 +252,5 @@ def template_of(manifest: Manifest) -> Template:
         prompts=tuple(settings.get("prompts", ())),
         order=settings.get("order", "image_first"),
         turns=settings.get("turns", "every"),
+        chunk_end=AKI_CHUNK_END if settings.get("aki_parity") else "",
     )

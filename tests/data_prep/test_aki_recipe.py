@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from pydantic import ValidationError
 
+from data_prep.corpora import CORPORA
+from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
-from data_prep.recipe import find_recipe
+from data_prep.recipe import PackConfig, find_recipe, load_recipe
 from data_prep.tokenizer import Tokenizer
+from data_prep.turns import excerpts
 from data_prep.verify import verify
 from tests.data_prep.raw import make_recipe, prepare
+from tests.data_prep.test_template import spell
 from tests.data_prep.test_tokenizer import byte_bpe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -81,3 +87,57 @@ def test_only_answers_and_their_ends_are_supervised(packs: PackReader) -> None:
             assert row.input_ids[at[-1]] == end and row.generated[at[-1]]
             header = tokenizer.id_of("<|assistant|>")
             assert (row.input_ids[at] == header).any() and not row.generated[at][row.input_ids[at] == header].any()
+
+
+AKI = {  # written down from the description of the released implementation, its faults left out
+    "vqav2": "Answer the question using a single word or phrase. What is on the table?",
+    "gqa": "Answer the question using a single word or phrase. Is the lamp on?",
+    "ocrvqa": "Answer the question using a single word or phrase. Who wrote this book?",
+    "aokvqa": "Answer with the option's letter from the given choices directly. What is this?\nA. a cat\nB. a dog",
+    "refcoco": "Provide a short description for this region. <bbox>[0.100, 0.200][0.300, 0.400]</bbox>",
+}
+
+
+@pytest.mark.parametrize("asked", AKI.values(), ids=AKI)
+def test_with_parity_a_question_is_written_as_the_released_aki_writes_it(asked: str) -> None:
+    pack = PackConfig(corpora={"c": 1}, template="phi3", length=64, epochs=1, system="Be kind.", aki_parity=True)
+    talk = (Turn("user", (ImageRef("i", data=b""), asked)), Turn("assistant", ("yes",)))
+    more = (Turn("user", ("and now?",)), Turn("assistant", ("no",)))
+    template = pack.to_template()
+    [excerpt] = excerpts(Example("e", (*talk, *more)), template.turns)
+    golden = f"<|system|>\nBe kind.<|end|>\n<|user|>\n[0]\n{asked}<|end|>\n<|assistant|>\n{{yes}}{{<|end|>}}"
+    assert spell(template.pieces(excerpt.example)) == golden and excerpt.left_out == 1
+
+
+def test_the_prompts_of_the_goldens_are_those_of_the_readers() -> None:
+    for corpus, asked in AKI.items():
+        fields = CORPORA[corpus].model_fields
+        prompt = fields["phrase_prompt" if corpus == "refcoco" else "prompt"].default
+        assert asked.startswith(prompt.partition("{")[0])
+
+
+def test_with_parity_a_caption_ends_as_the_released_aki_ends_it() -> None:
+    turns = (Turn("user", (ImageRef("i", data=b""),)), Turn("assistant", ("a red ring",)))
+    caption = Example("e", turns, kind="document")
+    for name in ("caption", "phi3"):
+        template = PackConfig(corpora={"c": 1}, template=name, length=64, epochs=1, aki_parity=True).to_template()
+        assert spell(template.pieces(caption)) == "[0]{a red ring}{<|endofchunk|>}{<eos>}"
+        assert "<|endofchunk|>" in template.specials
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"template": "plain"}, {"prompts": ["Look: "]}, {"order": "text_first"}, {"turns": "expand"}],
+)
+def test_parity_refuses_what_the_released_aki_does_not_have(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match="aki_parity=true"):
+        PackConfig(**{"corpora": {"c": 1}, "template": "phi3", "length": 64, "epochs": 1, "aki_parity": True} | changes)
+
+
+def test_shipped_recipes_take_parity_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("PT_DIR", "SFT_DIR", "LLM_DIR"):
+        monkeypatch.setenv(variable, "/somewhere")
+    assert not load_recipe("aki_pt").packs["pt"].aki_parity and not load_recipe("aki_sft").packs["sft"].aki_parity
+    monkeypatch.setenv("AKI_PARITY", "true")
+    assert load_recipe("aki_pt").packs["pt"].to_template().chunk_end == "<|endofchunk|>"
+    assert load_recipe("aki_sft").packs["sft"].to_template().turns == "first"

@@ -12,6 +12,7 @@ from pipeline.parallel.messages import Messages
 from pipeline.parallel.schedule import Action
 from pipeline.parallel.simulation import orders
 from pipeline.parallel.topology import Topology
+from pipeline.parallel.trace import Recorder
 from pipeline.parallel.zero3 import Zero3Stage
 
 AHEAD = 2
@@ -59,6 +60,8 @@ class Runner:
         self._width, self._dtype, self._schedule = width, dtype, schedule
         self._chunks, self._doing = chunks, doing
         self._device = stage.engine.device
+        self.recorder = Recorder(self._device, stage.traffic)
+        """Sees every forward, backward and wait, when it is told to."""
         connect(topology, groups, self._device)
 
     def run(self, micros: Sequence[StageInputs], scale: float) -> torch.Tensor:
@@ -99,7 +102,8 @@ class Runner:
             return None
         what = "hidden states" if action.kind == "F" else "gradients"
         self._doing(f"waiting for rank {sender}: {what} of {self._name(action)}")
-        return step.messages.take(action)
+        with self.recorder.span("wait", f"wait for rank {sender}", action):
+            return step.messages.take(action)
 
     def _name(self, action: Action) -> str:
         chunk = f", chunk {action.chunk}" if len(self._chunks) > 1 else ""
@@ -110,7 +114,8 @@ class Runner:
         if hidden is not None:
             hidden.requires_grad_()
         self._doing(f"forward of {self._name(action)}")
-        output = self._stage.forward(hidden, step.micros[action.micro], self._chunks[action.chunk])
+        with self.recorder.span("forward", f"F {self._name(action)}", action):
+            output = self._stage.forward(hidden, step.micros[action.micro], self._chunks[action.chunk])
         step.live[action.micro, action.chunk] = hidden, output
         if self._topology.last and action.chunk == len(self._chunks) - 1:
             step.losses[action.micro] = output.detach()
@@ -121,7 +126,8 @@ class Runner:
         grad = self._receive(step, action)
         hidden, output = step.live.pop((action.micro, action.chunk))
         self._doing(f"backward of {self._name(action)}")
-        self._stage.backward(output * step.scale if grad is None else output, grad)
+        with self.recorder.span("backward", f"B {self._name(action)}", action):
+            self._stage.backward(output * step.scale if grad is None else output, grad)
         if hidden is not None:
             assert hidden.grad is not None, "the stage's output does not depend on its input"
             step.messages.send(action, hidden.grad)

@@ -80,6 +80,11 @@ class StepStats:
     """Seconds since the step before that training stood still for a checkpoint; not part of step_s."""
     traffic: StepTraffic | None = None
     """Of rank 0; None unless log.traffic is set."""
+    bubble: float | None = None
+    """Measured share of the pipeline's part of the step in which ranks ran nothing (see `measured_bubble`); None with
+    one stage, and where neither log.traffic nor log.trace_step asks for it."""
+    expected_bubble: float | None = None
+    """The same by the work of the stages' parts; None with one stage."""
 
 
 class MetricsFile:

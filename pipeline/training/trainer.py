@@ -38,6 +38,7 @@ from pipeline.training.run_folder import RunFolder, State
 from pipeline.training.saving import Saver
 from pipeline.training.schedule import learning_rate
 from pipeline.training.supervise import collective_limit
+from pipeline.training.tracing import StepTimer, memory_line
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ class Trainer:
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
             schedule=plan.config.parallel.schedule, chunks=plan.chunks, doing=activity.doing,
         )  # fmt: skip
+        self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
         activity.doing("loading a checkpoint")
         self.step = self._resume() or self._start()
@@ -140,6 +142,8 @@ class Trainer:
         self._saver.finish()
         if metrics is not None:
             metrics.close()
+        if self._device.type == "cuda":
+            self._say(memory_line(plan, self._device))
         return state
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
@@ -167,9 +171,11 @@ class Trainer:
         self._activity.begin_step(self.step + 1)
         rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
         scale = self._plan.topology.dp / max(1, batch.targets)
+        self._timer.begin(self.step + 1, data_s)
         losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
         self._activity.doing("optimizer step")
-        result = self._stage.step(rate)
+        with self._runner.recorder.span("optimizer", "optimizer step"):
+            result = self._stage.step(rate)
         self.step += 1
         self._activity.doing("adding up the step's totals")
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
@@ -213,6 +219,7 @@ class Trainer:
             applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
             consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
             memory_gib=memory, traffic=self._traffic(), save_s=self._saver.take_waited(),
+            bubble=self._timer.end(), expected_bubble=self._timer.expected,
             samples=samples_digest(self._plan.packs, batch.rows) if self._lead else "",
         )  # fmt: skip
 

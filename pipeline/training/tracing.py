@@ -1,0 +1,59 @@
+"""Times the steps of a run where its recipe asks for it: the measured bubble, and one step's trace."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from data_prep.packs import write_atomic
+from pipeline.parallel.trace import Recorder, Span, chrome_trace, measured_bubble
+from pipeline.training.blueprint import Blueprint
+from pipeline.training.estimate import GIB, Load
+from pipeline.training.run_folder import RunFolder
+
+
+class StepTimer:
+    """Records the steps that ``log.traffic`` and ``log.trace_step`` name; the same on every rank."""
+
+    def __init__(self, plan: Blueprint, folder: RunFolder, recorder: Recorder, device: torch.device) -> None:
+        """Time what ``recorder`` sees."""
+        self._plan, self._folder, self._recorder, self._device = plan, folder, recorder, device
+        self._step, self._data_s = 0, 0.0
+        self.expected = Load.of(plan).bubble if plan.topology.pp > 1 else None
+        """The bubble of a step by the work of its parts."""
+
+    def begin(self, step: int, data_s: float) -> None:
+        """Start to record a step, which waited for its rows before."""
+        log = self._plan.config.log
+        self._step, self._data_s = step, data_s
+        if step == log.trace_step:  # so that the clocks of all ranks start together
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+            dist.barrier()
+        if log.traffic or step == log.trace_step:
+            self._recorder.begin()
+
+    def end(self) -> float | None:
+        """Return the measured bubble; write the trace if this is its step. None where nothing is recorded or waits."""
+        if not self._recorder.recording:
+            return None
+        spans = self._recorder.take()
+        if self._step == self._plan.config.log.trace_step:
+            self._write([Span("data", "wait for rows", -self._data_s, 0.0, None, {}), *spans])
+        return measured_bubble(spans, self._device) if self._plan.topology.pp > 1 else None
+
+    def _write(self, spans: list[Span]) -> None:
+        topology = self._plan.topology
+        of_ranks: list[list[Span]] = [[] for _ in range(topology.world)]
+        dist.all_gather_object(of_ranks, spans)
+        if topology.rank == 0:
+            path = self._folder.path / f"trace-step-{self._step}.json"
+            write_atomic(path, chrome_trace(of_ranks, topology))
+            print(f"trace of step {self._step}: {path} (open it in ui.perfetto.dev)", flush=True)
+
+
+def memory_line(plan: Blueprint, device: torch.device) -> str:
+    """Return this rank's peak memory on a GPU beside its estimate."""
+    peak = torch.cuda.max_memory_allocated(device)
+    need = Load.of(plan).memory(plan.topology.stage).total
+    return f"memory   rank {plan.topology.rank} peaked at {peak / GIB:.2f} GiB, estimated {need / GIB:.2f} GiB"

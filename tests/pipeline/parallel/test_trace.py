@@ -1,0 +1,62 @@
+"""Measured bubbles against theory, messages counted on the wire, and the trace of a step."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from pipeline.parallel.schedule import bubble
+from tests.launch import ROOT, run
+from tests.pipeline.parallel.bubble_worker import CASES, MICROS, RANKS, TOKENS, WIDTH
+
+pytestmark = pytest.mark.slow
+WORKER = ROOT / "tests/pipeline/parallel/bubble_worker.py"
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """One step of each schedule on four stages that sleep."""
+    out = tmp_path_factory.mktemp("bubble") / "seen.json"
+    run(RANKS, WORKER, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=200).check()
+    return dict(json.loads(out.read_text()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_measured_bubble_is_that_of_theory(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    """Within 0.05 of the step, not of the bubble: what a busy machine adds is a share of the step's time."""
+    chunks = CASES[name][1]
+    assert seen[name]["bubble"] == pytest.approx(bubble(RANKS, MICROS, chunks), abs=0.05)
+
+
+def test_chunks_make_the_bubble_smaller(seen: dict[str, dict[str, Any]]) -> None:
+    assert seen["interleaved"]["bubble"] < seen["1f1b"]["bubble"] - 0.08
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_only_hidden_states_and_their_gradients_are_sent(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    chunks = CASES[name][1]
+    edges = RANKS * chunks - 1
+    sent = [size for rank in seen[name]["wire"] for size in rank]
+    assert sent == [TOKENS * WIDTH * 4] * (2 * edges * MICROS)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_trace_shows_every_action_and_every_message(name: str, seen: dict[str, dict[str, Any]]) -> None:
+    chunks, events = CASES[name][1], seen[name]["trace"]["traceEvents"]
+    kinds = Counter(event.get("cat") for event in events if event["ph"] == "X")
+    edges = RANKS * chunks - 1
+    assert kinds == {
+        "forward": RANKS * chunks * MICROS,
+        "backward": RANKS * chunks * MICROS,
+        "wait": 2 * edges * MICROS,
+    }
+    starts = {event["id"]: event["ts"] for event in events if event["ph"] == "s"}
+    ends = {event["id"]: event["ts"] for event in events if event["ph"] == "f"}
+    assert len(starts) == 2 * edges * MICROS and starts.keys() == ends.keys(), "every arrow has two ends"
+    slack_us = 50_000  # clocks start together at a barrier, which a busy machine leaves one rank after the other
+    assert all(ends[message] >= starts[message] - slack_us for message in starts)
+    titles = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert titles == {f"stage {rank}, replica 0 (rank {rank})" for rank in range(RANKS)}

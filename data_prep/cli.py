@@ -10,9 +10,9 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_prep.errors import UserError
+from data_prep.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from data_prep.progress import Reporter
@@ -34,6 +34,8 @@ examples:
   mma-prep run my_recipe.yaml --workers 16    all steps of your own
   mma-prep inspect data/demo/packs/sft --row 3
   mma-prep inspect data/demo/packs/sft --html rows.html
+  mma-prep rejects data/demo                  what could not be used, and why
+  mma-prep plan my_recipe.yaml --suggest-length
   mma-prep verify data/demo                   hash everything
 
 on a cluster:
@@ -41,6 +43,31 @@ on a cluster:
   mma-prep ingest RECIPE --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
   mma-prep plan RECIPE && mma-prep materialize RECIPE
 """
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the closest word that is known."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = list(sys.argv[1:] if args is None else args)
+        known = self._commands()
+        if known and words and not words[0].startswith("-") and words[0] not in known:
+            self.error(f"unknown command '{words[0]}'{did_you_mean(words[0], known)}; known: {', '.join(known)}")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        hint = did_you_mean(word, self.flags()) if word.startswith("-") else ""
+        self.exit(2, f"mma-prep: {message}{hint}; {self.prog} --help shows all\n")
+
+    def flags(self) -> set[str]:
+        """Return the flags of all commands."""
+        return set(self._option_string_actions).union(*(parser.flags() for parser in self._commands().values()))
+
+    def _commands(self) -> dict[str, _Parser]:
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(found[0]) if found else {}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,19 +91,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    parser = _Parser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    debug = argparse.ArgumentParser(add_help=False)
+    debug = _Parser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    work = argparse.ArgumentParser(add_help=False, parents=[debug])
+    work = _Parser(add_help=False, parents=[debug])
     work.add_argument("--workers", type=int, metavar="N", help="local processes (default: one per core)")
-    recipe = argparse.ArgumentParser(add_help=False, parents=[work])
+    recipe = _Parser(add_help=False, parents=[work])
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     recipe.add_argument("--out", metavar="DIR", help="output folder (default: the recipe's)")
     recipe.add_argument("--root", metavar="DIR", help="raw data folder (default: the recipe's)")
-    share = argparse.ArgumentParser(add_help=False, parents=[recipe])
+    share = _Parser(add_help=False, parents=[recipe])
     share.add_argument("--shard", metavar="I/N", help="do share I of N (a Slurm array's task)")
-    folder = argparse.ArgumentParser(add_help=False, parents=[debug])
+    folder = _Parser(add_help=False, parents=[debug])
     folder.add_argument("directory", type=Path, metavar="DIR", help="a pack folder, or an output folder with several")
 
     demo = commands.add_parser("demo", parents=[work], help="draw a small world and pack it")
@@ -94,6 +121,9 @@ def _parser() -> argparse.ArgumentParser:
         ("stats", folder, _stats, "corpora, lengths and packing efficiency"),
     ):
         commands.add_parser(name, parents=[parent], help=text, description=text).set_defaults(command=command)
+    commands.choices["plan"].add_argument(
+        "--suggest-length", action="store_true", help="print how full rows of other lengths would be; plan nothing"
+    )
     inspect = commands.add_parser("inspect", parents=[folder], help="show packed rows, decoded")
     rows = inspect.add_mutually_exclusive_group()
     rows.add_argument("--row", default="", metavar="N", help="row number from 0 (default: 0; of a page: some, evenly)")
@@ -150,9 +180,14 @@ def _ingest(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from data_prep.plan import plan
+    from data_prep.plan import lengths_by_fullness, plan
 
     recipe = _load(arguments)
+    if arguments.suggest_length:
+        from data_prep.stats import show_lengths
+
+        show_lengths({name: pack.length for name, pack in recipe.packs.items()}, lengths_by_fullness(recipe))
+        return
     _with_team(arguments, lambda team, reporter: team.serial(lambda: plan(recipe, reporter)))
 
 

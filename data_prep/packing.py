@@ -124,16 +124,21 @@ def pack_windows(
 
 
 def better_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[int, float]:
-    """Return the row length near ``length`` (half to twice, multiples of 64) that packs fullest, and how full.
-
-    Judged on the first draws; nearer lengths win ties.
-    """
-    lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
-    longest = int(lengths.max())
-    nearby = [size for size in range(max(64, length // 128 * 64), 2 * length + 1, 64) if size >= longest]
-    full = {size: fullness(lengths, pack_windows(lengths, images, size, max_images, 0), size) for size in nearby}
+    """Return the row length near ``length`` that packs fullest, and how full; nearer lengths win ties."""
+    full = fullness_by_length(lengths, images, length, max_images)
     best = max(full, key=lambda size: (round(full[size], 3), -abs(size - length)), default=length)
     return best, full.get(best, 0.0)
+
+
+def fullness_by_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> dict[int, float]:
+    """Return how full rows of each length near ``length`` would be: half to twice, multiples of 64, and itself.
+
+    Judged on the first draws; lengths that cannot hold the longest sample are left out.
+    """
+    lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
+    nearby = sorted({length, *range(max(64, length // 128 * 64), 2 * length + 1, 64)})
+    rows = {size: pack_windows(lengths, images, size, max_images, 0) for size in nearby if size >= lengths.max()}
+    return {size: fullness(lengths, placed, size) for size, placed in rows.items()}
 
 
 def fullness(lengths: Counts, rows: Ints, length: int) -> float:

@@ -22,6 +22,7 @@ from data_prep.packing import (
     better_length,
     exact_draws,
     fullness,
+    fullness_by_length,
     interleave,
     pack_in_order,
     pack_windows,
@@ -191,7 +192,37 @@ class _Made:
     advice: list[str]
 
 
+def lengths_by_fullness(recipe: Recipe) -> dict[str, dict[int, float]]:
+    """Return, for each pack set, how full its rows would be at lengths near its own; nothing is written.
+
+    Raises:
+        UserError: ingest is incomplete.
+    """
+    space = Workspace(recipe)
+    ready = require_ingested(space)
+    tokenizer, found = Tokenizer.load(space.tokenizer), {}
+    for name, pack in recipe.packs.items():
+        intakes = pack_intakes(space, pack, ready.tokenizer_sha256)
+        draws = _blended(name, pack, recipe.seed, intakes, tokenizer)[0].draws
+        found[name] = fullness_by_length(draws.tokens, draws.images, pack.length, pack.max_images)
+    return found
+
+
 def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer) -> _Made:
+    blend, audits = _blended(name, pack, seed, intakes, tokenizer)
+    rows = _rows(pack, seed, blend.draws)
+    order = np.argsort(rows, kind="stable")
+    draws = blend.draws
+    values: list[npt.NDArray[Any]] = [rows, blend.corpus, draws.unit, draws.index, np.arange(len(order)), draws.prompt]
+    arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
+    advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
+    return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
+
+
+def _blended(
+    name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer
+) -> tuple[_Blend, dict[str, CorpusAudit]]:
+    """Return all draws of a pack set in blended order, and what they give. Raises UserError for an audit that fails."""
     kept = [[unit.report().tally.kept for unit in intake.units] for intake in intakes]
     orders = _draw(pack, seed, [intake.corpus for intake in intakes], list(map(sum, kept)))
     first_units = itertools.accumulate(map(len, kept), initial=0)
@@ -204,14 +235,7 @@ def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tok
         audits[intake.corpus] = audit_corpus(part, sum(counts), tokens)
         drawn.append(_Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt))
     check_audit(name, audits)
-    blend = _Blend.of(pack, drawn)
-    rows = _rows(pack, seed, blend.draws)
-    order = np.argsort(rows, kind="stable")
-    draws = blend.draws
-    values: list[npt.NDArray[Any]] = [rows, blend.corpus, draws.unit, draws.index, np.arange(len(order)), draws.prompt]
-    arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
-    advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
-    return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
+    return _Blend.of(pack, drawn), audits
 
 
 def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from data_prep.views import UNIT
 CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
 _BAR = 40
 _BINS = 12
+_LENGTHS = 8
 
 
 def show_stats(directory: Path, console: Console | None = None) -> None:
@@ -41,6 +42,26 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
         console.print("segment lengths in tokens")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)
+
+
+def show_lengths(
+    own: Mapping[str, int], found: Mapping[str, Mapping[int, float]], console: Console | None = None
+) -> None:
+    """Print the fullest row lengths of each pack set beside its own.
+
+    Args:
+        own: pack set -> length in the recipe.
+        found: pack set -> row length -> share of positions that hold tokens.
+        console: where to.
+    """
+    console = console or Console(highlight=False)
+    for name, full in found.items():
+        fullest = sorted(full, key=lambda size: -full[size])[:_LENGTHS]
+        table = Table("length", "full", title=f"packs.{name}", title_justify="left")
+        for size in sorted({own[name], *fullest}):
+            mark = "  in the recipe" if size == own[name] else ""
+            table.add_row(f"{size:,}", f"{full[size]:.1%}{mark}")
+        console.print(table)
 
 
 def efficiency(manifest: Manifest) -> float:

@@ -141,3 +141,33 @@ def test_a_rank_beside_another_prepares_without_a_word(tmp_path: Path, capfd: py
         with pytest.raises(UserError, match="could not be prepared"):
             ensure_demo(tmp_path / "demo", Demo(scenes=-1), quiet=quiet)
         assert ("-1" in capfd.readouterr().err) is not quiet
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("runn demo", "unknown command 'runn' (did you mean 'run'?); known: demo, run, ingest"),
+        ("inspect x --htlm y", "unrecognized arguments: --htlm y (did you mean '--html'?)"),
+        ("plan", "the following arguments are required: RECIPE; mma-prep plan --help shows all"),
+        ("inspect d --row 1 --rows 2:3", "argument --rows: not allowed with argument --row"),
+    ],
+)
+def test_a_wrong_word_is_one_line_with_the_closest_known_one(
+    words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(words.split())
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith("mma-prep: ") and message in said and said.count("\n") == 1
+
+
+def test_row_lengths_are_suggested_and_nothing_is_planned(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (made / "out" / "packs").rglob("*")}
+    assert main(["plan", str(made / "recipe.yaml"), "--suggest-length"]) == 0
+    shown = capsys.readouterr().out
+    for name, length in (("pt", 64), ("sft", 96), ("eval", 96)):
+        assert f"packs.{name}" in shown
+        manifest = PackReader(made / "out" / "packs" / name).manifest
+        full = manifest.tokens / (manifest.rows * length)
+        assert name == "eval" or f"{full:.1%}  in the recipe" in shown, "eval keeps its order, and packs looser"
+    assert {path: path.stat().st_mtime_ns for path in (made / "out" / "packs").rglob("*")} == before

@@ -33,15 +33,16 @@ def build_stage(
     """Build the stage of decoder layers ``layers``.
 
     Each unit (an encoder block, the connector, the embedding, a decoder layer, the norm, the head) is made in memory,
-    filled, cast and handed to ``shard`` before the next. From scratch, a unit's values depend on ``seed`` and its
-    global name alone: any split into stages gives the same model to the bit.
+    filled, cast and handed to ``shard`` before the next: in host memory a rank has its own shards and one unit. From
+    scratch, a unit's values depend on ``seed`` and its global name alone: any split into stages gives the same model to
+    the bit.
 
     Args:
         spec: the model.
         layers: global indices of the decoder layers, in order; one run of them, or several chunks.
         first: adds vision tower, connector and embedding.
         last: adds final norm and head.
-        dtype: type of the parameters; values are drawn or read in fp32 and cast.
+        dtype: type of the parameters; values are drawn in fp32 and cast.
         device: where units end up before they are sharded.
         seed: of what starts from scratch.
         source: pretrained weights; parts it does not hold start from scratch.
@@ -59,12 +60,15 @@ def build_stage(
     )
     for name, unit in stage.units():
         family = vision if name.startswith("vision.") else llm
+        if not reads or _in_source(name, unit, source):  # only what is drawn must be whole in fp32 first
+            _cast(unit, dtype)
         unit.to_empty(device="cpu")
         _fill(name, unit, family, seed=seed, source=source, reads=reads)
-        for param in unit.parameters():
-            param.data = param.data.to(dtype)
-            param.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
+        _cast(unit, dtype)
+        unit.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
         unit.to(device)
+        if source is not None:
+            source.close()
         if shard is not None:
             shard(unit)
     if stage.shares_head:
@@ -72,14 +76,24 @@ def build_stage(
     return stage.train()
 
 
+def _in_source(name: str, unit: nn.Module, source: WeightSource | None) -> bool:
+    return source is not None and all(f"{name}.{own}" in source for own, _ in unit.named_parameters())
+
+
+def _cast(unit: nn.Module, dtype: torch.dtype) -> None:
+    """Change the type of a unit's parameters; its buffers keep theirs."""
+    for param in unit.parameters():
+        param.data = param.data.to(dtype)
+
+
 @torch.no_grad()
 def _fill(
     name: str, unit: nn.Module, family: PreTrainedModel | None, *, seed: int, source: WeightSource | None, reads: bool
 ) -> None:
-    """Give a unit's parameters and buffers their values, in fp32 on the CPU."""
+    """Give a unit's parameters and buffers their values, on the CPU."""
     # A head tied to an embedding on another stage starts as the same draw.
     drawn_as = "model.embed_tokens" if name == "lm_head" and family is not None and _is_tied(family) else name
-    loaded = source is not None and all(f"{name}.{own}" in source for own, _ in unit.named_parameters())
+    loaded = _in_source(name, unit, source)
     for param in unit.parameters():
         if loaded or not reads:  # the library's initialisers pass over parameters marked so, and fill only buffers
             setattr(param, INITIALISED, True)

@@ -66,6 +66,10 @@ class TensorFolder:
         tensor: torch.Tensor = self._open(self.files[key]).get_tensor(key)
         return tensor
 
+    def close(self) -> None:
+        """Unmap the files; the next read opens its own again. What was read of a mapped file stays in memory."""
+        self._handles.clear()
+
     def _open(self, path: Path) -> Any:
         if path not in self._handles:
             try:
@@ -113,7 +117,12 @@ class WeightSource:
         values = folder.read(key)
         into[: len(values)].copy_(values) if values.dim() else into.copy_(values)
         if name in _VOCABULARY and len(values) < len(into):
-            into[len(values) :] = values.float().mean(dim=0).to(into.dtype)
+            into[len(values) :] = values.mean(dim=0, dtype=torch.float32).to(into.dtype)
+
+    def close(self) -> None:
+        """Give back the memory of what was read; reading on is possible."""
+        for folder, _ in self._where.values():
+            folder.close()
 
     def _add_llm(self, spec: ModelSpec, folder: TensorFolder) -> None:
         shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith(("model.", "lm_head."))}

@@ -23,6 +23,7 @@ from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, shard
 from pipeline.training import checkpoint
 from pipeline.training.activity import Activity
 from pipeline.training.blueprint import Blueprint
+from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.metrics import (
     Console,
@@ -64,7 +65,9 @@ class Trainer:
         self._lead = plan.topology.rank == 0
         activity.doing("creating process groups")
         groups = create_groups(plan.topology, collective_limit(plan.config.parallel.timeout_s))
-        self._stage = _build_engine(plan, groups, self._device, activity)
+        own = self._own_checkpoint()
+        given = None if own else self._given_checkpoint()
+        self._stage = _build_engine(plan, groups, self._device, activity, empty=own is not None or given is not None)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
             schedule=plan.config.parallel.schedule, chunks=plan.chunks, doing=activity.doing,
@@ -72,7 +75,7 @@ class Trainer:
         self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
         activity.doing("loading a checkpoint")
-        self.step = self._resume() or self._start()
+        self.step = self._load(own, given)
         self._saver = Saver(plan, folder, self._stage, step=self.step)
         self._incidents = Incidents(plan, folder, step=self.step)
 
@@ -80,33 +83,39 @@ class Trainer:
         if self._lead:
             print(text, flush=True)
 
-    def _resume(self) -> int:
+    def _own_checkpoint(self) -> Checkpoint | None:
+        """Return what this run goes on from. Raises UserError where it has checkpoints and none is whole."""
         topology = self._plan.topology
         found, complaints = checkpoint.newest_whole(self._folder.path, rank=topology.rank, world=topology.world)
         for complaint in complaints:
             self._say(f"skipping a damaged checkpoint: {complaint}")
-        if found is None:
-            if complaints:  # not a new run: to start over would throw its metrics away
-                raise UserError(
-                    f"{self._folder.path}: no checkpoint is whole: put one back, or start another --run-dir"
-                )
-            return 0
-        checkpoint.load(self._stage, found)
-        self.step = found.manifest.step
-        self._say(f"resuming from {found.path} ({self.place})")
-        for change in changed_settings(found.manifest.config, self._plan.config):
-            self._say(f"  changed since: {change}")
-        return found.manifest.step
+        if found is None and complaints:  # not a new run: to start over would throw its metrics away
+            raise UserError(f"{self._folder.path}: no checkpoint is whole: put one back, or start another --run-dir")
+        return found
 
-    def _start(self) -> int:
+    def _given_checkpoint(self) -> Checkpoint | None:
+        """Return the checkpoint whose weights a new run starts from, where ``init_from`` names one."""
         source, topology = self._plan.config.init_from, self._plan.topology
-        if source and not is_export(source):
-            found, complaints = checkpoint.newest_whole(Path(source), rank=topology.rank, world=topology.world)
-            if found is None or complaints:
-                raise UserError(f"init_from={source}: {complaints[0]}: name a whole checkpoint")
-            checkpoint.load(self._stage, found, weights_only=True)
-        if source:
-            self._say(f"starting from the weights of {source}")
+        if not source or is_export(source):
+            return None
+        found, complaints = checkpoint.newest_whole(Path(source), rank=topology.rank, world=topology.world)
+        if found is None or complaints:
+            raise UserError(f"init_from={source}: {complaints[0]}: name a whole checkpoint")
+        return found
+
+    def _load(self, own: Checkpoint | None, given: Checkpoint | None) -> int:
+        """Fill the stage from a checkpoint, if there is one; return the run's step."""
+        if own is not None:
+            checkpoint.load(self._stage, own)
+            self.step = own.manifest.step
+            self._say(f"resuming from {own.path} ({self.place})")
+            for change in changed_settings(own.manifest.config, self._plan.config):
+                self._say(f"  changed since: {change}")
+            return own.manifest.step
+        if given is not None:
+            checkpoint.load(self._stage, given, weights_only=True)
+        if self._plan.config.init_from:
+            self._say(f"starting from the weights of {self._plan.config.init_from}")
         return 0
 
     @property
@@ -241,7 +250,10 @@ def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[
     return [group for group in groups if group["params"]]
 
 
-def _build_engine(plan: Blueprint, groups: Groups, device: torch.device, activity: Activity) -> Zero3Stage:
+def _build_engine(
+    plan: Blueprint, groups: Groups, device: torch.device, activity: Activity, *, empty: bool
+) -> Zero3Stage:
+    """Build this rank's stage; ``empty`` where a checkpoint will fill all of it, so that nothing is read or drawn."""
     topology, config = plan.topology, plan.config
     share = sharder(topology, groups, plan.ds_config)
 
@@ -252,13 +264,11 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device, activit
     warning = check_version()
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
-    export = config.init_from if is_export(config.init_from) else ""
-    source = WeightSource.open_export(plan.spec, export) if export else WeightSource.open(plan.spec)
     module = build_stage(
         plan.spec, layers=joined(plan.chunks),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
-        seed=config.train.seed, source=source,
-        reads=topology.replica == 0, shard=shard,
+        seed=config.train.seed, source=None if empty else _pretrained(plan),
+        reads=topology.replica == 0 and not empty, shard=shard,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     train = config.train
@@ -271,3 +281,9 @@ def _build_engine(plan: Blueprint, groups: Groups, device: torch.device, activit
         resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
         tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (),
     )  # fmt: skip
+
+
+def _pretrained(plan: Blueprint) -> WeightSource | None:
+    """Open the folders a new run's weights are read from; None where everything starts from scratch."""
+    source = plan.config.init_from
+    return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

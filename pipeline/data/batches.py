@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,16 +61,26 @@ def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | Non
     )
 
 
+_TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels")
+
+
+def pinned(inputs: StageInputs) -> StageInputs:
+    """Return a micro-batch in page-locked memory, from which it reaches a GPU while that computes."""
+    return _each_tensor(inputs, torch.Tensor.pin_memory)
+
+
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
-    """Move a micro-batch to the accelerator."""
+    """Move a micro-batch to the accelerator, without waiting for it where it is pinned."""
     if device.type == "cpu":
         return inputs
-    move = {
-        name: getattr(inputs, name).to(device, non_blocking=True) for name in ("input_ids", "position_ids", "labels")
-    }
-    pixels = None if inputs.pixels is None else inputs.pixels.to(device, non_blocking=True)
-    positions = inputs.image_positions.to(device, non_blocking=True)
-    return replace(inputs, **move, plan=inputs.plan.to(device), image_positions=positions, pixels=pixels)
+    moved = _each_tensor(inputs, partial(torch.Tensor.to, device=device, non_blocking=True))
+    return replace(moved, plan=inputs.plan.to(device))
+
+
+def _each_tensor(inputs: StageInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> StageInputs:
+    given = {name: getattr(inputs, name) for name in _TENSORS}
+    changed: dict[str, Any] = {name: change(tensor) for name, tensor in given.items() if tensor is not None}
+    return replace(inputs, **changed)
 
 
 class BatchSource:
@@ -120,10 +132,11 @@ class BatchSource:
         """Build one step's micro-batches. Raises UserError naming the row and image that cannot be read."""
         consumed = step * self._order.batch_packs
         micros, tokens, images = [], 0, 0
-        for micro in range(self._order.micros):
-            rows = [self._packs[i] for i in self._order.micro_rows(consumed, self._replica, micro)]
+        for number in range(self._order.micros):
+            rows = [self._packs[i] for i in self._order.micro_rows(consumed, self._replica, number)]
             pixels = None if self._preprocess is None else self._pixels(rows, self._preprocess)
-            micros.append(stage_inputs(rows, self._policy, pixels))
+            micro = stage_inputs(rows, self._policy, pixels)
+            micros.append(pinned(micro) if torch.cuda.is_available() else micro)
             tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
             images += sum(len(row.image_row) for row in rows)
         all_rows = self._order.global_rows(consumed)

@@ -119,16 +119,27 @@ def connect(topology: Topology, groups: Groups, device: torch.device) -> None:
 
 
 def device_of_rank() -> torch.device:
-    """Return this rank's GPU, or the CPU. Raises ConfigError when a node runs more ranks than it has GPUs."""
+    """Return this rank's GPU, or the CPU. Raises ConfigError when a node runs more ranks than it has GPUs.
+
+    A task that was given one GPU of its own (``srun --gpus-per-task=1``) sees it as the first, whatever its local rank.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    local = int(os.environ["LOCAL_RANK"])
-    if local >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {local} has no GPU of its own: start at most {torch.cuda.device_count()} ranks here"
-        )
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local and count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed takes the number of its device from it
+    if local >= count:
+        raise ConfigError(f"local rank {local} has no GPU of its own: start at most {count} ranks here")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
+
+
+def refuse_shared_gpu(store: Any, gpu: str) -> None:
+    """Raise UserError when another rank has said in the job's ``store`` that it uses the GPU of this name."""
+    if store.add(f"gpu {gpu}", 1) > 1:
+        raise UserError(
+            f"two ranks share {gpu}: start one rank a GPU (srun --gpus-per-task=1, or fewer --ntasks-per-node)"
+        )
 
 
 def start_processes(timeout_s: int) -> None:
@@ -152,6 +163,9 @@ def start_processes(timeout_s: int) -> None:
         raise UserError(
             f"port {port} is taken, by another job on this machine: deepspeed --master_port OTHER ..."
         ) from error
+    if torch.cuda.is_available():  # NCCL would only say "invalid usage"
+        own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        refuse_shared_gpu(dist.distributed_c10d._get_default_store(), f"GPU {own} of {socket.gethostname()}")
 
 
 def stop_processes() -> None:

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from pipeline.parallel.groups import fill_rank_variables
+from data_prep.errors import UserError
+from pipeline.parallel.groups import device_of_rank, fill_rank_variables, refuse_shared_gpu
+from tests.launch import ROOT, run
 
 
 @pytest.mark.parametrize(
@@ -31,3 +36,58 @@ def test_rank_variables(given: dict[str, str], ranks: tuple[str, str, str], monk
     fill_rank_variables()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ranks
     assert os.environ["MASTER_PORT"].isdigit()
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Pretend to see some GPUs, as a rank that a launcher started."""
+
+    def see(count: int, **environment: str) -> list[int]:
+        taken: list[int] = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setattr(os, "environ", environment)
+        return taken
+
+    return see
+
+
+def test_a_rank_takes_the_gpu_of_its_local_rank(gpus: Any) -> None:
+    taken = gpus(4, LOCAL_RANK="3")
+    assert device_of_rank() == torch.device("cuda", 3) and taken == [3]
+
+
+def test_a_task_with_one_gpu_of_its_own_takes_it_whatever_its_local_rank(gpus: Any) -> None:
+    taken = gpus(1, LOCAL_RANK="2", SLURM_STEP_NUM_TASKS="4")
+    assert device_of_rank() == device_of_rank() == torch.device("cuda", 0)
+    assert taken == [0, 0] and os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize("environment", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "2", "SLURM_STEP_NUM_TASKS": "4"}])
+def test_more_ranks_than_gpus_are_refused(environment: dict[str, str], gpus: Any) -> None:
+    count = int(environment["LOCAL_RANK"])
+    gpus(count, **environment)
+    with pytest.raises(UserError, match=f"start at most {count} ranks here"):
+        device_of_rank()
+
+
+def test_ranks_that_share_a_gpu_are_refused() -> None:
+    store = dist.HashStore()
+    refuse_shared_gpu(store, "GPU a of node1")
+    refuse_shared_gpu(store, "GPU a of node2")
+    with pytest.raises(UserError, match="two ranks share GPU a of node1"):
+        refuse_shared_gpu(store, "GPU a of node1")
+
+
+@pytest.mark.slow
+def test_every_group_gives_up_after_its_limit() -> None:
+    """A rank that never joins ends the wait in every group; the world's limit, half an hour, would not.
+
+    On a 2 x 2 grid the first rank of each group waits: rank 0 in four (replicas, tied ends, a link each way), rank 1
+    in those of its replica, rank 2 for its other replica.
+    """
+    worker = ROOT / "tests/pipeline/parallel/groups_worker.py"
+    output = run(4, worker, env={"PYTHONPATH": str(ROOT)}, timeout_s=300).check().output
+    for rank, given_up in enumerate((4, 3, 1, 0)):
+        assert f"rank {rank} gave up in {given_up} groups" in output

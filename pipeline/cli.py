@@ -32,6 +32,7 @@ examples:
   mma inspect data/demo/packs/sft --html rows.html  browse packed rows and their masks
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
+  mma schedule --pp 4 --micro-batches 8             draw a pipeline's step
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
   mma generate scene.png "How many circles are there?" --model models/demo
   mma generate left.png right.png "Are they alike?" --model models/demo
@@ -93,12 +94,19 @@ def _estimate(words: Sequence[str]) -> int:
     return estimate_command(words)
 
 
+def _schedule(words: Sequence[str]) -> int:
+    from pipeline.schedule_command import schedule_command
+
+    return schedule_command(words)
+
+
 _OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
     "estimate": _estimate,
     "inspect": _inspect,
     "mask": _mask,
     "prove": _prove,
+    "schedule": _schedule,
 }
 
 
@@ -169,6 +177,7 @@ def _parser() -> argparse.ArgumentParser:
         ("inspect", "packed rows with their masks, as a page to browse"),
         ("mask", "draw a mask policy"),
         ("prove", "prove that a mask leaks no answer"),
+        ("schedule", "draw what the stages of a pipeline do in a step"),
     ):
         commands.add_parser(name, help=words, add_help=False)
     _add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))

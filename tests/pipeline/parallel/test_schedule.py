@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 
+from pipeline.cli import main
 from pipeline.parallel.runner import AHEAD
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble, feeds, needs
 from pipeline.parallel.simulation import messages, most_held, orders, simulate
@@ -145,3 +146,24 @@ def test_unequal_stages_wait_for_the_slowest() -> None:
     step = simulate(orders("gpipe", 2, 4), lambda stage, action: 3.0 if stage == 0 else 1.0)
     assert step.makespan == 4 * 3 + 2 + 4 * 3, "stage 0 waits for a forward and a backward of stage 1"
     assert step.bubble == pytest.approx(1 - (8 * 3 + 8 * 1) / (2 * 26))
+
+
+def test_a_step_is_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", "--pp", "2", "--micro-batches", "3"]) == 0
+    *lines, costs = capsys.readouterr().out.splitlines()
+    assert lines == ["stage 0  01··0-21-·2-", "stage 1  ·00-11-22-··"]
+    assert "bubble 25.0% of the step (theory 25.0%)" in costs and "at most 2, 1 micro-batches" in costs
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--chunks", "2"], "chunks=2 needs schedule=interleaved"),
+        (["--schedule", "interleaved", "--chunks", "2", "--pp", "1"], "set pp to 2 or more"),
+        (["--pp", "0"], "parallel.pp: Input should be greater than 0"),
+        (["--micro-batches", "0"], "a step has at least 1"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["schedule", *words]) == 2
+    assert message in capsys.readouterr().err

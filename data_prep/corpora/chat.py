@@ -1,4 +1,4 @@
-"""Conversations from any JSON-lines or Parquet files, by naming their columns."""
+"""Conversations from any JSON, Parquet or Arrow files of a Hugging Face data set or one's own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pydantic import Field, field_validator
 from data_prep.corpora.base import RawFolder, Row, RowCorpus, as_row
 from data_prep.corpora.conversation import MARKER, Spoken, check_order, insert_images
 from data_prep.corpora.fields import Pattern, clean, find_image, key_text, matching_files, require, text
-from data_prep.corpora.parquet import ParquetRows
-from data_prep.corpora.tables import Chain, json_lines
+from data_prep.corpora.parquet import ArrowRows, ParquetRows, column_names
+from data_prep.corpora.tables import Chain, json_array, json_lines
 from data_prep.example import Example, ImageRef, Role
 from data_prep.quarantine import BadSample
 
@@ -24,26 +24,31 @@ ROLES: dict[str, Role] = {
 }
 
 
+MESSAGES, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
+ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+
+
 class Chat(RowCorpus):
     """A row is a conversation: a list of messages with a role and a content, and the images it speaks of.
 
     A content is text, in which ``<image>`` marks the place of an image, or a list of ``{type: text, text}`` and
     ``{type: image}`` parts. Images are names of files, or bytes as Hugging Face ``datasets`` writes them:
-    ``{bytes, path}``.
+    ``{bytes, path}``; they stand in a column of the row, in order, or in the parts themselves (``image``, ``path``,
+    ``url`` or ``image_url``). Columns and keys that most data sets use are found; others are named.
     """
 
     data: Pattern
-    """The ``.jsonl`` or ``.parquet`` files, as a glob pattern."""
-    messages_column: str = "messages"
-    """Column of the messages."""
+    """The ``.jsonl``, ``.json`` (one list), ``.parquet`` or ``.arrow`` files, as a glob pattern."""
+    messages_column: str | None = None
+    """Column of the messages; without it ``messages``, ``conversations`` or ``conversation``, whichever there is."""
     images_column: str | None = None
-    """Column of the image or images; none for text alone."""
+    """Column of the image or images; without it ``images`` or ``image``, if there is one."""
     id_column: str | None = None
     """Column of the ids; without it the number of the row is its id."""
-    role_key: str = "role"
-    """Key of a message's role."""
-    content_key: str = "content"
-    """Key of a message's content."""
+    role_key: str | None = None
+    """Key of a message's role; without it ``role`` or ``from``."""
+    content_key: str | None = None
+    """Key of a message's content; without it ``content`` or ``value``."""
     roles: dict[str, Role] = Field(default=ROLES)
     """What the files call the system, the user and the assistant."""
     images: RawFolder = Path()
@@ -52,8 +57,8 @@ class Chat(RowCorpus):
     @field_validator("data")
     @classmethod
     def _known_format(cls, pattern: str) -> str:
-        if Path(pattern).suffix not in (".jsonl", ".parquet"):
-            raise ValueError("must end in .jsonl or .parquet")
+        if Path(pattern).suffix not in (".jsonl", ".json", ".parquet", ".arrow"):
+            raise ValueError("must end in .jsonl, .json, .parquet or .arrow")
         return pattern
 
     def files(self) -> Sequence[Path]:
@@ -62,17 +67,31 @@ class Chat(RowCorpus):
 
     def read_rows(self) -> Sequence[object]:
         """Index the files; conversations are read when needed."""
-        return self._tables([self.messages_column, self.images_column, self.id_column])
+        return Chain([self._table(path, (self._messages, self._images), self.id_column) for path in self.files()])
 
     def rows_with_ids(self) -> Iterable[object]:
         """Return the id column alone: reading all images to compare ids would take hours."""
-        return self._tables([self.id_column]) if self.id_column else ()
+        return Chain([self._table(path, (), self.id_column) for path in self.files()]) if self.id_column else ()
 
-    def _tables(self, columns: Sequence[str | None]) -> Chain:
-        wanted = [column for column in columns if column is not None]
-        return Chain(
-            [ParquetRows(path, wanted) if path.suffix == ".parquet" else json_lines(path) for path in self.files()]
-        )
+    @property
+    def _messages(self) -> tuple[str, ...]:
+        return (self.messages_column,) if self.messages_column else MESSAGES
+
+    @property
+    def _images(self) -> tuple[str, ...]:
+        return (self.images_column,) if self.images_column else IMAGES
+
+    def _table(self, path: Path, wanted: Sequence[Sequence[str]], identifier: str | None) -> Sequence[object]:
+        """Return the rows of a file, with the first of each group of columns that it has."""
+        if path.suffix in (".jsonl", ".json"):
+            return json_lines(path) if path.suffix == ".jsonl" else json_array(path)
+        known = column_names(path)
+        columns = [identifier] if identifier else []
+        for names in wanted:
+            if names == IMAGES and not set(names) & set(known):
+                continue  # a data set of text alone
+            columns.append(next((name for name in names if name in known), names[0]))
+        return ParquetRows(path, columns) if path.suffix == ".parquet" else ArrowRows(path, columns)
 
     def row_id(self, row: Row) -> str:
         """Return the id, if the files have any."""
@@ -80,22 +99,26 @@ class Chat(RowCorpus):
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return the conversation."""
-        spoken = [self._spoken(as_row(message)) for message in require(row, self.messages_column, list)]
+        inline = list[object]()
+        spoken = [self._spoken(as_row(message), inline) for message in require(row, _key(row, self._messages), list)]
         check_order(spoken)
-        pictures = row.get(self.images_column) if self.images_column else None
-        listed = pictures if isinstance(pictures, list) else [] if pictures is None else [pictures]
-        images = [self._image(picture, f"{sample}/{number}") for number, picture in enumerate(listed)]
+        column = row.get(_key(row, self._images))
+        listed = column if isinstance(column, list) else [] if column is None else [column]
+        pictures = inline or listed
+        images = [self._image(picture, f"{sample}/{number}") for number, picture in enumerate(pictures)]
         yield Example(sample, insert_images(spoken, images))
 
-    def _spoken(self, message: Row) -> Spoken:
-        speaker = require(message, self.role_key, str)
+    def _spoken(self, message: Row, inline: list[object]) -> Spoken:
+        """Return a message as marked text; images that its parts bring are added to ``inline``."""
+        role_key = self.role_key or _key(message, ROLE_KEYS)
+        speaker = require(message, role_key, str)
         if speaker not in self.roles:
-            raise BadSample("bad-label", f"'{self.role_key}' is {speaker!r}, expected {' or '.join(self.roles)}")
-        role = self.roles[speaker]
-        content = message.get(self.content_key)
+            raise BadSample("bad-label", f"'{role_key}' is {speaker!r}, expected {' or '.join(self.roles)}")
+        role, key = self.roles[speaker], self.content_key or _key(message, CONTENT_KEYS)
+        content = message.get(key)
         if isinstance(content, list):
-            message = {**message, self.content_key: "\n".join(_part(as_row(part)) for part in content)}
-        return Spoken(role, text(message, self.content_key, empty="no-answer" if role == "assistant" else "empty-text"))
+            message = {**message, key: "\n".join(_part(as_row(part), inline) for part in content)}
+        return Spoken(role, text(message, key, empty="no-answer" if role == "assistant" else "empty-text"))
 
     def _image(self, value: object, name: str) -> ImageRef:
         data = value.get("bytes") if isinstance(value, Mapping) else value
@@ -107,11 +130,21 @@ class Chat(RowCorpus):
         return find_image(self.root / self.images, path)
 
 
-def _part(part: Row) -> str:
-    """Return a part of a content as marked text."""
+def _key(row: Row, names: Sequence[str]) -> str:
+    """Return the first of some keys that a row has, or the first of all, for the message that it is missing."""
+    return next((name for name in names if row.get(name) is not None), names[0])
+
+
+def _part(part: Row, inline: list[object]) -> str:
+    """Return a part of a content as marked text; the image it brings, if it does, is added to ``inline``."""
     kind = require(part, "type", str)
     if kind == "text":
         return clean(require(part, "text", str), "text")
-    if kind == "image":
-        return MARKER
-    raise BadSample("bad-label", f"a part is of type {kind!r}, expected text or image")
+    if kind not in ("image", "image_url"):
+        raise BadSample("bad-label", f"a part is of type {kind!r}, expected text or image")
+    brought = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
+    if isinstance(brought, Mapping) and "url" in brought:
+        brought = brought["url"]
+    if brought is not None:
+        inline.append(brought.removeprefix("file://") if isinstance(brought, str) else brought)
+    return MARKER

@@ -28,6 +28,8 @@ Training itself is `deepspeed pipeline/train.py`, data preparation `mma-prep`.
 _EXAMPLES = """\
 examples:
   mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
+  mma doctor --checkpoint runs/demo_sft             what is wrong here, and how to mend it
+  mma status                                        how all runs in runs/ stand
   mma estimate aki_4b_sft --ranks 8 16 64           what each rank will need
   mma inspect data/demo/packs/sft --html rows.html  browse packed rows and their masks
   mma mask --help                                   draw a mask policy
@@ -94,6 +96,18 @@ def _estimate(words: Sequence[str]) -> int:
     return estimate_command(words)
 
 
+def _doctor(words: Sequence[str]) -> int:
+    from pipeline.doctor import doctor_command
+
+    return doctor_command(words)
+
+
+def _status(words: Sequence[str]) -> int:
+    from pipeline.status_command import status_command
+
+    return status_command(words)
+
+
 def _schedule(words: Sequence[str]) -> int:
     from pipeline.schedule_command import schedule_command
 
@@ -102,11 +116,13 @@ def _schedule(words: Sequence[str]) -> int:
 
 _OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "demo": _demo,
+    "doctor": _doctor,
     "estimate": _estimate,
     "inspect": _inspect,
     "mask": _mask,
     "prove": _prove,
     "schedule": _schedule,
+    "status": _status,
 }
 
 
@@ -173,6 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show a traceback for errors")
     for name, words in (
         ("demo", "the whole way once, on a small drawn world"),
+        ("doctor", "look for what would keep a run from going well"),
+        ("status", "one line a run: state, step, loss, checkpoint"),
         ("estimate", "memory and work of a recipe on any number of ranks"),
         ("inspect", "packed rows with their masks, as a page to browse"),
         ("mask", "draw a mask policy"),

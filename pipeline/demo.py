@@ -17,7 +17,7 @@ from pathlib import Path
 from data_prep.errors import UserError
 from pipeline.masks import get_policy
 from pipeline.parallel.groups import free_port
-from pipeline.training.metrics import clock
+from pipeline.training.durations import clock
 from pipeline.training.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -98,7 +98,7 @@ def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
 
     lead = plan.topology.rank == 0
     if lead:
-        folder.record_start(plan.config, world=plan.topology.world)
+        folder.record_start(plan.config, world=plan.topology.world, steps=plan.steps)
     trainer = Trainer(plan, folder, watch.activity)
     state = trainer.fit()
     if lead:

@@ -25,8 +25,9 @@ from pipeline.training.run_folder import RunFolder
 
 WINDOW, LEAST = 64, 16
 """Steps a loss is compared with, and how many of them it takes."""
-FLOOR = 1e-3
-"""Least deviation, as a share of the median: losses that hardly move are no measure of a spike."""
+LEAST_MAD = 5e-3
+"""Least deviation in nats: losses that hardly move are no measure of a spike."""
+GRADIENT = "gradient not finite"
 WORST = 4
 """Micro-batches that a loss spike names."""
 
@@ -47,8 +48,7 @@ class LossHistory:
         if len(before) < LEAST:
             return None
         median = float(np.median(before))
-        deviation = max(float(np.median(abs(before - median))), FLOOR * abs(median), float(np.finfo(float).tiny))
-        return (loss - median) / deviation
+        return (loss - median) / max(float(np.median(abs(before - median))), LEAST_MAD)
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Incidents:
         if odd:
             self._tell("loss not finite", skipped, outcome, odd)
         elif skipped:
-            self._tell("gradient not finite", skipped, outcome, range(len(outcome.losses)))
+            self._tell(GRADIENT, skipped, outcome, range(len(outcome.losses)))
         elif limit and mads is not None and mads > limit:
             words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the median of the last steps; worst"
             self._tell("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
@@ -119,7 +119,7 @@ class Incidents:
             step=outcome.step, kind=kind, skipped=not outcome.result.applied, loss=_number(outcome.loss),
             grad_norm=_number(outcome.result.grad_norm), **more, rows=[self._row(row, means[row]) for row in rows],
         )  # fmt: skip
-        shown = outcome.batch.rows if len(micros) == len(outcome.losses) else self._rows_of(outcome, micros[0])
+        shown = outcome.batch.rows if kind == GRADIENT else self._rows_of(outcome, micros[0])
         others = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         names = _names([source for row in shown for source in self._plan.packs[row].source])
         place = f"({_span(shown)} of the packs{others}: {names})"

@@ -17,6 +17,7 @@ import xxhash
 from data_prep.errors import UserError
 from data_prep.packs import PackReader, write_atomic
 from pipeline.parallel.traffic import StepTraffic
+from pipeline.training.durations import clock
 
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -191,14 +192,6 @@ class Console:
         done = step - self._first
         left = (time.monotonic() - self._began) / done * (self._steps - step) if done else 0.0
         return clock(left)
-
-
-def clock(seconds: float) -> str:
-    """Return a duration as ``42s``, ``3m07s`` or ``5h12m``."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
 def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:

@@ -2,8 +2,8 @@
 
 runs/NAME/config.yaml     the resolved configuration of the last start
 runs/NAME/env.json        versions, ranks, git state and what of the environment matters, of the last start
-runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, ...}; "step" is the last one
-                          saved while running, and a run that was killed says "running" too
+runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, "steps": of how many, ...};
+                          "step" is the last one saved while running, and a run that was killed says "running" too
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
 runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
@@ -39,6 +39,7 @@ class RunFolder:
         """Name the folder; nothing is made yet."""
         self.path = Path(path)
         self.stop_file = self.path / "STOP"
+        self._steps = 0
 
     def create(self) -> None:
         """Make the folder, on every rank alike. Raises UserError when it cannot be written, or leads elsewhere."""
@@ -57,23 +58,25 @@ class RunFolder:
         """Keep other starts out for the life of this process; rank 0 only. Raises UserError naming who has it."""
         self._lock = run_lock.hold(self.path)
 
-    def record_start(self, config: RunConfig, *, world: int) -> None:
-        """Write config.yaml, env.json and the status of a start; rank 0 only."""
+    def record_start(self, config: RunConfig, *, world: int, steps: int = 0) -> None:
+        """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only."""
+        self._steps = steps
         write_atomic(self.path / "config.yaml", to_yaml(config).encode())
         write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
         self.set_status("running", self.status().get("step", 0))
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
         """Write status.json."""
-        status = {"state": state, "step": step, "time": timestamp(), **more}
+        status = {"state": state, "step": step, "steps": self._steps, "time": timestamp(), **more}
         write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
-    def set_failed(self, error: str, step: int | None = None) -> None:
+    def set_failed(self, error: BaseException | str, step: int | None = None) -> None:
         """Record a failure, on whichever rank it is met; what the first one says stays."""
-        before = self.status()
+        before, text = self.status(), redact(str(error) or type(error).__name__)
         if before.get("state") != "failed":
+            self._steps = before.get("steps", 0)
             with suppress(OSError):  # on a full disk there is no telling, and the failure itself matters more
-                self.set_status("failed", before.get("step", 0) if step is None else step, error=redact(error))
+                self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:
         """Return status.json, or an empty dictionary before the first start."""
@@ -87,8 +90,8 @@ class RunFolder:
         return self.path / "logs" / f"rank-{rank}.log"
 
     def add_incident(self, **incident: Any) -> None:
-        """Add a line to incidents.jsonl."""
-        with (self.path / "incidents.jsonl").open("a", encoding="utf-8") as stream:
+        """Add a line to incidents.jsonl, where the disk takes it."""
+        with suppress(OSError), (self.path / "incidents.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time": timestamp(), **incident}, allow_nan=False) + "\n")
 
     def stop_asked(self) -> bool:

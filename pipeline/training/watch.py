@@ -247,8 +247,10 @@ class _Lead:
         if verdict is not None:
             stacks = verdict.kind != "error"
             self._tell_all(stop=verdict.text, code=verdict.code, stacks=stacks)
-            watch._report(verdict)
-            watch.leave(verdict.text, verdict.code, stacks=stacks)
+            try:
+                watch._report(verdict)
+            finally:  # whatever becomes of the report, the job ends
+                watch.leave(verdict.text, verdict.code, stacks=stacks)
         elif _BYE in asked:
             self._tell_all(bye=True)
         elif terminated:

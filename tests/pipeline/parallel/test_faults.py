@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -47,17 +48,56 @@ def test_a_gradient_that_is_not_a_number_is_reported_and_skipped(
     assert (manifest.step, manifest.optimizer_steps) == (STEPS, STEPS - 1)
 
 
-@pytest.mark.parametrize(("fault", "rank"), [("killed-in-step", "1"), ("killed-in-save", "2")])
+@pytest.mark.parametrize(
+    ("fault", "rank", "said"),
+    [
+        pytest.param("killed-in-step", "1", r"rank 1 \(stage 0, replica 1; .*\) died at step 4 in", id="in a step"),
+        pytest.param("killed-in-step", "0", r"rank 0 \(stage 0, replica 0; .*\) died: killed", id="rank 0"),
+        pytest.param("killed-in-save", "2", r"rank 2 \(stage 1, replica 0; .*\) died at step [45] in", id="in a save"),
+    ],
+)  # fmt: skip
 def test_a_killed_rank_ends_the_job_and_leaves_only_whole_checkpoints(
-    fault: str, rank: str, small_demo: Path, tmp_path: Path
+    fault: str, rank: str, said: str, small_demo: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     ended = train(small_demo, run_dir, fault, rank, "4")
     assert ended.code != 0
-    assert json.loads((run_dir / "status.json").read_text())["state"] != "done"
+    assert len(re.findall(rf"^error: {said}", ended.output, re.MULTILINE)) == 1, ended.output
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "failed" and re.match(said, status["error"])
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000002"]
     assert open_checkpoint(run_dir).faults() == []
-    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004.*.tmp/rank-00002*"))
+    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004*.tmp/rank-00002*"))
+
+
+def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
+    small_demo: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    ended = train(small_demo, run_dir, "hangs", "1", "3")
+    assert ended.code != 0
+    assert f"error: no rank got any further for {TIMEOUT_S} s (parallel.timeout_s) at step 3: rank 1 " in ended.output
+    assert re.search(r"hangs in forward of micro-batch 1 \(failing_train.py:\d+ in asleep\)", ended.output)
+    assert "rank 3: waiting for rank 1: hidden states of micro-batch 1" in ended.output
+    assert "in asleep" in (run_dir / "logs/rank-1.log").read_text(), "the stacks are in its log"
+    assert json.loads((run_dir / "incidents.jsonl").read_text())["kind"] == "hang"
+    train(small_demo, run_dir).check()
+    assert curve(run_dir) == curve(undisturbed)
+    assert same_bits(weights(run_dir), weights(undisturbed))
+
+
+def test_an_unexpected_error_of_one_rank_is_one_line_and_a_traceback_in_its_log(
+    small_demo: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    ended = train(small_demo, run_dir, "fails", "2", "2")
+    log = run_dir / "logs/rank-2.log"
+    assert ended.code == 1 and "Traceback" not in ended.output
+    (line,) = re.findall("^error: .*", ended.output, re.MULTILINE)
+    assert line.startswith("error: rank 2 (stage 1, replica 0; host ")
+    assert line.endswith(f"step 2: ZeroDivisionError: a bug of this rank; traceback: {log}")
+    assert "Traceback" in log.read_text() and "in two lines" in log.read_text()
+    assert "Traceback" not in (run_dir / "logs/rank-1.log").read_text()
 
 
 def test_the_next_start_takes_no_notice_of_half_a_checkpoint(

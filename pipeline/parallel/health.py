@@ -1,0 +1,54 @@
+"""Whether a machine is fit for training: its GPUs, its disk, and the network between processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+MIN_FREE_GIB = 1.0
+PATIENCE = timedelta(seconds=60)
+
+
+def gpu_problem(index: int) -> Iterator[str]:
+    """Yield what is wrong with one GPU: a product of ones is known without computing it."""
+    try:
+        ones = torch.ones(256, 256, device=f"cuda:{index}")
+        if not bool((ones @ ones == 256).all()):
+            yield f"GPU {index} computes wrong numbers: take it out of service"
+    except RuntimeError as error:
+        yield f"GPU {index}: {str(error).splitlines()[0]}"
+
+
+def disk_problem(folder: Path, need_gib: float = MIN_FREE_GIB) -> Iterator[str]:
+    """Yield what keeps this process from writing ``need_gib`` to a folder that exists."""
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        probe.write_bytes(b"fit")
+        probe.unlink()
+    except OSError as error:
+        yield f"{folder} cannot be written ({error.strerror}): name another folder"
+        return
+    free = shutil.disk_usage(folder).free / 2**30
+    if free < need_gib:
+        yield f"{folder} has {free:.2f} GiB left, {need_gib:.2f} are needed: make room"
+
+
+def network_problem(rank: int, world: int, *, backend: str) -> str:
+    """Add up a number over all processes that meet at MASTER_ADDR; return what went wrong, or nothing."""
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if backend == "nccl" else torch.device("cpu")
+    place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    try:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE)
+        value = torch.full((1 << 20,), float(rank + 1), device=device)
+        dist.all_reduce(value)
+        wrong = bool((value != world * (world + 1) / 2).any())
+    except (RuntimeError, ValueError) as error:
+        return f"no all-reduce of {world} processes over {backend} at {place}: {str(error).splitlines()[0]}"
+    return f"an all-reduce over {backend} gave a wrong sum" if wrong else ""

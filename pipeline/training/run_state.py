@@ -1,0 +1,72 @@
+"""What a run folder tells of its run from outside, without heavy libraries."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import UserError
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_lock import is_running
+
+_TAIL = 1 << 16
+
+
+@dataclass(frozen=True)
+class RunState:
+    """A run as its folder shows it."""
+
+    path: Path
+    state: str
+    """running, done, stopped, failed, killed (nobody holds it any more); "running?" where its file system has no locks.
+    """
+    step: int
+    """The last one trained."""
+    steps: int
+    """Of so many; 0 = not known."""
+    error: str
+    """Why it failed."""
+    last: dict[str, Any]
+    """The last line of metrics.jsonl."""
+    age_s: float
+    """Seconds since the folder was last written."""
+    checkpoint: Path | None
+    """The newest finished one, whole or not."""
+
+    @classmethod
+    def read(cls, path: Path | str) -> RunState:
+        """Look at a run folder. Raises UserError when it is none."""
+        path = Path(path)
+        status = RunFolder(str(path)).status()
+        if not status:
+            raise UserError(f"{path} is not a run folder (no status.json): name the --run-dir of a run that has begun")
+        metrics = path / "metrics.jsonl"
+        last = _last_line(metrics)
+        written = max(file.stat().st_mtime for file in (metrics, path / "status.json") if file.is_file())
+        checkpoints = sorted((path / "checkpoints").glob("step-*"))
+        return cls(
+            path=path, state=_state(path, str(status.get("state"))), last=last, error=str(status.get("error", "")),
+            step=max(last.get("step", 0), status.get("step", 0)), steps=status.get("steps", 0),
+            age_s=max(0.0, time.time() - written), checkpoint=checkpoints[-1] if checkpoints else None,
+        )  # fmt: skip
+
+
+def _state(path: Path, said: str) -> str:
+    if said != "running":
+        return said
+    return {True: "running", False: "killed", None: "running?"}[is_running(path)]
+
+
+def _last_line(path: Path) -> dict[str, Any]:
+    """Return the last whole line of a file of JSON lines; empty when there is none."""
+    try:
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
+            whole = stream.read().rpartition(b"\n")[0]
+        return dict(json.loads(whole.rpartition(b"\n")[2]))
+    except (OSError, ValueError):
+        return {}

@@ -18,6 +18,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -122,7 +123,7 @@ class ImageStore:
             if (raw["format"], raw["version"]) != (STORE_FORMAT, STORE_VERSION):
                 raise UserError(f"{path}: not a {STORE_FORMAT} index of version {STORE_VERSION}; run mma-prep again")
             self.shards = tuple(FileEntry(**entry) for entry in raw["shards"])
-        except (TypeError, KeyError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error
         self._starts = np.cumsum([0] + [entry.rows for entry in self.shards])
         self._batches: dict[int, pa.RecordBatch] = {}
@@ -145,6 +146,16 @@ class ImageStore:
     def sha256(self, row: int) -> str:
         """Return the hex sha256 of an image's encoded bytes."""
         return bytes(self._cell("sha256", row).as_py()).hex()
+
+    def hashes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
+        """Return the raw sha256 (``S32``) of images. Raises IndexError outside the store."""
+        found = np.empty(len(rows), dtype="S32")
+        for which in np.unique(np.searchsorted(self._starts, rows, side="right") - 1).tolist():
+            start, stop = self._starts[which], self._starts[which + 1]
+            here = (rows >= start) & (rows < stop)
+            column = self._open(self.shards[which]).column("sha256")
+            found[here] = np.frombuffer(column.buffers()[1], dtype="S32", count=stop - start)[rows[here] - start]
+        return found
 
     def size(self, row: int) -> tuple[int, int]:
         """Return (width, height) in pixels, upright."""

@@ -28,6 +28,7 @@ from data_prep.packs import (
     Source,
     count_targets,
     sha256_file,
+    sha256_line,
     write_atomic,
     write_rows,
 )
@@ -73,8 +74,12 @@ class RowFileJob:
         """Return what the finished file holds, or None when it is missing or was made from other inputs."""
         if not (self.marker.is_file() and self.path.is_file()):
             return None
-        found: dict[str, Any] = json.loads(self.marker.read_text(encoding="utf-8"))
-        same = found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
+        try:
+            found: dict[str, Any] = json.loads(self.marker.read_text(encoding="utf-8"))
+            whole = found.pop("marker_sha256") == digest(found)
+        except (ValueError, KeyError, AttributeError):
+            return None
+        same = whole and found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
         return found if same else None
 
 
@@ -173,7 +178,8 @@ def write_row_file(job: RowFileJob) -> None:
         "max_images": max(len(row.image_row) for row in rows),
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
     }
-    write_atomic(job.marker, json.dumps({"key": job.key, "file": asdict(entry), **counts}).encode())
+    done = {"key": job.key, "file": asdict(entry), **counts}
+    write_atomic(job.marker, json.dumps({**done, "marker_sha256": digest(done)}).encode())
 
 
 def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
@@ -255,7 +261,8 @@ def _finish(
     manifest = _manifest(space, name, pack, ready, [entry for entry in found if entry is not None])
     text = manifest.to_json().encode()
     path = folder / "manifest.json"
-    if not path.is_file() or path.read_bytes() != text:
+    if _bytes_of(path) != text or _bytes_of(folder / "manifest.sha256") != sha256_line(text):
+        write_atomic(folder / "manifest.sha256", sha256_line(text))
         write_atomic(path, text)
         _remove_strangers(folder, manifest, jobs)
     reporter.say(
@@ -318,6 +325,10 @@ def _manifest(
 def _other_files(folder: Path) -> list[FileEntry]:
     paths = [plan_path(folder), *sorted((folder / "tokenizer").iterdir())]
     return [FileEntry(str(path.relative_to(folder)), path.stat().st_size, sha256_file(path)) for path in paths]
+
+
+def _bytes_of(path: Path) -> bytes | None:
+    return path.read_bytes() if path.is_file() else None
 
 
 def _remove_strangers(folder: Path, manifest: Manifest, jobs: Sequence[RowFileJob]) -> None:

@@ -3,6 +3,7 @@
 A pack folder holds::
 
     manifest.json             what is below, with sha256 of every file; written last
+    manifest.sha256           its own hash, as ``sha256sum`` writes it
     rows-00000.arrow ...      fixed-length rows, memory-mapped by the reader
     tokenizer/                the tokenizer the rows were made with
     plan.arrow                the plan the rows follow (its hash is the folder's identity)
@@ -183,8 +184,13 @@ class Manifest:
             raw["corpora"] = {name: CorpusStats(**entry) for name, entry in raw["corpora"].items()}
             raw["eos_ids"] = tuple(raw["eos_ids"])
             return cls(**raw)
-        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: malformed manifest ({error}); make the packs again") from error
+
+
+def sha256_line(manifest: bytes) -> bytes:
+    """Return what ``manifest.sha256`` holds beside a manifest of these bytes."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
 
 
 def sha256_file(path: Path) -> str:

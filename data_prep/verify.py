@@ -1,14 +1,46 @@
-"""Hash everything that a run will read."""
+"""Hash everything that was made, and name the first file that is missing or altered.
+
+The chain of hashes: ``manifest.sha256`` -> ``manifest.json`` -> rows, plan, tokenizer, index of the image store -> its
+shards. In an output folder, the done-marker of a unit of ingest holds its own hash and those of the unit's files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+
+from data_prep.arrow_files import open_batches
+from data_prep.digests import Digests
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
-from data_prep.packs import PackReader, sha256_file
-from data_prep.tokenizer import Tokenizer
+from data_prep.packs import Manifest, sha256_file, sha256_line
+from data_prep.workspace import Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """A file and the hash it must have."""
+
+    path: Path
+    sha256: str
+    listing: str
+    """The file that lists it."""
+    cure: str = "make the packs again"
+
+    def check(self) -> None:
+        """Raise UserError when the file is missing or altered."""
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: listed in {self.listing} but missing; {self.cure}")
+        if sha256_file(self.path) != self.sha256:
+            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {self.cure}")
 
 
 def pack_folders(directory: Path) -> list[Path]:
@@ -22,27 +54,148 @@ def pack_folders(directory: Path) -> list[Path]:
 
 
 def verify(directory: Path) -> Iterator[str]:
-    """Check every hash of one pack folder or of all in an output folder; yield a line for each that is whole.
+    """Check every hash of one pack folder or of all in an output folder; yield a line for each part that is whole.
+
+    An output folder is checked with what its next run builds on: the units of ingest and the tokenizer.
 
     Raises:
         UserError: naming the first file that is missing or altered.
     """
     checked: set[Path] = set()
-    for folder in pack_folders(directory):
-        reader = PackReader(folder, verify=True)
-        manifest = reader.manifest
-        if manifest.plan_sha256 != sha256_file(folder / "plan.arrow"):
-            raise UserError(f"{folder / 'plan.arrow'}: not the plan that the rows follow; run mma-prep again")
-        if Tokenizer.load(folder / manifest.tokenizer).sha256 != manifest.tokenizer_sha256:
-            raise UserError(
-                f"{folder / manifest.tokenizer}: not the tokenizer the rows were made with; run mma-prep again"
-            )
-        store_path = (folder / manifest.image_store).resolve()
-        if manifest.image_store and store_path not in checked:
-            store = ImageStore(store_path)
-            store.verify()
-            checked.add(store_path)
-            yield f"{store_path.name}: image store whole, {len(store):,} images"
-        if manifest.image_store and ImageStore(store_path).identity != manifest.image_store_sha256:
-            raise UserError(f"{store_path}: not the image store the rows were made with; run mma-prep again")
+    begun = [path.parent for path in directory.glob("packs/*/manifest.sha256")]
+    for folder in sorted({*pack_folders(directory), *begun}):
+        files = pack_files(folder)
+        _check_all([file.check for file in files if file.path not in checked])
+        manifest = Manifest.load(folder)
+        if manifest.image_store:
+            store = (folder / manifest.image_store).resolve()
+            if store / "store.json" not in checked:
+                yield f"{store.name}: image store whole, {len(ImageStore(store)):,} images"
+        checked.update(file.path for file in files)
         yield f"{folder}: whole, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
+    units = find_units(directory)
+    if units:
+        _check_all([unit_check(unit, directory / "images") for unit in units])
+        yield f"{directory / 'ingest'}: whole, {len(units):,} units"
+    if (directory / "tokenizer").is_dir():
+        _check_tokenizer(directory / "tokenizer", pack_folders(directory))
+
+
+def verify_part(folder: Path, part: int, parts: int) -> None:
+    """Check one of several equal shares of what a trainer reads: pack files and image store.
+
+    Raises:
+        UserError: naming a file of this share that is missing or altered.
+    """
+    for file in sorted(pack_files(folder), key=_size, reverse=True)[part::parts]:
+        file.check()
+
+
+def _size(file: Hashed) -> tuple[int, str]:
+    return (file.path.stat().st_size if file.path.is_file() else 0), str(file.path)
+
+
+def pack_files(folder: Path) -> list[Hashed]:
+    """Return the files of a pack folder and of its image store. Raises UserError where a listing is damaged itself."""
+    _check_manifest(folder)
+    manifest = Manifest.load(folder)
+    files = [Hashed(folder / entry.name, entry.sha256, "manifest.json") for entry in manifest.files]
+    hashes = {file.path.name: file.sha256 for file in files}
+    if hashes.get("plan.arrow") != manifest.plan_sha256:
+        raise UserError(f"{folder / 'plan.arrow'}: not the plan that the rows follow; run mma-prep again")
+    if not manifest.image_store:
+        return files
+    store = (folder / manifest.image_store).resolve()
+    index = Hashed(
+        store / "store.json", manifest.image_store_sha256, f"{folder.name}/manifest.json", "run mma-prep again"
+    )
+    index.check()
+    shards = [
+        Hashed(store / shard.name, shard.sha256, "store.json", "run mma-prep again")
+        for shard in ImageStore(store).shards
+    ]
+    return [*files, index, *shards]
+
+
+def _check_manifest(folder: Path) -> None:
+    path, sums = folder / "manifest.json", folder / "manifest.sha256"
+    for file in (path, sums):
+        if not file.is_file():
+            raise UserError(f"{file}: missing; make the packs again")
+    if sums.read_bytes() != sha256_line(path.read_bytes()):
+        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); make the packs again")
+
+
+def _check_all(checks: Sequence[Callable[[], None]]) -> None:
+    """Run checks in threads: hashing and reading leave the interpreter free."""
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        waiting = iter(checks)
+        while some := list(islice(waiting, 1024)):  # a failure is named soon, and in order
+            for _ in pool.map(lambda check: check(), some):
+                pass
+
+
+def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
+    """Check the tokenizer of the next run against the copies beside the packs, which are hashed."""
+    copies = [entry for pack in packs for entry in Manifest.load(pack).files if entry.name.startswith("tokenizer/")]
+    for name in sorted({entry.name for entry in copies}):
+        path = folder.parent / name
+        if not path.is_file() or sha256_file(path) not in {entry.sha256 for entry in copies if entry.name == name}:
+            raise UserError(f"{path}: not the tokenizer that the packs were made with; run mma-prep again")
+
+
+def find_units(directory: Path) -> list[Unit]:
+    """Return the done units of an output folder, of all settings that were ever used."""
+    markers = sorted(directory.glob("ingest/*/*/*.json"))
+    return [Unit(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers]
+
+
+def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
+    """Return a check of one unit of ingest: its marker, what the marker lists, and its rows of sealed stores."""
+
+    def check() -> None:
+        report, cure = unit.report(), "delete its marker and run ingest again"
+        for path, sha256 in (
+            (unit.tokens, report.sha256),
+            (unit.digests, report.images_sha256),
+            (unit.rejects, report.rejects_sha256),
+        ):
+            Hashed(path, sha256, unit.marker.name, cure).check()
+        _check_images(unit)
+        for path in unit.row_files():
+            key = path.name.rpartition("-")[2]
+            if (stores / key / "store.json").is_file():
+                _check_rows(unit, path, ImageStore(stores / key))
+
+    return check
+
+
+def _check_images(unit: Unit) -> None:
+    """Check images that no store holds yet."""
+    try:
+        batches = open_batches(unit.images) if unit.images.is_file() else []
+        wrong = any(
+            hashlib.sha256(data.as_buffer()).digest() != sha256.as_py()
+            for batch in batches
+            for sha256, data in zip(batch.column("sha256"), batch.column("data"), strict=True)
+        )
+    except (OSError, pa.ArrowException):
+        wrong = True
+    if wrong:
+        raise UserError(
+            f"{unit.images}: an image differs from its hash; delete {unit.marker.name} and run ingest again"
+        )
+
+
+def _check_rows(unit: Unit, path: Path, store: ImageStore) -> None:
+    """Check that each image of a unit lies where its rows say."""
+    digests = Digests.open(unit.digests)
+    data = path.read_bytes()
+    rows = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.int64)
+    if len(data) != 8 * len(digests.sha256) or (len(rows) and not (rows.min() >= 0 and rows.max() < len(store))):
+        wrong = True
+    else:
+        found = store.hashes(rows[digests.index])
+        wrong = bool((found != digests.sha256).any())
+    if wrong:
+        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; delete it and run mma-prep again")

@@ -127,15 +127,16 @@ class Unit:
 
     def sealed_in(self, stores: Path) -> str | None:
         """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""
-        names = sorted(path.name.rpartition("-")[2] for path in self._rows())
+        names = sorted(path.name.rpartition("-")[2] for path in self.row_files())
         return next((name for name in names if (stores / name / "store.json").is_file()), None)
 
     def forget(self) -> None:
         """Remove the marker and the rows of sealed stores: the unit is about to be made anew."""
-        for path in (self.marker, *self._rows()):
+        for path in (self.marker, *self.row_files()):
             path.unlink(missing_ok=True)
 
-    def _rows(self) -> list[Path]:
+    def row_files(self) -> list[Path]:
+        """Return the files of store rows, one for each store that was sealed with this unit."""
         return list(self.folder.glob(f"{glob.escape(self.shard)}.rows-*"))
 
 

@@ -95,7 +95,7 @@ class DataConfig(Section):
     demo: str = ""
     """Folder of the built-in demo corpora: prepared first when `packs` lies in it and is missing."""
     verify: bool = False
-    """Hash every pack file before training (otherwise only the manifest is read)."""
+    """Hash packs and image store before training, each rank a share of the files (else only manifests are read)."""
     decode_threads: NonNegative = 1
     """Threads that read rows and decode images, each a step of its own ahead; 0 = between the steps."""
     prefetch_steps: NonNegative = 2

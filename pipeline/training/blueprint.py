@@ -14,6 +14,7 @@ import torch
 
 from data_prep.images import ImageStore
 from data_prep.packs import Manifest, PackReader
+from data_prep.verify import verify_part
 from pipeline.config import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
 from pipeline.flags import Invocation
@@ -58,7 +59,7 @@ class Blueprint:
         sharding = Sharding.of(raw_ds, config.parallel)
         topology = Topology(world, rank, config.parallel.pp)
         micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
-        packs = _open_packs(config)
+        packs = _open_packs(config, topology)
         manifest = packs.manifest
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
         spec.check_segments(manifest.max_segment_tokens)
@@ -100,10 +101,12 @@ class Blueprint:
         return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
 
 
-def _open_packs(config: RunConfig) -> PackReader:
+def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
     if not config.data.packs:
         raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
-    packs = PackReader(config.data.packs, verify=config.data.verify)
+    packs = PackReader(config.data.packs)
+    if config.data.verify:
+        verify_part(packs.directory, topology.rank, topology.world)
     store = packs.manifest.image_store
     if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
         raise ConfigError(

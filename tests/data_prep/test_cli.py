@@ -74,7 +74,7 @@ def test_stats_and_verify_cover_every_pack_set(made: Path, capsys: pytest.Captur
     manifest = PackReader(made / "out" / "packs" / "pt").manifest
     assert f"{manifest.rows} rows of 64 tokens" in shown and "segment lengths" in shown and "captions" in shown
     assert main(["verify", str(made / "out")]) == 0
-    assert capsys.readouterr().out.count("whole") == 4
+    assert capsys.readouterr().out.count("whole") == 5
 
 
 def test_every_step_is_a_command_of_its_own(made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

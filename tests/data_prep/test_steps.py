@@ -240,21 +240,6 @@ def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> Non
     assert row.input_ids[at[-1]] not in manifest.eos_ids and row.generated[at[-1]] and len(at) == 44
 
 
-@pytest.mark.parametrize(
-    "part", ["packs/pt/rows-00000.arrow", "packs/sft/plan.arrow", "packs/eval/tokenizer/tokenizer.model", "images"]
-)
-def test_verify_names_what_is_damaged(made: Path, tmp_path: Path, part: str) -> None:
-    shutil.copytree(made / "out", tmp_path / "out")
-    assert len(list(verify(tmp_path / "out"))) == 4
-    path = tmp_path / "out" / part
-    path = next(path.rglob("images-00000.arrow")) if path.is_dir() else path
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match=f"{path.name}: differs"):
-        list(verify(tmp_path / "out"))
-
-
 def test_a_deleted_store_is_made_again(tmp_path: Path) -> None:
     write_world(tmp_path / "raw")
     prepare(make_recipe(tmp_path))

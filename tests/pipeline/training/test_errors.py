@@ -54,6 +54,9 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.param(manifest_edit(rows=3), [], ["3 packs", "batch_packs=12"], id="fewer packs than a step"),
         pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
         pytest.param(manifest_edit(image_store_sha256="0"), [], ["other images", "mma-prep"], id="other images"),
+        pytest.param(
+            manifest_edit(seed=9), ["--data.verify", "true"], ["manifest.json", "differs"], id="an edited manifest"
+        ),
         pytest.param(manifest_edit(format="zip"), [], ["manifest", "mma-pack"], id="foreign folder"),
     ],
 )
@@ -74,6 +77,20 @@ def test_errors_are_one_line_and_exit_2(
     assert "\n" not in said
     assert all(word in said for word in words), said
     assert not (tmp_path / "run").exists(), "nothing was made"
+
+
+@pytest.mark.parametrize("part", ["packs/sft/rows-00000.arrow", "images/*/images-00000.arrow"])
+def test_verify_names_a_damaged_file_of_packs_or_image_store(
+    part: str, own_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (path,) = own_demo.glob(part)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    try:
+        assert main([*flags(own_demo, tmp_path / "run"), "--data.verify", "true"]) == 2
+    finally:
+        path.write_bytes(whole)
+    assert f"{path.name}: differs from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

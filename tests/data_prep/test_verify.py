@@ -1,0 +1,122 @@
+"""One flipped or missing byte anywhere is found, and its file named."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import UserError
+from data_prep.images import ImageStore
+from data_prep.materialize import materialize
+from data_prep.packs import Manifest
+from data_prep.progress import Reporter
+from data_prep.verify import verify, verify_part
+from data_prep.workers import ALONE
+from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
+
+KINDS = {
+    "manifest": "packs/*/manifest.json",
+    "hash of the manifest": "packs/*/manifest.sha256",
+    "rows": "packs/*/rows-*.arrow",
+    "plan": "packs/*/plan.arrow",
+    "tokenizer of packs": "packs/*/tokenizer/*",
+    "index of the store": "images/*/store.json",
+    "shard of the store": "images/*/images-*.arrow",
+    "tokenizer": "tokenizer/tokenizer.model",
+    "table of special tokens": "tokenizer/mma_tokenizer.json",
+    "marker of a unit": "ingest/*/*/*.json",
+    "tokens of a unit": "ingest/*/*/*.arrow",
+    "digests of a unit": "ingest/*/*/*.sha256",
+    "rejects of a unit": "ingest/*/*/*.rejects",
+    "store rows of a unit": "ingest/*/*/*.rows-*",
+}
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    write_world(folder / "raw", captions=12, talks=12)
+    write_tar(folder / "raw" / "captions" / "bad.tar", {"broken": (b"<html>", "a caption")})
+    prepare(make_recipe(folder, max_bad_fraction=0.1))
+    return folder / "out"
+
+
+def test_every_file_but_the_list_for_people_and_working_notes_is_of_a_known_kind(out: Path) -> None:
+    known = {path for pattern in KINDS.values() for path in out.glob(pattern)}
+    files = {path for path in out.rglob("*") if path.is_file() and ".work" not in path.parts}
+    others = {str(path.relative_to(out)) for path in files - known}
+    assert others == {"rejects.jsonl", "tokenizer/origin.json", "tokenizer/trained.model"}
+    assert len(list(verify(out))) == 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_flipped_byte_is_found_and_its_file_named(out: Path, kind: str) -> None:
+    rng = random.Random(kind)
+    paths = [path for path in sorted(out.glob(KINDS[kind])) if path.stat().st_size]
+    for path in rng.choices(paths, k=5):
+        whole = path.read_bytes()
+        flipped = bytearray(whole)
+        flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
+        for damaged in (bytes(flipped), whole[: rng.randrange(len(whole))]):
+            path.write_bytes(damaged)
+            assert named_by_verify(out) in (path, path.with_suffix(".json"))  # a listing and its hash: one of them
+        path.unlink()
+        if kind not in ("marker of a unit", "store rows of a unit"):  # without it, something is just to be made yet
+            assert named_by_verify(out) == path
+        path.write_bytes(whole)
+    assert named_by_verify(out) is None
+
+
+def named_by_verify(out: Path) -> Path | None:
+    try:
+        list(verify(out))
+    except UserError as problem:
+        return Path(str(problem).partition(": ")[0])
+    return None
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_ranks_share_the_work_and_miss_nothing(out: Path, parts: int) -> None:
+    folder = out / "packs" / "sft"
+    manifest = Manifest.load(folder)
+    store = (folder / manifest.image_store).resolve()
+    files = [folder / entry.name for entry in manifest.files]
+    files += [store / entry.name for entry in ImageStore(store).shards]
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        finders = 0
+        for part in range(parts):
+            try:
+                verify_part(folder, part, parts)
+            except UserError as problem:
+                assert path.name in str(problem)
+                finders += 1
+        path.write_bytes(whole)
+        assert finders == 1
+
+
+def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out, tmp_path / "out")
+    unit = next((tmp_path / "out").glob("ingest/captions/*/*00000.arrow"))
+    shard = next((tmp_path / "out").glob("images/*/images-00000.arrow"))
+    images = unit.with_suffix(".images")
+    images.write_bytes(shard.read_bytes())
+    list(verify(tmp_path / "out"))
+    images.write_bytes(shard.read_bytes().replace(png(1), png(1)[:-1] + b"\0"))
+    with pytest.raises(UserError, match=r"00000.images: an image differs from its hash"):
+        list(verify(tmp_path / "out"))
+
+
+def test_damaged_markers_of_row_files_are_made_again(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    recipe = make_recipe(tmp_path, max_bad_fraction=0.1)
+    before = tree_hashes(tmp_path / "out")
+    for number, marker in enumerate(sorted((tmp_path / "out").glob("packs/*/.work/rows-*.json"))):
+        text = marker.read_bytes()
+        marker.write_bytes(text.replace(b'"targets": ', b'"targets": 9') if number else text[:20])
+    materialize(recipe, ALONE, Reporter(quiet=True))
+    assert tree_hashes(tmp_path / "out") == before

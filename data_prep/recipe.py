@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError, did_you_mean
-from data_prep.template import AKI_CHUNK_END, Order, Template
+from data_prep.template import AKI_CHUNK_END, OWN, Order, Template
 from data_prep.turns import Turns
 from data_prep.views import Augment, allowed
 from data_prep.yaml_files import expand, read_mapping
@@ -73,7 +73,9 @@ class PackConfig(_Strict):
     corpora: dict[str, float] = Field(min_length=1)
     """Corpus -> weight. With ``draws``: its share of the draws. With ``epochs``: leave every weight at 1."""
     template: str
-    """caption, plain, phi3, llama3 or qwen."""
+    """caption, plain, phi3, llama3, qwen, or tokenizer: as its own chat template writes turns."""
+    dialect: str = ""
+    """How ``template: tokenizer`` writes turns; filled in from the tokenizer when the recipe is read."""
     length: int = Field(ge=8)
     """Tokens per row."""
     draws: int | None = Field(None, ge=1)
@@ -127,12 +129,22 @@ class PackConfig(_Strict):
             )
         if self.aki_parity and self.turns == "expand":
             raise ValueError("aki_parity=true cuts conversations after their first exchange: remove turns=expand")
-        self.to_template()
+        if self.dialect and self.template != OWN:
+            raise ValueError(f"dialect belongs to template={OWN}: remove it")
+        if self.template != OWN or self.dialect:  # else the tokenizer has not been asked yet
+            self.to_template()
         return self
 
     def to_template(self) -> Template:
         """Return the template with this set's settings. Raises UserError when they do not fit each other."""
-        plain = Template(self.template, system=self.system, prompts=self.prompts, order=self.order, turns=self.turns)
+        plain = Template(
+            self.template,
+            system=self.system,
+            prompts=self.prompts,
+            order=self.order,
+            turns=self.turns,
+            own=self.dialect,
+        )
         if not self.aki_parity:
             return plain
         return replace(plain, turns="first" if plain.dialect else "every", chunk_end=AKI_CHUNK_END)
@@ -270,9 +282,25 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     path = find_recipe(name)
     raw = {**read_mapping(path), **(overrides or {})}
     try:
-        return Recipe.model_validate(expand(raw, path.name))
+        return _with_own_dialects(Recipe.model_validate(expand(raw, path.name)))
     except ValidationError as error:
         raise UserError(f"{path.name}: {_describe(error)}") from error
+
+
+def _with_own_dialects(recipe: Recipe) -> Recipe:
+    """Return a recipe whose sets with ``template: tokenizer`` know how that tokenizer writes turns."""
+    waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.dialect}
+    if not waiting:
+        return recipe
+    from data_prep.chat_template import own_dialect
+
+    if not recipe.tokenizer.path:
+        raise UserError(f"packs.{min(waiting)}.template={OWN}: a tokenizer that is trained has no chat template")
+    folder = recipe.root_dir / recipe.tokenizer.path
+    filled = {
+        name: pack.model_copy(update={"dialect": own_dialect(folder, pack.system)}) for name, pack in waiting.items()
+    }
+    return recipe.model_copy(update={"packs": {**recipe.packs, **filled}})
 
 
 def _describe(error: ValidationError) -> str:

@@ -6,6 +6,8 @@ Templates are data: a *dialect* says how a model family writes a turn. Training 
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -91,6 +93,20 @@ DIALECTS: Mapping[str, Dialect | None] = {
     ),
 }
 """Registered templates; ``caption`` writes documents only, the others write documents and conversations."""
+OWN = "tokenizer"
+"""Name of the template whose dialect is read off the tokenizer's chat template (``data_prep.chat_template``)."""
+
+
+@functools.lru_cache(maxsize=8)
+def _own_dialect(own: str) -> Dialect:
+    """Return a dialect from its JSON: pieces are ``[text, whether it is a special token]``."""
+    raw = json.loads(own)
+
+    def pieces(listed: Sequence[tuple[str, bool]]) -> tuple[Piece, ...]:
+        return tuple(Special(text) if special else Text(text) for text, special in listed)
+
+    headers = {role: pieces(listed) for role, listed in raw["headers"].items()}
+    return Dialect(headers, raw["end"], pieces(raw["start"]), raw["between"], raw["joint"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,13 +129,16 @@ class Template:
     """
     turns: Turns = "every"
     """Whether the answers before the last one are generated; with ``expand`` they are given."""
+    own: str = ""
+    """The dialect of the template ``tokenizer``, as JSON."""
     chunk_end: str = ""
     """Special token behind every generated text of a document; empty for none."""
 
     def __post_init__(self) -> None:
-        if self.name not in DIALECTS:
-            known = ", ".join(DIALECTS)
-            raise UserError(f"template {self.name!r} is unknown{did_you_mean(self.name, DIALECTS)}: use one of {known}")
+        if self.name not in DIALECTS and not (self.name == OWN and self.own):
+            known = [*DIALECTS, OWN]
+            hint = did_you_mean(self.name, known)
+            raise UserError(f"template {self.name!r} is unknown{hint}: use one of {', '.join(known)}")
         if self.system and self.dialect is None:
             raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} has no place: remove it")
         if self.turns != "every" and self.dialect is None:
@@ -131,7 +150,7 @@ class Template:
     @property
     def dialect(self) -> Dialect | None:
         """How turns are written; None where the template writes documents only."""
-        return DIALECTS[self.name]
+        return _own_dialect(self.own) if self.own else DIALECTS[self.name]
 
     @property
     def specials(self) -> tuple[str, ...]:
@@ -252,5 +271,6 @@ def template_of(manifest: Manifest) -> Template:
         prompts=tuple(settings.get("prompts", ())),
         order=settings.get("order", "image_first"),
         turns=settings.get("turns", "every"),
+        own=settings.get("dialect", ""),
         chunk_end=AKI_CHUNK_END if settings.get("aki_parity") else "",
     )

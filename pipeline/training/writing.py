@@ -147,9 +147,16 @@ def _seal(path: Path) -> FileEntry:
 def _publish(target: Target, manifest: CheckpointManifest) -> None:
     """Make a written checkpoint one that a start takes, in one step."""
     write_atomic(target.hidden / MANIFEST, manifest.to_json().encode())
+    _sync_folder(target.hidden / TOKENIZER)
+    _sync_folder(target.hidden)
     shutil.rmtree(target.final, ignore_errors=True)
     target.hidden.rename(target.final)
-    descriptor = os.open(target.final.parent, os.O_RDONLY)
+    _sync_folder(target.final.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.training.checkpoint import open_checkpoint
-from tests.launch import ROOT, Finished, kill, run, start
+from tests.launch import ROOT, Finished, run
 
 STEPS = 6
 TINY = [
@@ -35,16 +35,6 @@ def flags(demo: Path, run_dir: Path, *more: str, recipe: str = "demo_sft", packs
 def train(demo: Path, run_dir: Path, *more: str, ranks: int = 2, **kind: str) -> Finished:
     """Run training to its end on the real launcher."""
     return run(ranks, ROOT / "pipeline/train.py", *flags(demo, run_dir, *more, **kind))
-
-
-def interrupt(demo: Path, run_dir: Path, *more: str, after_step: int, ranks: int = 2) -> None:
-    """Start a run and kill -9 all its processes once ``after_step`` is in metrics.jsonl."""
-    job = start(ranks, ROOT / "pipeline/train.py", *flags(demo, run_dir, *more))
-    try:
-        wait_for_step(run_dir, after_step, timeout_s=120)
-    finally:
-        kill(job)
-        job.communicate()
 
 
 @contextmanager

@@ -1,0 +1,189 @@
+"""What a checkpoint costs a run: synchronous and asynchronous saves, and a resume, in multiples of a step.
+
+Run from the repository root: ``python -m benchmarks.save [--ranks 2] [--width 448] [--layers 4] [--blocks 6]``. The
+DeepSpeed launcher starts the trainer on a demo of its own; blocks of steps without a save, with a synchronous and with
+an asynchronous one at their beginning take turns, so that what else the machine does falls on all alike. A save's cost
+is how much longer than a block without one its block took, all of it: copying, writing beside the steps, publishing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.training.blueprint import Blueprint
+    from pipeline.training.saving import Saver
+    from pipeline.training.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+
+STEPS = 4
+"""Steps of a block."""
+MODES = ("none", "synchronous", "asynchronous")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of steps, in seconds of rank 0."""
+
+    mode: str
+    seconds: float
+    still: float
+    """Of it, training stood still for the save."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What rank 0 measured."""
+
+    megabytes: float
+    """Of one checkpoint, all ranks."""
+    resume_s: float
+    """Hashing and loading it."""
+    trained_again: int
+    """Steps between the last save and where the run goes on from."""
+    blocks: list[Block]
+
+
+def measure(words: Sequence[str], blocks: int) -> Measured:
+    """Train in blocks; on every rank of a launched job."""
+    from pipeline.flags import parse
+    from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
+    from pipeline.training.activity import Activity
+    from pipeline.training.blueprint import Blueprint
+    from pipeline.training.libraries import settle_libraries
+    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.saving import Saver
+    from pipeline.training.trainer import Trainer
+
+    settle_libraries()
+    fill_rank_variables()
+    plan = Blueprint.draw(parse(list(words)), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
+    folder = RunFolder(plan.config.run_dir)
+    folder.create()
+    start_processes(plan.config.parallel.timeout_s)
+    trainer = Trainer(plan, folder, Activity())
+    savers = {mode: Saver(_with(plan, mode), folder, trainer._stage, step=0) for mode in MODES}
+    steps = _steps(trainer)
+    for _ in range(STEPS):
+        next(steps)
+    for mode in MODES[1:]:  # the first asynchronous save takes the memory that all later ones use
+        _block(trainer, savers[mode], mode, steps)
+    done = [_block(trainer, savers[mode], mode, steps) for _ in range(blocks) for mode in MODES]
+    trainer._saver = savers["synchronous"]
+    trainer._saver.save(last := trainer.step)
+    began = time.monotonic()
+    resumed = trainer._resume()
+    took = time.monotonic() - began
+    written = sum(path.stat().st_size for path in folder.path.glob(f"checkpoints/step-{last:08d}/*.safetensors"))
+    stop_processes()
+    return Measured(written / 1e6, took, last - resumed, done)
+
+
+def _with(plan: Blueprint, mode: str) -> Blueprint:
+    kept = plan.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
+    return replace(plan, config=plan.config.model_copy(update={"checkpoint": kept}))
+
+
+def _steps(trainer: Trainer) -> Iterator[None]:
+    """Train one step each time it is asked."""
+    for batch, data_s in trainer._batches():
+        trainer._train_step(batch, data_s, time.monotonic())
+        yield
+
+
+def _block(trainer: Trainer, saver: Saver, mode: str, steps: Iterator[None]) -> Block:
+    trainer._saver = saver
+    saver.take_waited()
+    began = time.monotonic()
+    if mode != "none":
+        saver.save(trainer.step)
+    still = saver.take_waited()
+    for _ in range(STEPS):
+        next(steps)
+    still += saver.take_waited()
+    saver.finish()
+    return Block(mode, time.monotonic() - began, still + saver.take_waited())
+
+
+def _launch(ranks: int, arguments: Sequence[str]) -> None:
+    """Start this file under the launcher."""
+    command = ["deepspeed", "--num_accelerators", str(ranks), str(Path(__file__).resolve()), *arguments]
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(os.environ)
+    done = subprocess.run(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    if done.returncode:
+        sys.exit(done.stdout[-4000:])
+
+
+def _words(options: argparse.Namespace, folder: Path) -> list[str]:
+    """Return the trainer's flags."""
+    steps = STEPS * (1 + len(MODES[1:]) + options.blocks * len(MODES))
+    return [
+        "--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", "demo_sft", "--run-dir", str(folder / "run"),
+        "--data.packs", str(folder / "demo/packs/sft"), "--log.tensorboard", "false", "--checkpoint.keep-last", "1",
+        "--model.llm.config.hidden_size", str(options.width), "--model.llm.config.num_hidden_layers",
+        str(options.layers), "--model.llm.config.intermediate_size", str(4 * options.width), "--train.steps",
+        str(steps + 1), "--train.batch-packs", str(2 * options.ranks), "--parallel.micro-batches", "2",
+        "--log.spike-mads", "0",
+    ]  # fmt: skip
+
+
+def table(measured: Measured) -> str:
+    """Return the figures as a table in Markdown."""
+    seconds = {m: [block.seconds for block in measured.blocks if block.mode == m] for m in MODES}
+    still = {m: statistics.median(block.still for block in measured.blocks if block.mode == m) for m in MODES}
+    step = statistics.median(seconds["none"]) / STEPS
+    lines = [
+        f"checkpoint of {measured.megabytes:.0f} MB, step of {step:.2f} s, medians of {len(seconds['none'])} blocks",
+        "",
+        "| save | stands still | costs in all | |",
+        "|---|---:|---:|---:|",
+    ]
+    for mode in MODES[1:]:  # turn by turn against the block without a save beside it
+        extra = statistics.median(ours - plain for ours, plain in zip(seconds[mode], seconds["none"], strict=True))
+        lines.append(f"| {mode} | {still[mode] / step:.2f} steps | {extra / step:.2f} steps | {extra:.2f} s |")
+    resume = f"{measured.resume_s / step:.2f} steps ({measured.resume_s:.2f} s)"
+    return "\n".join([*lines, "", f"resume: {resume}; steps trained again: {measured.trained_again}"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=448)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.worker:
+        measured = measure(_words(options, options.worker), options.blocks)
+        if os.environ["RANK"] == "0":
+            (options.worker / "measured.json").write_text(json.dumps(asdict(measured)))
+        return 0
+    with tempfile.TemporaryDirectory() as scratch:
+        demo = ["demo", f"{scratch}/demo", "--scenes", "300", "--held-out", "12", "--workers", "2"]
+        subprocess.run([sys.executable, "-m", "data_prep", *demo], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+        sizes = [f"--{name}={getattr(options, name)}" for name in ("ranks", "width", "layers", "blocks")]
+        _launch(options.ranks, ["--worker", scratch, *sizes])
+        raw = json.loads(Path(scratch, "measured.json").read_text())
+    print(table(Measured(**{**raw, "blocks": [Block(**block) for block in raw["blocks"]]})))
+    if options.json:
+        options.json.write_text(json.dumps(raw, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

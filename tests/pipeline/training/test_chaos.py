@@ -17,15 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
+from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
 from pipeline.training.run_lock import is_running
 from tests.launch import ROOT, kill, kill_one, start
 from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train, weights
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 KILL_POINTS = int(os.environ.get("KILL_POINTS", "20"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
-RANKS, STEPS = 2, 80
+RANKS, STEPS = 2, 40
 WORDS = [
     "--train.steps", str(STEPS), "--train.batch-packs", "4", "--checkpoint.every-steps", "1",
     "--checkpoint.keep-last", "3",
@@ -51,6 +51,33 @@ def test_a_run_that_is_killed_again_and_again_is_as_if_undisturbed(small_demo: P
     print(f"{KILL_POINTS} kills, seed {SEED}: {dict(sorted(chaos.met.items()))}")
 
 
+@dataclass(frozen=True)
+class Before:
+    """What a run folder held before a start, to tell it from what this start makes."""
+
+    metrics_file: int
+    """Its inode: a start writes it anew."""
+    steps: int
+    torn: frozenset[Path]
+
+    @classmethod
+    def of(cls, run_dir: Path) -> Before:
+        folders = checkpoint_folders(run_dir)
+        saved = step_of(folders[0]) if folders else 0
+        return cls(_inode(run_dir), saved, frozenset(unfinished_folders(run_dir)))
+
+    def steps_since(self, run_dir: Path) -> int:
+        return len(metrics(run_dir)) - self.steps if _inode(run_dir) != self.metrics_file else 0
+
+    def saves_since(self, run_dir: Path) -> set[Path]:
+        return set(unfinished_folders(run_dir)) - self.torn
+
+
+def _inode(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.stat().st_ino if path.exists() else 0
+
+
 @dataclass
 class Chaos:
     """Kills starts of a run at moments drawn with a seed, and looks at what each leaves behind."""
@@ -66,7 +93,7 @@ class Chaos:
         """Start a run and kill it, up to ``kills`` times, or until it is done; return how often it was killed."""
         for done in range(kills):
             moment = MOMENTS[(sum(self.met.values())) % len(MOMENTS)]
-            before = len(metrics(run_dir))
+            before = Before.of(run_dir)
             job = start(RANKS, ROOT / "pipeline/train.py", *flags(demo, run_dir, *WORDS))
             try:
                 if not self._wait_for(moment, run_dir, job, before):
@@ -79,17 +106,17 @@ class Chaos:
             self._look(run_dir, output, f"kill {sum(self.met.values())}, {moment}")
         return kills
 
-    def _wait_for(self, moment: str, run_dir: Path, job: subprocess.Popen[str], before: int) -> bool:
+    def _wait_for(self, moment: str, run_dir: Path, job: subprocess.Popen[str], before: Before) -> bool:
         """Wait for a moment in a start's life; False when the run ends before it."""
         if moment == "at the start":
             return _until(lambda: False, job, self.random.uniform(0.1, self.start_s / 2)) is None
         steps = self.random.randint(1, 2)
-        if not _until(lambda: len(metrics(run_dir)) >= before - 1 + steps, job):
+        if not _until(lambda: before.steps_since(run_dir) >= steps, job):
             return False
         seen = {
             "in a step": lambda: True,
-            "in a save": lambda: bool(unfinished_folders(run_dir)),
-            "while publishing": lambda: any(True for _ in run_dir.glob("checkpoints/.step-*.tmp/manifest.json")),
+            "in a save": lambda: bool(before.saves_since(run_dir)),
+            "while publishing": lambda: any((save / "manifest.json").exists() for save in before.saves_since(run_dir)),
         }[moment]
         if not _until(seen, job, poll_s=0.0005):
             return False

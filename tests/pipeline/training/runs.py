@@ -32,9 +32,9 @@ def flags(demo: Path, run_dir: Path, *more: str, recipe: str = "demo_sft", packs
     return ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", recipe, *where, *TINY, *more]
 
 
-def train(demo: Path, run_dir: Path, *more: str, ranks: int = 2, **kind: str) -> Finished:
+def train(demo: Path, run_dir: Path, *more: str, ranks: int = 2, timeout_s: float = 1200, **kind: str) -> Finished:
     """Run training to its end on the real launcher."""
-    return run(ranks, ROOT / "pipeline/train.py", *flags(demo, run_dir, *more, **kind))
+    return run(ranks, ROOT / "pipeline/train.py", *flags(demo, run_dir, *more, **kind), timeout_s=timeout_s)
 
 
 @contextmanager

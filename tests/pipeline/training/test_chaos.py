@@ -25,7 +25,7 @@ from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
 KILL_POINTS = int(os.environ.get("KILL_POINTS", "20"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
-RANKS, STEPS = 2, 40
+RANKS, STEPS = 2, 2 * KILL_POINTS
 WORDS = [
     "--train.steps", str(STEPS), "--train.batch-packs", "4", "--checkpoint.every-steps", "1",
     "--checkpoint.keep-last", "3",
@@ -99,7 +99,7 @@ class Chaos:
                 if not self._wait_for(moment, run_dir, job, before):
                     return done
                 self._kill(job)
-                output, _ = job.communicate(timeout=120)
+                output, _ = job.communicate(timeout=600)
             finally:
                 kill(job)
             self.met[moment] = self.met.get(moment, 0) + 1
@@ -141,7 +141,7 @@ class Chaos:
 
 
 def _until(
-    reached: Callable[[], bool], job: subprocess.Popen[str], timeout_s: float = 300.0, poll_s: float = 0.005
+    reached: Callable[[], bool], job: subprocess.Popen[str], timeout_s: float = 1200.0, poll_s: float = 0.005
 ) -> bool | None:
     """Wait until something is reached: True; until the job ends: False; None when time is up."""
     deadline = time.monotonic() + timeout_s

@@ -30,6 +30,9 @@ from pipeline.training.monitor import SETTLE_S, TERMINATED, Monitor, Verdict
 
 PULSE_S = 1.0
 CONNECT_S = 20.0
+SUSPENDED_S = 30.0
+"""A turn of this loop takes a second; after so many the process was not running (a suspended job), nor was training."""
+PATIENCE_S = 30.0
 LINE_BYTES = 1 << 16
 TERMINATED_CODE = 128 + signal.SIGTERM
 _BYE, _FAILED = 200, 201  # beside numbers of signals, which come through the same pipe
@@ -150,14 +153,14 @@ class Watch:
         self._failure = (error, code)
         self._command(_FAILED)
         assert self._thread is not None
-        self._thread.join(10)
+        self._thread.join(PATIENCE_S)
         return not self._thread.is_alive()
 
     def close(self) -> None:
         """Take leave of the other ranks: this one is done."""
         if self._thread is not None:
             self._command(_BYE)
-            self._thread.join(10)
+            self._thread.join(PATIENCE_S)
         self._release_signals()
 
     def _command(self, number: int) -> None:
@@ -225,7 +228,7 @@ class _Lead:
         while True:
             events = self._selector.select(SETTLE_S / 2 if monitor.troubled else PULSE_S)
             now = time.monotonic()
-            if now - last > 2 * PULSE_S:
+            if now - last > SUSPENDED_S:
                 monitor.forgive(now - last)
             last = now
             asked = self._serve(events, now)
@@ -387,9 +390,9 @@ class _Follower:
         """Take up what rank 0 says; return False when there is nothing more to come."""
         messages = channel.receive()
         if messages is None:
+            time.sleep(SETTLE_S)  # if this rank is to die of the same kill, there is nothing to say
             text = f"{self._lead} died: killed, or out of host memory; this rank was in {self._watch.activity.words}"
-            if self._watch._failure is None:
-                self._watch._lost(text)
+            self._watch._lost(text)
             self._watch.leave(text, 1, stacks=True)
             return False
         for message in messages:

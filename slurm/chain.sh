@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Submits a whole training: data preparation -> PT -> SFT -> export and evaluation. Each stage starts when the one before
-# has ended well; when one fails, what waits for it is cancelled. The command again takes up what is left.
+# has ended well; when one fails, what waits for it is cancelled. The command again takes up what is left: a finished run
+# gets no job, an unfinished one resumes.
 #
 #   slurm/chain.sh                                              the built-in demo, on one node
 #   slurm/chain.sh --dry-run                                    print what would be submitted
@@ -60,24 +61,30 @@ prepare_data() {
   submit "$before" "RECIPE=$1" "${data_options[@]}" slurm/data_prep.sh
 }
 
+# finished RUN: whether a stage needs no job; what comes after it then waits for what came before it.
+finished() {
+  [ "$(status "$1" state)" = "done" ] || return 1
+  echo "- $1 is finished (step $(status "$1" step))"
+}
+
 # pretrain AFTER: the PT recipes, one after the other; sets `job` and `run` to the last one, or leaves AFTER and nothing.
 pretrain() {
-  local recipe
+  local recipe start
   job=$1 run=''
   for recipe in $(list "$pt"); do
-    submit "$job" "RECIPE=$recipe" "RUN_DIR=runs/$(run_name "$recipe")" "INIT_FROM=$run" "${train_options[@]}" slurm/pt.sh
-    run=runs/$(run_name "$recipe")
+    start=$run run=runs/$(run_name "$recipe")
+    finished "$run" || submit "$job" "RECIPE=$recipe" "RUN_DIR=$run" "INIT_FROM=$start" "${train_options[@]}" slurm/pt.sh
   done
 }
 
 # tune POLICY AFTER START: the SFT recipes under one mask, the first from the run START; sets `job` and `run` likewise.
 tune() {
-  local recipe
+  local recipe start
   job=$2 run=$3
   for recipe in $(list "$sft"); do
-    submit "$job" "RECIPE=$recipe" "POLICY=$1" "PT_RUN_DIR=${run:-none}" "RUN_DIR=$(sft_run "$recipe" "$1")" \
+    start=${run:-none} run=$(sft_run "$recipe" "$1")
+    finished "$run" || submit "$job" "RECIPE=$recipe" "POLICY=$1" "PT_RUN_DIR=$start" "RUN_DIR=$run" \
       "${train_options[@]}" slurm/sft_mma.sh
-    run=$(sft_run "$recipe" "$1")
   done
 }
 
@@ -113,7 +120,7 @@ pt_job=$job pt_run=$run
 if [ "$sft" != none ]; then
   for policy in $(list "$policies"); do
     tune "$policy" "$pt_job" "$pt_run"
-    tuned_jobs+=${tuned_jobs:+:}$job
+    tuned_jobs+=${job:+${tuned_jobs:+:}$job}
     runs+=("$run")
   done
   submit "$tuned_jobs" "EVAL_PACKS=$packs" "${eval_options[@]}" slurm/evaluate.sh "${runs[@]}"

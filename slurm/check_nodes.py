@@ -1,7 +1,7 @@
 """Tests the nodes of a job: ``srun --ntasks-per-node=1 python slurm/check_nodes.py RUN_DIR GPUS``.
 
 One process a node looks at its own GPUs, disks and the run folder; then all nodes meet and add up a number over the
-network that training will use. Rank 0 prints a line for each bad node, by name; the exit code is 1 if there is one.
+network that training will use. Rank 0 prints a line for each bad node, by name; the exit code is 3 if there is one.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -20,6 +21,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+BAD_NODE = 3
+"""Exit code: not 1, which a Python that breaks ends with."""
 PATIENCE = timedelta(seconds=60)
 MIN_FREE_GIB = 1.0
 
@@ -35,20 +38,29 @@ def main() -> int:
     store.set(f"name/{rank}", name)
     store.set(f"GPUs and disks/{rank}", problem or "fit")
     if not (report(store, nodes, "GPUs and disks") if rank == 0 else all_fit(store, "GPUs and disks")):
-        return 1
+        return BAD_NODE
     store.set(f"network/{rank}", network_problem(store, rank, nodes) or "fit")
-    return 0 if rank or report(store, nodes, "network") else 1
+    return 0 if (report(store, nodes, "network") if rank == 0 else all_fit(store, "network")) else BAD_NODE
 
 
 def own_problems(run_dir: Path, gpus: int) -> Iterator[str]:
     """Yield what is wrong with this node by itself."""
+    given = visible_gpus()
+    if gpus and given is not None and given != gpus:
+        yield f"the first node has {gpus} GPUs of the job, this one {given}"
     seen = torch.cuda.device_count()
-    if torch.version.cuda and seen != gpus:
-        yield f"Slurm gave it {gpus} GPUs, torch sees {seen}"
+    if gpus and torch.version.cuda and seen != gpus:
+        yield f"the job has {gpus} GPUs a node, torch sees {seen}"
     for index in range(seen):
         yield from gpu_problem(index)
     for folder in (run_dir, Path(tempfile.gettempdir())):
         yield from disk_problem(folder)
+
+
+def visible_gpus() -> int | None:
+    """Return how many GPUs Slurm gave the job on this node, whether or not they work; None where it does not say."""
+    names = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return None if names is None else len([name for name in names.split(",") if name])
 
 
 def gpu_problem(index: int) -> Iterator[str]:
@@ -105,6 +117,9 @@ def report(store: Store, nodes: int, test: str) -> bool:
             bad.append(f"bad node {node_name(store, rank)}: {answer}")
     print("\n".join(bad or [f"{test}: {nodes} nodes are fit"]), flush=True)
     store.set(f"verdict/{test}", "bad" if bad else "fit")
+    heard = [f"heard/{test}/{rank}" for rank in range(1, nodes) if store.check([f"{test}/{rank}"])]
+    with suppress(RuntimeError):  # the store ends with this process: not before all have read the verdict
+        store.wait(heard, PATIENCE)
     return not bad
 
 
@@ -117,7 +132,9 @@ def node_name(store: Store, rank: int) -> str:
 def all_fit(store: Store, test: str) -> bool:
     """Other ranks: wait for the verdict of rank 0, and return it."""
     store.wait([f"verdict/{test}"], PATIENCE * 4)
-    return store.get(f"verdict/{test}") == b"fit"
+    verdict = store.get(f"verdict/{test}")
+    store.set(f"heard/{test}/{os.environ['SLURM_PROCID']}", "")
+    return verdict == b"fit"
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@
 : "${RANKS_PER_NODE:=${SLURM_GPUS_ON_NODE:-1}}"
 # How often a job goes back to the queue, by its time limit or by a lost node, before it ends as failed.
 : "${MAX_RESTARTS:=20}"
+# How many seconds a node has to start a process, once a job has failed, before it counts as lost.
+: "${NODE_PATIENCE:=60}"
 # Test the nodes of a job before its first step ("no" saves half a minute on nodes that you trust).
 : "${CHECK_NODES:=yes}"
 

@@ -15,7 +15,8 @@
 #   EXTRA_FLAGS  more flags of the trainer, for slurm/chain.sh  (none)
 #   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
 # Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-sft-JOB.log.
-# The 300 s of --signal must hold one step and one save: raise them where yours take longer.
+# The 300 s of --signal must hold one step and one save: raise them where yours take longer. A start that outlives its
+# limit is a TIMEOUT to Slurm and does not go back to the queue: sbatch again resumes from the newest checkpoint.
 #SBATCH --job-name=mma-sft
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8

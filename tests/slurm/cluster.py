@@ -40,6 +40,7 @@ SlurmdLogFile={root}/log/slurmd.%n.log
 SlurmdParameters=config_overrides
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
+TaskProlog={root}/task_prolog.sh
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/none
@@ -53,7 +54,7 @@ MpiDefault=none
 ReturnToService=2
 JobRequeue=1
 MinJobAge=3600
-KillWait=2
+KillWait=10
 SlurmctldTimeout=30
 SlurmdTimeout=10
 GresTypes=gpu
@@ -61,6 +62,11 @@ NodeName=127.0.0.[2-3] NodeHostname={host} Port={first}-{last} CPUs=64 Boards=1 
 ThreadsPerCore=1 RealMemory=100000 Gres=gpu:8 State=UNKNOWN
 PartitionName=gpu Nodes=ALL Default=YES MaxTime=7-00:00:00 DefaultTime=01:00:00 State=UP
 """
+_TASK_PROLOG = f"""\
+#!/bin/sh
+if [ "$SLURMD_NODENAME" = {NODES[1]} ] && [ -n "$SICK" ]; then echo "export $SICK"; fi
+"""
+"""What a job's SICK="NAME=value" names becomes true of its processes on the second node alone."""
 # No munge: jobs run as the one user who started the daemons (auth/none). A requeued job waits cred_expire + 1 s,
 # instead of two minutes. Without DefMemPerCPU a job takes all memory of its nodes, and jobs run one at a time.
 
@@ -99,18 +105,26 @@ class Cluster:
         return done.stdout.strip()
 
     def state(self, job: str) -> str:
+        """Return a job's state, or nothing when the controller is too busy to answer."""
         return self.call("squeue", "-h", "-t", "all", "-j", job, "-o", "%T").stdout.strip()
 
-    def wait(self, job: str, timeout_s: float = 120) -> str:
+    def wait(self, job: str, timeout_s: float = 240) -> str:
         """Wait for a job's end; return its last state."""
-        self.until(lambda: self.state(job) not in PENDING, timeout_s, f"job {job} to end")
-        return self.state(job)
+        states = [""]
 
-    def until(self, condition: Callable[[], bool], timeout_s: float, what: str) -> None:
+        def ended() -> bool:
+            states[0] = self.state(job)
+            return states[0] not in {"", *PENDING}
+
+        self.until(ended, timeout_s, f"job {job} to end")
+        return states[0]
+
+    def until(self, condition: Callable[[], bool], timeout_s: float, what: str, every_s: float = 0.2) -> None:
+        """Wait until something is so; a test fails when it is not within ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"waited {timeout_s} s for {what}\n{self.logs()}"
-            time.sleep(0.2)
+            time.sleep(every_s)
 
     def logs(self) -> str:
         """All job logs, for messages of failed tests."""
@@ -161,6 +175,8 @@ def start(root: Path, work: Path) -> Cluster:
     devices = [name for name in _FAKE_GPUS if Path("/dev", name).exists()]
     (root / "gres.conf").write_text("".join(f"Name=gpu File=/dev/{name}\n" for name in devices))
     (root / "plugstack.conf").touch()
+    (root / "task_prolog.sh").write_text(_TASK_PROLOG)
+    (root / "task_prolog.sh").chmod(0o755)
     cluster = Cluster(root, work)
     # By exactly this name: Slurm's daemons look at argv[0], and Debian's "slurmctld-wlm" drops the GPUs in silence.
     subprocess.run(["slurmctld", "-c"], env=cluster.environment, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 from tests.launch import BIN, ROOT, environment, free_port
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
-AFTER = "--kill-on-invalid-dep=yes"
+GOLDEN = ROOT / "tests/slurm/golden"
+BAD_NODE = 3
 
 
 def chain(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -34,41 +36,20 @@ def test_shellcheck_has_nothing_to_say() -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_demo_chain() -> None:
-    assert chain("--dry-run").stdout.splitlines() == [
-        "<1> RECIPE=demo sbatch --parsable slurm/data_prep.sh",
-        "<2> RECIPE=demo_pt RUN_DIR=runs/demo_pt INIT_FROM= "
-        f"sbatch --parsable --dependency=afterok:<1> {AFTER} slurm/pt.sh",
-        "<3> RECIPE=demo_sft POLICY=mma PT_RUN_DIR=runs/demo_pt RUN_DIR=runs/demo_sft "
-        f"sbatch --parsable --dependency=afterok:<2> {AFTER} slurm/sft_mma.sh",
-        "<4> EVAL_PACKS=data/demo/packs/eval "
-        f"sbatch --parsable --dependency=afterok:<3> {AFTER} slurm/evaluate.sh runs/demo_sft",
-    ]
-
-
-def test_several_policies_and_four_chained_stages() -> None:
-    options = ["--data", "a,b", "--shards", "3", "--pt", "p1.yaml,p2", "--sft", "s1,x/s2.yaml"]
-    lines = chain("--dry-run", *options, "--policies", "mma,causal", TRAIN_SBATCH="--nodes=2").stdout.splitlines()
-    assert lines[:2] == [
-        "<1> RECIPE=a sbatch --parsable --array=0-2 slurm/data_prep.sh",
-        f"<2> RECIPE=a sbatch --parsable --dependency=afterok:<1> {AFTER} slurm/data_prep.sh",
-    ]
-    assert lines[4:] == [
-        "<5> RECIPE=p1.yaml RUN_DIR=runs/p1 INIT_FROM= "
-        f"sbatch --parsable --dependency=afterok:<2>:<4> {AFTER} --nodes=2 slurm/pt.sh",
-        "<6> RECIPE=p2 RUN_DIR=runs/p2 INIT_FROM=runs/p1 "
-        f"sbatch --parsable --dependency=afterok:<5> {AFTER} --nodes=2 slurm/pt.sh",
-        "<7> RECIPE=s1 POLICY=mma PT_RUN_DIR=runs/p2 RUN_DIR=runs/s1 "
-        f"sbatch --parsable --dependency=afterok:<6> {AFTER} --nodes=2 slurm/sft_mma.sh",
-        "<8> RECIPE=x/s2.yaml POLICY=mma PT_RUN_DIR=runs/s1 RUN_DIR=runs/s2 "
-        f"sbatch --parsable --dependency=afterok:<7> {AFTER} --nodes=2 slurm/sft_mma.sh",
-        "<9> RECIPE=s1 POLICY=causal PT_RUN_DIR=runs/p2 RUN_DIR=runs/s1_causal "
-        f"sbatch --parsable --dependency=afterok:<6> {AFTER} --nodes=2 slurm/sft_mma.sh",
-        "<10> RECIPE=x/s2.yaml POLICY=causal PT_RUN_DIR=runs/s1_causal RUN_DIR=runs/s2_causal "
-        f"sbatch --parsable --dependency=afterok:<9> {AFTER} --nodes=2 slurm/sft_mma.sh",
-        "<11> EVAL_PACKS=data/demo/packs/eval "
-        f"sbatch --parsable --dependency=afterok:<8>:<10> {AFTER} slurm/evaluate.sh runs/s2 runs/s2_causal",
-    ]
+@pytest.mark.parametrize("golden", sorted(GOLDEN.glob("*.txt")), ids=lambda path: path.stem)
+def test_what_a_chain_would_submit(golden: Path, tmp_path: Path) -> None:
+    """A golden file: a line `# RUN STATE` for each run that is there, the command, and what it prints."""
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    start, _, expected = golden.read_text().partition("$ ")
+    for line in start.splitlines():
+        _, run, state = line.split()
+        (tmp_path / run).mkdir(parents=True)
+        (tmp_path / run / "status.json").write_text(json.dumps({"state": state, "step": 3}))
+    command, _, printed = expected.partition("\n")
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=tmp_path, env=environment(), text=True, capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", printed)
 
 
 @pytest.mark.parametrize(
@@ -104,10 +85,11 @@ def test_the_node_check_names_the_bad_node(broken: bool, tmp_path: Path) -> None
         place = {"SLURM_PROCID": str(rank), "SLURM_NTASKS": "2", "SLURMD_NODENAME": f"node-{rank}"}
         env = environment({**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
         command = [sys.executable, str(ROOT / "slurm/check_nodes.py"), str(folder), "0"]
-        nodes.append(subprocess.Popen(command, env=env, text=True, stdout=subprocess.PIPE))
-    output = nodes[0].communicate(timeout=120)[0]
-    nodes[1].communicate(timeout=120)
-    assert nodes[0].returncode == int(broken)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        nodes.append(subprocess.Popen(command, env=env, text=True, **pipes))
+    (output, _), (silence, words) = (node.communicate(timeout=120) for node in nodes)
+    assert [node.returncode for node in nodes] == [BAD_NODE if broken else 0] * 2, words
+    assert not silence and "Traceback" not in words
     if broken:
         assert output.startswith("bad node node-1: ") and "unmounted cannot be written" in output
     else:

@@ -2,10 +2,11 @@
 
 A mirrored image makes "the cup on the left" a lie, and a cropped one "three cups". So every sample is asked first:
 its whole text is searched for words that speak of sides, orientation, places, counts or written text, and only an
-image of which none of it speaks is changed. The lists err towards leaving images alone. They are English: text with
-other letters allows nothing, and a corpus in another language of the same letters must not ask for augmentation. What
-is done to an image is decided for every draw by a hash of seed, corpus, sample and draw, and written into the pack,
-so it does not depend on ranks, and a resumed run sees the same pixels.
+image of which none of it speaks is changed. (Writing in an image that no text speaks of is mirrored with it; the text
+stays true.) The lists err towards leaving images alone. They are English: text with other letters allows nothing, and
+a corpus in another language of the same letters must not ask for augmentation. What is done to an image is decided
+for every draw by a hash of seed, corpus, sample and draw, and written into the pack, so it does not depend on ranks,
+and a resumed run sees the same pixels.
 """
 
 from __future__ import annotations

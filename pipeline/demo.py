@@ -47,14 +47,19 @@ class Stage:
         return self.folder / "export"
 
 
-PT = Stage("demo_pt", "demo_pt")
-MMA = Stage("demo_sft", "demo_sft", ("--init-from", str(PT.folder)))
+def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
+    """Return the runs: PT, SFT with MMA, and the same SFT under another mask policy; a pipeline has its own folders.
 
-
-def twin(policy: str) -> Stage:
-    """Return the same SFT run under another mask policy."""
+    Raises UserError for an unknown policy.
+    """
+    end = f"_pp{pp}" if pp > 1 else ""
+    grid = ("--parallel.pp", str(pp), "--parallel.micro-batches", "0") if pp > 1 else ()
+    pt = Stage(f"demo_pt{end}", "demo_pt", grid)
+    sft = Stage(f"demo_sft{end}", "demo_sft", (*grid, "--init-from", str(pt.folder)))
+    if not policy:
+        return [pt, sft]
     get_policy(policy)
-    return Stage(f"demo_sft_{policy}", "demo_sft", (*MMA.flags, "--mask.policy", policy))
+    return [pt, sft, Stage(f"demo_sft_{policy}{end}", "demo_sft", (*sft.flags, "--mask.policy", policy))]
 
 
 def demo_command(argv: Sequence[str]) -> int:
@@ -62,9 +67,10 @@ def demo_command(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
     parser.add_argument("--compare", metavar="POLICY", help="train a twin of the SFT run under this policy: causal")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")
     options = parser.parse_args(list(argv))
-    began, ranks = time.monotonic(), options.ranks or default_ranks()
-    stages = [PT, MMA, *([twin(options.compare)] if options.compare else [])]
+    began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
+    stages = stages_of(options.pp, options.compare)
     _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
     for stage in stages:
         _train(stage, ranks)
@@ -72,8 +78,11 @@ def demo_command(argv: Sequence[str]) -> int:
         if not (stage.export / "config.json").is_file():
             _call(["mma", "export", str(stage.folder), str(stage.export)], f"export {stage.run}")
     _measure(stages)
+    sft, plain = stages[1], stages_of(1)[1]
+    if sft != plain:
+        print(f"\n{same_answers(sft.export, plain.export)}")
     print(f"\nall done in {clock(time.monotonic() - began)}")
-    for name, path in {"data": DATA, "packs": DATA / "packs", "run": MMA.folder, "model": MMA.export}.items():
+    for name, path in {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}.items():
         print(f"  {name:6} {path}")
     return 0
 
@@ -101,13 +110,28 @@ def shown(path: Path) -> str:
 
 
 def _measure(stages: Sequence[Stage]) -> None:
+    model = str(stages[1].export)
     compare = [word for stage in stages[2:] for word in ("--compare", str(stage.export))]
     packs = DATA / "packs" / "eval"
-    _call(["mma", "evaluate", "--model", str(MMA.export), "--packs", str(packs), *compare], "held-out accuracy")
+    _call(["mma", "evaluate", "--model", model, "--packs", str(packs), *compare], "held-out accuracy")
     image, question, answer = held_out_example()
-    _call(
-        ["mma", "generate", str(image), question, "--model", str(MMA.export)], f"a held-out question (truth: {answer})"
-    )
+    _call(["mma", "generate", str(image), question, "--model", model], f"a held-out question (truth: {answer})")
+
+
+def same_answers(model: Path, other: Path) -> str:
+    """Say how many held-out answers of two evaluated models are the same."""
+    if not (other / "evaluation.json").is_file():
+        return f"{other} is not there to compare with: mma demo makes it"
+    ours, theirs = _answers(model), _answers(other)
+    if [answer["sample"] for answer in ours] != [answer["sample"] for answer in theirs]:
+        return f"{other} was asked other questions: nothing to compare"
+    same = sum(left["answer"] == right["answer"] for left, right in zip(ours, theirs, strict=True))
+    return f"answers equal to those of {other}: {same} of {len(ours)} ({same / len(ours):.1%})"
+
+
+def _answers(model: Path) -> list[dict[str, str]]:
+    found = json.loads((model / "evaluation.json").read_text(encoding="utf-8"))
+    return list(found[str(model)]["answers"])
 
 
 def held_out_example() -> tuple[Path, str, str]:

@@ -232,10 +232,10 @@ class UnitWriter:
                 self._outcomes[key] = decode_rgb(data).size
                 self._repairs["misnamed-image"] += misnamed(data, name)
             except BadSample as problem:
-                self._outcomes[key] = (problem.code, f"{name}: {problem.detail}")
+                self._outcomes[key] = (problem.code, problem.detail)
         outcome = self._outcomes[key]
         if isinstance(outcome[0], str):
-            raise BadSample(outcome[0], str(outcome[1]))
+            raise BadSample(outcome[0], f"{name}: {outcome[1]}")
         return outcome[0], int(outcome[1])
 
     def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:

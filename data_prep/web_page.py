@@ -64,7 +64,8 @@ img.small{image-rendering:pixelated;width:112px}
 .examples{display:grid;grid-template-columns:repeat(auto-fill,minmax(330px,1fr));gap:10px}
 .example{display:flex;gap:12px;background:#fff;border:1px solid #e2e2de;border-radius:8px;padding:10px 12px}
 .example>div{min-width:0;overflow-wrap:anywhere}.example figure{margin:0;flex:none}
-.raw{white-space:pre-wrap;font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;color:#444;margin-top:4px}
+.raw{white-space:pre-wrap;font:12px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;color:#444;margin-top:4px;
+max-height:132px;overflow:auto}
 .code{display:inline-block;background:#fbe9e7;color:#a2321f;border-radius:4px;padding:0 7px;font-size:12px}
 """
 )

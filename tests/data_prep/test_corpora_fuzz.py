@@ -38,6 +38,20 @@ JSON_CORPORA = [
     pytest.param("nlvr", {"task": "verify"}, "dev/dev.json", id="nlvr-verify"),
     pytest.param("vsr", {}, "train.jsonl", id="vsr"),
     pytest.param("chat", {"data": "part-0.jsonl", "images_column": "images"}, "part-0.jsonl", id="chat"),
+    pytest.param("chat", {"data": "part-1.jsonl"}, "part-1.jsonl", id="chat-found-columns"),
+    pytest.param("interleaved", {"data": "obelics/*.jsonl"}, "obelics/part.jsonl", id="obelics"),
+    pytest.param(
+        "interleaved",
+        {"data": "mmc4/*.jsonl", "format": "mmc4"},
+        "mmc4/docs_no_face_shard_0_v2.jsonl",
+        id="mmc4",
+    ),
+    pytest.param(
+        "captions",
+        {"data": "own.jsonl", "images": ".", "names": "path", "image_key": "file"},
+        "own.jsonl",
+        id="captions",
+    ),
 ]
 
 
@@ -77,7 +91,7 @@ def test_mutated_rows_become_examples_or_rejects(
     shutil.copytree(FIXTURES / kind, root)
     original = (root / file).read_text(encoding="utf-8", errors="replace")
     for seed in range(150):
-        (root / file).write_text(mutated(original, kind in ("nlvr", "vsr", "chat"), random.Random(seed)))
+        (root / file).write_text(mutated(original, (kind == "nlvr" or file.endswith(".jsonl")), random.Random(seed)))
         corpus = build_corpus(kind, options, root)
         for item in (item for shard in corpus.shards() for item in corpus.examples(shard)):
             if isinstance(item, Reject):

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from pipeline.cli import main
 from pipeline.estimate_command import draw_load, image_tokens, work_shares
 from pipeline.flags import parse
+from pipeline.model.counts import Cost
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
+from pipeline.parallel.partition import split_stages
+from pipeline.parallel.schedule import bubble
 from pipeline.training.estimate import Load
 
 SHARES = (0.01, 0.3)
@@ -68,6 +72,18 @@ def test_activations_follow_schedule_and_recomputation() -> None:
     assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"
     assert activations(0, "--train.gradient-checkpointing", "true") < activations(0) / 2
     assert activations(0, "--train.dtype", "fp32") == 2 * activations(0)
+
+
+@pytest.mark.parametrize("flags", [[], ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"]])
+def test_every_part_of_the_model_is_the_work_of_one_chunk(flags: list[str]) -> None:
+    load = load_of("--parallel.pp", "2", "--model.llm.config.num_hidden_layers", "6", *flags)
+    work = [load.work(stage, chunk) for stage, chunks in enumerate(load.splits) for chunk in range(len(chunks))]
+    assert sum(part.forward for part in work) == pytest.approx(sum(part.forward for part in load.costs))
+    assert sum(part.backward for part in work) == pytest.approx(sum(part.backward for part in load.costs))
+    assert flags or load.bubble > bubble(2, load.micros), "unequal stages wait longer than equal ones"
+    chunks = 3 if flags else 1
+    even = replace(load, costs=[Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)], splits=split_stages(6, 2, chunks))
+    assert even.bubble == pytest.approx(bubble(2, load.micros, chunks))
 
 
 def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:

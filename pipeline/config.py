@@ -208,13 +208,12 @@ class LogConfig(Section):
     """Console line every so many steps; metrics.jsonl has every step."""
     tensorboard: bool = True
     """Write TensorBoard events through DeepSpeed's monitor into the run folder."""
+    spike_mads: Annotated[float, Field(ge=0)] = 10.0
+    """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""
     traffic: bool = False
     """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step, and the measured pipeline bubble."""
     trace_step: NonNegative = 0
     """Write what every rank does in this step to trace-step-N.json (open it in ui.perfetto.dev); 0 = none."""
-
-    spike_mads: Annotated[float, Field(ge=0)] = 10.0
-    """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""
 
 
 class RunConfig(Section):

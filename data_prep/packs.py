@@ -282,6 +282,11 @@ class PackReader:
             view=self._view(batch, local),
         )
 
+    def segment(self, index: int) -> npt.NDArray[np.int32]:
+        """Return the segment numbers of one row, int32[L], without touching the rest of it."""
+        batch, local = self._locate(index)
+        return self._tokens(batch, "segment", local)
+
     def n_target(self, index: int) -> int:
         """Return the supervised tokens of one row without touching the rest of it."""
         batch, local = self._locate(index)

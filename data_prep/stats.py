@@ -98,7 +98,7 @@ def _corpus_table(manifest: Manifest) -> Table:
 
 def segment_lengths(reader: PackReader) -> npt.NDArray[np.int64]:
     """Return the lengths of all packed samples in tokens."""
-    counts = [np.bincount(row.segment)[1:] for row in reader]
+    counts = [np.bincount(reader.segment(index))[1:] for index in range(len(reader))]
     return np.concatenate([*counts, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.cli import main
 from data_prep.documents import Room, Size, fitting, units, without_images
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.packs import PackReader
+from data_prep.packs import Manifest, PackReader
 from data_prep.template import Template
 from data_prep.tokenizer import Tokenizer
 from tests.data_prep.raw import make_recipe, png, prepare
@@ -205,3 +205,10 @@ def test_a_document_takes_no_prompt_and_no_header() -> None:
     document = _document([1, 2])
     assert not Template("plain", prompts=("Look: ",)).takes_prompt(document)
     assert len(Template("plain").pieces(document)) == 5
+
+
+def test_packs_made_before_repairs_were_counted_are_read(packed: tuple[Path, Any], tmp_path: Path) -> None:
+    manifest = json.loads((packed[0] / "packs" / "pt" / "manifest.json").read_text())
+    del manifest["corpora"]["docs"]["repairs"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert Manifest.load(tmp_path).corpora["docs"].repairs == {}

@@ -155,6 +155,7 @@ def test_only_the_corpus_that_asks_and_the_samples_that_allow_it_are_changed(
     assert "8x6 px, mirrored" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_packs_do_not_depend_on_workers_and_asking_for_nothing_changes_no_byte(
     made: PackReader, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep import sources
 from data_prep.arrow_files import atomic_path
 from data_prep.errors import UserError
 from data_prep.progress import Reporter
@@ -44,7 +45,9 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
         for intake in space.intakes(tokenizer_sha256)
         for unit in intake.units
     ]
-    waiting = [job for job in team.share(jobs) if not job.unit.is_done()]
+    mine = team.share(jobs)
+    unchanged = sources.unchanged([job.unit for job in mine], space.recipe.root_dir)
+    waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.unit.is_done())]
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
         team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
     if not team.does_all:

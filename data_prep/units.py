@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
-from data_prep import digests
+from data_prep import digests, sources
 from data_prep.arrow_files import ArrowWriter, atomic_path
 from data_prep.corpora import build_corpus
+from data_prep.corpora.base import Input
 from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.images import IMAGE_SCHEMA, decode_rgb, misnamed
@@ -66,6 +67,8 @@ def ingest_unit(job: UnitJob) -> UnitReport:
     with UnitWriter(unit, intake.writing, tokenizer) as writer:
         for item in corpus.examples(unit.shard):
             writer.take(item)
+    folders = [path for kind, path in corpus.inputs().values() if kind is Input.FOLDER] if writer.misses_images else []
+    write_atomic(unit.sources, sources.describe([*writer.files, *sources.watched(folders)], intake.root))
     report = writer.report()
     write_atomic(unit.marker, report.to_json().encode())
     return report
@@ -84,6 +87,8 @@ class UnitWriter:
         self._codes: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
         self._kept = 0
+        self.files: set[Path] = set()
+        """Image files that were read."""
 
     def __enter__(self) -> UnitWriter:
         with ExitStack() as stack:
@@ -104,8 +109,15 @@ class UnitWriter:
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
-        hashes = entry.sha256, sha256_file(self._unit.digests), sha256_file(self._unit.rejects)
-        return UnitReport(self._unit.raw, tally, len(self._images), entry.bytes, *hashes)
+        others = (self._unit.digests, self._unit.rejects, self._unit.sources)
+        return UnitReport(
+            self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256, *map(sha256_file, others)
+        )
+
+    @property
+    def misses_images(self) -> bool:
+        """Whether a sample was rejected, or lost an image, because a file was not there."""
+        return bool(self._codes["missing-image"] or self._repairs["image-dropped"])
 
     def take(self, item: Example | Reject) -> None:
         """Keep what a raw sample gives, or list why it cannot be used."""
@@ -216,6 +228,8 @@ class UnitWriter:
         return [self._validated_image(image) for image in example.images]
 
     def _validated_image(self, image: ImageRef) -> tuple[bytes, bytes, tuple[int, int]]:
+        if image.path is not None:
+            self.files.add(image.path)
         try:
             data = image.read()
         except OSError as error:

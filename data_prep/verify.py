@@ -159,6 +159,7 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
             (unit.tokens, report.sha256),
             (unit.digests, report.images_sha256),
             (unit.rejects, report.rejects_sha256),
+            (unit.sources, report.sources_sha256),
         ):
             Hashed(path, sha256, unit.marker.name, cure).check()
         _check_images(unit)

@@ -8,6 +8,9 @@
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason
 
+A unit is made anew when its raw files change: annotation files, tars and the images it read, by size and time. A
+tokenizer that is trained on the corpora follows the annotation files and tars alone.
+
 ``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted once the packs
 are made, and is made again by the next change.
 """
@@ -33,7 +36,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 6
+INGEST_VERSION = 7
 """Raised whenever the same raw sample would become other tokens: old units are then made again."""
 
 
@@ -81,6 +84,11 @@ class Unit:
         return self.folder / f"{self.shard}.sha256"
 
     @property
+    def sources(self) -> Path:
+        """Sizes and times of the image files it read (``data_prep.sources``)."""
+        return self.folder / f"{self.shard}.sources"
+
+    @property
     def rejects(self) -> Path:
         """Quarantined samples, one JSON line each."""
         return self.folder / f"{self.shard}.rejects"
@@ -107,6 +115,7 @@ class Unit:
                 raw["sha256"],
                 raw["images_sha256"],
                 raw["rejects_sha256"],
+                raw["sources_sha256"],
             )
             if json.loads(report.to_json()) != raw:
                 raise ValueError("it differs from its own hash")
@@ -157,13 +166,15 @@ class UnitReport:
     """Hash of the hashes of its images."""
     rejects_sha256: str
     """Hash of the list of quarantined samples."""
+    sources_sha256: str
+    """Hash of the list of image files."""
 
     def to_json(self) -> str:
         """Return the done-marker's text, which holds its own hash."""
         fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
         fields |= {"repairs": dict(self.tally.repairs), "images": self.images, "bytes": self.size}
         hashes = {"sha256": self.sha256, "images_sha256": self.images_sha256, "rejects_sha256": self.rejects_sha256}
-        whole = {**fields, **hashes}
+        whole = {**fields, **hashes, "sources_sha256": self.sources_sha256}
         return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
 
 

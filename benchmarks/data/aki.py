@@ -128,7 +128,8 @@ def _write_unit(unit: Unit, corpus: Corpus, count: int) -> None:
             writer.write_batch(batch)
     unit.rejects.write_bytes(b"")
     unit.digests.write_bytes(b"")
-    hashes = [sha256_file(path) for path in (unit.tokens, unit.digests, unit.rejects)]
+    unit.sources.write_bytes(b"")
+    hashes = [sha256_file(path) for path in (unit.tokens, unit.digests, unit.rejects, unit.sources)]
     report = UnitReport(unit.raw, Tally(count), 0, unit.tokens.stat().st_size, *hashes)
     write_atomic(unit.marker, report.to_json().encode())
 

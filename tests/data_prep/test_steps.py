@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -101,7 +102,7 @@ def test_inference_finds_the_template_of_its_packs(made: Path) -> None:
     assert template_of(Manifest.load(made / "out" / "packs" / "sft")).name == "plain"
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("workers", [3, 8])
 def test_the_bytes_do_not_depend_on_the_number_of_workers(made: Path, tmp_path: Path, workers: int) -> None:
     shutil.copytree(made / "raw", tmp_path / "raw")
     prepare(make_recipe(tmp_path), workers)
@@ -155,11 +156,15 @@ def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> N
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
+def own_tokenizer(folder: Path) -> Path:
+    """A tokenizer that does not depend on the raw data."""
+    train_sentencepiece(["a caption about 123 things", "what is it?"], 400, (), folder / "tokenizer/tokenizer.model")
+    return folder / "tokenizer"
+
+
 def test_only_changed_shards_are_read_again(tmp_path: Path) -> None:
     write_world(tmp_path / "raw")
-    tokenizer = tmp_path / "tokenizer"
-    tokenizer.mkdir()
-    train_sentencepiece(["a caption about 123 things", "what is it?"], 400, (), tokenizer / "tokenizer.model")
+    tokenizer = own_tokenizer(tmp_path)
     prepare(make_recipe(tmp_path, tokenizer=str(tokenizer)))
     write_tar(tmp_path / "raw" / "captions" / "00001.tar", {"000000099": (png(7), "something new")})
     write_tar(tmp_path / "raw" / "captions" / "00003.tar", {"000000100": (png(201), "something more")})
@@ -240,6 +245,25 @@ def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> Non
     assert row.input_ids[at[-1]] not in manifest.eos_ids and row.generated[at[-1]] and len(at) == 44
 
 
+def test_changed_and_missing_images_are_noticed(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw", talks=30)
+    images, changes = tmp_path / "raw" / "images", {"max_bad_fraction": 0.5, "tokenizer": str(own_tokenizer(tmp_path))}
+    (images / "7.png").rename(tmp_path / "7.png")
+    prepare(make_recipe(tmp_path, **changes))
+    assert not any(line.startswith("ingest (") for line in prepare(make_recipe(tmp_path, **changes)))
+    (images / "8.png").write_bytes(png(208))  # in place: the folder's time stays
+    assert "ingest (1 process): 1/1" in " ".join(prepare(make_recipe(tmp_path, **changes)))
+    (tmp_path / "7.png").rename(images / "7.png")
+    assert "30 samples, 0 rejected" in " ".join(prepare(make_recipe(tmp_path, **changes)))
+    (images / "never asked for.png").write_bytes(png(1))
+    assert not any(line.startswith("ingest (") for line in prepare(make_recipe(tmp_path, **changes)))
+
+    fresh = tmp_path / "fresh"
+    shutil.copytree(tmp_path / "raw", fresh / "raw")
+    prepare(make_recipe(fresh, **changes))
+    assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
+
+
 def test_a_deleted_store_is_made_again(tmp_path: Path) -> None:
     write_world(tmp_path / "raw")
     prepare(make_recipe(tmp_path))
@@ -267,7 +291,8 @@ def test_a_killed_job_continues_and_ends_with_the_same_bytes(tmp_path: Path) -> 
     start = time.monotonic()
     subprocess.run(command(whole, "run", "--workers", "2"), env=environment(), check=True, capture_output=True)
     full_s, kills = time.monotonic() - start, 0
-    for part in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+    rng = random.Random(0)
+    for part in sorted(rng.uniform(0.3, 1) for _ in range(6)):  # before, the interpreter starts
         job = subprocess.Popen(
             command(killed, "run", "--workers", "2"), env=environment(), start_new_session=True, stdout=subprocess.PIPE
         )
@@ -293,10 +318,10 @@ def test_mpi_ranks_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
     launcher = mpiexec()
     shutil.copytree(made / "raw", tmp_path / "raw")
     recipe = write_recipe(tmp_path / "recipe.yaml", recipe_dict(tmp_path / "raw", tmp_path / "out"))
-    ranks = [launcher, "-n", "2", sys.executable, "-m", "mpi4py", "-m", "data_prep"]
+    ranks = [launcher, "-n", "3", sys.executable, "-m", "mpi4py", "-m", "data_prep"]
     done = subprocess.run([*ranks, "run", str(recipe)], env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert "2 MPI ranks" in done.stdout
+    assert "3 MPI ranks" in done.stdout
     assert tree_hashes(tmp_path / "out") == tree_hashes(made / "out")
 
     (tmp_path / "raw" / "llava.json").write_text("{")
@@ -318,3 +343,43 @@ def test_a_rank_that_dies_takes_the_others_with_it(tmp_path: Path) -> None:
     words = [launcher, "-n", "2", sys.executable, str(script)]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode != 0  # and it ended: without the abort, rank 0 would wait for ever
+
+
+def rank_pids(recipe: Path, rank: int) -> list[int]:
+    """Processes of one rank of an mpiexec launch on this recipe; empty once they are gone."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words, variables = (folder / "cmdline").read_bytes(), (folder / "environ").read_bytes().split(b"\0")
+        except OSError:  # it ended, or is not ours
+            continue
+        if str(recipe).encode() in words and f"PMI_RANK={rank}".encode() in variables:
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_mpi_rank_ends_the_job_in_words_and_the_rerun_ends_it_well(tmp_path: Path) -> None:
+    launcher = mpiexec()
+    write_world(tmp_path / "raw", tars=30, captions=80)
+    clean, killed = (
+        write_recipe(tmp_path / f"{name}.yaml", recipe_dict(tmp_path / "raw", tmp_path / name))
+        for name in ("clean", "killed")
+    )
+    ranks = [launcher, "-n", "3", sys.executable, "-m", "mpi4py", "-m", "data_prep", "run", str(killed)]
+    job = subprocess.Popen(
+        ranks, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    while not list((tmp_path / "killed").glob("ingest/*/*/*.json")):  # ingest has begun
+        assert job.poll() is None, job.communicate()
+        time.sleep(0.02)
+    (victim,) = rank_pids(killed, 1)
+    os.kill(victim, signal.SIGKILL)
+    said, _ = job.communicate(timeout=60)  # a second, on an idle machine
+    assert job.returncode != 0 and "Killed (signal 9)" in said
+    assert not [pid for rank in range(3) for pid in rank_pids(killed, rank)]
+    assert not list((tmp_path / "killed").glob("packs/*/manifest.json")), "it was over before the kill"
+
+    for words in (ranks, command(clean, "run", "--workers", "1")):
+        subprocess.run(words, env=environment(), check=True, capture_output=True, timeout=300)
+    assert tree_hashes(tmp_path / "killed") == tree_hashes(tmp_path / "clean")

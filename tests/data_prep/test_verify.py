@@ -30,6 +30,7 @@ KINDS = {
     "marker of a unit": "ingest/*/*/*.json",
     "tokens of a unit": "ingest/*/*/*.arrow",
     "digests of a unit": "ingest/*/*/*.sha256",
+    "image files of a unit": "ingest/*/*/*.sources",
     "rejects of a unit": "ingest/*/*/*.rejects",
     "store rows of a unit": "ingest/*/*/*.rows-*",
 }

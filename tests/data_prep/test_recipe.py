@@ -8,7 +8,7 @@ from data_prep.recipe import load_recipe, shipped_recipes
 from data_prep.template import Template
 from tests.data_prep.raw import recipe_dict, write_recipe
 
-VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "LLM_DIR")
+VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")
 
 
 def edited(tmp_path: Path, path: str, value: Any) -> str:

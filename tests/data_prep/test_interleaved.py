@@ -19,6 +19,7 @@ from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import Manifest, PackReader
 from data_prep.template import Template
 from data_prep.tokenizer import Tokenizer
+from pipeline.masks import Sidecars, get_policy, prove
 from tests.data_prep.raw import make_recipe, png, prepare
 
 IMAGE_TOKENS, LENGTH = 4, 64
@@ -212,3 +213,9 @@ def test_packs_made_before_repairs_were_counted_are_read(packed: tuple[Path, Any
     del manifest["corpora"]["docs"]["repairs"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert Manifest.load(tmp_path).corpora["docs"].repairs == {}
+
+
+def test_no_answer_leaks_in_a_row_of_documents(packed: tuple[Path, Any]) -> None:
+    for row in PackReader(packed[0] / "packs" / "pt"):
+        proof = prove(get_policy("mma"), Sidecars.from_row(row), 4)
+        assert proof.leak_free and proof.kv_exact and proof.targets == row.n_target

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise, permutations
 
 from pipeline.config import ConfigError
 
@@ -21,10 +21,14 @@ def split_stages(
 ) -> tuple[Chunks, ...]:
     """Return the chunks of each stage: every ``stages``-th of the pieces that `split_layers` makes.
 
+    By cost, the most expensive stage is made as cheap as can be first, with all its chunks, then pieces even.
+
     Raises:
         ConfigError: The hand-made split does not fit, or there are more chunks than layers.
     """
     pieces = split_layers(layers, stages * chunks, by_hand=by_hand, costs=costs)
+    if not by_hand:
+        pieces = _ranges(_even_out([len(piece) for piece in pieces], list(costs) or _equal(layers), stages))
     return tuple(tuple(pieces[stage::stages]) for stage in range(stages))
 
 
@@ -48,11 +52,15 @@ def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence
             f"parallel.pp x parallel.chunks = {stages} is more than the model's {layers} decoder layers: "
             f"use at most {layers} in all"
         )
-    counts = (
-        _parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or [0.0] + [1.0] * layers + [0.0], stages)
-    )
-    edges = [sum(counts[:stage]) for stage in range(stages + 1)]
-    return [range(lo, hi) for lo, hi in pairwise(edges)]
+    return _ranges(_parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or _equal(layers), stages))
+
+
+def _equal(layers: int) -> list[float]:
+    return [0.0, *[1.0] * layers, 0.0]
+
+
+def _ranges(counts: Sequence[int]) -> list[range]:
+    return [range(lo, hi) for lo, hi in pairwise(accumulate(counts, initial=0))]
 
 
 def _parse(text: str, layers: int, stages: int) -> list[int]:
@@ -89,3 +97,27 @@ def _balance(costs: Sequence[float], stages: int) -> list[int]:
         edges.append(cut[stage][edges[-1]])
     edges.reverse()
     return [hi - lo for lo, hi in pairwise(edges)]
+
+
+def _even_out(counts: Sequence[int], costs: Sequence[float], stages: int) -> list[int]:
+    """Move single layers between pieces while that makes the dearest stage cheaper, or else pieces more even."""
+    total = [0.0, *accumulate(costs[1:-1])]
+
+    def key(tried: Sequence[int]) -> tuple[float, float]:
+        pieces = [total[hi] - total[lo] for lo, hi in pairwise(accumulate(tried, initial=0))]
+        pieces[0] += costs[0]
+        pieces[-1] += costs[-1]
+        dearest = max(sum(pieces[stage::stages]) for stage in range(stages))
+        return round(dearest / sum(costs), 9), sum(piece * piece for piece in pieces) / sum(costs) ** 2
+
+    best = list(counts)
+    while True:
+        moves = [
+            [count + (place == target) - (place == source) for place, count in enumerate(best)]
+            for source, target in permutations(range(len(best)), 2)
+            if best[source] > 1
+        ]
+        found = min(moves, key=key, default=best)
+        if key(found) >= key(best):
+            return best
+        best = found

@@ -76,6 +76,25 @@ def test_chunks_of_a_stage_are_every_so_manyth_piece() -> None:
         split_stages(8, 4, 3)
 
 
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.0), (6.0, 0.5), (2.5, 1.0), (1.0, 4.0)])
+def test_stages_of_chunks_cost_about_the_same(before: float, after: float) -> None:
+    """The dearest stage is within one layer of an even share, though one piece is much dearer than the others."""
+    costs = [before, *[1.0] * 32, after]
+    stages = split_stages(32, 4, 2, costs=costs)
+    assert sorted(layer for own in stages for chunk in own for layer in chunk) == list(range(32))
+    shares = [float(sum(map(len, own))) for own in stages]
+    shares[0] += before
+    shares[-1] += after
+    assert max(shares) <= sum(costs) / 4 + 1
+    assert min(shares) >= sum(costs) / 4 - 2
+
+
+def test_stages_beside_a_dear_one_are_even() -> None:
+    stages = split_stages(12, 4, 1, costs=[9.0, *[1.0] * 12, 0.0])
+    assert len(stages[0][0]) == 1
+    assert max(len(own[0]) for own in stages[1:]) - min(len(own[0]) for own in stages[1:]) <= 1
+
+
 @pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (3, 1), (6, 1), (2, 2), (3, 2), (2, 3)])
 def test_every_stage_trains_something_whatever_the_split(stages: int, chunks: int) -> None:
     """DeepSpeed cannot run where nothing trains: each chunk has a decoder layer, however costly the frozen tower."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 
-from pipeline.parallel.schedule import bubble
+from pipeline.parallel.schedule import Action, bubble
+from pipeline.parallel.trace import Recorder
+from pipeline.parallel.traffic import Traffic
 from tests.launch import ROOT, run
 from tests.pipeline.parallel.bubble_worker import CASES, MICROS, RANKS, TOKENS, WIDTH
 
@@ -60,3 +64,36 @@ def test_a_trace_shows_every_action_and_every_message(name: str, seen: dict[str,
     assert all(ends[message] >= starts[message] - slack_us for message in starts)
     titles = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert titles == {f"stage {rank}, replica 0 (rank {rank})" for rank in range(RANKS)}
+
+
+def test_on_a_gpu_times_are_read_from_events_once_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the events of a stream: each is recorded at the next tick of 5 ms."""
+    ticks, waited = itertools.count(), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.tick = next(ticks)
+
+        def elapsed_time(self, end: Event) -> float:
+            return 5.0 * (end.tick - self.tick)
+
+        def synchronize(self) -> None:
+            waited.append(self.tick)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    traffic = Traffic()
+    recorder = Recorder(torch.device("cuda"), traffic)
+    with recorder.span("forward", "before the step"):
+        pass
+    recorder.begin()
+    with recorder.span("forward", "F micro-batch 0", Action("F", 0)):
+        traffic.sent += 7
+    with recorder.span("optimizer", "optimizer step"):
+        assert not waited, "nothing waits within the step"
+    first, second = recorder.take()
+    assert waited == [4] and not recorder.recording and recorder.take() == []
+    assert (first.start, first.end, first.counts, first.action) == (0.005, 0.010, {"sent": 7}, Action("F", 0))
+    assert (second.start, second.end, second.counts, second.action) == (0.015, 0.020, {}, None)

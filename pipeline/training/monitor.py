@@ -145,8 +145,9 @@ class Monitor:
 
     def _death(self, died: Sequence[Member]) -> Verdict:
         first = max(died, key=lambda member: (not member.waits, -member.rank))
-        more = f"; so did {_ranks(died, first)}" if len(died) > 1 else ""
-        text = f"{first} died at step {first.step} in {first.activity}: killed, or out of host memory{more}"
+        more = f", and so did {_ranks(died, first)}" if len(died) > 1 else ""
+        last = f"last heard of at step {first.step} in {first.activity}"
+        text = f"{first} died{more}: killed, or out of host memory; {last}"
         return Verdict("died", text, self._others(died), first.step, 1)
 
     def _error(self, failed: Sequence[Member]) -> Verdict:

@@ -70,11 +70,11 @@ def _report(folder: RunFolder, verdict: Verdict) -> None:
     )
 
 
-def _lost(folder: RunFolder, rank: int, text: str) -> None:
+def _lost(folder: RunFolder, rank: int, text: str, step: int) -> None:
     """One rank of each node says it: who is left when rank 0 is not, nobody knows."""
     if rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
         say(f"error: {text}")
-        folder.set_failed(text)
+        folder.set_failed(text, step)
 
 
 def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Watch | None, rank: int) -> int:

@@ -90,7 +90,7 @@ class Watch:
         timeout_s: float,
         log: IO[str],
         report: Callable[[Verdict], None],
-        lost: Callable[[str], None],
+        lost: Callable[[str, int], None],
     ) -> None:
         """Prepare; nothing runs before `start`.
 
@@ -101,7 +101,7 @@ class Watch:
             timeout_s: Without any progress of any rank for so long, the job has failed.
             log: The rank's log file; Python stacks go there.
             report: Says and records why the job ends; called on rank 0, from the watchdog's thread.
-            lost: The same on the other ranks when rank 0 is gone.
+            lost: The same on the other ranks when rank 0 is gone; told the text and the step.
         """
         self.activity = Activity()
         self._rank, self._world, self._place, self._timeout_s = rank, world, place, timeout_s
@@ -375,6 +375,7 @@ class _Follower:
         if channel.socket in ready and not self._hear(channel):
             return False
         if _FAILED in asked and watch._failure is not None:
+            channel.send(**watch.beat())  # the step it failed at
             channel.send(failed=watch._failure[0], code=watch._failure[1])
         elif _BYE in asked:
             channel.send(bye=True)
@@ -392,7 +393,7 @@ class _Follower:
         if messages is None:
             time.sleep(SETTLE_S)  # if this rank is to die of the same kill, there is nothing to say
             text = f"{self._lead} died: killed, or out of host memory; this rank was in {self._watch.activity.words}"
-            self._watch._lost(text)
+            self._watch._lost(text, self._watch.activity.step)
             self._watch.leave(text, 1, stacks=True)
             return False
         for message in messages:

@@ -51,9 +51,9 @@ def test_a_gradient_that_is_not_a_number_is_reported_and_skipped(
 @pytest.mark.parametrize(
     ("fault", "rank", "said"),
     [
-        pytest.param("killed-in-step", "1", r"rank 1 \(stage 0, replica 1; .*\) died at step 4 in", id="in a step"),
+        pytest.param("killed-in-step", "1", r"rank 1 \(stage 0, replica 1; .*\) died: killed", id="in a step"),
         pytest.param("killed-in-step", "0", r"rank 0 \(stage 0, replica 0; .*\) died: killed", id="rank 0"),
-        pytest.param("killed-in-save", "2", r"rank 2 \(stage 1, replica 0; .*\) died at step [45] in", id="in a save"),
+        pytest.param("killed-in-save", "2", r"rank 2 \(stage 1, replica 0; .*\) died: killed", id="in a save"),
     ],
 )  # fmt: skip
 def test_a_killed_rank_ends_the_job_and_leaves_only_whole_checkpoints(

@@ -90,7 +90,7 @@ def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
     ranks.monitor.gone(2, ranks.now)
     assert ranks.verdict(SETTLE_S / 2) == "", "more news may come"
     said = ranks.verdict(2 * SETTLE_S)
-    assert said.startswith("rank 2 (host h, pid 2) died at step 3 in waiting for rank 1")
+    assert said.startswith("rank 2 (host h, pid 2) died: killed") and "at step 3 in waiting for rank 1" in said
     assert "rank 0: failed then: RuntimeError: Connection closed by peer" in said
 
 
@@ -98,8 +98,8 @@ def test_a_lost_node_is_all_its_ranks(ranks: Ranks) -> None:
     for rank in (2, 3, 1):
         ranks.monitor.gone(rank, ranks.now)
     said = ranks.verdict(2 * SETTLE_S)
-    assert said.startswith("rank 1 (host h, pid 1) died at step 3 in forward of micro-batch 2")
-    assert "; so did ranks 2-3" in said
+    assert said.startswith("rank 1 (host h, pid 1) died, and so did ranks 2-3: killed")
+    assert "last heard of at step 3 in forward of micro-batch 2" in said
 
 
 def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
@@ -139,7 +139,8 @@ def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
     ("faults", "said", "codes"),
     [
         pytest.param(
-            ["waits", "killed", "waits"], ["rank 1 (pid ", "died at step 7 in"], [1, -signal.SIGKILL, 1], id="killed"
+            ["waits", "killed", "waits"], ["rank 1 (pid ", "died: killed", "at step 7 in"], [1, -signal.SIGKILL, 1],
+            id="killed",
         ),
         pytest.param(["waits", "hangs", "waits"], ["no rank got any further for 5 s", "rank 1 (pid ",
             "hangs in a long forward (watch_worker.py:", "in work) while the others wait"], [1, 1, 1], id="hangs"

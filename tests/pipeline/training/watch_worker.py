@@ -51,7 +51,7 @@ def main() -> int:
     with Path(log).open("a", encoding="utf-8") as stream:
         watch = Watch(
             rank=rank, world=world, place=f"pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,
-            lost=lambda text: print(text, flush=True),
+            lost=lambda text, step: print(text, flush=True),
         )  # fmt: skip
         if rank == 0:
             listener = listen()

@@ -10,6 +10,11 @@ class UserError(ValueError):
     """Something the user gave (a file, a key, a flag) is wrong; the message names it and the fix."""
 
 
+def one_line(problem: object) -> str:
+    """Return the words of a library's error without its line ends."""
+    return " ".join(str(problem).split())
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

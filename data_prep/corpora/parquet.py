@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.corpora.base import Malformed
-from data_prep.errors import UserError, did_you_mean
+from data_prep.errors import UserError, did_you_mean, one_line
 
 
 class ParquetRows(Sequence[object]):
@@ -23,7 +23,7 @@ class ParquetRows(Sequence[object]):
         try:
             footer = pq.read_metadata(path)
         except (pa.ArrowException, OSError) as problem:
-            raise UserError(f"{path}: not a Parquet file ({problem}); download it again") from None
+            raise UserError(f"{path}: not a Parquet file ({one_line(problem)}); download it again") from None
         _require_columns(path, columns, footer.schema.to_arrow_schema().names)
         sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
         self._bounds: list[int] = list(accumulate(sizes, initial=0))
@@ -57,7 +57,9 @@ class ParquetRows(Sequence[object]):
             with pq.ParquetFile(self._path) as file:
                 table = file.read_row_group(group, columns=self._columns).slice(start, stop - start)
         except (pa.ArrowException, OSError) as problem:
-            raise UserError(f"{self._path}: row group {group} is damaged ({problem}); download it again") from None
+            raise UserError(
+                f"{self._path}: row group {group} is damaged ({one_line(problem)}); download it again"
+            ) from None
         yield from _rows(table)
 
 
@@ -69,7 +71,7 @@ class ArrowRows(Sequence[object]):
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as problem:
-            raise UserError(f"{path}: not an Arrow file of datasets ({problem}); write it again") from None
+            raise UserError(f"{path}: not an Arrow file of datasets ({one_line(problem)}); write it again") from None
         _require_columns(path, columns, table.column_names)
         self._table = table.select(list(columns))
 
@@ -101,7 +103,7 @@ def column_names(path: Path) -> list[str]:
         return list(pa.ipc.open_stream(pa.memory_map(str(path))).schema.names)
     except (pa.ArrowException, OSError) as problem:
         kind = "a Parquet" if path.suffix == ".parquet" else "an Arrow"
-        raise UserError(f"{path}: not {kind} file ({problem}); download it again") from None
+        raise UserError(f"{path}: not {kind} file ({one_line(problem)}); download it again") from None
 
 
 def _rows(table: pa.Table) -> Iterator[object]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from data_prep.corpora.base import Malformed
-from data_prep.errors import UserError
+from data_prep.errors import UserError, one_line
 
 CHUNK_BYTES = 1 << 20
 _BEFORE = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*")  # a byte order mark, as latin-1 reads it
@@ -30,7 +30,7 @@ def load_json(path: Path) -> Any:
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
             return json.load(file)
     except (ValueError, RecursionError) as problem:
-        raise UserError(f"{path}: not a JSON file ({problem}); download it again") from None
+        raise UserError(f"{path}: not a JSON file ({one_line(problem)}); download it again") from None
 
 
 def load_list(path: Path, key: str) -> list[Any]:

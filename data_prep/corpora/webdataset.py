@@ -15,7 +15,7 @@ from pydantic import Field
 
 from data_prep.corpora.base import Corpus, Malformed, as_row
 from data_prep.corpora.fields import Pattern, clean, matching_files, text
-from data_prep.errors import UserError
+from data_prep.errors import UserError, one_line
 from data_prep.example import Example, ImageRef, Reject, Turn
 from data_prep.quarantine import BadSample
 
@@ -127,7 +127,7 @@ def read_image(path: Path, name: str) -> bytes:
                 if info.isreg() and f"{PurePosixPath(info.name).parent / stem}.{suffix.lower()}" == name:
                     return _read(tar, info, "", "").data
     except (tarfile.TarError, EOFError, zlib.error) as problem:
-        raise OSError(f"{path}: damaged tar ({problem})") from problem
+        raise OSError(f"{path}: damaged tar ({one_line(problem)})") from problem
     raise KeyError(f"{path} has no member {name}")
 
 
@@ -175,7 +175,7 @@ def _members(path: Path) -> Iterator[Member]:
                 if not info.isdir() and key and suffix.lower() in IMAGE_SUFFIXES + TEXT_SUFFIXES:
                     yield _read(tar, info, str(name.parent / key), suffix.lower())
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
-        raise UserError(f"{path}: damaged tar ({problem}); download it again") from None
+        raise UserError(f"{path}: damaged tar ({one_line(problem)}); download it again") from None
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:

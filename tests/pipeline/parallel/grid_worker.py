@@ -91,6 +91,13 @@ CASES: Mapping[str, Case] = {
     "pp4-interleaved-resident0": Case(4, "interleaved", resident=0.0, reduce_once=False, layers=8, chunks=2),
     "tied-pp2-interleaved-resident0": Case(2, "interleaved", tied=True, resident=0.0, chunks=2),
     "tied-pp4-interleaved-odd": Case(4, "interleaved", True, tied=True, layers=8, chunks=2, micros=(6, 9, 7)),
+    "pp1-zero1": Case(1, config="zero1"),
+    "pp2-zero2-gpipe-checkpointing": Case(2, "gpipe", True, config="zero2"),
+    "tied-pp2-zero1-evaluate": Case(2, config="zero1", tied=True, evaluate=True),
+    "pp1-leaves": Case(1, leaves=True),
+    "pp2-leaves-resident0": Case(2, "gpipe", True, resident=0.0, reduce_once=False, leaves=True, evaluate=True),
+    "tied-pp2-offload": Case(2, config="zero3_offload", tied=True),
+    "tied-pp2-offload-all": Case(2, config="zero3_offload_params", tied=True, resident=0.0, reduce_once=False),
 }
 BROKEN: Mapping[str, Case] = {
     "backward-flag": Case(2, "gpipe", reduce_once=False, without="backward flag"),
@@ -108,6 +115,10 @@ TRAFFIC: Mapping[str, Case] = {
         2, resident=resident, reduce_once=once, layers=24, micros=(16, 16)
     )
     for resident, once in ((1.0, True), (1.0, False), (0.0, False))
+} | {
+    "traffic-leaves": Case(2, resident=0.0, reduce_once=False, layers=24, micros=(16, 16), leaves=True),
+    "traffic-zero1": Case(2, config="zero1", micros=(16, 16)),
+    "traffic-zero2": Case(2, config="zero2", micros=(16, 16)),
 }
 
 

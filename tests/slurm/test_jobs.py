@@ -23,7 +23,7 @@ LONG = {**QUICK, "PT_RUN_DIR": "none", "EXTRA_FLAGS": f"{FLAGS} --train.steps {S
 
 
 def reach(slurm: Cluster, run: Path, step: int) -> None:
-    slurm.until(lambda: len(metrics(run)) >= step, 180, f"step {step} of {run.name}")
+    slurm.until(lambda: len(metrics(run)) >= step, 400, f"step {step} of {run.name}")
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +107,9 @@ def test_the_time_limit_is_survived(slurm: Cluster, undisturbed: Path) -> None:
     job = slurm.submit("--nodes=2", *limits, "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/limited"})
     reach(slurm, run, 2)
     slurm.call("scancel", "--signal=STOP", job)  # the ranks' time stands still, Slurm's does not
-    slurm.until(lambda: "USR1 from Slurm" in slurm.log(job), 90, "the time limit")
+    slurm.until(lambda: "USR1 from Slurm" in slurm.log(job), 120, "the time limit")
     slurm.call("scancel", "--signal=CONT", job)
-    slurm.until(lambda: "back to the queue" in slurm.log(job), 120, "the job to go back to the queue")
+    slurm.until(lambda: "back to the queue" in slurm.log(job), 240, "the job to go back to the queue")
     slurm.call("scontrol", "update", f"job={job}", "TimeLimit=10")
     assert slurm.wait(job) == "COMPLETED", slurm.logs()
     assert "the time limit is near; saved at step" in slurm.log(job)
@@ -118,15 +118,16 @@ def test_the_time_limit_is_survived(slurm: Cluster, undisturbed: Path) -> None:
 
 
 def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
+    """A power cut: the other rank hears nothing and waits, until Slurm misses the node."""
     run = slurm.work / "runs/struck"
-    env = {**LONG, "RUN_DIR": "runs/struck", "NODE_PATIENCE": "10"}
-    job = slurm.submit("--nodes=2", "slurm/sft_mma.sh", env=env)
+    job = slurm.submit("--nodes=2", "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/struck"})
     reach(slurm, run, 8)
+    slurm.call("scancel", "--signal=STOP", job)  # here it would be told of the lost connection
     slurm.kill_node(NODES[1])
     slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to go back to the queue")
     slurm.start_node(NODES[1])
     assert slurm.wait(job) == "COMPLETED", slurm.logs()
-    assert f"lost {NODES[1]}" in slurm.log(job)  # whether this project or Slurm noticed first
+    assert f"Slurm ends this start: lost {NODES[1]}" in slurm.log(job)
     assert "resuming from runs/struck/checkpoints/step-" in slurm.log(job)
     assert curve(run) == curve(undisturbed)
 

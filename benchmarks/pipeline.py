@@ -1,0 +1,102 @@
+"""ZeRO inside pipeline stages on four processes of this machine, against DeepSpeed's own engines in the same run.
+
+Run from the repository root: ``python -m benchmarks.pipeline [--quick] [--steps N] [--json OUT]``. One launch of the
+real launcher trains one small causal decoder under every setting. The baseline is ZeRO-3 without a pipeline as the
+stock engine runs it (forward, backward and step a micro-batch), with the same number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RANKS = 4
+COLUMNS = ("engine", "pp", "micro-batches", "ZeRO", "resident", "reduced", "step ms", "tokens / s", "x baseline",
+           "x CPU time", "gather x", "gathers", "reduce x", "sent KiB")  # fmt: skip
+
+
+def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run all cases in one job of four ranks; exits with its output when it fails."""
+    program = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if program is None:
+        sys.exit("the deepspeed launcher is not installed: make setup")
+    worker = ["--module", "benchmarks.pipeline_worker", str(out), "--steps", str(options.steps)]
+    command = [program, "--num_accelerators", str(RANKS), "--master_port", str(options.port), *worker]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    command += ["--quick"] if options.quick else []
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if ended.returncode:
+        sys.exit(f"the job failed\n{ended.stdout[-4000:]}")
+    results: list[dict[str, Any]] = json.loads(out.read_text(encoding="utf-8"))
+    return results
+
+
+def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Add tokens a second, and throughput and processor time a token against the baseline of as many micro-batches."""
+    base = {case["micros"]: case for case in results if case["engine"] == "ZeRO-3"}
+
+    def rate(case: dict[str, Any]) -> float:
+        return float(case["tokens"] / case["seconds"])
+
+    def work(case: dict[str, Any]) -> float:
+        return float(case["cpu_seconds"] / case["tokens"])
+
+    return [
+        case
+        | {
+            "tokens_per_s": rate(case),
+            "vs_baseline": rate(case) / rate(base[case["micros"]]),
+            "cpu_vs_baseline": work(case) / work(base[case["micros"]]),
+        }
+        for case in results
+    ]
+
+
+def table_line(case: dict[str, Any]) -> str:
+    """Return a result as a line of the markdown table."""
+    ours, counted = case["engine"] == "stages", case["engine"] != "PipelineModule"
+    once = case["once"] if case["once"] is not None else case["zero"] != 2
+    traffic = [f"{case['gather_x']:.2f}", f"{case['gathers']:.0f}", f"{case['reduce_x']:.2f}"]
+    cells = [
+        f"**{case['engine']}**" if ours else case["engine"], str(case["pp"]), str(case["micros"]), str(case["zero"]),
+        f"{case['resident']:g}" if ours and case["zero"] == 3 else "-", ("once" if once else "each") if ours else "-",
+        f"{1000 * case['seconds']:,.0f}", f"{case['tokens_per_s']:,.0f}", f"{case['vs_baseline']:.2f}",
+        f"{case['cpu_vs_baseline']:.2f}", *(traffic if counted else ["-"] * 3),
+        f"{case['sent_bytes'] / 1024:,.0f}" if ours else "-",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="1 and 2 stages, 4 micro-batches, fewer settings")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps a case; the fastest counts (default: 4)")
+    parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write the results here")
+    parser.add_argument("--port", type=int, default=29555, help="port of the job (default: 29555)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run, print the table, and write JSON where asked."""
+    options = parse(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        results = with_ratios(launch(Path(folder) / "results.json", options))
+    print(f"| {' | '.join(COLUMNS)} |\n|{'---|'}{'---:|' * (len(COLUMNS) - 1)}")
+    for case in results:
+        print(table_line(case))
+    if options.json is not None:
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

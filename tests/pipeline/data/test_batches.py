@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.packs import PackReader, PackRow
-from pipeline.data.batches import BatchSource, StepBatch, shifted_labels
+from pipeline.data.batches import BatchSource, StepBatch, shifted_labels, to_device
 from pipeline.data.order import BatchOrder
 from pipeline.masks import get_policy
 from pipeline.model.inputs import IGNORE
@@ -87,3 +87,15 @@ def test_a_stage_without_the_tower_reads_no_image(packs: PackReader) -> None:
         assert micro.pixels is None and other.pixels is not None
         assert torch.equal(micro.input_ids, other.input_ids)
         assert len(other.pixels) * packs.manifest.image_tokens == len(other.image_positions)
+
+
+def test_a_micro_batch_moves_whole(packs: PackReader) -> None:
+    """Every tensor reaches the device, the plan's too; what a stage is not given stays away."""
+    for images in (True, False):
+        micro = source(packs, images=images).read(0).micros[0]
+        moved = to_device(micro, torch.device("meta"))
+        for name in ("input_ids", "position_ids", "labels", "image_positions"):
+            assert getattr(moved, name).is_meta and getattr(moved, name).shape == getattr(micro, name).shape
+        assert moved.plan.device.type == "meta"
+        assert (moved.pixels is None) == (micro.pixels is None) == (not images)
+        assert moved.pixels is None or moved.pixels.is_meta

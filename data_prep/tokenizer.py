@@ -14,7 +14,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -266,16 +266,13 @@ class Tokenizer:
         Neighbouring texts are encoded together, but never across the border of given and generated text, or of a text
         that stands apart: a prompt at inference has exactly the ids of the training prefix.
         """
-        ids: list[int] = []
-        instance: list[int] = []
-        generated: list[int] = []
-        for run, index, flag in self._runs(pieces, image_tokens):
-            ids += run
-            instance += [index] * len(run)
-            generated += [flag] * len(run)
-        instances = np.array(instance, dtype=np.int16)
+        runs = list(self._runs(pieces, image_tokens))
+        lengths = [len(run) for run, _, _ in runs]
+        ids = np.fromiter(chain.from_iterable(run for run, _, _ in runs), dtype=np.int32, count=sum(lengths))
+        instances = np.repeat(np.array([index for _, index, _ in runs], dtype=np.int16), lengths)
+        generated = np.repeat(np.array([flag for _, _, flag in runs], dtype=np.uint8), lengths)
         modality = np.where(instances >= 0, IMAGE, TEXT).astype(np.int8)
-        return Encoded(np.array(ids, dtype=np.int32), modality, instances, np.array(generated, dtype=np.uint8))
+        return Encoded(ids, modality, instances, generated)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Return the text of ids; special tokens are written by name when ``specials``, else left out."""

@@ -1,9 +1,10 @@
 """What a checkpoint costs a run: synchronous and asynchronous saves, and a resume, in multiples of a step.
 
-Run from the repository root: ``python -m benchmarks.save [--ranks 2] [--width 448] [--layers 4] [--blocks 6]``. The
-DeepSpeed launcher starts the trainer on a demo of its own; blocks of steps without a save, with a synchronous and with
-an asynchronous one at their beginning take turns, so that what else the machine does falls on all alike. A save's cost
-is how much longer than a block without one its block took, all of it: copying, writing beside the steps, publishing.
+Run from the repository root: ``python -m benchmarks.save [--ranks 2] [--width 448] [--layers 4] [--blocks 6]
+[--packs DIR]``. The DeepSpeed launcher starts the trainer on a small demo; blocks of steps without a save, with a
+synchronous and with an asynchronous one at their beginning take turns, so that what else the machine does falls on all
+alike. A save's cost is how much longer than a block without one its block took, all of it: copying, writing beside the
+steps, publishing.
 """
 
 from __future__ import annotations
@@ -126,12 +127,19 @@ def _launch(ranks: int, arguments: Sequence[str]) -> None:
         sys.exit(done.stdout[-4000:])
 
 
+def _demo(folder: Path) -> Path:
+    """Make a small demo; return its packs."""
+    command = ["demo", str(folder / "demo"), "--scenes", "300", "--held-out", "12", "--workers", "2"]
+    subprocess.run([sys.executable, "-m", "data_prep", *command], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return folder / "demo/packs/sft"
+
+
 def _words(options: argparse.Namespace, folder: Path) -> list[str]:
     """Return the trainer's flags."""
     steps = STEPS * (1 + len(MODES[1:]) + options.blocks * len(MODES))
     return [
         "--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", "demo_sft", "--run-dir", str(folder / "run"),
-        "--data.packs", str(folder / "demo/packs/sft"), "--log.tensorboard", "false", "--checkpoint.keep-last", "1",
+        "--data.packs", str(options.packs), "--log.tensorboard", "false", "--checkpoint.keep-last", "1",
         "--model.llm.config.hidden_size", str(options.width), "--model.llm.config.num_hidden_layers",
         str(options.layers), "--model.llm.config.intermediate_size", str(4 * options.width), "--train.steps",
         str(steps + 1), "--train.batch-packs", str(2 * options.ranks), "--parallel.micro-batches", "2",
@@ -164,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=448)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--packs", type=Path, help="of the demo's images; made when not given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
@@ -174,9 +183,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             (options.worker / "measured.json").write_text(json.dumps(asdict(measured)))
         return 0
     with tempfile.TemporaryDirectory() as scratch:
-        demo = ["demo", f"{scratch}/demo", "--scenes", "300", "--held-out", "12", "--workers", "2"]
-        subprocess.run([sys.executable, "-m", "data_prep", *demo], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
-        sizes = [f"--{name}={getattr(options, name)}" for name in ("ranks", "width", "layers", "blocks")]
+        options.packs = options.packs or _demo(Path(scratch))
+        sizes = [f"--{name}={getattr(options, name)}" for name in ("ranks", "width", "layers", "blocks", "packs")]
         _launch(options.ranks, ["--worker", scratch, *sizes])
         raw = json.loads(Path(scratch, "measured.json").read_text())
     print(table(Measured(**{**raw, "blocks": [Block(**block) for block in raw["blocks"]]})))

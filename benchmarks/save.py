@@ -63,6 +63,7 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
     from pipeline.training.activity import Activity
     from pipeline.training.blueprint import Blueprint
+    from pipeline.training.checkpoint import load, newest_whole
     from pipeline.training.libraries import settle_libraries
     from pipeline.training.run_folder import RunFolder
     from pipeline.training.saving import Saver
@@ -85,11 +86,13 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     trainer._saver = savers["synchronous"]
     trainer._saver.save(last := trainer.step)
     began = time.monotonic()
-    resumed = trainer._resume()
+    found, complaints = newest_whole(folder.path, rank=plan.topology.rank, world=plan.topology.world)
+    assert found is not None and not complaints, complaints
+    load(trainer._stage, found)
     took = time.monotonic() - began
     written = sum(path.stat().st_size for path in folder.path.glob(f"checkpoints/step-{last:08d}/*.safetensors"))
     stop_processes()
-    return Measured(written / 1e6, took, last - resumed, done)
+    return Measured(written / 1e6, took, last - found.manifest.step, done)
 
 
 def _with(plan: Blueprint, mode: str) -> Blueprint:
@@ -155,12 +158,12 @@ def table(measured: Measured) -> str:
     lines = [
         f"checkpoint of {measured.megabytes:.0f} MB, step of {step:.2f} s, medians of {len(seconds['none'])} blocks",
         "",
-        "| save | stands still | costs in all | |",
-        "|---|---:|---:|---:|",
+        "| save | training stands still | costs in all |",
+        "|---|---:|---:|",
     ]
     for mode in MODES[1:]:  # turn by turn against the block without a save beside it
         extra = statistics.median(ours - plain for ours, plain in zip(seconds[mode], seconds["none"], strict=True))
-        lines.append(f"| {mode} | {still[mode] / step:.2f} steps | {extra / step:.2f} steps | {extra:.2f} s |")
+        lines.append(f"| {mode} | {still[mode] / step:.2f} steps | {extra / step:.2f} steps |")
     resume = f"{measured.resume_s / step:.2f} steps ({measured.resume_s:.2f} s)"
     return "\n".join([*lines, "", f"resume: {resume}; steps trained again: {measured.trained_again}"])
 

@@ -10,9 +10,10 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
-from data_prep.errors import UserError, did_you_mean
+from data_prep.command_line import OneLineParser
+from data_prep.errors import UserError
 
 if TYPE_CHECKING:
     from data_prep.progress import Reporter
@@ -45,31 +46,6 @@ on a cluster:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the closest word that is known."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        words = list(sys.argv[1:] if args is None else args)
-        known = self._commands()
-        if known and words and not words[0].startswith("-") and words[0] not in known:
-            self.error(f"unknown command '{words[0]}'{did_you_mean(words[0], known)}; known: {', '.join(known)}")
-        return super().parse_known_args(words, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Print one line and exit with code 2."""
-        word = message.removeprefix("unrecognized arguments: ").split()[0]
-        hint = did_you_mean(word, self.flags()) if word.startswith("-") else ""
-        self.exit(2, f"mma-prep: {message}{hint}; {self.prog} --help shows all\n")
-
-    def flags(self) -> set[str]:
-        """Return the flags of all commands."""
-        return set(self._option_string_actions).union(*(parser.flags() for parser in self._commands().values()))
-
-    def _commands(self) -> dict[str, _Parser]:
-        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
-        return dict(found[0]) if found else {}
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code (2 and one line for what the user can mend, 130 for Ctrl-C)."""
     arguments = _parser().parse_args(argv)
@@ -91,19 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    parser = OneLineParser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    debug = _Parser(add_help=False)
+    debug = OneLineParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    work = _Parser(add_help=False, parents=[debug])
+    work = OneLineParser(add_help=False, parents=[debug])
     work.add_argument("--workers", type=int, metavar="N", help="local processes (default: one per core)")
-    recipe = _Parser(add_help=False, parents=[work])
+    recipe = OneLineParser(add_help=False, parents=[work])
     recipe.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     recipe.add_argument("--out", metavar="DIR", help="output folder (default: the recipe's)")
     recipe.add_argument("--root", metavar="DIR", help="raw data folder (default: the recipe's)")
-    share = _Parser(add_help=False, parents=[recipe])
+    share = OneLineParser(add_help=False, parents=[recipe])
     share.add_argument("--shard", metavar="I/N", help="do share I of N (a Slurm array's task)")
-    folder = _Parser(add_help=False, parents=[debug])
+    folder = OneLineParser(add_help=False, parents=[debug])
     folder.add_argument("directory", type=Path, metavar="DIR", help="a pack folder, or an output folder with several")
 
     demo = commands.add_parser("demo", parents=[work], help="draw a small world and pack it")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 
 if TYPE_CHECKING:
@@ -183,9 +184,9 @@ def _positive(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog="mma", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    parser = OneLineParser(prog="mma", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = OneLineParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show a traceback for errors")
     for name, words in (
         ("demo", "the whole way once, on a small drawn world"),
@@ -199,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, help=words, add_help=False)
     _add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))
-    device = argparse.ArgumentParser(add_help=False, parents=[common])
+    device = OneLineParser(add_help=False, parents=[common])
     device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU where there is one")
     _add_generate(commands.add_parser("generate", parents=[device], help="ask a model about images"))
     _add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 from pipeline.masks import get_policy
 from pipeline.parallel.groups import free_port
@@ -64,7 +65,7 @@ def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
 
 def demo_command(argv: Sequence[str]) -> int:
     """Run the demo; return 0. Raises UserError when a step fails."""
-    parser = argparse.ArgumentParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    parser = OneLineParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
     parser.add_argument("--compare", metavar="POLICY", help="train a twin of the SFT run under this policy: causal")
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")

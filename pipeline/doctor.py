@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from data_prep.command_line import OneLineParser
 from pipeline.doctor_checks import (
     Finding,
     check_checkpoint,
@@ -122,7 +123,7 @@ def _verdict(findings: Sequence[Finding]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "mma doctor", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or an output folder of mma-prep")

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.command_line import OneLineParser
 from pipeline.config import ConfigError, RunConfig
 from pipeline.flags import parse
 from pipeline.model.counts import Counts
@@ -31,7 +32,7 @@ trainer may follow the recipe:
 
 def estimate_command(argv: Sequence[str]) -> int:
     """Print one table for each number of ranks; return 0. Raises UserError for a wrong recipe, key or grid."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "mma estimate", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")

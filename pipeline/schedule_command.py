@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.text import Text
 
+from data_prep.command_line import OneLineParser
 from pipeline.config import ConfigError, build_config
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble
 from pipeline.parallel.simulation import Simulation, most_held, orders, simulate
@@ -25,7 +26,7 @@ _LIGHT = ("sky_blue1", "pale_green1", "plum1", "light_goldenrod1")
 
 def schedule_command(argv: Sequence[str]) -> int:
     """Print the timeline and what it costs; return 0. Raises UserError for a combination that cannot be."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         "mma schedule", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--pp", type=int, default=4, help="pipeline stages (default: 4)")

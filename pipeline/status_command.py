@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 from pipeline.training.durations import clock
 from pipeline.training.run_state import RunState
@@ -15,7 +15,7 @@ DESCRIPTION = "Show how runs stand: state, step, loss, speed, newest checkpoint,
 
 def status_command(argv: Sequence[str]) -> int:
     """Print a line for each run folder; return 0. Raises UserError where there is none."""
-    parser = argparse.ArgumentParser("mma status", description=DESCRIPTION)
+    parser = OneLineParser("mma status", description=DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folders (default: all in runs/)")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
     runs = parser.parse_args(list(argv)).runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 from pipeline.masks.layout import EXAMPLE, LEGEND, parse_layout
 from pipeline.masks.picture import draw_png, plain, terminal, terminal_legend
@@ -79,7 +80,7 @@ def prove_command(argv: Sequence[str]) -> int:
 
 
 def _parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog=program,
         description=description,
         epilog=f"policies:\n{_POLICIES_HELP}\n\nexamples:\n{examples}",

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_prep.command_line import OneLineParser
 from data_prep.inspect_page import Masks, write_inspect_page
 from data_prep.packs import PackRow
 from pipeline.masks.picture import thumbnail
@@ -20,7 +21,7 @@ _THUMBNAIL_PX = 480
 
 def inspect_command(argv: Sequence[str]) -> int:
     """Write the page; returns the exit code. Raises UserError for a folder, row or policy that does not exist."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="mma inspect",
         description="Write packed rows, decoded, with images and masks, into one HTML page to browse.",
         epilog="example:\n  mma inspect data/demo/packs/sft --rows 100:140 --html rows.html",

@@ -59,11 +59,17 @@ class RunFolder:
         self._lock = run_lock.hold(self.path)
 
     def record_start(self, config: RunConfig, *, world: int, steps: int = 0) -> None:
-        """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only."""
+        """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only.
+
+        Raises UserError where the disk is full.
+        """
         self._steps = steps
-        write_atomic(self.path / "config.yaml", to_yaml(config).encode())
-        write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
-        self.set_status("running", self.status().get("step", 0))
+        try:
+            write_atomic(self.path / "config.yaml", to_yaml(config).encode())
+            write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
+            self.set_status("running", self.status().get("step", 0))
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): mend that, then start again") from error
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
         """Write status.json."""

@@ -152,7 +152,7 @@ def _params(module: nn.Module) -> list[Any]:
 
 
 def _released_at_once(ds_config: dict[str, Any], numel: int, resident: float) -> dict[str, Any]:
-    """Keep nothing of a stage of ``numel`` elements for its next use, and bound what is gathered ahead.
+    """Bound what of a stage of ``numel`` elements is gathered ahead.
 
     DeepSpeed's prefetch does not release what it met in its queue while it was whole. Over several micro-batches that
     is everything, sooner or later, unless `stage3_max_live_parameters` ends its looking ahead.
@@ -163,7 +163,15 @@ def _released_at_once(ds_config: dict[str, Any], numel: int, resident: float) ->
         "stage3_max_live_parameters": (resident + _PREFETCHED) * numel,
     }
     bounded = {key: min(int(zero.get(key, _DEFAULTS[key])), int(bound)) for key, bound in bounds.items()}
-    return {**ds_config, "zero_optimization": {**zero, **bounded, "stage3_max_reuse_distance": 0}}
+    return {**ds_config, "zero_optimization": {**zero, **bounded}}
+
+
+def _not_looking_ahead(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Let DeepSpeed not look whether a weight is used again soon: `resident` says what is kept.
+
+    Its search walks along the trace from every module that ends, and a trace here is a whole step: quadratic time.
+    """
+    return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "stage3_max_reuse_distance": 0}}
 
 
 class _CallEnd(torch.autograd.Function):
@@ -237,7 +245,7 @@ class Zero3Stage:
             numel = sum(param.ds_numel for param in _params(module))
             ds_config = _released_at_once(ds_config, numel, resident)
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=ds_config, mpu=_Mpu(topology, groups)
+            model=module, optimizer=optimizer, config=_not_looking_ahead(ds_config), mpu=_Mpu(topology, groups)
         )
         self._zero = self.engine.optimizer
         self._check_internals()

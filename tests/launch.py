@@ -1,4 +1,4 @@
-"""Starts the real DeepSpeed launcher from tests: several gloo processes on this machine, always ended."""
+"""Starts jobs of several gloo processes from tests, by the real DeepSpeed launcher or as srun does; always ended."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
+Launcher = Literal["deepspeed", "srun"]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,21 @@ def free_port() -> int:
 
 
 def start(
-    ranks: int, script: Path | str, *args: str, cwd: Path = ROOT, env: Mapping[str, str] | None = None
+    ranks: int,
+    script: Path | str,
+    *args: str,
+    cwd: Path = ROOT,
+    env: Mapping[str, str] | None = None,
+    launcher: Launcher = "deepspeed",
 ) -> subprocess.Popen[str]:
-    """Start ``deepspeed --num_accelerators RANKS SCRIPT ARGS`` in its own process session."""
-    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script), *args]
+    """Start ``deepspeed --num_accelerators RANKS SCRIPT ARGS``, or ranks as srun does, in their own process session."""
+    starts = {
+        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())],
+        "srun": [sys.executable, str(ROOT / "tests/ranks.py"), str(ranks), str(free_port())],
+    }
     return subprocess.Popen(
-        command, cwd=cwd, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        start_new_session=True,
+        [*starts[launcher], str(script), *args], cwd=cwd, env=environment(env), text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
 
 
@@ -99,9 +109,10 @@ def run(
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,
     timeout_s: float = 300,
+    launcher: Launcher = "deepspeed",
 ) -> Finished:
     """Run a job to its end; whatever is left of it after ``timeout_s`` is killed and the test fails."""
-    job = start(ranks, script, *args, cwd=cwd, env=env)
+    job = start(ranks, script, *args, cwd=cwd, env=env, launcher=launcher)
     try:
         output, _ = job.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired as error:

@@ -304,7 +304,7 @@ def run_table(out: Path) -> None:
 
 def run_without_group_order() -> None:
     topology = Topology(RANKS, dist.get_rank(), 2)
-    job = Job(Case(2), topology, create_groups(topology, timeout_s=6))
+    job = Job(Case(2), topology, create_groups(topology, timeout_s=20))
     compare_orders_over_the_world()
     job.train()
 
@@ -315,7 +315,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     out = parser.parse_args().out
     fill_rank_variables()
-    start_processes(60 if out else 6)
+    start_processes(60 if out else 20)
     if out:
         run_table(out)
     else:

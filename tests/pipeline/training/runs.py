@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pipeline.training.checkpoint import open_checkpoint
-from tests.launch import ROOT, Finished, run
+from tests.launch import ROOT, Finished, Launcher, run
 
 STEPS = 6
 TINY = [
@@ -32,9 +32,18 @@ def flags(demo: Path, run_dir: Path, *more: str, recipe: str = "demo_sft", packs
     return ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", recipe, *where, *TINY, *more]
 
 
-def train(demo: Path, run_dir: Path, *more: str, ranks: int = 2, timeout_s: float = 1200, **kind: str) -> Finished:
-    """Run training to its end on the real launcher."""
-    return run(ranks, ROOT / "pipeline/train.py", *flags(demo, run_dir, *more, **kind), timeout_s=timeout_s)
+def train(
+    demo: Path,
+    run_dir: Path,
+    *more: str,
+    ranks: int = 2,
+    timeout_s: float = 1200,
+    launcher: Launcher = "srun",
+    **kind: str,
+) -> Finished:
+    """Run training to its end."""
+    words = flags(demo, run_dir, *more, **kind)
+    return run(ranks, ROOT / "pipeline/train.py", *words, timeout_s=timeout_s, launcher=launcher)
 
 
 @contextmanager

@@ -155,7 +155,7 @@ def _check_run(path: Path) -> Iterator[Finding]:
             f"{path} holds no finished checkpoint: a start begins at step 1"
         )
     if run.state != "running":
-        for torn in unfinished_folders(path / "checkpoints"):
+        for torn in unfinished_folders(path):
             yield note(f"{torn} was cut short; no start takes it, the next one removes it")
 
 

@@ -105,7 +105,7 @@ def test_damaged_packs(small_demo: Path, tmp_path: Path) -> None:
     packs = Path(shutil.copytree(small_demo / "packs/eval", tmp_path / "packs/eval"))
     shutil.copytree(small_demo / "images", tmp_path / "images") if (small_demo / "images").is_dir() else None
     (next(packs.glob("rows-*.arrow"))).write_bytes(b"rows")
-    assert "differs from its manifest" in said(doctor_checks.check_data(packs))
+    assert "differs from manifest.json" in said(doctor_checks.check_data(packs))
     assert "no manifest.json" in said(doctor_checks.check_data(tmp_path / "nowhere"))
 
 

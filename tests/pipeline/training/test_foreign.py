@@ -205,6 +205,9 @@ PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/training/writing.py", "all_gather_object"),
     ("pipeline/training/saving.py", "all_gather_object"),
+    ("pipeline/doctor.py", "broadcast_object_list"),
+    ("pipeline/doctor.py", "all_gather_object"),
+    ("pipeline/training/tracing.py", "all_gather_object"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {

@@ -205,18 +205,34 @@ class _OpenRows:
 
 def _pack_window(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[Ints, int]:
     """Return the rows of one window's samples, and the number of rows."""
+    rows, count, left_over = _try_window(lengths, images, length, max_images, 0)
+    if left_over > 1:  # lengths that leave gaps: so many rows more are filled in order, none from what is left over
+        again, fewer, _ = _try_window(lengths, images, length, max_images, left_over)
+        if fewer <= count:
+            return again, fewer
+    return rows, count
+
+
+def _try_window(
+    lengths: Counts, images: Counts, length: int, max_images: int | None, more: int
+) -> tuple[Ints, int, int]:
+    """Return the rows of one window's samples, the number of rows, and how many of them had to be opened at the end.
+
+    ``more`` rows are filled in order beyond those that would do if none of them had a gap.
+    """
     slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
     rows, open_rows = np.empty(len(lengths), dtype=np.int64), _OpenRows(length, slots, int(lengths.min()))
     long = lengths * LONG_SHARE > length
     longs, ordered, fillers = _longest_first(np.flatnonzero(long), lengths), *_split_fillers(~long, lengths)
     rows[longs] = open_rows.place(lengths[longs], needs[longs])
     tokens, counts = (np.cumsum(np.append(0, values[ordered])) for values in (lengths, needs))
-    bounds = np.array(_bounds(tokens, counts, length, slots, open_rows.room - int(lengths[fillers].sum())))
+    room = open_rows.room - int(lengths[fillers].sum()) - more * length
+    bounds = np.array(_bounds(tokens, counts, length, slots, room))
     rows[ordered[: bounds[-1]]] = np.repeat(np.arange(len(bounds) - 1) + open_rows.count, np.diff(bounds))
     open_rows.open(np.diff(tokens[bounds]), np.diff(counts[bounds]))
-    left = _longest_first(np.append(ordered[bounds[-1] :], fillers), lengths)
+    left, before = _longest_first(np.append(ordered[bounds[-1] :], fillers), lengths), open_rows.count
     rows[left] = open_rows.place(lengths[left], needs[left])
-    return rows, open_rows.count
+    return rows, open_rows.count, open_rows.count - before
 
 
 def _longest_first(samples: Ints, lengths: Counts) -> Ints:

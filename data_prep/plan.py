@@ -36,7 +36,7 @@ from data_prep.samples import read_columns
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Workspace
 
-PLAN_VERSION = 4
+PLAN_VERSION = 5
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
 _PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}

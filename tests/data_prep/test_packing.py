@@ -125,4 +125,4 @@ def test_short_samples_are_mixed_rather_than_sorted() -> None:
     lengths = np.tile([34, 36], 500)
     rows = pack_windows(lengths, np.ones_like(lengths), 512, None, 0)
     mixed = sum(len(set(lengths[rows == row].tolist())) == 2 for row in range(rows.max() + 1))
-    assert mixed / (rows.max() + 1) > 0.94  # the last few are made of what is left
+    assert mixed >= rows.max()

@@ -58,7 +58,8 @@ def test_a_second_start_is_refused_and_a_killed_one_leaves_nothing(
 
 def test_a_holder_that_is_about_to_die_is_waited_for(other: subprocess.Popen[str], tmp_path: Path) -> None:
     subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
-    hold(tmp_path).close()
+    with hold(tmp_path):
+        assert holder(tmp_path)["pid"] == os.getpid()
     other.wait()
 
 

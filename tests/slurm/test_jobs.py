@@ -133,7 +133,8 @@ def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
 
 
 def test_a_failed_pt_cancels_what_waits_for_it(slurm: Cluster) -> None:
-    done = slurm.call("slurm/chain.sh", "--data", "none", "--pt", "nlvr_pt", env={**QUICK, "EXTRA_FLAGS": "--frob 1"})
+    stages = ["--data", "none", "--pt", "nlvr_pt", "--sft", "nlvr_sft"]  # no run of another test's chain
+    done = slurm.call("slurm/chain.sh", *stages, env={**QUICK, "EXTRA_FLAGS": "--frob 1"})
     pt, sft, evaluation = (line.split()[0] for line in done.stdout.splitlines()[:-1])
     assert [slurm.wait(job) for job in (pt, sft, evaluation)] == ["FAILED", "CANCELLED", "CANCELLED"]
     assert "unknown flag '--frob'" in slurm.log(pt)

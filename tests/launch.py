@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -12,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from tests import warm
+
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
 Launcher = Literal["deepspeed", "srun"]
+Job = subprocess.Popen[str] | warm.Job
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,19 @@ def start(
     cwd: Path = ROOT,
     env: Mapping[str, str] | None = None,
     launcher: Launcher = "deepspeed",
-) -> subprocess.Popen[str]:
+) -> Job:
     """Start ``deepspeed --num_accelerators RANKS SCRIPT ARGS``, or ranks as srun does, in their own process session."""
-    starts = {
-        "deepspeed": ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())],
-        "srun": [sys.executable, str(ROOT / "tests/ranks.py"), str(ranks), str(free_port())],
-    }
+    if launcher == "srun":
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        return warm.start(warm.Request(ranks, free_port(), str(script), list(args), str(cwd), environment(env), limit))
+    command = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port()), str(script), *args]
     return subprocess.Popen(
-        [*starts[launcher], str(script), *args], cwd=cwd, env=environment(env), text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
+        command, cwd=cwd, env=environment(env), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
     )  # fmt: skip
 
 
-def kill(job: subprocess.Popen[str], sig: int = signal.SIGKILL) -> None:
+def kill(job: Job, sig: int = signal.SIGKILL) -> None:
     """Signal every process of a job's session."""
     for process in session_processes(job.pid):
         try:
@@ -77,11 +81,12 @@ def kill(job: subprocess.Popen[str], sig: int = signal.SIGKILL) -> None:
             continue
 
 
-def kill_one(job: subprocess.Popen[str], rank: int) -> bool:
+def kill_one(job: Job, rank: int) -> bool:
     """Kill -9 one rank of a job; False when it has no such process (yet)."""
     for process in session_processes(job.pid):
         try:
-            if f"--local_rank={rank}" in Path(f"/proc/{process}/cmdline").read_text().split("\0"):
+            words = Path(f"/proc/{process}/cmdline").read_text().split("\0")
+            if f"--local_rank={rank}" in words or Path(f"/proc/{process}/comm").read_text() == f"rank {rank}\n":
                 os.kill(process, signal.SIGKILL)
                 return True
         except (FileNotFoundError, ProcessLookupError):
@@ -119,4 +124,5 @@ def run(
         raise AssertionError(f"the job did not end in {timeout_s} s\n{(error.output or b'')[-3000:]!r}") from error
     finally:
         kill(job)
+    assert job.returncode is not None
     return Finished(job.returncode, output)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from data_prep.audit import turn_notes
 from data_prep.packs import Manifest, PackReader
@@ -88,7 +88,7 @@ def corpus_notes(manifest: Manifest) -> Iterator[str]:
 
 
 def _corpus_table(manifest: Manifest) -> Table:
-    table = Table(*CORPUS_COLUMNS)
+    table = Table(*(Column(name, overflow="fold") for name in CORPUS_COLUMNS))
     for column in table.columns[1:]:
         column.justify = "right"
     for row in corpus_rows(manifest):

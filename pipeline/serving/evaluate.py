@@ -176,7 +176,7 @@ def show(results: dict[str, list[Answer]], console: Console) -> None:
     table = Table(title="exact-match accuracy", title_justify="left")
     table.add_column("family")
     for name in ("questions", "best guess", *tables):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     last_family = list(first)[-2]
     for family, score in first.items():
         own = [f"{100 * table_[family].accuracy:.1f} %" for table_ in tables.values()]

@@ -145,10 +145,10 @@ def refuse_shared_gpu(store: Any, gpu: str) -> None:
 def start_processes(timeout_s: int) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs. Raises UserError when another job has the port."""
     import deepspeed
-    from deepspeed.ops import __compatible_ops__
 
-    # DeepSpeed would compile a shared-memory collective for CPUs at this point; gloo does without it.
-    __compatible_ops__["deepspeed_shm_comm"] = False
+    # DeepSpeed would try out its kernels with the host's compiler, to compile a shared-memory collective for CPUs:
+    # gloo does without it.
+    deepspeed.ops.__compatible_ops__ = {}
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if torch.cuda.is_available() else "gloo",

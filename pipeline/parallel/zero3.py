@@ -23,10 +23,12 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.runtime import compiler
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from deepspeed.utils import set_z3_leaf_module
@@ -174,6 +176,15 @@ def _not_looking_ahead(ds_config: dict[str, Any]) -> dict[str, Any]:
     return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "stage3_max_reuse_distance": 0}}
 
 
+def _leave_muon_uncompiled() -> None:
+    """Import Muon as plain Python. DeepSpeed imports it to see that the optimizer is another, and its import compiles.
+
+    That takes two seconds of every start, for torch's compiler alone.
+    """
+    with mock.patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+
+
 class _CallEnd(torch.autograd.Function):
     """Passes one call's inputs through, and calls back once all their gradients have been computed."""
 
@@ -244,6 +255,7 @@ class Zero3Stage:
         if resident < 1:
             numel = sum(param.ds_numel for param in _params(module))
             ds_config = _released_at_once(ds_config, numel, resident)
+        _leave_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_not_looking_ahead(ds_config), mpu=_Mpu(topology, groups)
         )

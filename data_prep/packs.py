@@ -272,7 +272,7 @@ class PackReader:
         """Return row ``index`` (0-based, in training order). Raises IndexError outside the folder."""
         batch, local = self._locate(index)
         arrays = {name: self._tokens(batch, name, local) for name in TOKEN_COLUMNS}
-        image_row = np.asarray(batch.column("image_row")[local].values.to_numpy(zero_copy_only=False), dtype=np.int64)
+        image_row = np.asarray(np.from_dlpack(batch.column("image_row")[local].values), dtype=np.int64)
         source = tuple(Source(**entry) for entry in batch.column("source")[local].as_py())
         return PackRow(
             **arrays,
@@ -330,10 +330,10 @@ class PackReader:
     def _view(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
         if "view" not in batch.schema.names:
             return None
-        flat = batch.column("view")[local].values.to_numpy(zero_copy_only=False)
+        flat = np.from_dlpack(batch.column("view")[local].values)
         return np.asarray(flat, dtype=np.int16).reshape(-1, 5)
 
     def _tokens(self, batch: pa.RecordBatch, name: str, local: int) -> npt.NDArray[Any]:
         length = self.manifest.length
-        flat: npt.NDArray[Any] = batch.column(name).values.to_numpy()
+        flat: npt.NDArray[Any] = np.from_dlpack(batch.column(name).values)  # to_numpy() imports pandas
         return flat[local * length : (local + 1) * length]

@@ -148,7 +148,8 @@ def run(rank: int, request: Request, shared: Mapping[str, str], report: int) -> 
     Path("/proc/self/comm").write_text(f"rank {rank}")
     os.environ.update(shared, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
     sys.argv = [request.script, *request.words]
-    sys.path[0] = str(Path(request.script).parent)
+    named = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
+    sys.path[:] = [str(Path(request.script).parent), *named, *sys.path[1:]]
     try:
         runpy.run_path(request.script, run_name="__main__")
     except SystemExit as end:
@@ -181,7 +182,7 @@ def wait(ranks: list[int]) -> int:
 
 def preload() -> None:
     """Import what a rank of training imports, and nothing that starts a thread."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of this file has rooms of the same names
     from pipeline.training.libraries import settle_libraries
 
     settle_libraries()

@@ -6,7 +6,9 @@ import os
 import sys
 
 from pipeline.cli import main
+from pipeline.parallel.groups import fill_rank_variables
 
 if __name__ == "__main__":
+    fill_rank_variables()
     folder = sys.argv[-1] if os.environ["RANK"] == "0" else "/proc/self"
     sys.exit(main(["doctor", "--run-dir", folder]))

@@ -6,8 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import pytest
 from pipeline import doctor_checks
 from pipeline.cli import main
 from pipeline.doctor_checks import Finding
-from tests.launch import ROOT, environment, run
+from tests.launch import ROOT, Finished, run
 from tests.pipeline.training.runs import STEPS, flags, train
 
 
@@ -148,7 +146,8 @@ def test_wrong_flags_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.slow
 def test_under_a_launcher_every_rank_is_looked_at(tmp_path: Path) -> None:
-    done = run(2, ROOT / "tests/pipeline/doctor_ranks.py", str(tmp_path), env={"PYTHONPATH": str(ROOT)})
+    script = ROOT / "tests/pipeline/doctor_ranks.py"
+    done = run(2, script, str(tmp_path), env={"PYTHONPATH": str(ROOT)}, launcher="srun")
     assert done.code != 0
     assert "rank 1 on " in done.output and "cannot be written" in done.output, done.output
     assert "1 thing to mend" in done.output
@@ -157,28 +156,23 @@ def test_under_a_launcher_every_rank_is_looked_at(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_no_secret_gets_out(small_demo: Path, tmp_path: Path) -> None:
     """Secrets are in the environment, and on the command line as parts of words that are allowed there."""
-    secrets = {"HF_TOKEN": "hf_" + "Q" * 30, "WANDB_API_KEY": "w" * 40, "AWS_SECRET": "aws+secret/value-1",
-               "NCCL_TOKEN": "nccl-secret-value", "MASTER_PORT": "0"}  # fmt: skip
-    hidden = [value for name, value in secrets.items() if name != "MASTER_PORT"]
-    call = [sys.executable, str(ROOT / "pipeline/train.py")]
-    env = {**environment(secrets), "MASTER_PORT": "29911"}
+    hidden = {"HF_TOKEN": "hf_" + "Q" * 30, "WANDB_API_KEY": "w" * 40, "AWS_SECRET": "aws+secret/value-1",
+              "NCCL_TOKEN": "nccl-secret-value"}  # fmt: skip
     words = flags(small_demo, tmp_path / "run", "--train.steps", "1")
 
-    def outcome(*more: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*call, *words, *more], env=env, cwd=ROOT, text=True, capture_output=True, check=False)
+    def outcome(*more: str) -> Finished:
+        return run(1, ROOT / "pipeline/train.py", *words, *more, env=hidden, launcher="srun")
 
-    refused = outcome("--model.llm.config.note", secrets["AWS_SECRET"])
-    assert refused.returncode == 2 and "model.llm.config.note holds a secret" in refused.stderr
-    foreign = outcome(f"--hf-token={secrets['HF_TOKEN']}")
-    assert foreign.returncode == 2 and "unknown flag '--hf-token'" in foreign.stderr
-    odd = outcome("--init-from", f"s3://user:{secrets['WANDB_API_KEY']}@bucket/run")
-    assert odd.returncode == 2
-    good = outcome()
-    assert good.returncode == 0, good.stderr
-    texts = [done.stdout + done.stderr for done in (refused, foreign, odd, good)]
+    refused = outcome("--model.llm.config.note", hidden["AWS_SECRET"])
+    assert refused.code == 2 and "model.llm.config.note holds a secret" in refused.output
+    foreign = outcome(f"--hf-token={hidden['HF_TOKEN']}")
+    assert foreign.code == 2 and "unknown flag '--hf-token'" in foreign.output
+    odd = outcome("--init-from", f"s3://user:{hidden['WANDB_API_KEY']}@bucket/run")
+    assert odd.code == 2
+    texts = [refused.output, foreign.output, odd.output, outcome().check().output]
     texts += [path.read_bytes().decode(errors="replace") for path in (tmp_path / "run").rglob("*") if path.is_file()]
     assert len(texts) > 8
-    assert not [value for value in hidden for text in texts if value in text]
+    assert not [value for value in hidden.values() for text in texts if value in text]
     facts = json.loads((tmp_path / "run/env.json").read_text())
     assert facts["variables"]["OMP_NUM_THREADS"] == "1" and "NCCL_TOKEN" not in facts["variables"]
     assert os.environ.get("HF_TOKEN") is None or "HF_TOKEN" not in json.dumps(facts)

@@ -7,24 +7,21 @@ network that training will use. Rank 0 prints a line for each bad node, by name;
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]
 
+from pipeline.parallel.health import PATIENCE, disk_problem, gpu_problem, network_problem
+
 BAD_NODE = 3
 """Exit code: not 1, which a Python that breaks ends with."""
-PATIENCE = timedelta(seconds=60)
-MIN_FREE_GIB = 1.0
 
 
 def main() -> int:
@@ -39,7 +36,7 @@ def main() -> int:
     store.set(f"GPUs and disks/{rank}", problem or "fit")
     if not (report(store, nodes, "GPUs and disks") if rank == 0 else all_fit(store, "GPUs and disks")):
         return BAD_NODE
-    store.set(f"network/{rank}", network_problem(store, rank, nodes) or "fit")
+    store.set(f"network/{rank}", all_reduce_problem(store, rank, nodes) or "fit")
     return 0 if (report(store, nodes, "network") if rank == 0 else all_fit(store, "network")) else BAD_NODE
 
 
@@ -63,45 +60,14 @@ def visible_gpus() -> int | None:
     return None if names is None else len([name for name in names.split(",") if name])
 
 
-def gpu_problem(index: int) -> Iterator[str]:
-    """Yield what is wrong with one GPU: a product of ones is known without computing it."""
-    try:
-        ones = torch.ones(256, 256, device=f"cuda:{index}")
-        if not bool((ones @ ones == 256).all()):
-            yield f"GPU {index} computes wrong numbers"
-    except RuntimeError as error:
-        yield f"GPU {index}: {str(error).splitlines()[0]}"
-
-
-def disk_problem(folder: Path) -> Iterator[str]:
-    """Yield what keeps this node from writing to a folder."""
-    probe = folder / f".probe-{uuid.uuid4().hex}"
-    try:
-        probe.write_bytes(b"fit")
-        probe.unlink()
-    except OSError as error:
-        yield f"{folder} cannot be written: {error.strerror}"
-        return
-    free = shutil.disk_usage(folder).free / 2**30
-    if free < MIN_FREE_GIB:
-        yield f"{folder} has {free:.2f} GiB left"
-
-
-def network_problem(store: Store, rank: int, nodes: int) -> str:
+def all_reduce_problem(store: Store, rank: int, nodes: int) -> str:
     """Add up a number over all nodes with the backend of training; return what went wrong, or nothing."""
-    gpu = torch.cuda.is_available()
     try:
-        shared = PrefixStore("reduce", store)
-        dist.init_process_group("nccl" if gpu else "gloo", store=shared, rank=rank, world_size=nodes, timeout=PATIENCE)
-        value = torch.full((1 << 20,), float(rank + 1), device="cuda:0" if gpu else "cpu")
-        dist.all_reduce(value)
-        wrong = bool((value != nodes * (nodes + 1) / 2).any())
-    except RuntimeError as error:
-        return f"no all-reduce with the other nodes: {str(error).splitlines()[0]}"
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        return network_problem(rank, nodes, backend=backend, store=PrefixStore("reduce", store))
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    return "an all-reduce gave a wrong sum" if wrong else ""
 
 
 def report(store: Store, nodes: int, test: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 MIN_FREE_GIB = 1.0
 PATIENCE = timedelta(seconds=60)
@@ -40,12 +41,15 @@ def disk_problem(folder: Path, need_gib: float = MIN_FREE_GIB) -> Iterator[str]:
         yield f"{folder} has {free:.2f} GiB left, {need_gib:.2f} are needed: make room"
 
 
-def network_problem(rank: int, world: int, *, backend: str) -> str:
-    """Add up a number over all processes that meet at MASTER_ADDR; return what went wrong, or nothing."""
+def network_problem(rank: int, world: int, *, backend: str, store: Store | None = None) -> str:
+    """Add up a number over all processes that meet at MASTER_ADDR, or in a store; return what went wrong, or nothing.
+
+    The process group stays, for whoever has more to say in it.
+    """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if backend == "nccl" else torch.device("cpu")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=PATIENCE)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=PATIENCE)
         value = torch.full((1 << 20,), float(rank + 1), device=device)
         dist.all_reduce(value)
         wrong = bool((value != world * (world + 1) / 2).any())

@@ -78,6 +78,7 @@ def table_line(case: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 and 2 stages, 4 micro-batches, fewer settings")
     parser.add_argument("--steps", type=int, default=4, help="timed steps a case; the fastest counts (default: 4)")

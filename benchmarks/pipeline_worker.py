@@ -277,6 +277,7 @@ def sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def main() -> None:
+    """Measure every case; rank 0 writes the results."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--quick", action="store_true")

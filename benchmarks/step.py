@@ -277,6 +277,7 @@ def table_line(found: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192, 16384], help="tokens of a packed row")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the fastest counts (default: 5)")

@@ -110,6 +110,7 @@ class _Merged(torch.autograd.Function):
         scaling: float,
         kernels: Kernels,
     ) -> torch.Tensor:
+        """Return out[T, H, D]: rows of the rectangles weighed against the causal part by their log-sum-exp."""
         out, lse = kernels.forward_with_lse(q, k, v, tables.segments, scaling)
         if tables.rectangles.q_tokens:
             rows, keys = tables.queries, tables.keys.rows
@@ -127,6 +128,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of q, k and v: the sums of both parts', each with the merged output and log-sum-exp."""
         gradient = gradients[0]
         q, k, v, out, lse = ctx.saved_tensors
         tables, scaling, kernels = ctx.tables, ctx.scaling, ctx.kernels

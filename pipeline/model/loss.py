@@ -29,6 +29,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk_rows: int,
         with_grad: bool,
     ) -> torch.Tensor:
+        """Return the summed loss; see :func:`linear_cross_entropy`. Gradients are kept where ``with_grad`` is set."""
         loss_dtype = torch.promote_types(h_ND.dtype, torch.float32)
         loss = torch.zeros((), dtype=loss_dtype, device=h_ND.device)
         dh_ND = torch.empty_like(h_ND) if with_grad and ctx.needs_input_grad[0] else None
@@ -57,6 +58,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Scale the gradients of hidden states [n, d] and weight [V, d] that the forward made, once only."""
         assert ctx.gradients is not None, "the loss was differentiated twice; compute it again"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None  # scaled in place: a copy would double the peak
         dh_ND = None if dh_ND is None else dh_ND.mul_(grads[0])

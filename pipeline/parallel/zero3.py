@@ -107,6 +107,7 @@ def _compare_orders_within(group: Any) -> None:
     """Correction 1: replace the world-wide comparison by one over the stage's data-parallel group."""
 
     def same(ints: list[int]) -> None:
+        """Raise RuntimeError unless every rank of the group has these numbers, compared by length and hash."""
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
         mine = torch.tensor([len(ints), hash(tuple(ints)) % (1 << 62)], dtype=torch.long, device=device)
         low, high = mine.clone(), mine.clone()
@@ -124,16 +125,20 @@ def _count_collectives(traffic: Traffic) -> None:
     """Count what DeepSpeed gathers and reduces from now on, in place of what counted before."""
 
     def gather(shard: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
+        """Gather every rank's flat ``shard`` into ``whole``, and count its bytes."""
         traffic.gathered += whole.nbytes
         traffic.gathers += 1
         return _GATHER(shard, whole, group)
 
     def reduce(tensors: list[torch.Tensor], group: Any = None) -> Any:
+        """Reduce-scatter whole gradients to shards, and count their bytes."""
         traffic.reduced += sum(tensor.nbytes for tensor in tensors)
         traffic.reductions += 1
         return _REDUCE(tensors, group)
 
     def counted(gather_params: Callable[..., Any]) -> Callable[..., Any]:
+        """Return DeepSpeed's method ``(init, params, ...)`` with what it gathers of sharded parameters counted."""
+
         def gather_each(init: Any, params: list[Any], *args: Any, **options: Any) -> Any:
             sharded = [param for param in params if param.ds_zero_partition_world_size > 1]
             traffic.gathered += sum(param.ds_numel_aligned * param.ds_tensor.element_size() for param in sharded)
@@ -190,12 +195,14 @@ class _CallEnd(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, open_inputs: list[int], release: Callable[[], None]) -> torch.Tensor:  # type: ignore[override]
+        """Return the input as it is; one that wants a gradient adds to ``open_inputs``, a count shared by a call."""
         ctx.open_inputs, ctx.release = open_inputs, release
         open_inputs[0] += tensor.requires_grad
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Return the gradient as it is; the last of a call's inputs releases."""
         ctx.open_inputs[0] -= 1
         if ctx.open_inputs[0] == 0:
             ctx.release()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,7 +46,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     ]
     mine = team.share(jobs)
     unchanged = sources.unchanged([job.unit for job in mine], space.recipe.root_dir)
-    waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.unit.is_done())]
+    waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.unit.done())]
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
         team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
     if not team.does_all:
@@ -75,13 +74,13 @@ def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
 def _check_units(space: Workspace) -> tuple[str, Tally]:
     """Return the tokenizer's hash and what became of all samples."""
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
-    intakes = space.intakes(tokenizer_sha256)
-    units = pack_units(intakes)
-    missing = [unit for unit in units if not unit.is_done()]
+    units = pack_units(space.intakes(tokenizer_sha256))
+    reports = [unit.done() for unit in units]
+    missing = [unit for unit, report in zip(units, reports, strict=True) if report is None]
     if missing:
         raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
     write_rejects(space, units)
-    tallies = tallies_by_corpus(intakes)
+    tallies = tallies_by_corpus(units, [report.tally for report in reports if report is not None])
     check_bad_fraction(tallies, space.recipe.max_bad_fraction, space.rejects)
     return tokenizer_sha256, add_tallies(tallies.values())
 
@@ -91,13 +90,12 @@ def pack_units(intakes: Iterable[Intake]) -> list[Unit]:
     return [unit for intake in intakes for unit in intake.units]
 
 
-def tallies_by_corpus(intakes: Iterable[Intake]) -> dict[str, Tally]:
-    """Return what became of each corpus's samples, over its done units."""
-    grouped = itertools.groupby(sorted(intakes, key=lambda one: one.corpus), key=lambda one: one.corpus)
-    return {
-        corpus: add_tallies(unit.report().tally for intake in group for unit in intake.units)
-        for corpus, group in grouped
-    }
+def tallies_by_corpus(units: Iterable[Unit], tallies: Iterable[Tally]) -> dict[str, Tally]:
+    """Return what became of each corpus's samples, from the tallies of units."""
+    gathered: dict[str, list[Tally]] = {}
+    for unit, tally in zip(units, tallies, strict=True):
+        gathered.setdefault(unit.corpus, []).append(tally)
+    return {corpus: add_tallies(found) for corpus, found in sorted(gathered.items())}
 
 
 def write_rejects(space: Workspace, units: Sequence[Unit]) -> None:

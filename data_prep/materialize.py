@@ -281,7 +281,8 @@ def _manifest(
     targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
-    tallies = tallies_by_corpus(pack_intakes(space, pack, ready.tokenizer_sha256))
+    units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
+    tallies = tallies_by_corpus(units, [unit.report().tally for unit in units])
     corpora = {
         corpus: CorpusStats(
             audit.draws,

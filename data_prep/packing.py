@@ -6,8 +6,9 @@ Pure functions of arrays and a seed; 1.6 million draws take about a second.
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import numpy as np
 import numpy.typing as npt
@@ -166,109 +167,156 @@ class _OpenRows:
 
     def open(self, tokens: Counts, images: Counts) -> None:
         """Add rows that hold so much."""
-        for free, slots in zip((self._length - tokens).tolist(), (self._slots - images).tolist(), strict=True):
-            self._keep(self.count, free, slots)
-            self.count += 1
+        frees, slots = self._length - tokens, self._slots - images
+        order = np.lexsort((frees, slots))
+        rows = iter((self.count + order).tolist())
+        for free, left, count in _runs(frees[order], slots[order]):
+            self._keep(list(islice(rows, count)), free, left)
+        self.count += len(tokens)
 
     def place(self, tokens: Counts, images: Counts) -> list[int]:
-        """Return the row of each sample in turn: the one it fits best, or a new one where it fits none."""
-        found, all_frees, all_rows, keep = [], self._frees, self._rows, self._keep
-        for size, need in zip(tokens.tolist(), images.tolist(), strict=True):
-            best, place, slots = self._length + 1, 0, -1
-            for more in range(need, self._slots + 1):
-                frees = all_frees[more]
-                at = bisect_left(frees, size)
-                if at < len(frees) and frees[at] < best:
-                    best, place, slots = frees[at], at, more
-            if slots < 0:
-                row, best, slots = self.count, self._length, self._slots
-                self.count += 1
-            else:
-                stack = all_rows[slots][best]
-                row = stack.pop()
-                if not stack:
-                    del all_rows[slots][best], all_frees[slots][place]
-            found.append(row)
-            keep(row, best - size, slots - need)
+        """Return the row of each sample in turn: the one it fits best, or a new one where it fits none.
+
+        Equal samples in succession are placed together: a row that is the best for one of them is so for the next,
+        until it is full; then comes another row with as much room as it had.
+        """
+        found: list[int] = []
+        for size, need, left in _runs(tokens, images):
+            while left:
+                free, slots = self._best(size, need)
+                each = min(free // size, slots // need) if need else free // size
+                rows = self._take(free, slots, -(-left // each))
+                placed = min(left, len(rows) * each)
+                found += rows if each == 1 else [row for row in rows for _ in range(each)][:placed]
+                whole, rest = divmod(placed, each)
+                self._keep(rows[:whole], free - each * size, slots - each * need)
+                if rest:
+                    self._keep(rows[whole:], free - rest * size, slots - rest * need)
+                left -= placed
         return found
 
-    def _keep(self, row: int, free: int, slots: int) -> None:
-        if free < self._least:
+    def _best(self, size: int, need: int) -> tuple[int, int]:
+        """Return the tokens and image slots left of the fullest rows that a sample fits; those of new rows for none."""
+        best, slots = self._length + 1, -1
+        for more in range(need, self._slots + 1):
+            frees = self._frees[more]
+            at = bisect_left(frees, size)
+            if at < len(frees) and frees[at] < best:
+                best, slots = frees[at], more
+        return (self._length, self._slots) if slots < 0 else (best, slots)
+
+    def _take(self, free: int, slots: int, most: int) -> list[int]:
+        """Take up to ``most`` rows with so much left, the latest first; new rows where there are none."""
+        stack = self._rows[slots].get(free)
+        if stack is None:
+            self.count += most
+            return list(range(self.count - most, self.count))
+        rows = stack[: -most - 1 : -1]
+        del stack[-most:]
+        if not stack:
+            del self._rows[slots][free], self._frees[slots][bisect_left(self._frees[slots], free)]
+        return rows
+
+    def _keep(self, rows: list[int], free: int, slots: int) -> None:
+        if free < self._least or not rows:
             return
         stack = self._rows[slots].get(free)
         if stack:
-            stack.append(row)
+            stack += rows
         else:
-            self._rows[slots][free] = [row]
+            self._rows[slots][free] = rows
             insort(self._frees[slots], free)
+
+
+def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
+    """Yield tokens, images and number of equal samples in succession."""
+    changes = np.flatnonzero((np.diff(tokens) != 0) | (np.diff(images) != 0)) + 1
+    starts = np.concatenate([[0], changes]) if len(tokens) else changes
+    counts = np.diff(np.append(starts, len(tokens)))
+    yield from zip(tokens[starts].tolist(), images[starts].tolist(), counts.tolist(), strict=True)
 
 
 def _pack_window(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[Ints, int]:
     """Return the rows of one window's samples, and the number of rows."""
-    rows, count, left_over = _try_window(lengths, images, length, max_images, 0)
+    slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
+    window = _Window(lengths, needs, length, slots)
+    rows, count, left_over = window.pack(0)
     if left_over > 1:  # lengths that leave gaps: so many rows more are filled in order, none from what is left over
-        again, fewer, _ = _try_window(lengths, images, length, max_images, left_over)
+        again, fewer, _ = window.pack(left_over)
         if fewer <= count:
             return again, fewer
     return rows, count
 
 
-def _try_window(
-    lengths: Counts, images: Counts, length: int, max_images: int | None, more: int
-) -> tuple[Ints, int, int]:
-    """Return the rows of one window's samples, the number of rows, and how many of them had to be opened at the end.
+class _Window:
+    """The samples of one window: the long ones, those that fill rows as they come, and those kept for the end."""
 
-    ``more`` rows are filled in order beyond those that would do if none of them had a gap.
-    """
-    slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
-    rows, open_rows = np.empty(len(lengths), dtype=np.int64), _OpenRows(length, slots, int(lengths.min()))
-    long = lengths * LONG_SHARE > length
-    longs, ordered, fillers = _longest_first(np.flatnonzero(long), lengths), *_split_fillers(~long, lengths)
-    rows[longs] = open_rows.place(lengths[longs], needs[longs])
-    tokens, counts = (np.cumsum(np.append(0, values[ordered])) for values in (lengths, needs))
-    room = open_rows.room - int(lengths[fillers].sum()) - more * length
-    bounds = np.array(_bounds(tokens, counts, length, slots, room))
-    rows[ordered[: bounds[-1]]] = np.repeat(np.arange(len(bounds) - 1) + open_rows.count, np.diff(bounds))
-    open_rows.open(np.diff(tokens[bounds]), np.diff(counts[bounds]))
-    left, before = _longest_first(np.append(ordered[bounds[-1] :], fillers), lengths), open_rows.count
-    rows[left] = open_rows.place(lengths[left], needs[left])
-    return rows, open_rows.count, open_rows.count - before
+    def __init__(self, lengths: Counts, needs: Counts, length: int, slots: int) -> None:
+        self._lengths, self._needs, self._length, self._slots = lengths, needs, length, slots
+        long = (lengths * LONG_SHARE > length) | (needs > slots - slots // RESERVE_SHARE)
+        self._longs = _longest_first(np.flatnonzero(long), lengths)
+        self._ordered, self._fillers = _split_fillers(np.flatnonzero(~long), lengths)
+        self._tokens, self._images = (np.cumsum(np.append(0, values[self._ordered])) for values in (lengths, needs))
+        self._bounds = np.array(_bounds(self._tokens, self._images, length, slots))
+
+    def pack(self, more: int) -> tuple[Ints, int, int]:
+        """Return the row of each sample, the number of rows, and how many of them had to be opened at the end.
+
+        ``more`` rows are filled in order beyond those that would do if none of them had a gap.
+        """
+        rows = np.empty(len(self._lengths), dtype=np.int64)
+        open_rows = _OpenRows(self._length, self._slots, int(self._lengths.min()))
+        rows[self._longs] = open_rows.place(self._lengths[self._longs], self._needs[self._longs])
+        bounds = self._bounds[: 1 + self._filled_in_order(open_rows.room, more)]
+        rows[self._ordered[: bounds[-1]]] = np.repeat(np.arange(len(bounds) - 1) + open_rows.count, np.diff(bounds))
+        open_rows.open(np.diff(self._tokens[bounds]), np.diff(self._images[bounds]))
+        left = _longest_first(np.append(self._ordered[bounds[-1] :], self._fillers), self._lengths)
+        before = open_rows.count
+        rows[left] = open_rows.place(self._lengths[left], self._needs[left])
+        return rows, open_rows.count, open_rows.count - before
+
+    def _filled_in_order(self, room: int, more: int) -> int:
+        """Return how many rows to fill in order: as many as would be full of what does not fit into ``room``."""
+        tokens = int(self._tokens[-1] + self._lengths[self._fillers].sum()) - room
+        return max(0, tokens // self._length + more, int(self._images[-1]) // self._slots if self._slots else 0)
 
 
 def _longest_first(samples: Ints, lengths: Counts) -> Ints:
     """Return samples by decreasing length, equal ones as they come."""
-    return samples[np.argsort(-lengths[samples], kind="stable")]
+    sizes = lengths[samples]
+    longest = int(sizes.max(initial=0))
+    return samples[np.argsort((longest - sizes).astype(np.min_scalar_type(longest)), kind="stable")]  # by radix
 
 
-def _split_fillers(short: npt.NDArray[np.bool_], lengths: Counts) -> tuple[Ints, Ints]:
+def _split_fillers(samples: Ints, lengths: Counts) -> tuple[Ints, Ints]:
     """Return the short samples that fill rows in order, and the shortest ones, which are kept for the end.
 
     Of equal samples, those that are kept are scattered over the window.
     """
-    samples = np.flatnonzero(short)
-    scattered = np.arange(len(samples)) * _SCATTER & 0xFFFFFFFF
-    fillers = np.argsort(lengths[samples].astype(np.int64) << 32 | scattered)[: len(samples) // FILLER_SHARE]
+    count = len(samples) // FILLER_SHARE
+    keys = lengths[samples].astype(np.int64) << 32 | np.arange(len(samples)) * _SCATTER & 0xFFFFFFFF
+    fillers = np.argpartition(keys, count)[:count] if count else np.empty(0, dtype=np.int64)
+    fillers = fillers[np.argsort(keys[fillers])]
     return np.delete(samples, fillers), samples[fillers]
 
 
-def _bounds(tokens: Counts, images: Counts, length: int, slots: int, room: int) -> list[int]:
-    """Return where new rows begin and end when samples fill all but their reserve in the given order.
+def _bounds(tokens: Counts, images: Counts, length: int, slots: int) -> list[int]:
+    """Return where rows begin and end when samples fill all but their reserve in the given order.
 
-    As many rows as would be full of what does not fit into the ``room`` of the open ones.
+    None of them is longer, or holds more images, than what is left of a row beside its reserve.
 
     Args:
         tokens: of all samples before each one and, last, of all; so are ``images``.
         images: see there.
         length: tokens a row holds.
         slots: images a row holds.
-        room: tokens that would fill the rows that are open already, less those of samples that are kept for the end.
     """
-    ends, counts = tokens.tolist(), images.tolist()
-    most_tokens, most_images = length - length // RESERVE_SHARE, slots - slots // RESERVE_SHARE
+    fitting = np.searchsorted(tokens, tokens + (length - length // RESERVE_SHARE), side="right")
+    if slots:
+        most = images + (slots - slots // RESERVE_SHARE)
+        fitting = np.minimum(fitting, np.searchsorted(images, most, side="right"))
+    following = (fitting - 1).tolist()
     bounds = [0]
-    wanted = max((ends[-1] - room) // length, counts[-1] // slots if slots else 0)
-    while len(bounds) <= wanted and bounds[-1] < len(ends) - 1:
-        at = bounds[-1]
-        fitting = min(bisect_right(ends, ends[at] + most_tokens), bisect_right(counts, counts[at] + most_images))
-        bounds.append(fitting - 1)
+    while bounds[-1] < len(tokens) - 1:
+        bounds.append(following[bounds[-1]])
     return bounds

@@ -16,7 +16,7 @@ import pyarrow as pa
 from data_prep.arrow_files import atomic_path
 from data_prep.audit import CorpusAudit, audit_corpus, check_audit, warnings
 from data_prep.errors import UserError
-from data_prep.ingest import pack_units, require_ingested
+from data_prep.ingest import require_ingested
 from data_prep.packing import (
     Ints,
     better_length,
@@ -34,9 +34,9 @@ from data_prep.prompts import NO_PROMPT, draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import read_columns
 from data_prep.tokenizer import Tokenizer
-from data_prep.workspace import Intake, Workspace
+from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
-PLAN_VERSION = 5
+PLAN_VERSION = 6
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
 _PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
@@ -106,11 +106,11 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
     space = Workspace(recipe)
     ready = require_ingested(space)
     for name, pack in recipe.packs.items():
-        intakes = pack_intakes(space, pack, ready.tokenizer_sha256)
+        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
         path = plan_path(space.packs(name))
-        settings = _settings(recipe, pack, intakes)
+        settings = _settings(recipe, pack, sources)
         if _settings_of(path) != settings:
-            made = _make(name, pack, recipe.seed, intakes, Tokenizer.load(space.tokenizer))
+            made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer))
             for line in made.advice:
                 reporter.say(line)
             _write(path, made, settings)
@@ -126,14 +126,37 @@ def describe(name: str, pack: PackConfig, made: Plan) -> str:
     return f"plan {name}: {rows}, {full:.1%} full; epochs: {epochs}"
 
 
-def _settings(recipe: Recipe, pack: PackConfig, intakes: Sequence[Intake]) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A corpus that a pack set draws from: its units, and what they hold."""
+
+    corpus: str
+    units: list[Unit]
+    reports: list[UnitReport]
+
+    @property
+    def kept(self) -> list[int]:
+        """Samples of each unit."""
+        return [report.tally.kept for report in self.reports]
+
+
+def _read_sources(intakes: Sequence[Intake]) -> list[_Source]:
+    """Read the done-markers of a pack set's units, each once. Raises UserError for a damaged one."""
+    return [_Source(intake.corpus, units := intake.units, [unit.report() for unit in units]) for intake in intakes]
+
+
+def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> dict[str, Any]:
     """Everything a plan depends on; two plans with equal settings are equal."""
     augments = {corpus: augment.model_dump() for corpus, augment in recipe.augments(pack).items()}
     return {
         "version": PLAN_VERSION,
         "seed": recipe.seed,
         "pack": pack.model_dump(mode="json", include=_PLANNED),
-        "units": [[unit.corpus, unit.shard, unit.report().sha256] for unit in pack_units(intakes)],
+        "units": [
+            [source.corpus, unit.shard, report.sha256]
+            for source in sources
+            for unit, report in zip(source.units, source.reports, strict=True)
+        ],
         **({"augments": augments} if augments else {}),  # a resumed run must not see other pixels either
     }
 
@@ -202,14 +225,14 @@ def lengths_by_fullness(recipe: Recipe) -> dict[str, dict[int, float]]:
     ready = require_ingested(space)
     tokenizer, found = Tokenizer.load(space.tokenizer), {}
     for name, pack in recipe.packs.items():
-        intakes = pack_intakes(space, pack, ready.tokenizer_sha256)
-        draws = _blended(name, pack, recipe.seed, intakes, tokenizer)[0].draws
+        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
+        draws = _blended(name, pack, recipe.seed, sources, tokenizer)[0].draws
         found[name] = fullness_by_length(draws.tokens, draws.images, pack.length, pack.max_images)
     return found
 
 
-def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer) -> _Made:
-    blend, audits = _blended(name, pack, seed, intakes, tokenizer)
+def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer) -> _Made:
+    blend, audits = _blended(name, pack, seed, sources, tokenizer)
     rows = _rows(pack, seed, blend.draws)
     order = np.argsort(rows, kind="stable")
     draws = blend.draws
@@ -220,19 +243,18 @@ def _make(name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tok
 
 
 def _blended(
-    name: str, pack: PackConfig, seed: int, intakes: Sequence[Intake], tokenizer: Tokenizer
+    name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer
 ) -> tuple[_Blend, dict[str, CorpusAudit]]:
     """Return all draws of a pack set in blended order, and what they give. Raises UserError for an audit that fails."""
-    kept = [[unit.report().tally.kept for unit in intake.units] for intake in intakes]
-    orders = _draw(pack, seed, [intake.corpus for intake in intakes], list(map(sum, kept)))
-    first_units = itertools.accumulate(map(len, kept), initial=0)
+    orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
+    first_units = itertools.accumulate((len(source.units) for source in sources), initial=0)
     prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
     drawn, audits = [], {}
-    for intake, counts, chosen, first_unit in zip(intakes, kept, orders, first_units, strict=False):
-        part = read_columns(intake.units, counts, chosen)
-        prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(pack.prompts), seed, intake.corpus)
+    for source, chosen, first_unit in zip(sources, orders, first_units, strict=False):
+        part = read_columns(source.units, source.kept, chosen)
+        prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(pack.prompts), seed, source.corpus)
         tokens = part.n_tokens + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-        audits[intake.corpus] = audit_corpus(part, sum(counts), tokens)
+        audits[source.corpus] = audit_corpus(part, sum(source.kept), tokens)
         drawn.append(_Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt))
     check_audit(name, audits)
     return _Blend.of(pack, drawn), audits

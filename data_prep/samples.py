@@ -70,22 +70,30 @@ def read_columns(units: Sequence[Unit], kept: Sequence[int], chosen: npt.NDArray
     Raises:
         UserError: a unit cannot be read, or holds another number of samples.
     """
-    order = np.argsort(chosen)
-    numbers, starts = chosen[order], np.cumsum([0, *kept])
-    bounds = np.searchsorted(numbers, starts).tolist()
+    numbers, order = _sorted_with_places(chosen)
+    starts = np.cumsum([0, *kept])
+    bounds = np.searchsorted(numbers, starts)
+    which = np.repeat(np.arange(len(units)), np.diff(bounds))
+    numbers -= starts[which]
     kinds = dict.fromkeys(("unit", "index", *_NUMBERS), "int32") | dict.fromkeys(_FLAGS, "bool")
     columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(chosen), dtype=kind) for name, kind in kinds.items()}
-    for number, (first, last) in enumerate(itertools.pairwise(bounds)):
+    columns["unit"][order], columns["index"][order] = which, numbers
+    for number, (first, last) in enumerate(itertools.pairwise(bounds.tolist())):
         if first == last:
             continue
         table = pa.Table.from_batches(_open(units[number]))
         if table.num_rows != kept[number]:
             raise _unreadable(units[number], f"{table.num_rows} samples, its marker says {kept[number]}")
-        places, inside = order[first:last], numbers[first:last] - starts[number]
-        columns["unit"][places], columns["index"][places] = number, inside
         for name in (*_NUMBERS, *_FLAGS):
-            columns[name][places] = table.column(name).to_numpy()[inside]
+            columns[name][order[first:last]] = table.column(name).to_numpy().take(numbers[first:last])
     return Columns(**columns)
+
+
+def _sorted_with_places(numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Return numbers in order, and where each stood; plain keys sort in half the time of an ``argsort``."""
+    bits = len(numbers).bit_length()
+    keys = np.sort(numbers << bits | np.arange(len(numbers)))
+    return keys >> bits, keys & ((1 << bits) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,10 +106,11 @@ class Unit:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
             raw = json.loads(self.marker.read_text(encoding="utf-8"))
-            tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
-            report = UnitReport(
+            if raw.pop("marker_sha256") != digest(raw):
+                raise ValueError("it differs from its own hash")
+            return UnitReport(
                 raw["raw"],
-                tally,
+                Tally(raw["kept"], raw["codes"], raw["repairs"]),
                 raw["images"],
                 raw["bytes"],
                 raw["sha256"],
@@ -117,22 +118,20 @@ class Unit:
                 raw["rejects_sha256"],
                 raw["sources_sha256"],
             )
-            if json.loads(report.to_json()) != raw:
-                raise ValueError("it differs from its own hash")
-            return report
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
             ) from error
 
-    def is_done(self) -> bool:
-        """Return whether the unit's files are all in place."""
+    def done(self) -> UnitReport | None:
+        """Return what the unit holds, or None when not all of its files are in place or its raw files changed."""
         if not (self.marker.is_file() and self.tokens.is_file()):
-            return False
+            return None
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
         stores = self.folder.parents[2] / "images"
-        return whole and (not report.images or self.images.is_file() or self.sealed_in(stores) is not None)
+        whole = whole and (not report.images or self.images.is_file() or self.sealed_in(stores) is not None)
+        return report if whole else None
 
     def sealed_in(self, stores: Path) -> str | None:
         """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""

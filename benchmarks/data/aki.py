@@ -116,7 +116,7 @@ def _write_units(intake: Intake, corpus: Corpus, scale: float) -> None:
     for unit in intake.units:
         count = min(corpus.per_unit, left)
         left -= count
-        if not unit.is_done():
+        if not unit.done():
             _write_unit(unit, corpus, count)
 
 

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.packing import (
+    _OpenRows,
     better_length,
     exact_draws,
     fullness,
@@ -88,6 +89,20 @@ def test_no_row_is_overfull(samples: list[tuple[int, int]], cap: int | None, win
         assert rows[start : start + window].max() < rows[start + window :].min()
 
 
+@given(st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3)), max_size=60), st.sampled_from([0, 3, 5]))
+@settings(max_examples=100, deadline=None)
+def test_each_sample_goes_where_it_fits_best(samples: list[tuple[int, int]], slots: int) -> None:
+    """The slow oracle: of all rows with room for a sample, it takes one with the least room; a new one for none."""
+    samples = [(size, min(count, slots)) for size, count in samples]
+    lengths, images = (np.array([sample[k] for sample in samples], dtype=np.int64) for k in (0, 1))
+    room: dict[int, tuple[int, int]] = {}
+    for (size, need), row in zip(samples, _OpenRows(64, slots, 1).place(lengths, images), strict=True):
+        fitting = {other: free for other, (free, left) in room.items() if free >= size and left >= need}
+        assert fitting.get(row) == min(fitting.values()) if fitting else row == len(room)
+        free, left = room.get(row, (64, slots))
+        room[row] = (free - size, left - need)
+
+
 @given(samples_of_rows, st.sampled_from([None, 3, 5]))
 @settings(max_examples=100, deadline=None)
 def test_packing_in_order_keeps_the_order(samples: list[tuple[int, int]], cap: int | None) -> None:
@@ -126,3 +141,11 @@ def test_short_samples_are_mixed_rather_than_sorted() -> None:
     rows = pack_windows(lengths, np.ones_like(lengths), 512, None, 0)
     mixed = sum(len(set(lengths[rows == row].tolist())) == 2 for row in range(rows.max() + 1))
     assert mixed >= rows.max()
+
+
+def test_a_sample_with_as_many_images_as_a_row_holds_leaves_the_others_mixed() -> None:
+    lengths, images = np.tile([34, 36], 500), np.zeros(1000, dtype=np.int64)
+    images[1] = 5  # not among the shortest, which are kept for the end
+    rows = pack_windows(lengths, images, 512, 5, 0)
+    mixed = sum(len(set(lengths[rows == row].tolist())) == 2 for row in range(rows.max() + 1))
+    assert mixed >= rows.max() - 1

@@ -123,6 +123,6 @@ FAULTS = {
 }  # fmt: skip
 
 if __name__ == "__main__":
-    launcher, (fault, rank, step), words = sys.argv[1:2], sys.argv[2:5], sys.argv[5:]
+    fault, rank, step, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     FAULTS[fault](int(rank), int(step))
-    sys.exit(main([*launcher, *words]))
+    sys.exit(main(words))

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_prep.errors import UserError
 from data_prep.packs import FileEntry, sha256_file
@@ -36,6 +36,10 @@ Image.init()  # Pillow registers some of these formats only on demand, and `open
 # Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
+_TURNED = (5, 6, 7, 8)
+"""Values of EXIF's orientation that exchange width and height."""
+_LOSSLESS_JPEG = (b"\xff\xc3", b"\xff\xc7", b"\xff\xcb", b"\xff\xcf")
+"""Start a frame that libjpeg cannot scale: it would write full lines where Pillow has room for an eighth."""
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
@@ -52,13 +56,35 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         BadImage: empty, foreign, damaged, tiny or oversized bytes.
     """
+    return _to_rgb(_load_upright(data, small=False)[0])
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Return (width, height), upright, of what ``decode_rgb`` decodes; in a third of its time where it is a JPEG.
+
+    Raises:
+        BadImage: exactly where ``decode_rgb`` does.
+    """
+    image, size = _load_upright(data, small=True)
+    _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
+    return size
+
+
+def _load_upright(data: bytes, *, small: bool) -> tuple[Image.Image, tuple[int, int]]:
+    """Load an image and turn it upright; return it with its upright size.
+
+    A ``small`` JPEG is loaded in grey, at an eighth of its sides: all of its data is read, and few pixels are computed.
+    """
     if not data:
         raise BadImage("empty-file", "0 bytes")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image)
+        size = image.size
+        reduced = small and not any(marker in data for marker in _LOSSLESS_JPEG) and _reduce(image)
         image.load()
-        upright = ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        ImageOps.exif_transpose(image, in_place=True)
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
@@ -67,7 +93,14 @@ def decode_rgb(data: bytes) -> Image.Image:
         raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
     except _DAMAGE as error:
         raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
-    return _to_rgb(upright)
+    if not reduced:
+        return image, image.size
+    return image, size[::-1] if turned else size
+
+
+def _reduce(image: Image.Image) -> bool:
+    """Ask for an eighth of the sides, in grey; return whether the format can do that without reading less."""
+    return image.draft("L", (max(1, image.width // 8), max(1, image.height // 8))) is not None
 
 
 def _check_size(image: Image.Image) -> None:

@@ -20,7 +20,7 @@ from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Input
 from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
-from data_prep.images import IMAGE_SCHEMA, decode_rgb, misnamed
+from data_prep.images import IMAGE_SCHEMA, check_image, misnamed
 from data_prep.packs import IMAGE, sha256_file, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
@@ -243,7 +243,7 @@ class UnitWriter:
         """Return the upright size of an image, decoding what this unit has not seen yet. Raises BadSample."""
         if key not in self._outcomes:
             try:
-                self._outcomes[key] = decode_rgb(data).size
+                self._outcomes[key] = check_image(data)
                 self._repairs["misnamed-image"] += misnamed(data, name)
             except BadSample as problem:
                 self._outcomes[key] = (problem.code, problem.detail)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.errors import UserError
-from data_prep.images import BadImage, ImageStore, decode_rgb
+from data_prep.images import BadImage, ImageStore, check_image, decode_rgb
 from tests.data_prep.raw import make_recipe, png, prepare, write_world
 
 W, H = 6, 4
@@ -36,10 +36,10 @@ def palette_with_hole() -> bytes:
     return encode(image, transparency=0)
 
 
-def rotated() -> bytes:
+def rotated(kind: str = "JPEG") -> bytes:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
-    return encode(flat("RGB", (9, 9, 9)), "JPEG", exif=exif)
+    return encode(flat("RGB", (9, 9, 9)), kind, exif=exif)
 
 
 def animation(kind: str) -> bytes:
@@ -61,6 +61,7 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], tuple[int, int]
     "palette with a hole": (palette_with_hole, (255, 255, 255), (W, H)),
     "cmyk": (lambda: encode(flat("CMYK", (0, 0, 0, 255)), "JPEG"), (0, 0, 0), (W, H)),
     "exif rotation": (rotated, (9, 9, 9), (H, W)),
+    "rotated tiff": (lambda: rotated("TIFF"), (9, 9, 9), (H, W)),
     "gif first frame": (lambda: animation("GIF"), (255, 0, 0), (W, H)),
     "webp first frame": (lambda: animation("WEBP"), (255, 0, 0), (W, H)),
     "tiff": (lambda: encode(flat("RGB", (1, 2, 3)), "TIFF"), (1, 2, 3), (W, H)),
@@ -71,13 +72,16 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], tuple[int, int]
 def test_every_pixel_format_becomes_upright_rgb(name: str) -> None:
     make, colour, size = GOOD[name]
     image = decode_rgb(make())
-    assert (image.mode, image.size) == ("RGB", size)
+    assert (image.mode, image.size) == ("RGB", size) and check_image(make()) == size
     assert np.abs(np.asarray(image).astype(int) - colour).max() <= 1
 
 
-def noise(kind: str) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return encode(Image.fromarray(pixels), kind)
+def noise(kind: str, variant: str = "") -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 8 if variant == "turned" else 1
+    more = {"exif": exif, "progressive": variant == "progressive"} if kind == "JPEG" else {}
+    return encode(Image.fromarray(pixels).convert("CMYK" if variant == "CMYK" else "RGB"), kind, **more)
 
 
 BAD: dict[str, tuple[Callable[[], bytes], str]] = {
@@ -94,9 +98,10 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_unusable_bytes_are_refused_with_their_code(name: str) -> None:
     make, code = BAD[name]
-    with pytest.raises(BadImage) as caught:
-        decode_rgb(make())
-    assert caught.value.code == code
+    for read in (decode_rgb, check_image):
+        with pytest.raises(BadImage) as caught:
+            read(make())
+        assert caught.value.code == code
 
 
 @pytest.mark.parametrize("factor", [1.5, 3.0], ids=["warned about", "refused by Pillow"])
@@ -128,16 +133,32 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "PPM"])
-def test_damaged_bytes_decode_or_are_refused_and_nothing_else(kind: str) -> None:
-    whole, rng = noise(kind), random.Random(0)
+def outcome_of(read: Callable[[bytes], object], data: bytes) -> str:
+    """What an image gives, in words."""
+    try:
+        found = read(data)
+        return f"RGB {found.size if isinstance(found, Image.Image) else found}"
+    except BadImage as problem:
+        return str(problem)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG CMYK", "PNG", "GIF", "WEBP", "BMP", "PPM"])
+def test_damaged_bytes_decode_or_are_refused_and_checking_says_the_same(kind: str) -> None:
+    kind, _, variant = kind.partition(" ")
+    whole, rng = noise(kind, variant), random.Random(0)
     outcomes = set()
     for _ in range(200):
-        try:
-            outcomes.add(decode_rgb(mutated(whole, rng)).mode)
-        except BadImage as problem:
-            outcomes.add(problem.code)
-    assert "RGB" in outcomes and len(outcomes) > 1
+        data = mutated(whole, rng)
+        outcomes.add(outcome_of(decode_rgb, data))
+        assert outcome_of(check_image, data) == outcome_of(decode_rgb, data)
+    assert any(one.startswith("RGB") for one in outcomes) and len(outcomes) > 1
+
+
+def test_every_cut_of_a_jpeg_is_judged_alike() -> None:
+    for variant in ("", "progressive", "turned"):
+        whole = noise("JPEG", variant)
+        for size in range(0, len(whole), 97):
+            assert outcome_of(check_image, whole[:size]) == outcome_of(decode_rgb, whole[:size]), (variant, size)
 
 
 def test_decoding_leaves_the_callers_warning_filters_alone() -> None:

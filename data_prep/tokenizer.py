@@ -10,13 +10,14 @@ import functools
 import hashlib
 import io
 import json
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -33,13 +34,16 @@ IMAGE_TOKEN = "<image>"
 META = "mma_tokenizer.json"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files copied beside a Hugging Face tokenizer so that other libraries can load the saved folder."""
+Ids: TypeAlias = npt.NDArray[np.int32]
+_REMEMBERED_TEXTS, _REMEMBERED_CHARACTERS = 1 << 14, 256
+"""Short texts come again (system prompts, names of roles, answers); long ones would fill the memory for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Token ids of one sample with their sidecars; arrays of one length."""
 
-    ids: npt.NDArray[np.int32]
+    ids: Ids
     modality: npt.NDArray[np.int8]
     instance: npt.NDArray[np.int16]
     """Image index at image positions, -1 at text."""
@@ -79,7 +83,7 @@ class _Backend(ABC):
         """Return id -> name of tokens that text must never yield."""
 
     @abstractmethod
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Ids:
         """Encode text without adding anything around it."""
 
     @abstractmethod
@@ -97,6 +101,7 @@ class _HuggingFace(_Backend):
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Sequence[str]) -> None:
         from tokenizers import AddedToken
 
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a batch of one needs no thread for every core
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # text that spells a special token stays text
@@ -125,8 +130,9 @@ class _HuggingFace(_Backend):
     def reserved(self) -> Mapping[int, str]:
         return {index: token.content for index, token in self._added.items() if token.special}
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str) -> Ids:
+        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # fast: offsets are not kept
+        return np.array(encoded.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
@@ -172,8 +178,8 @@ class _SentencePiece(_Backend):
         }
         return {**control, **{index: name for name, index in self._appended.items()}}
 
-    def encode(self, text: str) -> list[int]:
-        return list(self._processor.encode(text))
+    def encode(self, text: str) -> Ids:
+        return np.array(self._processor.encode(text), dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._processor.decode(list(ids)))
@@ -189,7 +195,9 @@ class Tokenizer:
         self._size = backend.size()
         self._reserved = {**{index: name for name, index in tokens.items()}, **backend.reserved()}
         self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
-        self._ordinary = functools.lru_cache(maxsize=1 << 14)(self._encode_ordinary)
+        self._is_reserved = np.zeros(max(self._size, *self._reserved) + 1, dtype=bool)
+        self._is_reserved[list(self._reserved)] = True
+        self._remembered = functools.lru_cache(_REMEMBERED_TEXTS)(self._encode_ordinary)
         self.pad_id = self._tokens[PAD]
         self.image_id = self._tokens[IMAGE_TOKEN]
 
@@ -268,11 +276,11 @@ class Tokenizer:
         """
         runs = list(self._runs(pieces, image_tokens))
         lengths = [len(run) for run, _, _ in runs]
-        ids = np.fromiter(chain.from_iterable(run for run, _, _ in runs), dtype=np.int32, count=sum(lengths))
-        instances = np.repeat(np.array([index for _, index, _ in runs], dtype=np.int16), lengths)
-        generated = np.repeat(np.array([flag for _, _, flag in runs], dtype=np.uint8), lengths)
+        ids = np.concatenate([np.empty(0, dtype=np.int32), *(run for run, _, _ in runs)])
+        instances = np.array([index for _, index, _ in runs], dtype=np.int16)
         modality = np.where(instances >= 0, IMAGE, TEXT).astype(np.int8)
-        return Encoded(ids, modality, instances, generated)
+        generated = np.array([flag for _, _, flag in runs], dtype=np.uint8)
+        return Encoded(ids, modality.repeat(lengths), instances.repeat(lengths), generated.repeat(lengths))
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Return the text of ids; special tokens are written by name when ``specials``, else left out."""
@@ -284,30 +292,34 @@ class Tokenizer:
                 words += [self._reserved[int(index)] for index in run]
         return "".join(words)
 
-    def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Sequence[int], int, int]]:
+    def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Ids, int, int]]:
         """Yield (ids, image index or -1, generated flag) for runs of pieces."""
         strip = False
         for piece in _joined(pieces):
             if isinstance(piece, Special):
-                yield [self.id_of(piece.token)], -1, int(piece.generated)
+                yield np.array([self.id_of(piece.token)], dtype=np.int32), -1, int(piece.generated)
             elif isinstance(piece, Image):
-                yield [self.image_id] * image_tokens, piece.index, 0
+                yield np.full(image_tokens, self.image_id, dtype=np.int32), piece.index, 0
             else:
                 yield self._ordinary(piece.text.lstrip() if strip else piece.text), -1, int(piece.generated)
             strip = isinstance(piece, Special) and self._backend.strips_after(piece.token)
 
-    def _encode_ordinary(self, text: str) -> tuple[int, ...]:
+    def _ordinary(self, text: str) -> Ids:
+        return self._remembered(text) if len(text) <= _REMEMBERED_CHARACTERS else self._encode_ordinary(text)
+
+    def _encode_ordinary(self, text: str) -> Ids:
         """Encode text so that no special token comes out, even where the tokenizer would match one."""
         ids = self._backend.encode(text)
-        if self._reserved.keys().isdisjoint(ids):
-            return tuple(ids)
+        reserved = self._is_reserved.take(ids)
+        if not np.count_nonzero(reserved):
+            return ids
         if len(text) < 2:
-            return tuple(index for index in ids if index not in self._reserved)
+            return ids[~reserved]
         match = self._spelled.search(text)
         # A cut inside the spelled token: neither half spells it. Normalisers can spell one out of look-alike
         # characters; then halving finds the place.
         middle = match.start() + 1 if match else len(text) // 2
-        return self._encode_ordinary(text[:middle]) + self._encode_ordinary(text[middle:])
+        return np.concatenate([self._encode_ordinary(text[:middle]), self._encode_ordinary(text[middle:])])
 
     def _files(self) -> dict[str, bytes]:
         meta = json.dumps({"tokens": self._tokens}, indent=1, sort_keys=True).encode() + b"\n"
@@ -316,16 +328,19 @@ class Tokenizer:
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     """Yield pieces with neighbouring texts of one kind (given, generated or given apart) joined."""
-
-    def kind_of(piece: Piece) -> tuple[type[Piece], bool, bool]:
-        flags = (piece.generated, piece.apart) if isinstance(piece, Text) else (False, False)
-        return type(piece), *flags
-
-    for (kind, generated, _), group in groupby(pieces, key=kind_of):
-        if kind is Text:
-            yield Text("".join(piece.text for piece in group if isinstance(piece, Text)), generated)
-        else:
-            yield from group
+    last: Text | None = None
+    for piece in pieces:
+        text = piece if isinstance(piece, Text) else None
+        if text and last and (text.generated, text.apart) == (last.generated, last.apart):
+            last = Text(last.text + text.text, last.generated, last.apart)
+            continue
+        if last:
+            yield last
+        if not text:
+            yield piece
+        last = text
+    if last:
+        yield last
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -38,8 +38,10 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
 _TURNED = (5, 6, 7, 8)
 """Values of EXIF's orientation that exchange width and height."""
-_LOSSLESS_JPEG = (b"\xff\xc3", b"\xff\xc7", b"\xff\xcb", b"\xff\xcf")
-"""Start a frame that libjpeg cannot scale: it would write full lines where Pillow has room for an eighth."""
+_DCT_FRAMES = {bytes((0xFF, marker)) for marker in (0xC0, 0xC1, 0xC2)}
+"""Markers of baseline, extended and progressive frames of a JPEG."""
+_BEFORE_FRAME = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)}
+"""Markers of what may stand before its frame: tables, restart intervals, applications' data, comments."""
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
@@ -81,7 +83,7 @@ def _load_upright(data: bytes, *, small: bool) -> tuple[Image.Image, tuple[int, 
         image = Image.open(io.BytesIO(data), formats=FORMATS)
         _check_size(image)
         size = image.size
-        reduced = small and not any(marker in data for marker in _LOSSLESS_JPEG) and _reduce(image)
+        reduced = small and _has_dct_frame(data) and _reduce(image)
         image.load()
         turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
         ImageOps.exif_transpose(image, in_place=True)
@@ -96,6 +98,21 @@ def _load_upright(data: bytes, *, small: bool) -> tuple[Image.Image, tuple[int, 
     if not reduced:
         return image, image.size
     return image, size[::-1] if turned else size
+
+
+def _has_dct_frame(data: bytes) -> bool:
+    """Return whether the first frame of a JPEG is one that libjpeg can scale.
+
+    Asked to scale a lossless one, it would write whole lines where Pillow has room for an eighth. Only headers that
+    cannot be read in two ways pass.
+    """
+    at = 2
+    while data[at : at + 2] in _BEFORE_FRAME:
+        size = int.from_bytes(data[at + 2 : at + 4])
+        if size < 2:
+            return False
+        at += 2 + size
+    return data[at : at + 2] in _DCT_FRAMES
 
 
 def _reduce(image: Image.Image) -> bool:

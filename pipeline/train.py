@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
@@ -39,46 +40,88 @@ def _run(invocation: Invocation, *, debug: bool) -> int:
     if invocation.print_config:
         print(to_yaml(invocation.config), end="")
         return 0
-    from pipeline.training.libraries import settle_libraries
-
-    settle_libraries()
+    _load_libraries()
     from pipeline.parallel.groups import fill_rank_variables, stop_processes
-    from pipeline.training.blueprint import Blueprint
-    from pipeline.training.demo_data import prepare_demo
-    from pipeline.training.dry_run import describe
     from pipeline.training.redact import refuse_secrets
-    from pipeline.training.run_folder import RunFolder
 
     refuse_secrets(invocation.config.model_dump())
     fill_rank_variables()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    prepare_demo(invocation.config, rank=rank)
-    plan = Blueprint.draw(invocation, rank=rank, world=world)
-    if rank == 0:
-        print(describe(plan), flush=True)
+    try:
+        plan, folder = _prepare(invocation, rank, world)
+    except UserError as error:
+        if world == 1 or invocation.dry_run:
+            raise
+        return _refuse(invocation, error)
     if invocation.dry_run:
         return 0
-    folder = RunFolder(plan.config.run_dir)
-    folder.create()
-    if rank == 0:
-        folder.claim()
     code = _supervise(plan, folder, debug=debug)
     if code == 0:
         stop_processes()  # only when all is well: after a failure, peers may wait in a collective for ever
     return code
 
 
+def _load_libraries() -> None:
+    """Import what training needs, seconds of a start: there is no garbage to look for meanwhile, nor in it later."""
+    gc.disable()
+    try:
+        from pipeline.training.libraries import settle_libraries
+
+        settle_libraries()
+        import pipeline.training.blueprint
+        import pipeline.training.supervise
+        import pipeline.training.trainer  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
+def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[Blueprint, RunFolder]:
+    """Check and print the run; take its folder unless this is a dry run. Raises UserError, maybe on this rank alone."""
+    from pipeline.training.blueprint import Blueprint
+    from pipeline.training.demo_data import prepare_demo
+    from pipeline.training.dry_run import describe
+    from pipeline.training.run_folder import RunFolder
+
+    prepare_demo(invocation.config, rank=rank)
+    plan = Blueprint.draw(invocation, rank=rank, world=world)
+    if rank == 0:
+        print(describe(plan), flush=True)
+    folder = RunFolder(plan.config.run_dir)
+    if not invocation.dry_run:
+        folder.create()
+        if rank == 0:
+            folder.claim()
+    return plan, folder
+
+
+def _refuse(invocation: Invocation, error: UserError) -> int:
+    """End a start that this rank cannot take part in, once all ranks know; return the exit code."""
+    from pipeline.parallel.groups import device_of_rank, start_processes
+    from pipeline.training.supervise import all_can_start, collective_limit, say_own
+
+    try:
+        device_of_rank()
+        start_processes(collective_limit(invocation.config.parallel.timeout_s))
+        all_can_start(error)
+    except (UserError, RuntimeError):  # it meets no others
+        say_own(error, int(os.environ["RANK"]))
+    return 2
+
+
 def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
     """Train under the watchdog; return the exit code, once all ranks know of an error of this one."""
     from pipeline.parallel.groups import device_of_rank, start_processes
     from pipeline.training.logs import RankLog
-    from pipeline.training.supervise import collective_limit, end_with, watch_ranks
+    from pipeline.training.supervise import all_can_start, collective_limit, end_with, watch_ranks
 
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
     log, watch = RankLog(folder, topology.rank), None
     try:
         device_of_rank()
         start_processes(collective_limit(timeout_s))
+        if not all_can_start():
+            return 2
         watch = watch_ranks(topology, folder, log, timeout_s)
         _train(plan, folder, watch)
         watch.close()
@@ -108,7 +151,7 @@ def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
 
 
 def _report(error: UserError) -> int:
-    """Print one line, on rank 0: what is refused before the start is refused by every rank alike."""
+    """Print one line, on rank 0: what is wrong with a command is so on every rank alike."""
     from pipeline.training.redact import redact
 
     if os.environ.get("RANK", "0") == "0":

@@ -14,7 +14,6 @@ import torch
 
 from data_prep.images import ImageStore
 from data_prep.packs import Manifest, PackReader
-from data_prep.verify import verify_part
 from pipeline.config import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
 from pipeline.flags import Invocation
@@ -106,6 +105,8 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
         raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
     packs = PackReader(config.data.packs)
     if config.data.verify:
+        from data_prep.verify import verify_part
+
         verify_part(packs.directory, topology.rank, topology.world)
     store = packs.manifest.image_store
     if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:

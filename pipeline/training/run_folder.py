@@ -19,7 +19,7 @@ import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from data_prep.errors import UserError
 from data_prep.packs import write_atomic
@@ -39,7 +39,10 @@ class RunFolder:
         """Name the folder; nothing is made yet."""
         self.path = Path(path)
         self.stop_file = self.path / "STOP"
+        self.start = 0
+        """A number that every start of a run draws; the same on all ranks, once they have met."""
         self._steps = 0
+        self._lock: IO[str] | None = None
 
     def create(self) -> None:
         """Make the folder, on every rank alike. Raises UserError when it cannot be written, or leads elsewhere."""
@@ -73,16 +76,22 @@ class RunFolder:
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
         """Write status.json."""
-        status = {"state": state, "step": step, "steps": self._steps, "time": timestamp(), **more}
+        where = {"state": state, "step": step, "steps": self._steps}
+        status = {**where, "time": timestamp(), "start": self.start, **more}
         write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
 
     def set_failed(self, error: BaseException | str, step: int | None = None) -> None:
-        """Record a failure, on whichever rank it is met; what the first one says stays."""
+        """Record a failure, on whichever rank it is met; what the first one says stays.
+
+        A rank that its start left behind leaves the status of a later one alone.
+        """
         before, text = self.status(), redact(str(error) or type(error).__name__)
-        if before.get("state") != "failed":
-            self._steps = before.get("steps", 0)
-            with suppress(OSError):  # on a full disk there is no telling, and the failure itself matters more
-                self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
+        own = before.get("start", self.start) == self.start
+        if before.get("state") == "failed" if own else self._lock is None:
+            return
+        self._steps = before.get("steps", 0)
+        with suppress(OSError):  # on a full disk there is no telling, and the failure itself matters more
+            self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:
         """Return status.json, or an empty dictionary before the first start."""

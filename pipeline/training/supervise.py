@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from data_prep.errors import UserError
 from pipeline.parallel.groups import device_of_rank
 from pipeline.parallel.topology import Topology
+from pipeline.training.checkpoint import checkpoint_folders, unfinished_folders
 from pipeline.training.logs import RankLog
 from pipeline.training.monitor import Verdict
 from pipeline.training.redact import redact
@@ -28,17 +30,35 @@ def collective_limit(timeout_s: int) -> int:
     return timeout_s + SLACK_S
 
 
+def all_can_start(refused: UserError | None = None) -> bool:
+    """Return whether no rank of a process group that has been joined refuses to start; rank 0 says why. Collective.
+
+    ``refused`` is why this rank does: a file that only its node lacks, or its share of what all ranks look through.
+    """
+    own = (socket.gethostname(), str(refused) if refused else "")
+    told: list[tuple[str, str]] = [own] * dist.get_world_size()
+    dist.all_gather_object(told, own)
+    reasons = {rank: (host, text) for rank, (host, text) in enumerate(told) if text}
+    if reasons and dist.get_rank() == 0:
+        rank, (host, text) = next(iter(reasons.items()))
+        say(f"error: {f'rank {rank} on {host}: ' if rank else ''}{redact(text)}")
+    if reasons:
+        dist.barrier()  # the first rank to go takes the others with it: not before it is said
+    return not reasons
+
+
 def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: int) -> Watch:
-    """Start the watchdog on all ranks of a process group that has been joined. Collective."""
+    """Start the watchdog on all ranks of a process group that has been joined, and name the start. Collective."""
     watch = Watch(
         rank=topology.rank, world=topology.world, place=_place(topology), timeout_s=timeout_s, log=log.stream,
         report=partial(_report, folder), lost=partial(_lost, folder, topology.rank),
     )  # fmt: skip
     listener = _try_to_listen(watch) if topology.rank == 0 else None
     port = listener.getsockname()[1] if listener else 0
-    shared = torch.tensor([port, secrets.randbits(62)], dtype=torch.long, device=device_of_rank())
+    numbers = [port, secrets.randbits(62), secrets.randbits(50)]
+    shared = torch.tensor(numbers, dtype=torch.long, device=device_of_rank())
     dist.broadcast(shared, 0)
-    port, secret = shared.tolist()
+    port, secret, folder.start = shared.tolist()
     if listener is not None:
         watch.lead(listener, secret)
     elif port:
@@ -61,19 +81,27 @@ def _try_to_listen(watch: Watch) -> socket.socket | None:
 
 def _report(folder: RunFolder, verdict: Verdict) -> None:
     text = redact(verdict.text)
-    say(f"error: {text}", *(f"  {line}" for line in verdict.others))
-    if verdict.kind != "error":
-        say(f"  stacks of all ranks: {folder.path / 'logs'}")
+    stacks = [f"  stacks of all ranks: {folder.path / 'logs'}"] if verdict.kind != "error" else []
+    say(f"error: {text}", *(f"  {line}" for line in verdict.others), *stacks, *_what_remains(folder))
     folder.set_failed(text, verdict.step)
     folder.add_incident(
         step=verdict.step, kind=verdict.kind, error=text, others=[redact(line) for line in verdict.others]
     )
 
 
+def _what_remains(folder: RunFolder) -> Iterator[str]:
+    """Yield what the same command would go on from, and what of a save is lost."""
+    saved, torn = checkpoint_folders(folder.path), unfinished_folders(folder.path)
+    if torn:
+        yield f"  the save of {torn[-1].name.split('.')[1]} was cut short and is lost"
+    if saved:
+        yield f"  the same command goes on from {saved[0]}"
+
+
 def _lost(folder: RunFolder, rank: int, text: str, step: int) -> None:
     """One rank of each node says it: who is left when rank 0 is not, nobody knows."""
     if rank == 1 or os.environ.get("LOCAL_RANK", "0") == "0":
-        say(f"error: {text}")
+        say(f"error: {text}", *_what_remains(folder))
         folder.set_failed(text, step)
 
 
@@ -83,9 +111,14 @@ def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Wa
     code = 2 if isinstance(error, UserError) else 1
     text = str(error) if code == 2 else f"{_in_short(error)}; traceback: {log.path}"
     if watch is None or not watch.fail(text, code):
-        say(f"error{f' on rank {rank}' if rank else ''}: {redact(text)}")
+        say_own(text, rank)
         folder.set_failed(text, watch.activity.step if watch else None)
     return code
+
+
+def say_own(error: UserError | str, rank: int) -> None:
+    """Say an error that no other rank knows of."""
+    say(f"error{f' on rank {rank}' if rank else ''}: {redact(str(error))}")
 
 
 def _in_short(error: BaseException) -> str:

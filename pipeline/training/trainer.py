@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,10 +189,20 @@ class Trainer:
         self.step += 1
         self._activity.doing("adding up the step's totals")
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
-        self._incidents.look(Outcome(self.step, result, batch, totals.losses))
+        self._look(Outcome(self.step, result, batch, totals.losses))
         stats = self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began)
         self._saver.advance(totals.saving)
         return stats, totals.stop
+
+    def _look(self, outcome: Outcome) -> None:
+        """Look for incidents; where too many end the run, on all ranks alike, a save under way is finished first."""
+        try:
+            self._incidents.look(outcome)
+        except UserError:
+            self._activity.doing("saving")
+            with suppress(UserError):  # why the run ends matters more
+                self._saver.finish()
+            raise
 
     def _wants_stop(self, run_began: float) -> bool:
         limit = self._plan.config.train.max_hours

@@ -87,6 +87,31 @@ def test_the_first_failure_stays(tmp_path: Path) -> None:
     assert folder.status()["error"] == "KeyboardInterrupt"
 
 
+def test_a_rank_that_its_start_left_behind_leaves_the_next_ones_status_alone(tmp_path: Path) -> None:
+    def folder(start: int) -> RunFolder:
+        made = RunFolder(str(tmp_path / "run"))
+        made.create()
+        made.start = start
+        return made
+
+    orphan, lead, other = folder(1), folder(2), folder(2)
+    folder(1).record_start(RunConfig(), world=2)
+    orphan.set_failed("rank 0 died")
+    assert orphan.status()["error"] == "rank 0 died"
+    lead.claim()
+    lead.record_start(RunConfig(), world=2)
+    orphan.set_failed("connection closed")
+    assert lead.status()["state"] == "running"
+    other.set_failed("rank 0 died again")
+    assert lead.status()["error"] == "rank 0 died again"
+    late = folder(0)  # it has not met the others of its start yet
+    late.set_failed("no connection")
+    assert lead.status()["error"] == "rank 0 died again"
+    lead.start = 0
+    lead.set_failed("the port is taken")
+    assert lead.status()["error"] == "the port is taken", "who holds the folder says what becomes of it"
+
+
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"run_dir .*file cannot be written \(Not a directory\)"):

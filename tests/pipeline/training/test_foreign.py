@@ -208,6 +208,7 @@ PLACES_OF_PICKLE = {
     ("pipeline/doctor.py", "broadcast_object_list"),
     ("pipeline/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
+    ("pipeline/training/supervise.py", "all_gather_object"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -169,6 +170,22 @@ def test_a_run_folder_that_cannot_be_made_is_one_line(small_demo: Path, tmp_path
     job = train(small_demo, tmp_path / "run")
     assert job.code == 2 and "Traceback" not in job.output
     assert job.output.count("cannot be written") == 1
+
+
+def test_what_one_rank_finds_wrong_ends_all_in_one_line(small_demo: Path, tmp_path: Path) -> None:
+    """Every rank looks through its share of the packs; rank 1's is the second largest file."""
+    copy = tmp_path / "demo"
+    shutil.copytree(small_demo, copy, ignore=shutil.ignore_patterns("raw"))
+    read = [*copy.glob("packs/sft/*"), *copy.glob("images/*/*")]
+    damaged = sorted((path for path in read if path.is_file()), key=lambda path: path.stat().st_size)[-2]
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    job = train(copy, tmp_path / "run", "--data.verify", "true")
+    assert job.code == 2 and "Traceback" not in job.output
+    (line,) = re.findall("^error: .*", job.output, re.MULTILINE)
+    assert line.startswith("error: rank 1 on ") and f"{damaged.name}: differs from" in line
+    assert not (tmp_path / "run/status.json").exists(), "it was not begun"
 
 
 def test_shards_cover_every_parameter_once(undisturbed: Path) -> None:

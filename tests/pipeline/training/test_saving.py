@@ -19,9 +19,11 @@ from data_prep.errors import UserError
 from pipeline.config import CheckpointConfig
 from pipeline.parallel.topology import Topology
 from pipeline.training import saving, writing
+from pipeline.training.activity import Activity
 from pipeline.training.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
 from pipeline.training.run_folder import RunFolder
 from pipeline.training.saving import Saver
+from pipeline.training.trainer import Trainer
 
 
 class OneRank:
@@ -202,3 +204,20 @@ def test_a_step_that_is_saved_is_not_saved_again(saver: Saver, tmp_path: Path) -
     saver.save(1)
     saver.finish()
     assert (tmp_path / "run/checkpoints/step-00000001").stat().st_ino == made
+
+
+def test_a_run_that_ends_by_itself_finishes_the_save_under_way(
+    saver: Saver, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_many(outcome: object) -> None:
+        raise UserError("20 steps in a row had a non-finite loss")
+
+    gate = Gate(monkeypatch)
+    stage.train(1.0)
+    saver.save(1)
+    assert gate.inside.wait(60)
+    threading.Timer(0.2, gate.open.set).start()
+    trainer = SimpleNamespace(_saver=saver, _incidents=SimpleNamespace(look=too_many), _activity=Activity())
+    with pytest.raises(UserError, match="20 steps in a row"):
+        Trainer._look(cast(Any, trainer), cast(Any, None))
+    assert saved(tmp_path / "run")["w"] == [1.0] * 4

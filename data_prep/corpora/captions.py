@@ -6,24 +6,20 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator
-
-from data_prep.corpora.base import RawFolder, Row, RowCorpus
+from data_prep.corpora.base import RawFolder, Row
 from data_prep.corpora.downloads import by_key, find_first, hashed, last_part
-from data_prep.corpora.fields import Pattern, clean, key_text, matching_files, require, text
-from data_prep.corpora.parquet import ParquetRows
-from data_prep.corpora.tables import Chain, json_lines
+from data_prep.corpora.fields import clean, key_text, require, text
+from data_prep.corpora.files import FileCorpus
+from data_prep.corpora.tables import Chain
 from data_prep.example import Example, Turn
 
 
-class Captions(RowCorpus):
+class Captions(FileCorpus):
     """``{url, caption, ...}`` a row; the caption is generated.
 
     The number of a row is its id, so that two files with equal keys cannot meet and nothing has to remember them.
     """
 
-    data: Pattern
-    """The ``.parquet`` or ``.jsonl`` files, as a glob pattern."""
     caption_key: str = "caption"
     """Column of the caption (KALE has ``caption`` and ``cogvlm_caption`` too)."""
     images: RawFolder = Path("images")
@@ -35,23 +31,10 @@ class Captions(RowCorpus):
     image_key: str | None = None
     """Column that names the image; without it ``url``, ``key`` for img2dataset, ``path`` for paths."""
 
-    @field_validator("data")
-    @classmethod
-    def _known_suffix(cls, pattern: str) -> str:
-        if Path(pattern).suffix not in (".jsonl", ".parquet"):
-            raise ValueError("must end in .jsonl or .parquet")
-        return pattern
-
-    def files(self) -> Sequence[Path]:
-        """Return the data files by name."""
-        return matching_files(self.root, "data", self.data)
-
     def read_rows(self) -> Sequence[object]:
         """Index the files; captions are read when needed."""
         columns = [self.caption_key, self._image_key, *(["status"] if self.names == "img2dataset" else [])]
-        return Chain(
-            [ParquetRows(path, columns) if path.suffix == ".parquet" else json_lines(path) for path in self.files()]
-        )
+        return Chain([self.table(path, columns) for path in self.files()])
 
     def rows_with_ids(self) -> Iterable[object]:
         """Return nothing: rows have no ids."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import ClassVar
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from data_prep.corpora.base import RawFolder, Row, RowCorpus, as_row
+from data_prep.corpora.base import RawFolder, Row, as_row
 from data_prep.corpora.conversation import MARKER, Spoken, check_order, insert_images
-from data_prep.corpora.fields import Pattern, clean, find_image, key_text, matching_files, require, text
-from data_prep.corpora.parquet import ArrowRows, ParquetRows, column_names
-from data_prep.corpora.tables import Chain, json_array, json_lines
+from data_prep.corpora.fields import clean, find_image, key_text, require, text
+from data_prep.corpora.files import FileCorpus
+from data_prep.corpora.parquet import ArrowRows, column_names
+from data_prep.corpora.tables import Chain, Rows, json_array, json_lines
 from data_prep.example import Example, ImageRef, Role
 from data_prep.quarantine import BadSample
 
@@ -28,7 +30,7 @@ MESSAGES, IMAGES = ("messages", "conversations", "conversation"), ("images", "im
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 
 
-class Chat(RowCorpus):
+class Chat(FileCorpus):
     """A row is a conversation: a list of messages with a role and a content, and the images it speaks of.
 
     A content is text, in which ``<image>`` marks the place of an image, or a list of ``{type: text, text}`` and
@@ -37,8 +39,7 @@ class Chat(RowCorpus):
     ``url`` or ``image_url``). Columns and keys that most data sets use are found; others are named.
     """
 
-    data: Pattern
-    """The ``.jsonl``, ``.json`` (one list), ``.parquet`` or ``.arrow`` files, as a glob pattern."""
+    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json", ".parquet", ".arrow")
     messages_column: str | None = None
     """Column of the messages; without it ``messages``, ``conversations`` or ``conversation``, whichever there is."""
     images_column: str | None = None
@@ -53,17 +54,6 @@ class Chat(RowCorpus):
     """What the files call the system, the user and the assistant."""
     images: RawFolder = Path()
     """Folder of images that are given by name."""
-
-    @field_validator("data")
-    @classmethod
-    def _known_format(cls, pattern: str) -> str:
-        if Path(pattern).suffix not in (".jsonl", ".json", ".parquet", ".arrow"):
-            raise ValueError("must end in .jsonl, .json, .parquet or .arrow")
-        return pattern
-
-    def files(self) -> Sequence[Path]:
-        """Return the data files by name."""
-        return matching_files(self.root, "data", self.data)
 
     def read_rows(self) -> Sequence[object]:
         """Index the files; conversations are read when needed."""
@@ -81,17 +71,19 @@ class Chat(RowCorpus):
     def _images(self) -> tuple[str, ...]:
         return (self.images_column,) if self.images_column else IMAGES
 
-    def _table(self, path: Path, wanted: Sequence[Sequence[str]], identifier: str | None) -> Sequence[object]:
+    def _table(self, path: Path, wanted: Sequence[Sequence[str]], identifier: str | None) -> Rows:
         """Return the rows of a file, with the first of each group of columns that it has."""
-        if path.suffix in (".jsonl", ".json"):
-            return json_lines(path) if path.suffix == ".jsonl" else json_array(path)
+        if path.suffix == ".json":
+            return json_array(path)  # one list
+        if path.suffix == ".jsonl":
+            return json_lines(path)
         known = column_names(path)
         columns = [identifier] if identifier else []
         for names in wanted:
             if names == IMAGES and not set(names) & set(known):
                 continue  # a data set of text alone
             columns.append(next((name for name in names if name in known), names[0]))
-        return ParquetRows(path, columns) if path.suffix == ".parquet" else ArrowRows(path, columns)
+        return self.table(path, columns) if path.suffix == ".parquet" else ArrowRows(path, columns)
 
     def row_id(self, row: Row) -> str:
         """Return the id, if the files have any."""

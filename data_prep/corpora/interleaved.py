@@ -8,18 +8,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator
-
-from data_prep.corpora.base import RawFolder, Row, RowCorpus, as_row
+from data_prep.corpora.base import RawFolder, Row, as_row
 from data_prep.corpora.downloads import find_first, hashed, last_part
-from data_prep.corpora.fields import Pattern, clean, key_text, matching_files, require
-from data_prep.corpora.parquet import ParquetRows
-from data_prep.corpora.tables import Chain, json_lines
+from data_prep.corpora.fields import clean, key_text, require
+from data_prep.corpora.files import FileCorpus
+from data_prep.corpora.tables import Chain
 from data_prep.example import Example, ImageRef, Part, Turn
 from data_prep.quarantine import BadSample
 
 
-class Interleaved(RowCorpus):
+class Interleaved(FileCorpus):
     """A row is a document: text is generated, images are given.
 
     ``obelics``: parallel lists ``images`` (addresses or null) and ``texts`` (text or null), one of the two at each
@@ -32,8 +30,6 @@ class Interleaved(RowCorpus):
     text, and with ``max_images`` of the pack set none holds more of them.
     """
 
-    data: Pattern
-    """The ``.jsonl`` or ``.parquet`` files, as a glob pattern."""
     format: Literal["obelics", "mmc4"] = "obelics"
     """Which keys the documents have."""
     images: RawFolder = Path("images")
@@ -48,17 +44,6 @@ class Interleaved(RowCorpus):
     missing: Literal["drop", "reject"] = "drop"
     """What a missing or broken image costs: itself, or its whole document."""
 
-    @field_validator("data")
-    @classmethod
-    def _known_suffix(cls, pattern: str) -> str:
-        if Path(pattern).suffix not in (".jsonl", ".parquet"):
-            raise ValueError("must end in .jsonl or .parquet")
-        return pattern
-
-    def files(self) -> Sequence[Path]:
-        """Return the data files by name."""
-        return matching_files(self.root, "data", self.data)
-
     def read_rows(self) -> Sequence[object]:
         """Index the files; documents are read when needed."""
         keys = ("images", "texts", self.path_column) if self.format == "obelics" else ("text_list", "image_info")
@@ -70,9 +55,7 @@ class Interleaved(RowCorpus):
 
     def _tables(self, columns: Sequence[str | None]) -> Chain:
         wanted = [column for column in columns if column is not None]
-        return Chain(
-            [ParquetRows(path, wanted) if path.suffix == ".parquet" else json_lines(path) for path in self.files()]
-        )
+        return Chain([self.table(path, wanted) for path in self.files()])
 
     def row_id(self, row: Row) -> str:
         """Return the id, if the files have any."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.corpora.base import Malformed
+from data_prep.corpora.tables import Rows
 from data_prep.errors import UserError, did_you_mean, one_line
 
 
-class ParquetRows(Sequence[object]):
-    """The rows of a Parquet file as dictionaries of ``columns``."""
+class ParquetRows(Rows):
+    """The rows of a Parquet file as dictionaries of ``columns``; slices have no step."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
         """Read the footer. Raises UserError where it is not Parquet or a column is missing."""
@@ -31,39 +31,26 @@ class ParquetRows(Sequence[object]):
     def __len__(self) -> int:
         return self._bounds[-1]
 
-    def __iter__(self) -> Iterator[object]:
-        return self._read(0, len(self))
-
-    @overload
-    def __getitem__(self, number: int) -> object: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[object]: ...
-    def __getitem__(self, number: int | slice) -> object:
-        """Return a row, or rows; a slice has no step."""
-        if isinstance(number, slice):
-            start, stop, step = number.indices(len(self))
-            assert step == 1, "slices of a Parquet file have no step"
-            return list(self._read(start, stop))
-        at = range(len(self))[number]
-        return next(self._read(at, at + 1))
-
-    def _read(self, start: int, stop: int) -> Iterator[object]:
+    def read(self, numbers: range) -> Iterator[object]:
+        """Yield rows, row group by row group."""
+        assert numbers.step == 1, "slices of a Parquet file have no step"
         for group, (first, end) in enumerate(pairwise(self._bounds)):
-            if first < stop and start < end:
-                yield from self._read_group(group, max(start, first) - first, min(stop, end) - first)
+            start, stop = max(numbers.start, first), min(numbers.stop, end)
+            if start < stop:
+                yield from self._read_group(group, start - first, stop - first)
 
     def _read_group(self, group: int, start: int, stop: int) -> Iterator[object]:
         try:
             with pq.ParquetFile(self._path) as file:
-                table = file.read_row_group(group, columns=self._columns).slice(start, stop - start)
+                table = file.read_row_group(group, columns=self._columns)
         except (pa.ArrowException, OSError) as problem:
             raise UserError(
                 f"{self._path}: row group {group} is damaged ({one_line(problem)}); download it again"
             ) from None
-        yield from _rows(table)
+        yield from _rows(table, range(start, stop))
 
 
-class ArrowRows(Sequence[object]):
+class ArrowRows(Rows):
     """The rows of an Arrow file, as ``datasets.save_to_disk`` writes it, as dictionaries of ``columns``."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
@@ -78,21 +65,9 @@ class ArrowRows(Sequence[object]):
     def __len__(self) -> int:
         return int(self._table.num_rows)
 
-    def __iter__(self) -> Iterator[object]:
-        return _rows(self._table)
-
-    @overload
-    def __getitem__(self, number: int) -> object: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[object]: ...
-    def __getitem__(self, number: int | slice) -> object:
-        """Return a row, or rows; a slice has no step."""
-        if isinstance(number, slice):
-            start, stop, step = number.indices(len(self))
-            assert step == 1, "slices of an Arrow file have no step"
-            return list(_rows(self._table.slice(start, max(0, stop - start))))
-        at = range(len(self))[number]
-        return next(_rows(self._table.slice(at, 1)))
+    def read(self, numbers: range) -> Iterator[object]:
+        """Yield rows; their file stays mapped."""
+        return _rows(self._table, numbers)
 
 
 def column_names(path: Path) -> list[str]:
@@ -106,8 +81,8 @@ def column_names(path: Path) -> list[str]:
         raise UserError(f"{path}: not {kind} file ({one_line(problem)}); download it again") from None
 
 
-def _rows(table: pa.Table) -> Iterator[object]:
-    for number in range(table.num_rows):
+def _rows(table: pa.Table, numbers: range) -> Iterator[object]:
+    for number in numbers:
         try:
             yield table.slice(number, 1).to_pylist()[0]
         except UnicodeDecodeError as problem:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import re
+from abc import ABC, abstractmethod
 from array import array
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
@@ -42,7 +42,27 @@ def load_list(path: Path, key: str) -> list[Any]:
     return rows
 
 
-class Spans(Sequence[object]):
+class Rows(Sequence[object], ABC):
+    """Rows of raw data that are read when they are asked for, one by one or a slice."""
+
+    @abstractmethod
+    def read(self, numbers: range) -> Iterator[object]:
+        """Yield the rows of these numbers; ``Malformed`` stands for one that cannot be parsed."""
+
+    def __iter__(self) -> Iterator[object]:
+        return self.read(range(len(self)))
+
+    @overload
+    def __getitem__(self, number: int) -> object: ...
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[object]: ...
+    def __getitem__(self, number: int | slice) -> object:
+        """Return a row, or the rows of a slice."""
+        chosen = range(len(self))[number]
+        return list(self.read(chosen)) if isinstance(chosen, range) else next(self.read(range(chosen, chosen + 1)))
+
+
+class Spans(Rows):
     """Rows that are read from their place in the file when asked for: memory is 16 bytes a row."""
 
     def __init__(self, path: Path, spans: Iterator[tuple[int, int]], *, members: bool = False) -> None:
@@ -57,20 +77,8 @@ class Spans(Sequence[object]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __iter__(self) -> Iterator[object]:
-        return self._read(range(len(self)))
-
-    @overload
-    def __getitem__(self, number: int) -> object: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[object]: ...
-    def __getitem__(self, number: int | slice) -> object:
-        """Return the parsed row, or ``Malformed`` where it is not JSON."""
-        if isinstance(number, slice):
-            return list(self._read(range(*number.indices(len(self)))))
-        return next(self._read([range(len(self))[number]]))
-
-    def _read(self, numbers: Iterable[int]) -> Iterator[object]:
+    def read(self, numbers: range) -> Iterator[object]:
+        """Parse rows; ``Malformed`` stands for one that is not JSON."""
         with self._path.open("rb") as file:
             for number in numbers:
                 file.seek(self._starts[number])
@@ -166,30 +174,20 @@ def _end_of_element(
     return end
 
 
-class Chain(Sequence[object]):
-    """Several tables as one."""
+class Chain(Rows):
+    """Several tables as one; slices have no step."""
 
-    def __init__(self, tables: Sequence[Sequence[object]]) -> None:
+    def __init__(self, tables: Sequence[Rows]) -> None:
         self._tables = tables
         self._starts = list(accumulate((len(table) for table in tables), initial=0))
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def __iter__(self) -> Iterator[object]:
-        return chain.from_iterable(self._tables)
-
-    @overload
-    def __getitem__(self, number: int) -> object: ...
-    @overload
-    def __getitem__(self, number: slice) -> Sequence[object]: ...
-    def __getitem__(self, number: int | slice) -> object:
-        """Return a row, or rows; a slice has no step."""
-        if isinstance(number, slice):
-            start, stop, step = number.indices(len(self))
-            assert step == 1, "slices of a chain have no step"
-            parts = zip(self._tables, self._starts, strict=False)
-            return [row for table, first in parts for row in table[max(0, start - first) : max(0, stop - first)]]
-        at = range(len(self))[number]
-        table = bisect_right(self._starts, at) - 1
-        return self._tables[table][at - self._starts[table]]
+    def read(self, numbers: range) -> Iterator[object]:
+        """Yield rows, table by table."""
+        assert numbers.step == 1, "slices of a chain have no step"
+        for table, first in zip(self._tables, self._starts, strict=False):
+            inside = range(len(table))[max(0, numbers.start - first) : max(0, numbers.stop - first)]
+            if inside:
+                yield from table.read(inside)

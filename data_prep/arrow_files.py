@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from data_prep.packs import FileEntry, sha256_file
+from data_prep.packs import FileEntry, sha256_file, temporary_beside
 
 BATCH_ROWS = 1024
 """Rows of every record batch but the last: readers find row ``i`` in batch ``i // BATCH_ROWS``."""
@@ -20,8 +20,7 @@ BATCH_ROWS = 1024
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path that becomes ``path`` when the block ends well and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     try:
         yield temporary
         with temporary.open("rb+") as stream:

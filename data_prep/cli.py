@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         ("ingest", share, _ingest, "step 1: tokenise samples and gather images"),
         ("plan", recipe, _plan, "step 2: blend, order and pack; writes an index only"),
         ("materialize", share, _materialize, "step 3: write the packs"),
-        ("verify", folder, _verify, "hash packs, tokenizer, plan and image store"),
+        ("verify", folder, _verify, "hash every file of packs, image store, tokenizer, ingest and rejects; not .work"),
         ("stats", folder, _stats, "corpora, lengths and packing efficiency"),
     ):
         commands.add_parser(name, parents=[parent], help=text, description=text).set_defaults(command=command)

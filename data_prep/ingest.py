@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from data_prep import sources
 from data_prep.arrow_files import atomic_path
 from data_prep.errors import UserError
+from data_prep.packs import sha256_line, write_atomic
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
@@ -99,7 +101,13 @@ def tallies_by_corpus(units: Iterable[Unit], tallies: Iterable[Tally]) -> dict[s
 
 
 def write_rejects(space: Workspace, units: Sequence[Unit]) -> None:
-    """Gather the quarantine lists of all units into one file, in unit order."""
+    """Gather the quarantine lists of all units into one file, in unit order, and write its hash beside it."""
+    digest = hashlib.sha256()
     with atomic_path(space.rejects) as temporary, temporary.open("wb") as out:
         for unit in units:
-            out.write(unit.rejects.read_bytes())
+            part = unit.rejects.read_bytes()
+            digest.update(part)
+            out.write(part)
+    line, sums = sha256_line(digest.hexdigest(), space.rejects.name), space.rejects.with_suffix(".sha256")
+    if not sums.is_file() or sums.read_bytes() != line:
+        write_atomic(sums, line)

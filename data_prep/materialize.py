@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -260,9 +261,10 @@ def _finish(
     folder = space.packs(name)
     manifest = _manifest(space, name, pack, ready, [entry for entry in found if entry is not None])
     text = manifest.to_json().encode()
-    path = folder / "manifest.json"
-    if _bytes_of(path) != text or _bytes_of(folder / "manifest.sha256") != sha256_line(text):
-        write_atomic(folder / "manifest.sha256", sha256_line(text))
+    path, sums = folder / "manifest.json", folder / "manifest.sha256"
+    line = sha256_line(hashlib.sha256(text).hexdigest(), path.name)
+    if _bytes_of(path) != text or _bytes_of(sums) != line:
+        write_atomic(sums, line)
         write_atomic(path, text)
         _remove_strangers(folder, manifest, jobs)
     reporter.say(

@@ -30,6 +30,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -188,9 +189,9 @@ class Manifest:
             raise UserError(f"{path}: malformed manifest ({error}); make the packs again") from error
 
 
-def sha256_line(manifest: bytes) -> bytes:
-    """Return what ``manifest.sha256`` holds beside a manifest of these bytes."""
-    return f"{hashlib.sha256(manifest).hexdigest()}  manifest.json\n".encode()
+def sha256_line(sha256: str, name: str) -> bytes:
+    """Return what ``sha256sum`` writes, and checks, of a file."""
+    return f"{sha256}  {name}\n".encode()
 
 
 def sha256_file(path: Path) -> str:
@@ -202,10 +203,15 @@ def sha256_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def temporary_beside(path: Path) -> Path:
+    """Return a name for what is to become ``path``, in its folder; no other process, of any host, has the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
 def write_atomic(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with temporary.open("wb") as stream:
         stream.write(data)
         stream.flush()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from data_prep.example import Example
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
 from data_prep.tokenizer import Tokenizer, train_sentencepiece
-from data_prep.workspace import Workspace, digest
+from data_prep.workspace import Workspace, digest, sealed
 
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
@@ -27,9 +26,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     marker = space.tokenizer / "origin.json"
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
-    origin = (
-        json.dumps({"key": digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw])}).encode() + b"\n"
-    )
+    origin = sealed(digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
     if marker.is_file() and marker.read_bytes() == origin:
         return Tokenizer.load(space.tokenizer).sha256
     if source is None:

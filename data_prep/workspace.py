@@ -3,10 +3,11 @@
 ::
 
     OUT/tokenizer/                               one tokenizer for all pack sets
+    OUT/ingest/CORPUS/shards-KEY.json            shards of the raw files, so that no step counts their rows again
     OUT/ingest/CORPUS/SETTINGS/SHARD.*           tokenised samples, one unit per raw shard; ``.json`` is the done-marker
     OUT/images/KEY/                              the sealed image store
     OUT/packs/SET/                               the packs
-    OUT/rejects.jsonl                            every quarantined sample, with its reason
+    OUT/rejects.jsonl                            every quarantined sample, with its reason; ``rejects.sha256`` its hash
 
 A unit is made anew when its raw files change: annotation files, tars and the images it read, by size and time. A
 tokenizer that is trained on the corpora follows the annotation files and tars alone.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.corpora import build_corpus
 from data_prep.errors import UserError
+from data_prep.packs import write_atomic
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.template import Template
@@ -229,10 +231,25 @@ class Workspace:
     def shards(self) -> dict[str, dict[str, str]]:
         """Corpus -> shard -> identity of its raw files: their names, sizes and times, not their contents."""
         identity = functools.cache(_file_identity)
-        return {
-            name: {shard: digest([identity(path) for path in corpus.files_of(shard)]) for shard in corpus.shards()}
-            for name, corpus in self.corpora.items()
-        }
+        found = {}
+        for name, corpus in self.corpora.items():
+            shards = self._shards_of(name, digest([identity(path) for path in corpus.files()]))
+            found[name] = {shard: digest([identity(path) for path in corpus.files_of(shard)]) for shard in shards}
+        return found
+
+    def _shards_of(self, name: str, raw: str) -> list[str]:
+        """Return the shards of a corpus: as an earlier step listed them, while its raw files (``raw``) are the same.
+
+        To count the rows of a large file takes as long as to read it.
+        """
+        config = self.recipe.corpora[name]
+        key = digest([INGEST_VERSION, config.type, config.options, raw])[:12]
+        path = self.out / "ingest" / name / f"shards-{key}.json"
+        listed: list[str] | None = read_sealed(path)
+        if listed is None:
+            listed = list(self.corpora[name].shards())
+            write_atomic(path, sealed(listed))
+        return listed
 
     def intake(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> Intake:
         """Return how a corpus enters a pack set."""
@@ -256,6 +273,20 @@ class Workspace:
 def _file_identity(path: Path) -> tuple[str, int, int]:
     about = path.stat()
     return path.name, about.st_size, about.st_mtime_ns
+
+
+def sealed(value: Any) -> bytes:
+    """Return a JSON-able value with its own hash, as the content of a file."""
+    return json.dumps({"value": value, "sha256": digest(value)}).encode() + b"\n"
+
+
+def read_sealed(path: Path) -> Any:
+    """Return the value of a file made by ``sealed``, or None where there is none, or it was damaged."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return raw["value"] if raw["sha256"] == digest(raw["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def digest(value: Any) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_prep.corpora.llava import LLaVA
 from data_prep.errors import UserError
 from data_prep.example import ImageRef
 from data_prep.images import ImageStore
@@ -30,6 +31,7 @@ from data_prep.tokenizer import Tokenizer, train_sentencepiece
 from data_prep.units import check_annotated_size
 from data_prep.verify import verify
 from data_prep.workers import LocalTeam, Team
+from data_prep.workspace import Workspace
 from tests.data_prep.raw import (
     make_recipe,
     png,
@@ -176,6 +178,24 @@ def test_only_changed_shards_are_read_again(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "raw", fresh / "raw")
     prepare(make_recipe(fresh, tokenizer=str(tokenizer)))
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
+
+
+def test_shards_are_listed_once_and_a_damaged_list_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_world(tmp_path / "raw")
+    recipe = make_recipe(tmp_path)
+    listed = Workspace(recipe).shards
+    assert list(listed["talk"]) == ["rows-00000000"] and len(listed["captions"]) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(LLaVA, "read_rows", lambda self: pytest.fail("rows were counted again"))
+        assert Workspace(recipe).shards == listed
+    (path,) = (tmp_path / "out").glob("ingest/talk/shards-*.json")
+    path.write_bytes(path.read_bytes().replace(b"rows-00000000", b"rows-00000001"))
+    assert Workspace(recipe).shards == listed
+    monkeypatch.setattr(LLaVA, "rows_per_shard", 4)
+    write_llava(tmp_path / "raw", [(f"t{n}", n, ("what?", "a ring.")) for n in range(9)])
+    assert len(Workspace(recipe).shards["talk"]) == 3
 
 
 def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:

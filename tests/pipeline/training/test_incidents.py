@@ -137,7 +137,7 @@ def test_a_run_over_tampered_rows_names_them(small_demo: Path, tmp_path: Path) -
             "50", "--checkpoint.every-steps", "0", "--mask.prove-rows", "0", "--train.lr", "1e-2"]  # fmt: skip
     script = ROOT / "tests/pipeline/parallel/failing_train.py"
     words = ["poisoned-token", str(token), "0", *flags(small_demo, run_dir, *more)]
-    output = run(2, script, *words, env={"PYTHONPATH": str(ROOT)}).check().output
+    output = run(2, script, *words, env={"PYTHONPATH": str(ROOT)}, launcher="srun").check().output
     odd, *spikes = written(run_dir)
     assert (odd["kind"], odd["step"], odd["skipped"], odd["loss"]) == ("loss not finite", 60, True, None)
     assert [row["row"] for row in odd["rows"]] == [POISONED]

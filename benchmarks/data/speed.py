@@ -1,9 +1,11 @@
-"""``speed``: ingest and reading, each beside the bare operations it cannot do without, on one core."""
+"""``speed``: ingest of captioned images and of conversations, and reading, beside the bare operations, on one core."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import io
+import json
 import os
 import random
 import tarfile
@@ -21,31 +23,34 @@ from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.template import Text
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE
 from data_prep.workspace import Workspace
 
+QUIET = Reporter(quiet=True)
+_Bare = Callable[[Path, Path], tuple[list[str], dict[str, float]]]
 WORDS = ("red", "green", "ball", "cube", "ring", "dog", "cat", "table", "street", "under", "beside", "of", "and", "two")
+TURNS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=4000)
-    parser.add_argument("--words", type=int, default=60, help="of a caption")
-    parser.add_argument("--pixels", type=int, default=384, help="side of an image")
-    parser.add_argument("--tokenizer", type=Path, help="a folder (default: SentencePiece, trained on the captions)")
+    parser.add_argument("--samples", type=int, default=1500, help="of each corpus (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=60, help="of a caption, and of a turn (default: %(default)s)")
+    parser.add_argument("--pixels", type=int, default=384, help="side of an image (default: %(default)s)")
+    parser.add_argument("--tokenizer", type=Path, help="a folder (default: SentencePiece, trained on the texts)")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Yield the tables, line by line."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = _write_corpus(folder, options)
-        yield "| work | processor s | per second | share of ingest |"
-        yield "|---|---:|---:|---:|"
-        yield from _ingest_table(recipe, folder, options)
-        yield ""
+        recipe = _write_corpora(folder, options)
+        for corpus, bare in (("captions", _bare_captions), ("talk", _bare_talk)):
+            yield f"| {corpus} | processor s | per second | share of ingest |"
+            yield "|---|---:|---:|---:|"
+            yield from _ingest_table(recipe, corpus, bare)
+            yield ""
         yield "| reader | rows / s |"
         yield "|---|---:|"
         yield from _reader_table(recipe, folder)
@@ -57,36 +62,49 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def _ingest_table(recipe: Recipe, folder: Path, options: argparse.Namespace) -> Iterator[str]:
-    """Ingest of one unit, and what a program must do at least for the same tar: read, hash, decode, encode, write."""
+def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
+    """Ingest of one unit, and what a program must do at least for the same file."""
     space = Workspace(recipe)
-    (intake,) = space.intakes(prepare_tokenizer(space, Reporter(quiet=True)))
-    job = UnitJob(intake.units[0], intake)
-    ingest_unit(job)  # loads the libraries
-    whole = _seconds(lambda: ingest_unit(job))
-    tar = folder / "raw" / "00000.tar"
+    jobs = {
+        intake.corpus: UnitJob(intake.units[0], intake) for intake in space.intakes(prepare_tokenizer(space, QUIET))
+    }
+    ingest_unit(jobs[f"{corpus}_warm"])  # loads the libraries; its texts are others, so none is remembered
+    whole = _seconds(lambda: ingest_unit(jobs[corpus]))
+    tokenizer = Tokenizer.load(space.tokenizer)
+    texts, seconds = bare(recipe.root_dir, recipe.root_dir / "copy")
+    encoded = _seconds(lambda: [tokenizer._backend.encode(text) for text in texts])
+    tokens = sum(len(tokenizer._backend.encode(text)) for text in texts)
+    samples = ingest_unit(jobs[corpus]).tally.kept
+    yield f"| ingest, {samples:,} samples | {whole:.2f} | {samples / whole:,.0f} samples | 100 % |"
+    yield f"| its {tokens:,} text tokens | {whole:.2f} | **{tokens / whole / 1e6:.2f} M tokens** | |"
+    yield f"| encode the texts | {encoded:.2f} | {tokens / encoded / 1e6:.2f} M tokens | {encoded / whole:.0%} |"
+    for name, took in seconds.items():
+        yield f"| {name} | {took:.2f} | {samples / max(took, 1e-9):,.0f} samples | {took / whole:.0%} |"
+    floor = encoded + sum(seconds.values())
+    yield f"| all of these | {floor:.2f} | {samples / floor:,.0f} samples | **{floor / whole:.0%}** |"
+
+
+def _bare_captions(raw: Path, copy: Path) -> tuple[list[str], dict[str, float]]:
+    """Return the captions, and what it takes to read, hash, decode whole and write what the tar holds."""
+    tar = raw / "captions.tar"
     members = list(_read_tar(tar))
     images = [data for name, data in members if name.endswith(".jpg")]
-    texts = [data.decode() for name, data in members if name.endswith(".txt")]
-    tokenizer = Tokenizer.load(space.tokenizer)
-    tokens = sum(len(tokenizer.encode([Text(text)], 1).ids) for text in texts)
-    tokenizer = Tokenizer.load(space.tokenizer)  # with nothing remembered
-    bare = {
+    return [data.decode() for name, data in members if name.endswith(".txt")], {
         "read the tar": _seconds(lambda: list(_read_tar(tar))),
         "hash the images": _seconds(lambda: [hashlib.sha256(data).digest() for data in images]),
         "decode the images": _seconds(lambda: [decode_rgb(data) for data in images]),
-        "encode the texts": _seconds(lambda: [tokenizer._backend.encode(text) for text in texts]),
-        "write and sync": _seconds(lambda: _write(folder / "copy", images)),
+        "write and sync": _seconds(lambda: _write(copy, images)),
     }
-    rates = {"encode the texts": f"{tokens / bare['encode the texts'] / 1e6:.2f} M tokens"}
-    what = f"ingest of {len(texts):,} captions, {tokens:,} tokens"
-    rate = f"{len(texts) / whole:,.0f} samples, {tokens / whole / 1e6:.2f} M tokens"
-    yield f"| {what} | {whole:.2f} | {rate} | 100 % |"
-    for name, seconds in bare.items():
-        rate = rates.get(name, f"{len(texts) / max(seconds, 1e-9):,.0f} samples")
-        yield f"| {name} | {seconds:.2f} | {rate} | {seconds / whole:.0%} |"
-    floor = sum(bare.values())
-    yield f"| all of these | {floor:.2f} | {len(texts) / floor:,.0f} samples | **{floor / whole:.0%}** |"
+
+
+def _bare_talk(raw: Path, copy: Path) -> tuple[list[str], dict[str, float]]:
+    """Return the texts of the conversations, and what it takes to parse their lines and write as much."""
+    lines = (raw / "talk.jsonl").read_bytes().splitlines()
+    texts = [message["content"] for line in lines for message in json.loads(line)["messages"]]
+    return texts, {
+        "parse the lines": _seconds(lambda: [json.loads(line) for line in lines]),
+        "write and sync": _seconds(lambda: _write(copy, lines)),
+    }
 
 
 def _read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -112,11 +130,10 @@ def _reader_table(recipe: Recipe, folder: Path) -> Iterator[str]:
     from data_prep.materialize import materialize
     from data_prep.plan import plan
 
-    quiet = Reporter(quiet=True)
-    ingest(recipe, ALONE, quiet)
-    plan(recipe, quiet)
-    materialize(recipe, ALONE, quiet)
-    reader = PackReader(Workspace(recipe).packs("pt"))
+    ingest(recipe, ALONE, QUIET)
+    plan(recipe, QUIET)
+    materialize(recipe, ALONE, QUIET)
+    reader = PackReader(Workspace(recipe).packs("all"))
     columns = ("input_ids", "modality", "segment", "instance", "generated", "image_row")
     rows = [{name: getattr(row, name) for name in columns} | {"n_target": row.n_target} for row in reader]
     Dataset.from_list(rows).save_to_disk(str(folder / "hf"))
@@ -129,29 +146,51 @@ def _reader_table(recipe: Recipe, folder: Path) -> Iterator[str]:
         yield f"| {name} | {len(order) / seconds:,.0f} |"
 
 
-def _write_corpus(folder: Path, options: argparse.Namespace) -> Recipe:
-    """One tar of noisy JPEG images with captions of made-up words, and a recipe for it."""
-    rng, pixels = random.Random(0), np.random.default_rng(0)
-    raw, loose = folder / "raw", folder / "loose"
+def _write_corpora(folder: Path, options: argparse.Namespace) -> Recipe:
+    """Captioned noisy JPEG images in a tar, conversations in JSON lines, each with a small one to warm up."""
+    raw = folder / "raw"
     raw.mkdir()
-    loose.mkdir()
-    with tarfile.open(raw / "00000.tar", "w") as tar:
-        for key in range(options.samples):
-            small = pixels.integers(0, 256, (12, 12, 3), dtype=np.uint8)
-            Image.fromarray(small).resize((options.pixels, options.pixels)).save(loose / "image.jpg", quality=90)
-            (loose / "text.txt").write_text(" ".join(rng.choices(WORDS, k=options.words)) + f" {key}")
-            tar.add(loose / "image.jpg", f"{key:08d}.jpg")
-            tar.add(loose / "text.txt", f"{key:08d}.txt")
+    for seed, (suffix, samples) in enumerate((("", options.samples), ("_warm", 50))):
+        _write_captions(raw / f"captions{suffix}.tar", samples, options, seed)
+        _write_talk(raw / f"talk{suffix}.jsonl", samples, options.words, seed)
+    own = {"train": {"vocab_size": 400, "samples": 2000}}
+    names = ("captions", "captions_warm", "talk", "talk_warm")
     content = {
         "root": str(raw),
         "out": str(folder / "out"),
-        "tokenizer": str(options.tokenizer.resolve())
-        if options.tokenizer
-        else {"train": {"vocab_size": 400, "samples": 2000}},
+        "tokenizer": str(options.tokenizer.resolve()) if options.tokenizer else own,
         "image_tokens": 144,
-        "corpora": {"captions": {"type": "webdataset", "tars": "*.tar"}},
-        "packs": {"pt": {"corpora": ["captions"], "template": "caption", "length": 2048, "epochs": 1}},
+        "corpora": {
+            name: {"type": "webdataset", "tars": f"{name}.tar"}
+            if name.startswith("captions")
+            else {"type": "chat", "data": f"{name}.jsonl"}
+            for name in names
+        },
+        "packs": {"all": {"corpora": list(names), "template": "phi3", "length": 2048, "epochs": 1}},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return load_recipe(str(path))
+
+
+def _write_captions(path: Path, samples: int, options: argparse.Namespace, seed: int) -> None:
+    rng, pixels = random.Random(seed), np.random.default_rng(seed)
+    with tarfile.open(path, "w") as tar:
+        for key in range(samples):
+            small, image = pixels.integers(0, 256, (12, 12, 3), dtype=np.uint8), io.BytesIO()
+            Image.fromarray(small).resize((options.pixels, options.pixels)).save(image, "JPEG", quality=90)
+            text = " ".join(rng.choices(WORDS, k=options.words)) + f" {key}"
+            for suffix, data in (("jpg", image.getvalue()), ("txt", text.encode())):
+                info = tarfile.TarInfo(f"{key:08d}.{suffix}")
+                info.size, info.mtime = len(data), 0.5  # a fraction, as img2dataset's writer leaves it
+                tar.addfile(info, io.BytesIO(data))
+
+
+def _write_talk(path: Path, samples: int, words: int, seed: int) -> None:
+    rng = random.Random(seed)
+    with path.open("w") as out:
+        for key in range(samples):
+            said = [" ".join(rng.choices(WORDS, k=words)) + f" {key}" for _ in range(TURNS)]
+            roles = ("user", "assistant") * (TURNS // 2)
+            messages = [{"role": role, "content": text} for role, text in zip(roles, said, strict=True)]
+            out.write(json.dumps({"messages": messages}) + "\n")

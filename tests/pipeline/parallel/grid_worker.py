@@ -6,6 +6,8 @@ Every case trains the same global micro-batches, so all of them share one refere
 from __future__ import annotations
 
 import argparse
+import random
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from deepspeed.runtime.zero import parameter_offload, partition_parameters, part
 from pytest import MonkeyPatch
 
 from pipeline.config import RunConfig, TrainSection
+from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
@@ -28,15 +31,15 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
 from pipeline.training.trainer import parameter_groups
-from tests.pipeline.model.helpers import random_sidecars, stage_inputs, tiny_spec
+from tests.pipeline.model.helpers import IMAGE_TOKENS, random_sidecars, stage_inputs, tiny_spec
 
-RANKS, LAYERS = 4, 4
-MICROS = (4, 8, 4)
-"""Micro-batches of each step over all replicas: their number on a rank varies."""
+RANKS = 4
+MICROS, EIGHT, DEEP = (4, 8, 4), (4, 16, 4), 24
+"""Micro-batches of each step over all replicas: their number on a rank varies, and is 8 of two replicas in `EIGHT`."""
 LR = 1e-3
 # Adam divides a gradient by its own size: with the usual eps, entries near zero would turn rounding into full steps.
 TRAIN = TrainSection(lr=LR, clip_norm=0.1, weight_decay=0.1, eps=1e-5)
-POISONED_STEP, POISONED_RANK = 1, 3
+POISONED_RANK = 3
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Case:
     checkpointing: bool = False
     tied: bool = False
     resident: float = 1.0
-    reduce_once: bool | None = None
+    reduce_once: bool = True
     config: str = "zero3"
     """File of ds_configs."""
     leaves: bool = False
@@ -57,82 +60,108 @@ class Case:
     """Run a forward without gradients before every step."""
     persist: int = 0
     """Parameters of at most so many elements stay gathered between steps."""
-    without: Literal["", "backward flag", "global norm", "one accumulation", "release"] = ""
-    """A correction of `zero3` that is undone."""
-    poison: bool = False
-    """One gradient on one rank of one stage is not a number in one step."""
-    layers: int = LAYERS
     micros: tuple[int, ...] = MICROS
-    chunks: int = 1
+    without: Literal["", "backward flag", "global norm", "one accumulation", "release", "cut stack"] = ""
+    """A correction of `zero3` that is undone."""
+    poisoned: int | None = None
+    """In this step one gradient on one rank of one stage is not a number."""
+    deep: bool = False
+    """A layer is a small share of a stage."""
+
+    @property
+    def chunks(self) -> int:
+        return 2 if self.schedule == "interleaved" else 1
+
+    @property
+    def layers(self) -> int:
+        return DEEP if self.deep else max(4, self.pp * self.chunks)
+
+    def __str__(self) -> str:
+        said = {
+            "tied": self.tied, f"pp{self.pp}": True, self.schedule: True, "checkpointing": self.checkpointing,
+            self.config: True, f"resident{self.resident:g}": self.resident < 1, "each": not self.reduce_once,
+            "leaves": self.leaves, "evaluate": self.evaluate, "persistent": self.persist,
+            "x".join(map(str, self.micros)): self.micros != MICROS, f"without {self.without}": self.without,
+            "poisoned": self.poisoned is not None, "deep": self.deep,
+        }  # fmt: skip
+        return "-".join(word for word, so in said.items() if so)
 
 
-CASES: Mapping[str, Case] = {
-    "pp2": Case(2),
-    "pp2-gpipe": Case(2, "gpipe"),
-    "pp2-checkpointing-evaluate": Case(2, checkpointing=True, evaluate=True),
-    "pp2-persistent": Case(2, resident=0.0, persist=10_000),
-    "pp4-checkpointing": Case(4, checkpointing=True),
-    "pp4-gpipe-evaluate": Case(4, "gpipe", evaluate=True),
-    "pp1": Case(1),
-    "pp1-checkpointing-evaluate": Case(1, checkpointing=True, evaluate=True),
-    "pp1-true-zero3": Case(1, "gpipe", resident=0.0, reduce_once=False),
-    "tied-pp1": Case(1, tied=True),
-    "tied-pp2-gpipe": Case(2, "gpipe", tied=True),
-    "tied-pp2-true-zero3": Case(2, tied=True, resident=0.0, reduce_once=False),
-    "tied-pp4-checkpointing": Case(4, checkpointing=True, tied=True),
-    "pp2-resident0-once": Case(2, resident=0.0),
-    "pp2-resident0-gpipe-checkpointing": Case(2, "gpipe", True, resident=0.0, reduce_once=False, evaluate=True),
-    "pp2-resident0.5-once": Case(2, "gpipe", resident=0.5),
-    "pp2-resident0.5": Case(2, resident=0.5, reduce_once=False),
-    "pp2-resident1": Case(2, "gpipe", checkpointing=True, reduce_once=False),
-    "pp4-resident0.5": Case(4, resident=0.5, reduce_once=False),
-    "pp2-interleaved-checkpointing-evaluate": Case(2, "interleaved", checkpointing=True, evaluate=True, chunks=2),
-    "pp2-interleaved-odd": Case(2, "interleaved", chunks=2, micros=(6, 10, 2)),
-    "pp4-interleaved-resident0": Case(4, "interleaved", resident=0.0, reduce_once=False, layers=8, chunks=2),
-    "tied-pp2-interleaved-resident0": Case(2, "interleaved", tied=True, resident=0.0, chunks=2),
-    "tied-pp4-interleaved-odd": Case(4, "interleaved", True, tied=True, layers=8, chunks=2, micros=(6, 9, 7)),
-    "pp1-zero1": Case(1, config="zero1"),
-    "pp2-zero2-gpipe-checkpointing": Case(2, "gpipe", True, config="zero2"),
-    "tied-pp2-zero1-evaluate": Case(2, config="zero1", tied=True, evaluate=True),
-    "pp1-leaves": Case(1, leaves=True),
-    "pp2-leaves-resident0": Case(2, "gpipe", True, resident=0.0, reduce_once=False, leaves=True, evaluate=True),
-    "tied-pp2-offload": Case(2, config="zero3_offload", tied=True),
-    "tied-pp2-offload-all": Case(2, config="zero3_offload_params", tied=True, resident=0.0, reduce_once=False),
-}
-BROKEN: Mapping[str, Case] = {
-    "backward-flag": Case(2, "gpipe", reduce_once=False, without="backward flag"),
-    "global-norm": Case(2, without="global norm"),
-    "one-accumulation": Case(2, without="one accumulation"),
-    "release": Case(2, resident=0.0, reduce_once=False, layers=24, micros=(16, 16), without="release"),
-    "global-norm-poisoned": Case(2, without="global norm", poison=True),
-}
-POISONED: Mapping[str, Case] = {
-    "poisoned": Case(2, poison=True),
-    "poisoned-resident0": Case(2, "gpipe", resident=0.0, reduce_once=False, poison=True),
-}
-TRAFFIC: Mapping[str, Case] = {
-    f"traffic-{resident:g}-{'once' if once else 'each'}": Case(
-        2, resident=resident, reduce_once=once, layers=24, micros=(16, 16)
-    )
-    for resident, once in ((1.0, True), (1.0, False), (0.0, False))
-} | {
-    "traffic-leaves": Case(2, resident=0.0, reduce_once=False, layers=24, micros=(16, 16), leaves=True),
-    "traffic-zero1": Case(2, config="zero1", micros=(16, 16)),
-    "traffic-zero2": Case(2, config="zero2", micros=(16, 16)),
-}
+ONCE, EACH = Case(2, micros=EIGHT), Case(2, "gpipe", True, reduce_once=False, micros=EIGHT)
+ZERO1 = Case(2, tied=True, config="zero1", micros=EIGHT)
+ZERO2 = Case(2, "gpipe", reduce_once=False, config="zero2", micros=EIGHT)
+PERSIST, ODD = 1_200, {2: (6, 10, 2), 4: (6, 9, 7)}
+# Any two settings that go together meet in some case; `test_grid` counts.
+EQUAL = [
+    ONCE,
+    EACH,
+    ZERO1,
+    ZERO2,
+    Case(1, checkpointing=True, evaluate=True),
+    Case(1, "gpipe", True, config="zero1", leaves=True, evaluate=True),
+    Case(1, "gpipe", tied=True, reduce_once=False, config="zero2", evaluate=True),
+    Case(1, tied=True, resident=0.0, reduce_once=False, config="zero3_offload", persist=PERSIST),
+    Case(1, "gpipe", resident=0.5, config="zero3_offload_params", leaves=True),
+    Case(2, tied=True, resident=0.0, reduce_once=False),
+    Case(2, "interleaved", resident=0.5, reduce_once=False, config="zero3_offload", leaves=True, micros=ODD[2]),
+    Case(2, "interleaved", tied=True, resident=0.0, leaves=True, evaluate=True, persist=PERSIST, micros=ODD[2]),
+    Case(
+        2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, evaluate=True,
+        micros=ODD[2],
+    ),
+    Case(2, "interleaved", True, reduce_once=False, config="zero2", leaves=True, micros=ODD[2]),
+    Case(2, "interleaved", True, tied=True, resident=0.5, config="zero3_offload_params", micros=ODD[2]),
+    Case(2, "interleaved", True, tied=True, reduce_once=False, config="zero3_offload"),
+    Case(4, resident=0.5, reduce_once=False, evaluate=True),
+    Case(4, reduce_once=False, config="zero2", leaves=True, micros=ODD[4]),
+    Case(4, checkpointing=True, resident=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST),
+    Case(
+        4, "gpipe", tied=True, resident=0.0, config="zero3_offload", leaves=True, evaluate=True, persist=PERSIST,
+        micros=ODD[4],
+    ),
+    Case(4, "interleaved", tied=True, config="zero1", leaves=True, micros=ODD[4]),
+]  # fmt: skip
+NO_FLAG = Case(2, "gpipe", reduce_once=False, micros=(4,), without="backward flag")
+NO_NORM = Case(2, without="global norm", poisoned=2)
+ACCUMULATED = Case(2, micros=(4,), without="one accumulation")
+UNRELEASED = Case(2, resident=0.0, reduce_once=False, micros=(4, 8), without="release")
+UNCUT = Case(2, checkpointing=True, micros=(4, 4), without="cut stack")
+BROKEN = [NO_FLAG, NO_NORM, ACCUMULATED, UNRELEASED, UNCUT]
+POISONED = [Case(2, poisoned=1), Case(2, "gpipe", resident=0.0, reduce_once=False, poisoned=1)]
+RELEASED = Case(2, resident=0.0, reduce_once=False, deep=True, micros=(16, 16))
+LEAVES = replace(RELEASED, leaves=True)
+ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES]
 
 
-def grid_spec(tied: bool, layers: int = LAYERS) -> ModelSpec:
-    return tiny_spec(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.05)
+def grid_spec(tied: bool, layers: int) -> ModelSpec:
+    spec = tiny_spec(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.05)
+    spec.vision.num_hidden_layers = 1
+    return replace(spec, connector=spec.connector.model_copy(update={"depth": 1}))
 
 
 def micro_batch(step: int, index: int) -> StageInputs:
-    """One of a step's global micro-batches: with images, without, or with images and nothing to learn."""
+    """One of a step's global micro-batches: chats with images, without, or with nothing to learn, or captions."""
     seed = 100 * step + index
-    kind = ("images", "text", "unsupervised", "images")[(step + index) % 4]
-    sidecars = random_sidecars(seed, 2 + index % 2, padding=index % 3, text_only=kind == "text")
+    kind = ("chats", "text", "unsupervised", "captions")[(step + index) % 4]
+    if kind == "captions":
+        sidecars = captions(seed, 3, padding=index % 3)
+    else:
+        sidecars = random_sidecars(seed, 2 + index % 2, padding=index % 3, text_only=kind == "text")
     inputs = stage_inputs(sidecars, seed=seed, dtype=torch.float32)
     return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
+
+
+def captions(seed: int, samples: int, *, padding: int) -> Sidecars:
+    """Draw a row of pre-training: every sample an image and its caption."""
+    rng = random.Random(seed)
+    segment: list[int] = []
+    instance: list[int] = []
+    for sample in range(samples):
+        words = rng.randint(1, 6)
+        segment += [sample + 1] * (IMAGE_TOKENS + words)
+        instance += [sample] * IMAGE_TOKENS + [-1] * words
+    seg, inst = (torch.tensor(own + [fill] * padding) for own, fill in ((segment, 0), (instance, -1)))
+    return Sidecars(segment=seg, modality=(inst >= 0).long(), instance=inst, generated=((seg > 0) & (inst < 0)).long())
 
 
 def target_count(micros: Sequence[StageInputs]) -> int:
@@ -145,9 +174,8 @@ class Job:
     def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
         self.case, self.topology, self.groups = case, topology, groups
         self.spec = grid_spec(case.tied, case.layers)
-        config = RunConfig.model_validate(
-            {"train": TRAIN, "parallel": {"resident": case.resident, "reduce_once": case.reduce_once}}
-        )
+        parallel = {"resident": case.resident, "reduce_once": case.reduce_once}
+        config = RunConfig.model_validate({"train": TRAIN, "parallel": parallel})
         config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
         raw = read_ds_config(f"ds_configs/{case.config}.json")
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
@@ -188,7 +216,7 @@ class Job:
 
     def train(self) -> dict[str, Any]:
         """Take all steps; return this rank's losses, norms, gradient shards of every step and last weights."""
-        seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": []}
+        seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": [], "stack": []}
         seen |= {"traffic": [], "traffic of update": [], "whole": [], "peak": [], "parameters": self.parameters()}
         peak = GatheredPeak(self.stage)
         for step in range(len(self.case.micros)):
@@ -196,7 +224,7 @@ class Job:
             if self.case.evaluate:
                 self.evaluate(micros[0])
             seen["loss"].append(float(self.runner.run(micros, scale).sum()))
-            if self.case.poison and (step, self.topology.rank) == (POISONED_STEP, POISONED_RANK):
+            if (step, self.topology.rank) == (self.case.poisoned, POISONED_RANK):
                 next(grad for _, grad in self.gradients())[0] = torch.nan
             seen["gradients"].append({name: grad.clone() for name, grad in self.gradients()})
             if self.case.without == "backward flag":  # what is left of the lost gradients makes DeepSpeed's step raise
@@ -205,9 +233,10 @@ class Job:
             seen["peak"].append(peak.take())
             result = self.stage.step(LR)
             seen["traffic of update"].append(asdict(self.stage.traffic.take()))  # parameters kept whole
-            seen["whole"].append(whole_share(self.stage))
+            seen["whole"].append(peak.now())
             seen["norm"].append(result.grad_norm)
             seen["applied"].append(result.applied)
+            seen["stack"].append(len(parameter_offload.FWD_MODULE_STACK))
             seen["weights"].append(
                 {name: self.stage.master_shard(param).clone() for name, param in self.stage.trainable()}
             )
@@ -239,25 +268,23 @@ class Job:
                 dist.send(output.contiguous(), target, group=self.groups.links[stage, after])
 
 
-def whole_share(stage: Zero3Stage) -> float:
-    """Share of a stage's parameters that is whole at this moment."""
-    params: list[Any] = list(stage.module.parameters())
-    whole = sum(param.ds_numel for param in params if param.ds_status.name != "NOT_AVAILABLE")
-    return float(whole / sum(param.ds_numel for param in params))
-
-
 class GatheredPeak:
     """Largest share of a stage's parameters that is whole at once, looked at whenever more is gathered."""
 
     def __init__(self, stage: Zero3Stage) -> None:
         gather = partition_parameters._dist_allgather_fn
-        self._most = 0.0
+        self._params: list[Any] = list(stage.module.parameters())
+        self._all, self._most = sum(param.ds_numel for param in self._params), 0.0
 
         def looked(*args: Any) -> Any:
-            self._most = max(self._most, whole_share(stage))
+            self._most = max(self._most, self.now())
             return gather(*args)
 
         partition_parameters._dist_allgather_fn = looked
+
+    def now(self) -> float:
+        away = partition_parameters.ZeroParamStatus.NOT_AVAILABLE
+        return float(sum(param.ds_numel for param in self._params if param.ds_status is not away) / self._all)
 
     def take(self) -> float:
         most, self._most = self._most, 0.0
@@ -272,9 +299,14 @@ def _restore_own_norm(stage: Zero3Stage) -> None:
     del stage._zero._get_norm_groups  # an attribute of the instance covers DeepSpeed's own method
 
 
+def _keep_stack(stage: Zero3Stage) -> None:
+    stage._running = sys.maxsize
+
+
 UNDO: Mapping[str, Callable[[Zero3Stage], None]] = {
     "backward flag": _keep_backward_flag,
     "global norm": _restore_own_norm,
+    "cut stack": _keep_stack,
     "one accumulation": lambda stage: None,  # undone in the configuration, before the engine is made
     "release": lambda stage: None,  # undone before the engine is made, too
 }
@@ -296,10 +328,11 @@ def number_from_zero() -> None:
 def run_table(out: Path) -> None:
     grids = {pp: Topology(RANKS, dist.get_rank(), pp) for pp in (1, 2, 4)}
     groups = {pp: create_groups(topology) for pp, topology in grids.items()}
-    for name, case in (CASES | BROKEN | POISONED | TRAFFIC).items():
+    for case in ALL:
         number_from_zero()
+        del parameter_offload.FWD_MODULE_STACK[:]
         seen = Job(case, grids[case.pp], groups[case.pp]).train()
-        torch.save(seen, out / f"{name}-{dist.get_rank()}.pt")
+        torch.save(seen, out / f"{case}-{dist.get_rank()}.pt")
 
 
 def run_without_group_order() -> None:

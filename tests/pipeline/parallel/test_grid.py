@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,23 @@ from pipeline.parallel.traffic import StepTraffic, Traffic
 from tests.launch import ROOT, run
 from tests.pipeline.model.helpers import whole_stage
 from tests.pipeline.parallel.grid_worker import (
-    BROKEN,
-    CASES,
+    ACCUMULATED,
+    EACH,
+    EQUAL,
+    LEAVES,
     LR,
-    MICROS,
+    NO_FLAG,
+    NO_NORM,
+    ONCE,
+    PERSIST,
     POISONED,
-    POISONED_STEP,
     RANKS,
-    TRAFFIC,
+    RELEASED,
     TRAIN,
+    UNCUT,
+    UNRELEASED,
+    ZERO1,
+    ZERO2,
     Case,
     grid_spec,
     micro_batch,
@@ -34,6 +43,7 @@ from tests.pipeline.parallel.grid_worker import (
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1000)]
 WORKER = ROOT / "tests/pipeline/parallel/grid_worker.py"
 Tensors = Mapping[str, torch.Tensor]
+Ranks = Sequence[dict[str, Any]]
 
 
 @dataclass
@@ -78,17 +88,17 @@ def _reference(tied: bool, layers: int, micro_counts: tuple[int, ...], skipped: 
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All cases, run inside one launch of four ranks."""
     out = tmp_path_factory.mktemp("grid")
-    run(RANKS, WORKER, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=900).check()
+    run(RANKS, WORKER, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=900, launcher="srun").check()
     return out
 
 
-def ranks_of(results: Path, name: str) -> list[dict[str, Any]]:
-    return [torch.load(results / f"{name}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
+def ranks_of(results: Path, case: Case) -> Ranks:
+    return [torch.load(results / f"{case}-{rank}.pt", weights_only=True) for rank in range(RANKS)]
 
 
-def whole(shards: Sequence[Tensors], like: Tensors, case: Case) -> dict[str, torch.Tensor]:
-    """Join flat shards of all ranks of all stages to whole tensors."""
-    dp, joined = RANKS // case.pp, {}
+def whole(ranks: Ranks, kind: str, step: int, like: Tensors, case: Case) -> dict[str, torch.Tensor]:
+    """Join flat shards that all ranks of all stages saw in a step to whole tensors."""
+    shards, dp, joined = [rank[kind][step] for rank in ranks], RANKS // case.pp, {}
     for stage in range(case.pp):
         own = shards[stage * dp : (stage + 1) * dp]
         for name in own[0]:
@@ -104,13 +114,58 @@ def furthest(got: Tensors, wanted: Tensors) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
+def gradients_differ_by(ranks: Ranks, case: Case, step: int) -> float:
+    wanted = reference(case).gradients[step]
+    return furthest(whole(ranks, "gradients", step, wanted, case), wanted)
+
+
+def weights_differ_by(ranks: Ranks, case: Case, step: int, skipped: int | None = None) -> float:
+    wanted = reference(case, skipped).weights[step]
+    return furthest(whole(ranks, "weights", step, wanted, case), wanted)
+
+
 @cache
 def targets(step: int, count: int) -> int:
     return target_count([micro_batch(step, index) for index in range(count)])
 
 
-def mean_losses(ranks: Sequence[dict[str, Any]], case: Case) -> list[float]:
-    return [sum(rank["loss"][step] for rank in ranks) / targets(step, n) for step, n in enumerate(case.micros)]
+def mean_losses(ranks: Ranks, case: Case) -> list[float]:
+    steps = range(len(ranks[0]["loss"]))
+    return [sum(rank["loss"][step] for rank in ranks) / targets(step, case.micros[step]) for step in steps]
+
+
+def moved(rank: dict[str, Any], counted: str = "traffic") -> list[StepTraffic]:
+    """What a rank moved in each step, in multiples of its stage."""
+    trained, frozen = rank["parameters"]
+    return [StepTraffic.of(Traffic(**step), trained=trained, frozen=frozen, size=4) for step in rank[counted]]
+
+
+def settings(case: Case) -> dict[str, Any]:
+    """What of a case must not change any result."""
+    everything = asdict(case)
+    apart = ("without", "poisoned", "deep", "micros")
+    odd = case.micros[0] // (RANKS // case.pp) % case.pp > 0
+    return {name: value for name, value in everything.items() if name not in apart} | {"odd": odd}
+
+
+def go_together(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
+    excluded: Mapping[tuple[str, Any], Mapping[str, Any]] = {
+        ("config", "zero1"): {"reduce_once": True, "resident": 1.0, "persist": 0},
+        ("config", "zero2"): {"reduce_once": False, "resident": 1.0, "persist": 0},
+        ("persist", PERSIST): {"resident": 0.0},
+        ("pp", 1): {"odd": False},
+    }
+    if {one, other} == {("pp", 1), ("schedule", "interleaved")}:
+        return False
+    return all(excluded.get(a, {}).get(b[0], b[1]) == b[1] for a, b in ((one, other), (other, one)))
+
+
+def test_any_two_settings_that_go_together_meet_in_some_case() -> None:
+    met = {pair for case in EQUAL for pair in combinations(settings(case).items(), 2)}
+    values = {name: {settings(case)[name] for case in EQUAL} for name in settings(ONCE)}
+    for first, second in combinations(values, 2):
+        for pair in product(product([first], values[first]), product([second], values[second])):
+            assert pair in met or not go_together(*pair), pair
 
 
 def test_the_reference_clips_and_trains() -> None:
@@ -120,96 +175,90 @@ def test_the_reference_clips_and_trains() -> None:
         assert furthest(seen.weights[-1], seen.weights[0]) > 1e-3
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_any_grid_equals_one_process(name: str, results: Path) -> None:
-    case, ranks = CASES[name], ranks_of(results, name)
-    wanted = reference(case)
+@pytest.mark.parametrize("case", EQUAL, ids=str)
+def test_any_grid_equals_one_process(case: Case, results: Path) -> None:
+    ranks, wanted = ranks_of(results, case), reference(case)
     assert mean_losses(ranks, case) == pytest.approx(wanted.loss, rel=2e-7)
     for rank in ranks:
         assert rank["norm"] == ranks[0]["norm"], "one norm on all ranks, to the bit"
         assert rank["norm"] == pytest.approx(wanted.norm, rel=1e-6)
+        assert len(set(rank["stack"])) == 1, "no step leaves anything behind"
     for step in (0, 1):  # beyond, the last bits of the weights have grown into the gradients
-        got = whole([rank["gradients"][step] for rank in ranks], wanted.gradients[step], case)
-        assert furthest(got, wanted.gradients[step]) <= 1e-7, f"step {step}"
-    got = whole([rank["weights"][-1] for rank in ranks], wanted.weights[-1], case)
-    assert furthest(got, wanted.weights[-1]) <= 1e-5
-
-
-def test_without_the_backward_flag_gradients_are_lost(results: Path) -> None:
-    """Correction 2: the loss is that of a sound run."""
-    case, ranks = BROKEN["backward-flag"], ranks_of(results, "backward-flag")
-    wanted = reference(case)
-    got = whole([rank["gradients"][0] for rank in ranks], wanted.gradients[0], case)
-    assert furthest(got, wanted.gradients[0]) > 1e-3
-    assert sum(rank["loss"][0] for rank in ranks) / targets(0, MICROS[0]) == pytest.approx(wanted.loss[0], rel=2e-7)
-
-
-def test_without_the_global_norm_stages_clip_differently(results: Path) -> None:
-    """Correction 3: DeepSpeed's own norm knows one stage only."""
-    case, ranks = BROKEN["global-norm"], ranks_of(results, "global-norm")
-    wanted = reference(case)
-    got = whole([rank["weights"][-1] for rank in ranks], wanted.weights[-1], case)
-    assert furthest(got, wanted.weights[-1]) > 1e-5
-
-
-def test_without_the_global_norm_one_stage_skips_while_the_other_steps(results: Path) -> None:
-    applied = [rank["applied"][POISONED_STEP] for rank in ranks_of(results, "global-norm-poisoned")]
-    assert applied == [True, True, False, False]
-
-
-def test_with_accumulation_left_to_deepspeed_every_stage_divides_again(results: Path) -> None:
-    """Correction 4."""
-    case, ranks = BROKEN["one-accumulation"], ranks_of(results, "one-accumulation")
-    wanted = reference(case)
-    got = whole([rank["gradients"][0] for rank in ranks], wanted.gradients[0], case)
-    assert furthest(got, wanted.gradients[0]) > 1e-3
-    assert not all(rank["applied"][0] for rank in ranks), "and the first step is taken for half a step"
+        assert gradients_differ_by(ranks, case, step) <= 1e-7, f"step {step}"
+    assert weights_differ_by(ranks, case, -1) <= 1e-5
 
 
 def test_without_the_group_local_order_check_sound_stages_are_refused() -> None:
     """Correction 1: DeepSpeed compares the modules of different stages, which rightly differ."""
-    ended = run(RANKS, WORKER, env={"PYTHONPATH": str(ROOT)}, timeout_s=180)
+    ended = run(RANKS, WORKER, env={"PYTHONPATH": str(ROOT)}, timeout_s=180, launcher="srun")
     assert ended.code != 0
     assert "disagreement on list length between rank0 and rank2" in ended.output
 
 
-@pytest.mark.parametrize("name", POISONED)
-def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(name: str, results: Path) -> None:
-    case, ranks = POISONED[name], ranks_of(results, name)
-    wanted = reference(case, skipped=POISONED_STEP)
-    for rank in ranks:
-        assert rank["applied"] == [step != POISONED_STEP for step in range(len(MICROS))]
-        assert not math.isfinite(rank["norm"][POISONED_STEP])
-        before, after = rank["weights"][POISONED_STEP - 1 : POISONED_STEP + 1]
-        assert all(torch.equal(before[key], after[key]) for key in before)
-    got = whole([rank["weights"][-1] for rank in ranks], wanted.weights[-1], case)
-    assert furthest(got, wanted.weights[-1]) <= 1e-5, "training goes on as if the step had not been"
+def test_without_the_backward_flag_gradients_are_lost(results: Path) -> None:
+    """Correction 2: the loss is that of a sound run."""
+    ranks = ranks_of(results, NO_FLAG)
+    assert gradients_differ_by(ranks, NO_FLAG, 0) > 1e-3
+    assert mean_losses(ranks, NO_FLAG) == pytest.approx(reference(NO_FLAG).loss, rel=2e-7)
 
 
-@pytest.mark.parametrize("name", [name for name, case in TRAFFIC.items() if case.config == "zero3"])
-def test_traffic_of_a_step_of_eight_micro_batches(name: str, results: Path) -> None:
-    """Weights are gathered and gradients reduced once a step where the settings say so."""
-    case, ranks = TRAFFIC[name], ranks_of(results, name)
-    for rank in ranks:
-        trained, frozen = rank["parameters"]
-        for counted in rank["traffic"]:
-            moved = StepTraffic.of(Traffic(**counted), trained=trained, frozen=frozen, size=4)
-            if case.resident == 1:
-                assert 0.95 <= moved.gather_x <= 1.1
-            else:
-                assert moved.gather_x > 8, "at least once a micro-batch"
-                assert max(rank["peak"]) <= 0.15
-            assert 0.99 <= moved.reduce_x / (1 if case.reduce_once else 8) <= 1.1
+def test_without_the_global_norm_stages_clip_and_skip_differently(results: Path) -> None:
+    """Correction 3: DeepSpeed's own norm knows one stage only."""
+    ranks = ranks_of(results, NO_NORM)
+    assert weights_differ_by(ranks, NO_NORM, 1) > 1e-5
+    assert [rank["applied"][NO_NORM.poisoned] for rank in ranks] == [True, True, False, False]
+
+
+def test_with_accumulation_left_to_deepspeed_every_stage_divides_again(results: Path) -> None:
+    """Correction 4."""
+    ranks = ranks_of(results, ACCUMULATED)
+    assert gradients_differ_by(ranks, ACCUMULATED, 0) > 1e-3
+    assert not all(rank["applied"][0] for rank in ranks), "and the first step is taken for half a step"
 
 
 def test_without_a_release_after_each_backward_the_stage_stays_gathered(results: Path) -> None:
     """Correction 5."""
-    first_stage = ranks_of(results, "release")[: RANKS // BROKEN["release"].pp]
+    first_stage = ranks_of(results, UNRELEASED)[: RANKS // UNRELEASED.pp]
     assert min(max(rank["peak"]) for rank in first_stage) > 0.5
 
 
+def test_without_a_cut_the_stack_of_running_modules_grows_with_every_step(results: Path) -> None:
+    """Correction 6."""
+    for rank in ranks_of(results, UNCUT):
+        assert 0 < rank["stack"][0] < rank["stack"][1]
+
+
+@pytest.mark.parametrize("case", POISONED, ids=str)
+def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(case: Case, results: Path) -> None:
+    ranks, poisoned = ranks_of(results, case), case.poisoned
+    assert poisoned is not None
+    for rank in ranks:
+        assert rank["applied"] == [step != poisoned for step in range(len(case.micros))]
+        assert not math.isfinite(rank["norm"][poisoned])
+        before, after = rank["weights"][poisoned - 1 : poisoned + 1]
+        assert all(torch.equal(before[key], after[key]) for key in before)
+    assert weights_differ_by(ranks, case, -1, poisoned) <= 1e-5, "training goes on as if the step had not been"
+
+
+@pytest.mark.parametrize("case", [ONCE, EACH], ids=str)
+def test_weights_are_gathered_once_a_step_and_gradients_reduced_as_often_as_asked(case: Case, results: Path) -> None:
+    for rank in ranks_of(results, case):
+        for step, count in zip(moved(rank), case.micros, strict=True):
+            assert 0.95 <= step.gather_x <= 1.1
+            assert 0.99 <= step.reduce_x / (1 if case.reduce_once else count // 2) <= 1.1
+
+
+@pytest.mark.parametrize("case", [RELEASED, LEAVES], ids=str)
+def test_weights_that_are_released_are_gathered_again_for_each_micro_batch(case: Case, results: Path) -> None:
+    for rank in ranks_of(results, case):
+        assert max(rank["peak"]) <= 0.15
+        for step in moved(rank):
+            assert step.gather_x > 8, "at least once a micro-batch"
+            assert 0.99 <= step.reduce_x / 8 <= 1.1
+
+
 def test_layers_gathered_as_one_are_fewer_gathers_of_the_same_bytes(results: Path) -> None:
-    single, leaves = (ranks_of(results, name)[1]["traffic"] for name in ("traffic-0-each", "traffic-leaves"))
+    single, leaves = (ranks_of(results, case)[1]["traffic"] for case in (RELEASED, LEAVES))
     for step in (0, 1):
         assert leaves[step]["gathers"] < single[step]["gathers"] / 2
         assert leaves[step]["gathered"] == pytest.approx(single[step]["gathered"], rel=0.05)
@@ -217,23 +266,21 @@ def test_layers_gathered_as_one_are_fewer_gathers_of_the_same_bytes(results: Pat
         assert steps[1]["gathers"] < 0.8 * steps[0]["gathers"]
 
 
-@pytest.mark.parametrize("name", ["traffic-zero1", "traffic-zero2"])
-def test_zero_1_and_2_gather_once_after_the_update_and_nothing_within_a_step(name: str, results: Path) -> None:
-    for rank in ranks_of(results, name):
-        trained, frozen = rank["parameters"]
-        within, after = (
-            [StepTraffic.of(Traffic(**counted), trained=trained, frozen=frozen, size=4) for counted in rank[part]]
-            for part in ("traffic", "traffic of update")
-        )
-        assert rank["whole"] == [1.0, 1.0]
-        assert within[1].gather_x == 0 and all(0.99 <= moved.gather_x <= 1.1 for moved in after)
-        assert all(0.99 <= moved.reduce_x / (1 if name == "traffic-zero1" else 8) <= 1.1 for moved in within)
+@pytest.mark.parametrize("case", [ZERO1, ZERO2], ids=str)
+def test_zero_1_and_2_gather_once_after_the_update_and_nothing_within_a_step(case: Case, results: Path) -> None:
+    for rank in ranks_of(results, case):
+        within, after = moved(rank), moved(rank, "traffic of update")
+        assert rank["whole"] == [1.0, 1.0, 1.0]
+        assert within[1].gather_x == within[2].gather_x == 0
+        assert all(0.99 <= step.gather_x <= 1.1 for step in after)
+        for step, count in zip(within, case.micros, strict=True):
+            assert 0.99 <= step.reduce_x / (1 if case is ZERO1 else count // 2) <= 1.1
 
 
 def test_only_hidden_states_cross_stages(results: Path) -> None:
-    case = TRAFFIC["traffic-1-once"]
-    width, dp = grid_spec(False).width, RANKS // case.pp
-    for index, rank in enumerate(ranks_of(results, "traffic-1-once")):
+    for index, rank in enumerate(ranks_of(results, ONCE)):
         for step, counted in enumerate(rank["traffic"]):
-            own = [micro_batch(step, i) for i in range(16)][8 * (index % dp) :][:8]
+            count = ONCE.micros[step] // 2
+            own = [micro_batch(step, i) for i in range(2 * count)][count * (index % 2) :][:count]
+            width = grid_spec(tied=False, layers=ONCE.layers).width
             assert counted["sent"] == sum(inputs.input_ids.numel() for inputs in own) * width * 4

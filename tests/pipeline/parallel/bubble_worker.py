@@ -1,82 +1,83 @@
-"""One rank of `test_trace`: the real runner over stages that sleep instead of computing, timed by its recorder."""
+"""One rank of `test_trace`: ZeRO-3 stages whose decoder layers sleep besides computing, timed by the recorder."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
-from pipeline.attention import build_plan
-from pipeline.model.inputs import StageInputs
-from pipeline.parallel.groups import create_groups, fill_rank_variables, start_processes, stop_processes
-from pipeline.parallel.runner import Runner
+from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.trace import Span, chrome_trace, measured_bubble
-from pipeline.parallel.traffic import Traffic
-from pipeline.parallel.zero3 import Zero3Stage
-from tests.pipeline.model.helpers import random_sidecars
+from tests.pipeline.parallel.grid_worker import LR, RANKS, Case, Job, micro_batch, number_from_zero
 
-RANKS, MICROS, TOKENS, WIDTH, FORWARD_S = 4, 4, 16, 8, 0.12
-"""A stage sleeps FORWARD_S a micro-batch forward and twice that back, whatever its number of chunks."""
-CASES: Mapping[str, tuple[str, int]] = {"1f1b": ("1f1b", 1), "gpipe": ("gpipe", 1), "interleaved": ("interleaved", 2)}
+MICROS, FORWARD_S = 4, {2: 0.25, 4: 0.2}
+"""A stage of a grid sleeps so long a micro-batch forward, and twice that back, whatever its layers and chunks."""
+CASES: Mapping[str, Case] = {
+    "pp2-1f1b": Case(2, resident=0.0, reduce_once=False),
+    "pp2-interleaved": Case(2, "interleaved"),
+    "pp4-1f1b": Case(4),
+    "pp4-gpipe": Case(4, "gpipe"),
+    "pp4-interleaved": Case(4, "interleaved"),
+}
+ROW = micro_batch(0, 1)  # text: an image's tower would run on the first stage alone
 CPU = torch.device("cpu")
 
 
-class SleepingStage:
-    """Stands in for `Zero3Stage`: hidden states go through unchanged, after a while."""
+class Asleep(torch.autograd.Function):
+    """Passes hidden states through, and their gradient, after a while."""
 
-    def __init__(self, chunks: int) -> None:
-        self.engine, self.traffic = SimpleNamespace(device=CPU), Traffic()
-        self._forward_s = FORWARD_S / chunks
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, forward_s: float) -> torch.Tensor:  # type: ignore[override]
+        ctx.forward_s = forward_s
+        time.sleep(forward_s)
+        return hidden.view_as(hidden)
 
-    @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        yield
-
-    def forward(self, hidden: torch.Tensor | None, inputs: StageInputs, layers: range | None) -> torch.Tensor:
-        time.sleep(self._forward_s)
-        out = torch.zeros(1, TOKENS, WIDTH, requires_grad=True) if hidden is None else hidden * 1.0
-        return out.sum() if layers == range(-1, 0) else out
-
-    def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:
-        time.sleep(2 * self._forward_s)
-        torch.autograd.backward(output, grad)
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        time.sleep(2 * ctx.forward_s)
+        return grads[0], None
 
 
-def one_step(name: str, topology: Topology, groups: Any, wire: list[int]) -> tuple[float, list[Span], int]:
-    schedule, chunks = CASES[name]
-    stage = SleepingStage(chunks)
-    own: list[range | None] = [None] * chunks
-    if topology.last:
-        own[-1] = range(-1, 0)  # where the loss is
-    runner = Runner(
-        cast(Zero3Stage, stage), topology=topology, groups=groups, width=WIDTH, dtype=torch.float32,
-        schedule=schedule, chunks=own,
-    )  # fmt: skip
-    sidecars = random_sidecars(0, 1, padding=0)
-    none = torch.zeros(TOKENS, dtype=torch.long)
-    micros = [StageInputs(none, none, build_plan("causal", sidecars), none, none[:0])] * MICROS
+def fall_asleep(module: nn.Module, args: Any, hidden: torch.Tensor, forward_s: float) -> torch.Tensor:
+    return Asleep.apply(hidden, forward_s)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def one_step(case: Case, topology: Topology, groups: Groups, wire: list[int]) -> tuple[float, list[Span]]:
+    """Time a step, after one without sleep; ``wire`` is left with the size of each of its messages."""
+    number_from_zero()
+    job = Job(case, topology, groups)
+    micros = [ROW] * MICROS
+    job.runner.run(micros, 1.0)
+    job.stage.step(LR)
+    layers = list(job.stage.module.model.layers.values())  # type: ignore[union-attr, operator]
+    for layer in layers:
+        layer.register_forward_hook(partial(fall_asleep, forward_s=FORWARD_S[case.pp] / len(layers)))
+    job.stage.traffic.take()
     wire.clear()
     dist.barrier()
-    runner.recorder.begin()
-    runner.run(micros, 1.0)
-    spans = runner.recorder.take()
-    return measured_bubble(spans, CPU), spans, stage.traffic.sent
+    job.runner.recorder.begin()
+    job.runner.run(micros, 1.0)
+    spans = job.runner.recorder.take()
+    assert job.stage.traffic.take().sent == sum(wire)
+    return measured_bubble(spans, CPU), spans
 
 
 def main() -> None:
     fill_rank_variables()
     start_processes(60)
-    topology = Topology(RANKS, dist.get_rank(), RANKS)
-    groups, wire, seen = create_groups(topology), [], {}
+    grids = {pp: Topology(RANKS, dist.get_rank(), pp) for pp in (2, 4)}
+    groups = {pp: create_groups(topology) for pp, topology in grids.items()}
+    wire: list[int] = []
+    seen = {}
     send = dist.isend
 
     def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -84,16 +85,15 @@ def main() -> None:
         return send(tensor, *args, **kwargs)
 
     dist.isend = counted  # type: ignore[assignment]
-    for name in CASES:
-        bubble, spans, sent = one_step(name, topology, groups, wire)
+    for name, case in CASES.items():
+        bubble, spans = one_step(case, grids[case.pp], groups[case.pp], wire)
         of_ranks: list[list[Span]] = [[] for _ in range(RANKS)]
         dist.all_gather_object(of_ranks, spans)
         wires: list[list[int]] = [[] for _ in range(RANKS)]
         dist.all_gather_object(wires, list(wire))
-        assert sent == sum(wire)
-        trace = json.loads(chrome_trace(of_ranks, topology))
+        trace = json.loads(chrome_trace(of_ranks, grids[case.pp]))
         seen[name] = {"bubble": bubble, "wire": wires, "trace": trace}
-    if topology.rank == 0:
+    if dist.get_rank() == 0:
         Path(sys.argv[-1]).write_text(json.dumps(seen))
     stop_processes()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("zero3")
     script = ROOT / "tests/pipeline/model/zero3_worker.py"
-    run(2, script, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=240).check()
+    run(2, script, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=240, launcher="srun").check()
     return out
 
 

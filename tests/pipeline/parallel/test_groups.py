@@ -88,6 +88,6 @@ def test_every_group_gives_up_after_its_limit() -> None:
     in those of its replica, rank 2 for its other replica.
     """
     worker = ROOT / "tests/pipeline/parallel/groups_worker.py"
-    output = run(4, worker, env={"PYTHONPATH": str(ROOT)}, timeout_s=300).check().output
+    output = run(4, worker, env={"PYTHONPATH": str(ROOT)}, timeout_s=300, launcher="srun").check().output
     for rank, given_up in enumerate((4, 3, 1, 0)):
         assert f"rank {rank} gave up in {given_up} groups" in output

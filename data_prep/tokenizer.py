@@ -35,8 +35,10 @@ META = "mma_tokenizer.json"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files copied beside a Hugging Face tokenizer so that other libraries can load the saved folder."""
 Ids: TypeAlias = npt.NDArray[np.int32]
-_REMEMBERED_TEXTS, _REMEMBERED_CHARACTERS = 1 << 14, 256
-"""Short texts come again (system prompts, names of roles, answers); long ones would fill the memory for nothing."""
+_SHORT_CHARACTERS = 256
+_SHORT_TEXTS, _LONG_TEXTS = 1 << 14, 1 << 8
+"""Texts that are remembered. Short ones come again all the time (system prompts, names of roles, answers); long ones
+only within a document or conversation, and thousands of them would fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +199,8 @@ class Tokenizer:
         self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
         self._is_reserved = np.zeros(max(self._size, *self._reserved) + 1, dtype=bool)
         self._is_reserved[list(self._reserved)] = True
-        self._remembered = functools.lru_cache(_REMEMBERED_TEXTS)(self._encode_ordinary)
+        self._short = functools.lru_cache(_SHORT_TEXTS)(self._encode_ordinary)
+        self._long = functools.lru_cache(_LONG_TEXTS)(self._encode_ordinary)
         self.pad_id = self._tokens[PAD]
         self.image_id = self._tokens[IMAGE_TOKEN]
 
@@ -305,7 +308,7 @@ class Tokenizer:
             strip = isinstance(piece, Special) and self._backend.strips_after(piece.token)
 
     def _ordinary(self, text: str) -> Ids:
-        return self._remembered(text) if len(text) <= _REMEMBERED_CHARACTERS else self._encode_ordinary(text)
+        return self._short(text) if len(text) <= _SHORT_CHARACTERS else self._long(text)
 
     def _encode_ordinary(self, text: str) -> Ids:
         """Encode text so that no special token comes out, even where the tokenizer would match one."""

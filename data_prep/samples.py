@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ SAMPLE_SCHEMA = pa.schema(
 """One tokenised sample of a unit."""
 _NUMBERS = ("n_tokens", "n_images", "n_target", "n_repeated", "n_left_out", "prompt_at")
 _FLAGS = ("truncated", "ended")
+_OF_SAMPLE = ["sample", "family", "input_ids", "generated", "images", "prompt_at", "alterable"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +127,34 @@ class SampleReader:
             indices: numbers of samples within these units; of one length.
         """
         found: dict[int, Sample] = {}
-        for number in np.unique(units).tolist():
-            unit = self._units[number]
-            batches, rows = _open(unit), np.fromfile(unit.rows(self._store), dtype=np.int64)
-            for place in np.flatnonzero(units == number).tolist():
-                index = int(indices[place])
-                found[place] = _sample(batches[index // BATCH_ROWS], index % BATCH_ROWS, rows)
+        batch = indices // BATCH_ROWS
+        order = np.lexsort((batch, units))  # samples of one batch are read together
+        changes = np.flatnonzero((np.diff(units[order]) != 0) | (np.diff(batch[order]) != 0)) + 1
+        opened = -1
+        for places in np.split(order, changes) if len(order) else ():
+            number = int(units[places[0]])
+            if number != opened:
+                batches, opened = _open(self._units[number]), number
+                rows = np.fromfile(self._units[number].rows(self._store), dtype=np.int64)
+            samples = _samples(batches[batch[places[0]]], indices[places] % BATCH_ROWS, rows)
+            found.update(zip(places.tolist(), samples, strict=True))
         return [found[place] for place in range(len(units))]
 
 
-def _sample(batch: pa.RecordBatch, local: int, rows: npt.NDArray[np.int64]) -> Sample:
-    return Sample(
-        batch.column("sample")[local].as_py(),
-        batch.column("family")[local].as_py(),
-        batch.column("input_ids")[local].values.to_numpy().copy(),  # a view would keep the unit mapped
-        batch.column("generated")[local].values.to_numpy().copy(),
-        rows[batch.column("images")[local].values.to_numpy()],
-        batch.column("prompt_at")[local].as_py(),
-        batch.column("alterable")[local].as_py(),
+def _samples(batch: pa.RecordBatch, wanted: npt.NDArray[np.integer], rows: npt.NDArray[np.int64]) -> Iterator[Sample]:
+    """Return samples of a batch; they are copied out of it, or they would keep the unit mapped."""
+    taken = batch.select(_OF_SAMPLE).take(pa.array(wanted))
+    ids, generated, images = (_parts(taken.column(name)) for name in ("input_ids", "generated", "images"))
+    name, family, prompt_at, alterable = (
+        taken.column(name).to_pylist() for name in ("sample", "family", "prompt_at", "alterable")
     )
+    return map(Sample, name, family, ids, generated, (rows[part] for part in images), prompt_at, alterable)
+
+
+def _parts(column: pa.ListArray) -> list[npt.NDArray[Any]]:
+    """Return the lists of a column as arrays."""
+    values = column.values.to_numpy()
+    return [values[start:stop] for start, stop in itertools.pairwise(column.offsets.to_numpy().tolist())]
 
 
 def _open(unit: Unit) -> list[pa.RecordBatch]:

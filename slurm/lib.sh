@@ -217,6 +217,7 @@ find_lost() {
   exec 3< <(silent_nodes)
   wait_for $! || true
   lost=$(cat <&3)
+  lost=${lost% }
 }
 
 # silent_nodes: print the job's nodes that start no process within NODE_PATIENCE seconds.

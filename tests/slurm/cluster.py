@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,12 +134,25 @@ class Cluster:
         return "\n".join(f"--- {path.name}\n{path.read_text()[-4000:]}" for path in files)
 
     def log(self, job: str) -> str:
-        """The log of one job."""
-        (path,) = (self.work / "slurm/logs").glob(f"*-{job}.log")
-        return path.read_text()
+        """The log of one job; nothing before it has begun."""
+        paths = [*(self.work / "slurm/logs").glob(f"*-{job}.log")]
+        return paths[0].read_text() if paths else ""
 
     def start_node(self, node: str) -> None:
         subprocess.run(["slurmd", "-N", node], env=self.environment, check=True)
+
+    @contextmanager
+    def missing_nodes_after(self, seconds: int) -> Iterator[None]:
+        """Let Slurm miss a node that is silent for so long, meanwhile."""
+        conf = self.root / "slurm.conf"
+        before = conf.read_text()
+        try:
+            conf.write_text(re.sub("SlurmdTimeout=.*", f"SlurmdTimeout={seconds}", before))
+            self.call("scontrol", "reconfigure")
+            yield
+        finally:
+            conf.write_text(before)
+            self.call("scontrol", "reconfigure")
 
     def kill_node(self, node: str) -> None:
         """Do what a power cut does: the node's daemon, its job steps and their processes are gone at once."""

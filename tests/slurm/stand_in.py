@@ -1,7 +1,7 @@
 """Plays the trainer to the job scripts: a run folder with status.json and STOP, and an exit code, without a model.
 
 Copied to ``pipeline/train.py`` of a test's working folder, so that a start costs no more than Python.
-``--play done | limit | user | struck | crash`` is how a start goes, ``--gain N`` the steps it makes.
+``--play done | limit | user | struck | crash | silence`` is how a start goes, ``--gain N`` the steps it makes.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -44,11 +45,16 @@ def play(run: Path, part: str, gain: int, init_from: str) -> int:
         subprocess.run(["scancel", "--batch", "--signal=USR1", JOB], check=True)
         while not (run / "STOP").exists():
             time.sleep(0.05)
-    state = {"done": "done", "struck": "running"}.get(part, "stopped")
+    if part == "silence":  # a node whose daemon hangs, at first; it is there again for the second start
+        part = "silence" if step == 0 else "done"
+    state = {"done": "done", "struck": "running", "silence": "running"}.get(part, "stopped")
     status.write_text(json.dumps({"state": state, "step": step + gain}))
     if part == "struck":  # what Slurm does when it finds a node lost, or wants the nodes for another job
         subprocess.run(["scontrol", "requeue", JOB], check=True)
         time.sleep(60)
+    if part == "silence":
+        os.kill(int(Path(os.environ["SILENCED"]).read_text()), signal.SIGSTOP)
+        return 1
     return 0
 
 

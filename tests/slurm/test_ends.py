@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,6 +84,26 @@ def test_a_failed_rank_can_be_found(stage: Cluster, played: dict[str, str]) -> N
     assert lines[-1].endswith(f"what rank N said: grep '^ *N: ' {path}")
 
 
+@pytest.fixture(scope="module")
+def silenced(stage: Cluster) -> str:
+    """A job whose trainer fails, and finds a node silent that Slurm has not missed; it is back in the queue."""
+    daemon = stage.root / f"run/slurmd.{NODES[1]}.pid"
+    env = {**QUICK, "EXTRA_FLAGS": "--play silence", "SILENCED": str(daemon), "NODE_PATIENCE": "3"}
+    with stage.missing_nodes_after(300):
+        job = stage.submit(
+            "--nodes=2", "--gpus-per-node=2", "slurm/sft_mma.sh", env={**env, "RUN_DIR": "runs/silenced"}
+        )
+        try:
+            stage.until(lambda: "back to the queue" in stage.log(job), 120, "the job to go back to the queue")
+        finally:
+            os.kill(int(daemon.read_text()), signal.SIGCONT)
+    return job
+
+
+def test_a_node_that_starts_no_process_counts_as_lost(stage: Cluster, silenced: str) -> None:
+    assert f"lost {NODES[1]}; the newest checkpoint goes on" in stage.log(silenced)
+
+
 def test_four_stages_of_dual_order_training(stage: Cluster) -> None:
     """A chain that is struck in its third stage; the same command takes up what is left."""
     names = ["pt_text_first", "pt_image_first", "sft_text_first", "sft_image_first"]
@@ -152,3 +173,8 @@ def test_an_unfit_node_is_named(stage: Cluster, checked: dict[str, str], fault: 
     assert log.count("bad node ") == 1
     assert "error: a node is not fit for training" in log
     assert "from step 0, weights" not in log and "back to the queue" not in log
+
+
+def test_a_job_whose_node_is_there_again_goes_on(stage: Cluster, silenced: str) -> None:
+    assert stage.wait(silenced) == "COMPLETED", stage.logs()
+    assert "start 2: runs/silenced" in stage.log(silenced)

@@ -115,10 +115,11 @@ def pack_windows(
         window: samples packed together.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
-    first = 0
+    first, more = 0, None
     for number, start in enumerate(range(0, len(lengths), window)):
         part = slice(start, start + window)
-        local, count = _pack_window(lengths[part], images[part], length, max_images)
+        known = more if start + window <= len(lengths) else None  # whole windows hold the same blend
+        local, count, more = _pack_window(lengths[part], images[part], length, max_images, known)
         rows[part] = first + seeded(seed, "rows", number).permutation(count)[local]
         first += count
     return rows
@@ -236,16 +237,26 @@ def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
     yield from zip(tokens[starts].tolist(), images[starts].tolist(), counts.tolist(), strict=True)
 
 
-def _pack_window(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[Ints, int]:
-    """Return the rows of one window's samples, and the number of rows."""
+def _pack_window(
+    lengths: Counts, images: Counts, length: int, max_images: int | None, more: int | None
+) -> tuple[Ints, int, int]:
+    """Return the rows of one window's samples, the number of rows, and ``more``.
+
+    Args:
+        lengths: see ``pack_windows``.
+        images: see there.
+        length: see there.
+        max_images: see there.
+        more: rows to fill in order beyond those that would do without a gap; None to find out.
+    """
     slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
     window = _Window(lengths, needs, length, slots)
-    rows, count, left_over = window.pack(0)
-    if left_over > 1:  # lengths that leave gaps: so many rows more are filled in order, none from what is left over
+    rows, count, left_over = window.pack(more or 0)
+    if more is None and left_over > 1:  # lengths that leave gaps: so many rows are filled in order as well
         again, fewer, _ = window.pack(left_over)
         if fewer <= count:
-            return again, fewer
-    return rows, count
+            return again, fewer, left_over
+    return rows, count, more or 0
 
 
 class _Window:

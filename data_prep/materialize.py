@@ -185,10 +185,10 @@ def write_row_file(job: RowFileJob) -> None:
 
 def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
     """Lay out the row of some draws, whose samples come next."""
-    plan, samples = context.plan, list(itertools.islice(drawn, len(draws)))
+    plan, samples, part = context.plan, list(itertools.islice(drawn, len(draws))), slice(draws.start, draws.stop)
     sources = tuple(
-        Source(plan.names[plan.corpus[draw]], sample.name, int(plan.draw[draw]), sample.family)
-        for draw, sample in zip(draws, samples, strict=True)
+        Source(plan.names[corpus], sample.name, draw, sample.family)
+        for corpus, draw, sample in zip(plan.corpus[part].tolist(), plan.draw[part].tolist(), samples, strict=True)
     )
     tokenizer = context.tokenizer
     row = pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)

@@ -174,6 +174,7 @@ def _members(path: Path) -> Iterator[Member]:
                 key, _, suffix = name.name.partition(".")
                 if not info.isdir() and key and suffix.lower() in IMAGE_SUFFIXES + TEXT_SUFFIXES:
                     yield _read(tar, info, str(name.parent / key), suffix.lower())
+                tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         raise UserError(f"{path}: damaged tar ({one_line(problem)}); download it again") from None
 

@@ -107,19 +107,7 @@ class Unit:
     def report(self) -> UnitReport:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
-            raw = json.loads(self.marker.read_text(encoding="utf-8"))
-            if raw.pop("marker_sha256") != digest(raw):
-                raise ValueError("it differs from its own hash")
-            return UnitReport(
-                raw["raw"],
-                Tally(raw["kept"], raw["codes"], raw["repairs"]),
-                raw["images"],
-                raw["bytes"],
-                raw["sha256"],
-                raw["images_sha256"],
-                raw["rejects_sha256"],
-                raw["sources_sha256"],
-            )
+            return UnitReport.from_json(self.marker.read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
@@ -169,6 +157,17 @@ class UnitReport:
     """Hash of the list of quarantined samples."""
     sources_sha256: str
     """Hash of the list of image files."""
+
+    @classmethod
+    @functools.lru_cache(1 << 12)  # a step asks for the same markers several times
+    def from_json(cls, text: str) -> UnitReport:
+        """Parse a done-marker. Raises ValueError, KeyError, TypeError or AttributeError where it is damaged."""
+        raw = json.loads(text)
+        if raw.pop("marker_sha256") != digest(raw):
+            raise ValueError("it differs from its own hash")
+        tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
+        hashes = (raw[name] for name in ("sha256", "images_sha256", "rejects_sha256", "sources_sha256"))
+        return cls(raw["raw"], tally, raw["images"], raw["bytes"], *hashes)
 
     def to_json(self) -> str:
         """Return the done-marker's text, which holds its own hash."""

@@ -29,6 +29,29 @@ from pipeline.training.tokenizers import check_tokenizer
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a run's flags and its DeepSpeed file say of ranks and batches, checked before there is any data."""
+
+    topology: Topology
+    order: BatchOrder
+    sharding: Sharding
+    bf16: bool
+    ds_config: dict[str, Any]
+
+    @classmethod
+    def of(cls, invocation: Invocation, *, rank: int, world: int) -> Setting:
+        """Read and check. Raises UserError naming the key, file or flag that is wrong and the fix."""
+        config = invocation.config
+        raw_ds = read_ds_config(invocation.deepspeed)
+        sharding = Sharding.of(raw_ds, config.parallel)
+        topology = Topology(world, rank, config.parallel.pp)
+        micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+        bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
+        ds_config = complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16)
+        return cls(topology, BatchOrder(config.train.batch_packs, topology.dp, micros), sharding, bf16, ds_config)
+
+
+@dataclass(frozen=True)
 class Blueprint:
     """A checked run: what is trained, on what, by which ranks, for how long."""
 
@@ -54,10 +77,8 @@ class Blueprint:
     def draw(cls, invocation: Invocation, *, rank: int, world: int) -> Blueprint:
         """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
         config = invocation.config
-        raw_ds = read_ds_config(invocation.deepspeed)
-        sharding = Sharding.of(raw_ds, config.parallel)
-        topology = Topology(world, rank, config.parallel.pp)
-        micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+        setting = Setting.of(invocation, rank=rank, world=world)
+        topology = setting.topology
         packs = _open_packs(config, topology)
         manifest = packs.manifest
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
@@ -77,11 +98,9 @@ class Blueprint:
         splits = split_stages(
             spec.layers, topology.pp, config.parallel.chunks, by_hand=config.parallel.split, costs=[*map(sum, costs)]
         )
-        bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
         return cls(
-            config, invocation.recipe, packs, policy, spec, counts, topology,
-            BatchOrder(config.train.batch_packs, topology.dp, micros), splits, costs, steps, bf16, sharding,
-            complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16),
+            config, invocation.recipe, packs, policy, spec, counts, topology, setting.order,
+            splits, costs, steps, setting.bf16, setting.sharding, setting.ds_config,
         )  # fmt: skip
 
     @property

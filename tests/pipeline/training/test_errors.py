@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.train import main
+from tests.launch import ROOT
 from tests.pipeline.training.runs import flags
 
 Edit = Callable[[Path], None]
@@ -133,6 +134,26 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
     ):
         assert word in said
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        pytest.param(["--deepspeed", "none.json"], ["none.json", "ds_configs/"], id="missing DeepSpeed file"),
+        pytest.param(["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
+        pytest.param(["--dry-run"], ["demo/packs/pt is not there yet", "mma-prep demo"], id="a dry run"),
+    ],
+)
+def test_the_demo_is_not_made_for_what_cannot_start(
+    more: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--data.demo", str(tmp_path / "demo"), "--data.packs", str(tmp_path / "demo/packs/pt")]
+    started = ["--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--recipe", "demo_pt", *data]
+    assert main([*started, "--run-dir", str(tmp_path / "run"), *more]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert all(word in said for word in words), said
+    assert not [*tmp_path.iterdir()], "nothing was made"
 
 
 def test_print_config_prints_a_recipe(small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

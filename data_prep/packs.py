@@ -209,7 +209,7 @@ def temporary_beside(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
     temporary = temporary_beside(path)
     with temporary.open("wb") as stream:
@@ -247,7 +247,7 @@ def write_rows(path: Path, rows: Sequence[PackRow], length: int) -> FileEntry:
     with pa.ipc.new_file(sink, row_schema(length, views=has_views(rows))) as writer:
         if rows:
             writer.write_batch(rows_to_batch(rows, length))
-    data = sink.getvalue().to_pybytes()
+    data = memoryview(sink.getvalue())
     write_atomic(path, data)
     return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest(), len(rows))
 

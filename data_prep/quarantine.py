@@ -26,6 +26,7 @@ CODES: Mapping[str, str] = {
     "image-bomb": "the image has more pixels than the decompression-bomb limit",
     "tiny-image": "the image is smaller than 2 x 2 pixels",
     "odd-pixels": "the pixel format cannot be turned into RGB",
+    "damaged-tar": "the tar cannot be read from some place on: what follows there is lost until it is downloaded again",
     "too-long": "the sample does not fit the token limits of its packs",
     "too-many-images": "the sample holds more images than its packs allow",
     "no-target": "no token of the sample would be supervised",

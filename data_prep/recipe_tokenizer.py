@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from data_prep.example import Example
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
-from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from data_prep.tokenizer import Tokenizer, tokenizer_files, train_sentencepiece
 from data_prep.workspace import Workspace, digest, sealed
 
 if TYPE_CHECKING:
@@ -51,8 +51,8 @@ def _raw_texts(space: Workspace) -> dict[str, object]:
 
 
 def _source_hashes(path: Path) -> dict[str, str]:
-    files = [path] if path.is_file() else sorted(item for item in path.glob("*") if item.is_file())
-    return {item.name: sha256_file(item) for item in files}
+    """What an existing tokenizer depends on: the files that are read of its folder, not the weights beside them."""
+    return {file.name: sha256_file(file) for file in tokenizer_files(path)}
 
 
 def corpus_texts(corpora: list[Corpus], samples: int) -> Iterator[str]:

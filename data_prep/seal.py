@@ -71,10 +71,15 @@ def seal_store(units: Sequence[Unit], directory: Path, team: Team) -> Path:
     store = directory / store_key(units)
     if team.serial(lambda: _is_sealed(units, store)):
         return store
-    jobs = team.serial(lambda: _prepare(units, store))
-    team.map(_write_shard, [] if _is_whole(store) else team.share([job for job in jobs if not job.is_done()]), _nothing)
+    whole, jobs = team.serial(lambda: (_is_whole(store), _prepare(units, store)))
+    team.map(_write_shard, [] if whole else to_write(jobs, team), _nothing)
     team.serial(lambda: _finish(units, store, jobs))
     return store
+
+
+def to_write(jobs: Sequence[ShardJob], team: Team) -> list[ShardJob]:
+    """Return the shards this member writes: what is done already differs from one member's look to the next one's."""
+    return [job for job in team.share(jobs) if not job.is_done()]
 
 
 def store_key(units: Sequence[Unit]) -> str:

@@ -354,6 +354,12 @@ def _tokenizer_file(path: Path) -> Path:
     raise UserError(f"tokenizer: {path} holds neither tokenizer.json nor tokenizer.model; name the folder of one")
 
 
+def tokenizer_files(path: Path) -> list[Path]:
+    """Return the files of a raw tokenizer that ``Tokenizer.open`` reads. Raises UserError where there is none."""
+    file = _tokenizer_file(path)
+    return [file, *(file.parent / name for name in COMPANIONS if (file.parent / name).is_file())]
+
+
 def _backend(file: Path, companions: Mapping[str, bytes], specials: Sequence[str]) -> _Backend:
     try:
         if file.suffix == ".model":

@@ -23,6 +23,10 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 
 
+class DamagedTarError(Exception):
+    """A tar is cut short, or is none."""
+
+
 class Member(NamedTuple):
     """A file of a tar that belongs to a sample, read into memory."""
 
@@ -71,7 +75,13 @@ class WebDataset(Corpus):
         return {quote(path.relative_to(self.root).as_posix().removesuffix(".tar"), safe=""): path for path in paths}
 
     def examples(self, shard: str) -> Iterator[Example | Reject]:
-        """Yield the samples of one tar. Raises UserError where the tar as a whole is damaged."""
+        """Yield the samples of one tar; of a damaged one those before the damage, and a reject that names it."""
+        try:
+            yield from self._examples(shard)
+        except DamagedTarError as problem:
+            yield Reject(f"{shard}/", "damaged-tar", str(problem))
+
+    def _examples(self, shard: str) -> Iterator[Example | Reject]:
         path, seen = self._tars[shard], set()
         for key, members in _samples(path):
             sample = f"{shard}/{key}".encode(errors="backslashreplace").decode()
@@ -166,7 +176,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """Stream the members that make up samples."""
+    """Stream the members that make up samples. Raises DamagedTarError where what the tar holds cannot be read on."""
     try:
         with tarfile.open(path, "r|*") as tar:
             for info in tar:
@@ -176,7 +186,9 @@ def _members(path: Path) -> Iterator[Member]:
                     yield _read(tar, info, str(name.parent / key), suffix.lower())
                 tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
-        raise UserError(f"{path}: damaged tar ({one_line(problem)}); download it again") from None
+        if isinstance(problem, OSError) and problem.errno:  # of the file system, not of what the file holds
+            raise UserError(f"{path}: cannot be read ({one_line(problem)})") from None
+        raise DamagedTarError(f"{path}: {one_line(problem)}; download it again, then run the same command") from None
 
 
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:

@@ -197,28 +197,32 @@ def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message:
         pytest.param("llava", "conversations", b'{"id": 1}', "a JSON list at the top level", id="no-array"),
         pytest.param("llava", "conversations", b'[{"id": 1}, {"id"', "cut short, from byte 12", id="cut-array"),
         pytest.param("chat", "data", b"PAR1 cut", "not a Parquet file", id="cut-parquet"),
-        pytest.param("webdataset", "tars", b"<html>not found</html>", "damaged tar", id="html-tar"),
     ],
 )
 def test_a_file_that_is_bad_as_a_whole_is_named(
     kind: str, file: str, content: bytes, message: str, tmp_path: Path
 ) -> None:
-    patterns = {"webdataset": "bad.tar", "chat": "bad.parquet"}
-    bad = tmp_path / patterns.get(kind, "bad.json")
+    pattern = kind == "chat"
+    bad = tmp_path / ("bad.parquet" if pattern else "bad.json")
     bad.write_bytes(content)
-    corpus = build_corpus(
-        kind, {file: bad.name if kind in patterns else str(bad)}, tmp_path if kind in patterns else FIXTURES / kind
-    )
+    corpus = build_corpus(kind, {file: bad.name if pattern else str(bad)}, tmp_path if pattern else FIXTURES / kind)
     with pytest.raises(UserError, match=message) as caught:
         outcomes(corpus)
     assert str(bad) in str(caught.value)
 
 
-def test_a_tar_cut_short_is_an_error_not_a_smaller_corpus(tmp_path: Path) -> None:
+def test_a_damaged_tar_gives_what_comes_before_the_damage_and_is_named(tmp_path: Path) -> None:
     whole = (FIXTURES / "webdataset/cc12m/00000.tar").read_bytes()
-    (tmp_path / "00000.tar").write_bytes(whole[:1000])
-    with pytest.raises(UserError, match="damaged tar"):
-        outcomes(build_corpus("webdataset", {}, tmp_path))
+    (tmp_path / "00000.tar").write_bytes(whole)
+    samples = outcomes(build_corpus("webdataset", {}, tmp_path))
+    (tmp_path / "00000.tar").write_bytes(whole[: len(whole) // 2 + 1000])
+    *kept, damage = outcomes(build_corpus("webdataset", {}, tmp_path))
+    assert 0 < len(kept) < len(samples) and kept == samples[: len(kept)]
+    assert isinstance(damage, Reject) and damage.code == "damaged-tar"
+    assert f"{tmp_path / '00000.tar'}: unexpected end of data; download it again" in damage.detail
+    (tmp_path / "00000.tar").write_bytes(b"<html>not found</html>")
+    (damage,) = outcomes(build_corpus("webdataset", {}, tmp_path))
+    assert isinstance(damage, Reject) and damage.code == "damaged-tar"
 
 
 def test_a_missing_parquet_column_is_named() -> None:

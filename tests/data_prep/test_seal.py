@@ -143,3 +143,16 @@ def test_several_processes_seal_the_same_store(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(seal, "SHARD_ROWS", 5)
     units, contents = make_units(tmp_path, 2)
     check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", LocalTeam(3))))
+
+
+def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_path: Path) -> None:
+    jobs = [seal.ShardJob(tmp_path, number, number, number + 1) for number in range(10)]
+    (tmp_path / ".work").mkdir()
+    written = list[int]()
+    for member in range(3):
+        mine = seal.to_write(jobs, LocalTeam(1, member, 3))
+        for job in mine[: 2 - member]:  # the next one looks when this one has done a part of its own
+            job.path.touch()
+            job.marker.touch()
+        written += [job.number for job in mine]
+    assert sorted(written) == list(range(10))

@@ -13,7 +13,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
 from data_prep.template import EOS, Image, Special, Template, Text
-from data_prep.tokenizer import IMAGE_TOKEN, PAD, Tokenizer, train_sentencepiece
+from data_prep.tokenizer import COMPANIONS, IMAGE_TOKEN, PAD, Tokenizer, tokenizer_files, train_sentencepiece
 from data_prep.units import cut_tail
 
 TEXTS = [f"is there a red circle or {n} big rings? user assistant image end" for n in range(50)]
@@ -151,6 +151,14 @@ def test_pieces_give_the_ids_of_the_whole_templated_string(tmp_path: Path) -> No
 def test_the_own_end_of_text_token_is_used(tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(byte_bpe(tmp_path / "raw"), SPECIALS)
     assert tokenizer.decode([tokenizer.id_of(EOS)], specials=True) == "<|endoftext|>"
+
+
+def test_of_a_models_folder_only_the_tokenizer_is_read(tmp_path: Path) -> None:
+    file = byte_bpe(tmp_path)
+    folder = file if file.is_dir() else file.parent
+    for name in (*COMPANIONS, "model-00001-of-00002.safetensors", "config.json"):
+        (folder / name).write_text("{}")
+    assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", *COMPANIONS]
 
 
 def test_training_is_deterministic(tmp_path: Path) -> None:

@@ -122,7 +122,7 @@ class Chaos:
             "in a save": lambda: bool(before.saves_since(run_dir)),
             "while publishing": lambda: any((save / "manifest.json").exists() for save in before.saves_since(run_dir)),
         }[moment]
-        if not _until(seen, job, poll_s=0.002):
+        if not _until(seen, job, poll_s=0.001):
             return False
         time.sleep(self.random.uniform(0, 0.2 if moment == "in a step" else 0.004))
         return job.poll() is None

@@ -1,4 +1,4 @@
-"""Whole runs on the real launcher: ranks, stages, accumulation, stops and resumes."""
+"""Whole runs: ranks, stages, accumulation, stops and resumes, and the command of the README on the real launcher."""
 
 from __future__ import annotations
 

@@ -154,8 +154,7 @@ def test_the_own_end_of_text_token_is_used(tmp_path: Path) -> None:
 
 
 def test_of_a_models_folder_only_the_tokenizer_is_read(tmp_path: Path) -> None:
-    file = byte_bpe(tmp_path)
-    folder = file if file.is_dir() else file.parent
+    folder = byte_bpe(tmp_path / "model")
     for name in (*COMPANIONS, "model-00001-of-00002.safetensors", "config.json"):
         (folder / name).write_text("{}")
     assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", *COMPANIONS]

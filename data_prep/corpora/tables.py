@@ -9,7 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
@@ -24,18 +24,29 @@ _COLON = re.compile(r"[ \t\r\n]*:[ \t\r\n]*")
 _DELIMITER = re.compile(r"[ \t\r\n]*[,\]}]")
 
 
-def load_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError naming the file and the place where it is not JSON."""
+def load_json(path: Path, keep: Collection[str] = ()) -> Any:
+    """Return the content of a JSON file; of every object in it, only the members ``keep``, where there are any.
+
+    What is not kept goes while the file is parsed, so that it never fills memory. Raises UserError naming the file and
+    the place where it is not JSON.
+    """
+
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: found[key] for key in keep if key in found}
+
     try:
         with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
-            return json.load(file)
+            return json.load(file, object_hook=kept if keep else None)
     except (ValueError, RecursionError) as problem:
         raise UserError(f"{path}: not a JSON file ({one_line(problem)}); download it again") from None
 
 
-def load_list(path: Path, key: str) -> list[Any]:
-    """Return the list under ``key`` of a JSON file's top-level object. Raises UserError where there is none."""
-    content = load_json(path)
+def load_list(path: Path, key: str, keep: Collection[str] = ()) -> list[Any]:
+    """Return the list under ``key`` of a JSON file's top-level object. Raises UserError where there is none.
+
+    Of the objects in it, only the members ``keep``, where there are any.
+    """
+    content = load_json(path, [key, *keep] if keep else ())
     rows = content.get(key) if isinstance(content, dict) else None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected an object with a list under '{key}'; is this the right file?")

@@ -31,11 +31,10 @@ class VQAv2(RowCorpus):
 
     def read_rows(self) -> Sequence[object]:
         """Join both files; of an annotation only what is learned is kept (ten answers a question fill memory)."""
+        keep = ("question_id", "multiple_choice_answer", "question_type")
         answers = {
-            annotation["question_id"]: {
-                key: annotation[key] for key in ("multiple_choice_answer", "question_type") if key in annotation
-            }
-            for annotation in load_list(self.root / self.annotations, "annotations")
+            annotation["question_id"]: annotation
+            for annotation in load_list(self.root / self.annotations, "annotations", keep)
             if isinstance(annotation, dict) and isinstance(annotation.get("question_id"), int | str)
         }
         return [

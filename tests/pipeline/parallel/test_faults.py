@@ -4,86 +4,106 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from pipeline.training.checkpoint import checkpoint_folders, open_checkpoint
-from tests.launch import ROOT, Finished, run
+from tests.launch import ROOT, Finished, Launcher, run
 from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, weights
 
 pytestmark = pytest.mark.slow
 RANKS, TIMEOUT_S = 4, 20
 SCRIPT = ROOT / "tests/pipeline/parallel/failing_train.py"
 GRID = ["--parallel.pp", "2", "--parallel.micro-batches", "3", "--parallel.timeout-s", str(TIMEOUT_S)]
+OPTIMIZER, ALL = "zero3_offload", "zero3_offload_params"
+"""What is in host memory: a run that goes on must find it as it was."""
 
 
-def train(demo: Path, run_dir: Path, *fault: str) -> Finished:
-    """Train on the grid; ``fault`` is FAULT RANK STEP, or nothing for a sound run."""
-    words = flags(demo, run_dir, *GRID)
-    if not fault:
-        return run(RANKS, ROOT / "pipeline/train.py", *words)
-    return run(RANKS, SCRIPT, *fault, *words, env={"PYTHONPATH": str(ROOT)}, timeout_s=TIMEOUT_S + 160)
+def train(demo: Path, run_dir: Path, *fault: str, config: str = "zero3", launcher: Launcher = "srun") -> Finished:
+    """Train on the grid under a file of ds_configs; ``fault`` is FAULT RANK STEP, or nothing for a sound run."""
+    words = flags(demo, run_dir, *GRID, "--deepspeed", str(ROOT / f"ds_configs/{config}.json"))
+    script = SCRIPT if fault else ROOT / "pipeline/train.py"
+    return run(
+        RANKS, script, *fault, *words, env={"PYTHONPATH": str(ROOT)}, timeout_s=TIMEOUT_S + 160, launcher=launcher
+    )
 
 
 @pytest.fixture(scope="module")
-def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("grid") / "run"
-    train(small_demo, run_dir).check()
-    return run_dir
+def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a sound run under a file of ds_configs."""
+
+    @cache
+    def trained(config: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(config) / "run"
+        train(small_demo, run_dir, config=config).check()
+        return run_dir
+
+    return trained
 
 
 def test_a_gradient_that_is_not_a_number_is_reported_and_skipped(
-    small_demo: Path, undisturbed: Path, tmp_path: Path
+    small_demo: Path, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    output = train(small_demo, tmp_path / "run", "not-a-number", "3", "3").check().output
+    output = train(small_demo, tmp_path / "run", "not-a-number", "3", "3", config=OPTIMIZER).check().output
     assert "step 3: gradient not finite, update skipped on all ranks (rows 24..35 of the packs: " in output
     lines = metrics(tmp_path / "run")
     assert [line["applied"] for line in lines] == [step != 3 for step in range(1, STEPS + 1)]
     assert lines[2]["grad_norm"] is None
-    assert curve(tmp_path / "run")[:2] == curve(undisturbed)[:2]
-    assert lines[3]["loss"] != metrics(undisturbed)[3]["loss"], "the step after trains from the weights before"
+    assert curve(tmp_path / "run")[:2] == curve(undisturbed(OPTIMIZER))[:2]
+    assert lines[3]["loss"] != metrics(undisturbed(OPTIMIZER))[3]["loss"], (
+        "the step after trains from the weights before"
+    )
     manifest = open_checkpoint(tmp_path / "run").manifest
     assert (manifest.step, manifest.optimizer_steps) == (STEPS, STEPS - 1)
 
 
-@pytest.mark.parametrize(
-    ("fault", "rank", "said"),
-    [
-        pytest.param("killed-in-step", "1", r"rank 1 \(stage 0, replica 1; .*\) died: killed", id="in a step"),
-        pytest.param("killed-in-step", "0", r"rank 0 \(stage 0, replica 0; .*\) died: killed", id="rank 0"),
-        pytest.param("killed-in-save", "2", r"rank 2 \(stage 1, replica 0; .*\) died: killed", id="in a save"),
-    ],
-)  # fmt: skip
-def test_a_killed_rank_ends_the_job_and_leaves_only_whole_checkpoints(
-    fault: str, rank: str, said: str, small_demo: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    ended = train(small_demo, run_dir, fault, rank, "4")
+def assert_killed(ended: Finished, run_dir: Path, said: str) -> None:
+    """A killed rank ends the job, is named once, and leaves only whole checkpoints."""
     assert ended.code != 0
     assert len(re.findall(rf"^error: {said}", ended.output, re.MULTILINE)) == 1, ended.output
     status = json.loads((run_dir / "status.json").read_text())
     assert status["state"] == "failed" and re.match(said, status["error"])
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000002"]
     assert open_checkpoint(run_dir).faults() == []
-    assert fault == "killed-in-step" or list((run_dir / "checkpoints").glob(".step-00000004*.tmp/rank-00002*"))
+
+
+@pytest.mark.parametrize(("rank", "launcher"), [("1", "deepspeed"), ("0", "srun")])
+def test_a_rank_killed_in_a_step_ends_the_job(rank: str, launcher: Launcher, small_demo: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    ended = train(small_demo, run_dir, "killed-in-step", rank, "4", launcher=launcher)
+    assert_killed(ended, run_dir, rf"rank {rank} \(stage 0, replica {rank}; .*\) died: killed")
+
+
+def test_after_a_rank_killed_in_a_save_the_same_command_goes_on_to_the_bit(
+    small_demo: Path, undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """The next start takes no notice of half a checkpoint."""
+    run_dir = tmp_path / "run"
+    ended = train(small_demo, run_dir, "killed-in-save", "2", "4", config=OPTIMIZER)
+    assert_killed(ended, run_dir, r"rank 2 \(stage 1, replica 0; .*\) died: killed")
+    assert list((run_dir / "checkpoints").glob(".step-00000004*.tmp/rank-00002*"))
+    assert f"(step 2/{STEPS})" in train(small_demo, run_dir, config=OPTIMIZER).check().output
+    assert curve(run_dir) == curve(undisturbed(OPTIMIZER))
+    assert same_bits(weights(run_dir), weights(undisturbed(OPTIMIZER)))
 
 
 def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
-    small_demo: Path, undisturbed: Path, tmp_path: Path
+    small_demo: Path, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    ended = train(small_demo, run_dir, "hangs", "1", "3")
+    ended = train(small_demo, run_dir, "hangs", "1", "4", config=ALL)
     assert ended.code != 0
-    assert f"error: no rank got any further for {TIMEOUT_S} s (parallel.timeout_s) at step 3: rank 1 " in ended.output
+    assert f"error: no rank got any further for {TIMEOUT_S} s (parallel.timeout_s) at step 4: rank 1 " in ended.output
     assert re.search(r"hangs in forward of micro-batch 1 \(failing_train.py:\d+ in asleep\)", ended.output)
     assert "rank 3: waiting for rank 1: hidden states of micro-batch 1" in ended.output
     assert "in asleep" in (run_dir / "logs/rank-1.log").read_text(), "the stacks are in its log"
     assert json.loads((run_dir / "incidents.jsonl").read_text())["kind"] == "hang"
-    train(small_demo, run_dir).check()
-    assert curve(run_dir) == curve(undisturbed)
-    assert same_bits(weights(run_dir), weights(undisturbed))
+    assert f"(step 2/{STEPS})" in train(small_demo, run_dir, config=ALL).check().output
+    assert curve(run_dir) == curve(undisturbed(ALL))
+    assert same_bits(weights(run_dir), weights(undisturbed(ALL)))
 
 
 def test_an_unexpected_error_of_one_rank_is_one_line_and_a_traceback_in_its_log(
@@ -98,14 +118,3 @@ def test_an_unexpected_error_of_one_rank_is_one_line_and_a_traceback_in_its_log(
     assert line.endswith(f"step 2: ZeroDivisionError: a bug of this rank; traceback: {log}")
     assert "Traceback" in log.read_text() and "in two lines" in log.read_text()
     assert "Traceback" not in (run_dir / "logs/rank-1.log").read_text()
-
-
-def test_the_next_start_takes_no_notice_of_half_a_checkpoint(
-    small_demo: Path, undisturbed: Path, tmp_path: Path
-) -> None:
-    run_dir = tmp_path / "run"
-    shutil.copytree(undisturbed, run_dir)
-    (run_dir / "checkpoints/step-00000006").rename(run_dir / "checkpoints/.step-00000006.tmp")
-    assert "(step 4/6)" in train(small_demo, run_dir).check().output
-    assert curve(run_dir) == curve(undisturbed)
-    assert same_bits(weights(run_dir), weights(undisturbed))

@@ -249,15 +249,32 @@ def _blended(
     orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
     first_units = itertools.accumulate((len(source.units) for source in sources), initial=0)
     prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
-    drawn, audits = [], {}
-    for source, chosen, first_unit in zip(sources, orders, first_units, strict=False):
-        part = read_columns(source.units, source.kept, chosen)
-        prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(pack.prompts), seed, source.corpus)
-        tokens = part.n_tokens + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-        audits[source.corpus] = audit_corpus(part, sum(source.kept), tokens)
-        drawn.append(_Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt))
+    drawn = [
+        _drawn(source, chosen, first_unit, seed, prompt_tokens)
+        for source, chosen, first_unit in zip(sources, orders, first_units, strict=False)
+    ]
+    audits = {source.corpus: audit for source, (_, audit) in zip(sources, drawn, strict=True)}
     check_audit(name, audits)
-    return _Blend.of(pack, drawn), audits
+    return _Blend.of(pack, [draws for draws, _ in drawn]), audits
+
+
+def _drawn(
+    source: _Source, chosen: Ints, first_unit: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
+) -> tuple[_Draws, CorpusAudit]:
+    """Return the chosen samples of a corpus as draws, and what they give.
+
+    Args:
+        source: the corpus.
+        chosen: numbers of its samples, in the order they are drawn.
+        first_unit: number of its first unit among those of all corpora.
+        seed: of the recipe.
+        prompt_tokens: length of each prompt and, last, 0 for none.
+    """
+    part = read_columns(source.units, source.kept, chosen)
+    prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(prompt_tokens) - 1, seed, source.corpus)
+    tokens = part.n_tokens + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
+    draws = _Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt)
+    return draws, audit_corpus(part, sum(source.kept), tokens)
 
 
 def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:

@@ -74,7 +74,7 @@ def read_columns(units: Sequence[Unit], kept: Sequence[int], chosen: npt.NDArray
     numbers, order = _sorted_with_places(chosen)
     starts = np.cumsum([0, *kept])
     bounds = np.searchsorted(numbers, starts)
-    which = np.repeat(np.arange(len(units)), np.diff(bounds))
+    which = np.repeat(np.arange(len(units), dtype=np.int32), np.diff(bounds))
     numbers -= starts[which]
     kinds = dict.fromkeys(("unit", "index", *_NUMBERS), "int32") | dict.fromkeys(_FLAGS, "bool")
     columns: dict[str, npt.NDArray[Any]] = {name: np.empty(len(chosen), dtype=kind) for name, kind in kinds.items()}

@@ -1,10 +1,11 @@
 """The watchdog: a rank that dies, fails or hangs ends the whole job at once, in words.
 
 Each rank keeps one TCP connection to rank 0 from a thread of its own and says once a second what it does. Rank 0 sees
-a connection that ends (kill -9, no memory, a lost node) and time in which no rank gets any further; it then names the
-rank that is the cause and what the others wait for, in one report, and tells all ranks to stop. They write their Python
-stacks to ``RUN/logs/rank-N.log`` and leave with a non-zero exit code from the thread, since the training thread may sit
-in a collective for ever. Ranks that lose rank 0 do the same.
+a connection that ends (kill -9, no memory; a node that is lost answers no more, and its connections end after
+``LOST_S``) and time in which no rank gets any further; it then names the rank that is the cause and what the others
+wait for, in one report, and tells all ranks to stop. They write their Python stacks to ``RUN/logs/rank-N.log`` and
+leave with a non-zero exit code from the thread, since the training thread may sit in a collective for ever. Ranks that
+lose rank 0 do the same.
 
 Where rank 0 cannot be reached over TCP there is a warning and no watchdog; collectives still end by their own limit.
 """
@@ -34,6 +35,15 @@ SUSPENDED_S = 30.0
 """A turn of this loop takes a second; after so many the process was not running (a suspended job), nor was training."""
 PATIENCE_S = 30.0
 LINE_BYTES = 1 << 16
+LOST_S = 60
+"""A peer whose kernel answers nothing for so long is lost; that of a process that is merely held goes on answering."""
+_LOST_OPTIONS = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),  # rank 0 sends next to nothing: it has to ask
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, LOST_S // 2),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, LOST_S // 6),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * LOST_S),  # the others send, and what is sent is not asked for
+)
 TERMINATED_CODE = 128 + signal.SIGTERM
 _BYE, _FAILED = 200, 201  # beside numbers of signals, which come through the same pipe
 
@@ -50,7 +60,9 @@ class Channel:
     """Lines of JSON over a socket that never blocks its reader."""
 
     def __init__(self, connection: socket.socket) -> None:
-        """Take over a connected socket."""
+        """Take over a connected TCP socket, and let its connection end when the other side is lost."""
+        for level, option, value in _LOST_OPTIONS:
+            connection.setsockopt(level, option, value)
         self.socket = connection
         self._held = b""
 
@@ -278,10 +290,11 @@ class _Lead:
     def _accept(self, now: float) -> None:
         try:
             connection, _ = self._listener.accept()
+            channel = Channel(connection)
         except OSError:  # gone again
             return
         connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ, _Guest(self, Channel(connection)))
+        self._selector.register(connection, selectors.EVENT_READ, _Guest(self, channel))
 
     def greet(self, channel: Channel, message: dict[str, Any], now: float) -> int | None:
         """Let a rank in that knows the secret; return its number, or None for a stranger."""

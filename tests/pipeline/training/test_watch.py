@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.training.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
-from pipeline.training.watch import TERMINATED_CODE, Watch
+from pipeline.training.watch import LOST_S, TERMINATED_CODE, Channel, Watch, listen
 from tests.launch import ROOT, environment
 
 LIMIT_S = 5.0
@@ -171,6 +171,21 @@ def test_processes_end_together_and_say_why(
     for rank, code in enumerate(codes):
         log = (tmp_path / f"{rank}.log").read_text()
         assert code == TERMINATED_CODE or ("most recent call first" in log) == (code == 1), log
+
+
+def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
+    with listen() as listener, socket.create_connection(("localhost", listener.getsockname()[1])) as follower:
+        lead, _ = listener.accept()
+        with lead:
+            for connection in (Channel(lead).socket, Channel(follower).socket):
+                idle, between, count, unanswered_ms = (
+                    connection.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (
+                        socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT
+                    )
+                )  # fmt: skip
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert idle + between * count == LOST_S == unanswered_ms / 1000
 
 
 def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

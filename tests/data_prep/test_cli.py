@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -88,10 +87,8 @@ def test_every_step_is_a_command_of_its_own(made: Path, tmp_path: Path, capsys: 
     assert same[0] == same[1]
 
 
-def test_help_teaches_and_is_instant() -> None:
-    start = time.monotonic()
+def test_help_teaches_and_loads_no_heavy_library() -> None:
     shown = subprocess.run([sys.executable, "-m", "data_prep", "--help"], capture_output=True, text=True, check=True)
-    assert time.monotonic() - start < 3, "help must not import heavy libraries"
     for part in ("mma-prep demo", "mpiexec -n", "--shard", "ingest", "materialize", "verify", "stats", "inspect"):
         assert part in shown.stdout
     code = "import sys, data_prep.cli; assert not {'torch', 'numpy', 'pyarrow'} & sys.modules.keys()"

@@ -55,7 +55,7 @@ give_up() {
 prepare_data() {
   local before=''
   if [ "$shards" -gt 1 ]; then
-    submit '' "RECIPE=$1" "${data_options[@]}" --array="0-$((shards - 1))" slurm/data_prep.sh
+    submit '' "RECIPE=$1" "SHARES=$shards" "${data_options[@]}" --array="0-$((shards - 1))" slurm/data_prep.sh
     before=$job
   fi
   submit "$before" "RECIPE=$1" "${data_options[@]}" slurm/data_prep.sh
@@ -88,6 +88,25 @@ tune() {
   done
 }
 
+# check_names: a name that is wrong is better refused now than by a job of next week. Needs the software on this node.
+check_names() {
+  local name masks=()
+  [ -f pipeline/train.py ] && find_software || return 0
+  for name in $(list "$pt") $(list "$sft"); do
+    accepted python pipeline/train.py --print-config --recipe "$name"
+  done
+  for name in $(list "$policies"); do masks+=(--policy "$name"); done
+  accepted mma mask "V1 Q1 A1" "${masks[@]}"
+}
+
+# accepted COMMAND...: end this shell with the words of a command that refuses what it is given.
+accepted() {
+  local code=0 words
+  words=$("$@" 2>&1 > /dev/null) || code=$?
+  words=${words#error: }
+  [ "$code" != 2 ] || refuse "${words#mma: }"
+}
+
 # list NAMES: the names between commas, one a line; no line for "none".
 list() { [ "$1" = none ] || tr , '\n' <<< "$1"; }
 
@@ -109,6 +128,8 @@ done
 read -ra train_options <<< "$TRAIN_SBATCH"
 read -ra data_options <<< "$DATA_SBATCH"
 read -ra eval_options <<< "$EVAL_SBATCH"
+
+check_names
 
 data_jobs='' tuned_jobs='' runs=()
 for recipe in $(list "$data"); do

@@ -7,9 +7,12 @@
 #   job=$(RECIPE=aki_pt sbatch --parsable --array=0-63 slurm/data_prep.sh)
 #   RECIPE=aki_pt sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/data_prep.sh
 #                                                               64 shares, then plan and packs (slurm/chain.sh --shards)
+#   RECIPE=aki_pt SHARES=64 sbatch --array=3,17 slurm/data_prep.sh
+#                                                               two of the 64 once more
 #
 # Call sbatch in the repository root. The same command continues; finished units are kept, also those of failed tasks.
 #   RECIPE      shipped recipe or YAML file                     (demo)
+#   SHARES      into how many shares an array divides the work  (the size of the array, which must then be 0-N)
 #   DATA_FLAGS  more flags of mma-prep, e.g. "--out /big/aki"   (none)
 # Settings of your site are in slurm/env.sh, the log of each job or task is slurm/logs/mma-data-JOB.log.
 #SBATCH --job-name=mma-data
@@ -32,7 +35,9 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
 elif [ "$recipe" = demo ]; then
   say "the demo is drawn as a whole, by the job that finishes it"
 else
-  share=$((SLURM_ARRAY_TASK_ID - ${SLURM_ARRAY_TASK_MIN:-0}))/$SLURM_ARRAY_TASK_COUNT
+  [ -n "${SHARES:-}" ] || [ "$SLURM_ARRAY_TASK_MAX" = $((SLURM_ARRAY_TASK_COUNT - 1)) ] ||
+    refuse "this array is a part of another one: set SHARES to the number of shares of the whole"
+  share=$SLURM_ARRAY_TASK_ID/${SHARES:-$SLURM_ARRAY_TASK_COUNT}
   say "share $share of $recipe"
   mma-prep ingest "$recipe" --shard "$share" "${flags[@]}"
 fi

@@ -6,7 +6,7 @@
 #   sbatch slurm/evaluate.sh runs/demo_sft runs/demo_sft_causal
 #   EVAL_PACKS=none sbatch slurm/evaluate.sh runs/aki_4b_sft    export only
 #
-# Call sbatch in the repository root. What is there already is kept.
+# Call sbatch in the repository root. What is there already is kept, unless the run was trained further since.
 #   EVAL_PACKS  held-out pack folder, or none                   (data/demo/packs/eval)
 #   EVAL_FLAGS  more flags of mma evaluate, e.g. "--limit 500"  (none)
 # Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-eval-JOB.log.
@@ -24,6 +24,18 @@
 need_job slurm/evaluate.sh
 activate
 
+# export_run RUN: make RUN/export, unless it holds the run's last step; scores of an export that it replaces go with it.
+export_run() {
+  local saved last
+  if [ -d "$1/export" ]; then
+    saved=$(field "$1/export/config.json" step) last=$(status "$1" step)
+    if [ -z "$last" ] || [ "$saved" = "$last" ]; then say "$1/export is there already" && return; fi
+    say "$1/export is of step ${saved:-?}, the run is at step $last: it is made anew"
+    rm -rf "$1/export" "$1"/evaluation*.json
+  fi
+  mma export "$1" "$1/export"
+}
+
 # measure JSON FLAGS...: evaluate the first run, unless the scores are there.
 measure() {
   if [ -f "$1" ]; then say "$1 is there already"; else mma evaluate --json "$@" --packs "$packs" "${flags[@]}"; fi
@@ -34,7 +46,7 @@ read -ra flags <<< "${EVAL_FLAGS:-}"
 [ $# -gt 0 ] || set -- runs/demo_sft
 for run in "$@"; do
   need_finished RUN "$run"
-  if [ -d "$run/export" ]; then say "$run/export is there already"; else mma export "$run" "$run/export"; fi
+  export_run "$run"
 done
 if [ "$packs" = none ]; then exit 0; fi
 model=$1/export

@@ -27,9 +27,14 @@ refuse() {
 activate() {
   local module
   for module in $MODULES; do module load "$module"; done
+  find_software || refuse "mma is not installed in '$VENV' or on PATH: run 'make setup', or set VENV"
+}
+
+# find_software: activate the virtual environment, where there is one; whether mma is there then.
+find_software() {
   # shellcheck source=/dev/null
   if [ -f "$VENV/bin/activate" ]; then . "$VENV/bin/activate"; fi
-  command -v mma-prep > /dev/null || refuse "mma-prep is not installed in '$VENV' or on PATH: run 'make setup', or set VENV"
+  command -v mma > /dev/null
 }
 
 # need_job SCRIPT: refuse to run outside of Slurm.
@@ -49,7 +54,12 @@ sft_run() {
 
 # status RUN KEY: the value of "state" or "step" in a run's status.json; nothing before the first start.
 status() {
-  sed -n "s/.*\"$2\": \"\\{0,1\\}\\([a-z0-9]*\\).*/\\1/p" "$1/status.json" 2> /dev/null || true
+  field "$1/status.json" "$2"
+}
+
+# field FILE KEY: a word or number that a JSON file gives a key; nothing where there is none.
+field() {
+  sed -n "s/.*\"$2\": \"\\{0,1\\}\\([a-z0-9]*\\).*/\\1/p" "$1" 2> /dev/null || true
 }
 
 # need_finished VARIABLE RUN: refuse to start from a run that is missing or unfinished. A checkpoint folder or an

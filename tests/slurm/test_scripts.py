@@ -21,7 +21,7 @@ BAD_NODE = 3
 def chain(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = ["bash", "slurm/chain.sh", *options]
     return subprocess.run(
-        command, cwd=ROOT, env={**environment(), **env}, text=True, capture_output=True, timeout=30, check=False
+        command, cwd=ROOT, env={**environment(), **env}, text=True, capture_output=True, timeout=240, check=False
     )
 
 
@@ -58,6 +58,8 @@ def test_what_a_chain_would_submit(golden: Path, tmp_path: Path) -> None:
         (["--frob"], "unknown option '--frob'"),
         (["--pt"], "--pt needs a value"),
         (["--shards", "0"], "--shards 0: give 1 or more"),
+        (["--pt", "demo_tp", "--dry-run"], "unknown recipe 'demo_tp' (did you mean 'demo_pt'?)"),
+        (["--policies", "mma,casual", "--dry-run"], "unknown mask policy 'casual' (did you mean 'causal'?)"),
     ],
 )
 def test_wrong_options_are_one_line(options: list[str], words: str) -> None:
@@ -73,6 +75,56 @@ def test_a_job_script_outside_of_slurm_says_how_to_call_it(script: str) -> None:
     )
     assert done.returncode == 2
     assert f"sbatch slurm/{script}" in done.stderr
+
+
+def in_a_job(folder: Path, script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a job script where Slurm and the software are only names: the programs say how they were called."""
+    (folder / "bin").mkdir(exist_ok=True)
+    (folder / "slurm").unlink(missing_ok=True)
+    (folder / "slurm").symlink_to(ROOT / "slurm")
+    for program in ("mma", "mma-prep"):
+        (folder / "bin" / program).write_text(f'#!/bin/sh\necho "{program} $*"\n')
+        (folder / "bin" / program).chmod(0o755)
+    path = f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    env = {**environment(), "PATH": path, "VENV": "none", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "here", **env}
+    return subprocess.run(
+        ["bash", f"slurm/{script}", *words], cwd=folder, env=env, text=True, capture_output=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shares", "outcome"),
+    [
+        ("0 0 3", "", "--shard 0/4"),
+        ("3 0 3", "", "--shard 3/4"),
+        ("3 3 17", "64", "--shard 3/64"),
+        ("3 3 17", "", "set SHARES"),
+        ("4 3 5", "", "set SHARES"),
+    ],
+)
+def test_a_task_of_an_array_takes_its_own_share(tasks: str, shares: str, outcome: str, tmp_path: Path) -> None:
+    number, first, last = tasks.split()
+    count = {"3": "4", "17": "2", "5": "3"}[last]
+    array = {"ID": number, "MIN": first, "MAX": last, "COUNT": count}
+    env = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    done = in_a_job(tmp_path, "data_prep.sh", RECIPE="aki_pt", SHARES=shares, **env)
+    assert outcome in done.stdout + done.stderr
+    assert done.returncode == (2 if "set" in outcome else 0)
+
+
+@pytest.mark.parametrize(("exported", "anew"), [(None, True), (3, False), (2, True)])
+def test_an_export_is_that_of_the_runs_last_step(exported: int | None, anew: bool, tmp_path: Path) -> None:
+    run = tmp_path / "runs/demo_sft"
+    run.mkdir(parents=True)
+    (run / "status.json").write_text(json.dumps({"state": "done", "step": 3}))
+    if exported is not None:
+        (run / "export").mkdir()
+        (run / "export/config.json").write_text(json.dumps({"mma": {"step": exported}}, indent=1))
+        (run / "evaluation.json").write_text("{}")
+    done = in_a_job(tmp_path, "evaluate.sh")
+    assert done.returncode == 0, done.stderr
+    assert ("mma export runs/demo_sft runs/demo_sft/export" in done.stdout) == anew
+    assert ("mma evaluate --json runs/demo_sft/evaluation.json" in done.stdout) == anew
 
 
 @pytest.mark.slow

@@ -304,8 +304,8 @@ def _with_own_dialects(recipe: Recipe) -> Recipe:
 
 
 def _describe(error: ValidationError) -> str:
-    """Return the first problem as ``a.b.c: what and how to mend it``."""
-    first = error.errors()[0]
+    """Return the first problem as ``a.b.c: what and how to mend it``; a misspelt key before what it leaves out."""
+    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     place: Sequence[Any] = first["loc"]
     path = ".".join(str(part) for part in place)
     if first["type"] == "extra_forbidden":

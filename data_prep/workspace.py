@@ -216,15 +216,18 @@ class Workspace:
     def corpora(self) -> dict[str, Corpus]:
         """Readers of the corpora that some pack set uses. Raises UserError for wrong options or missing files."""
         used = {name for pack in self.recipe.packs.values() for name in pack.corpora}
-        readers = {
-            name: build_corpus(config.type, config.options, self.recipe.root_dir)
-            for name, config in self.recipe.corpora.items()
-            if name in used
-        }
+        readers = {name: self._reader(name) for name in self.recipe.corpora if name in used}
         for name, reader in readers.items():
             if self.recipe.corpora[name].augment and reader.unalterable:
                 raise UserError(f"corpora.{name}.augment: {reader.unalterable}; remove it")
         return readers
+
+    def _reader(self, name: str) -> Corpus:
+        config = self.recipe.corpora[name]
+        try:
+            return build_corpus(config.type, config.options, self.recipe.root_dir)
+        except UserError as error:
+            raise UserError(f"corpora.{name}: {error}") from error
 
     @cached_property
     def shards(self) -> dict[str, dict[str, str]]:

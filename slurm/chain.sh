@@ -19,6 +19,7 @@
 #   --dry-run         print, submit nothing
 # DATA_FLAGS, EXTRA_FLAGS and EVAL_FLAGS reach mma-prep, the trainer (in PT and SFT) and mma evaluate; what your site
 # wants of sbatch is set in slurm/env.sh. Call it in the repository root, on a login node.
+[ -f slurm/lib.sh ] || { echo "error: call slurm/chain.sh in the repository root" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 

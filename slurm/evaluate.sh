@@ -19,6 +19,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
+[ -f slurm/lib.sh ] || { echo "error: call sbatch in the repository root" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 need_job slurm/evaluate.sh

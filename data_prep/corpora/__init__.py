@@ -67,8 +67,9 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     except ValidationError as problem:
         first = problem.errors()[0]
         where = ".".join([kind, *map(str, first["loc"])])
-        given = "" if first["type"] == "missing" else f"={first['input']!r}"
-        raise UserError(f"{where}{given}: {first['msg'].removeprefix('Value error, ')}") from None
+        if first["type"] == "missing":
+            raise UserError(f"{where} is missing: add it") from None
+        raise UserError(f"{where}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
     _check_inputs(kind, corpus)
     return corpus
 

@@ -176,7 +176,7 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
         pytest.param("refcoco", {"direction": "up"}, r"refcoco\.direction='up': .*'phrase'", id="choice"),
         pytest.param("nlvr", {"permutations": 7}, r"nlvr\.permutations=7: .*less than or equal to 6", id="range"),
         pytest.param("webdataset", {"tars": "none/*.tar"}, r"tars='none/\*\.tar' matches no file", id="no-tars"),
-        pytest.param("chat", {}, r"chat\.data: Field required", id="required"),
+        pytest.param("chat", {}, r"chat\.data is missing: add it", id="required"),
         pytest.param("chat", {"data": "*.csv"}, r"chat\.data='\*\.csv': must end in \.jsonl, ", id="format"),
         pytest.param("chat", {"data": "none*.jsonl"}, r"data='none\*\.jsonl' matches no file", id="no-data"),
         pytest.param("webdataset", {"tars": "../*.tar"}, r"webdataset\.tars=.*below the root", id="climbing-pattern"),

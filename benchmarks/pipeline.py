@@ -32,6 +32,7 @@ def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     command = [program, "--num_accelerators", str(RANKS), "--master_port", str(options.port), *worker]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
     command += ["--quick"] if options.quick else []
+    command += ["--micro-batches", *map(str, options.micro_batches)]
     ended = subprocess.run(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
@@ -80,11 +81,17 @@ def table_line(case: dict[str, Any]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options of the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="1 and 2 stages, 4 micro-batches, fewer settings")
+    parser.add_argument("--quick", action="store_true", help="1 and 2 stages, fewer settings")
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=None, metavar="N",
+        help="micro-batches of a step on each replica (default: 4 8; with --quick 4)",
+    )  # fmt: skip
     parser.add_argument("--steps", type=int, default=4, help="timed steps a case; the fastest counts (default: 4)")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write the results here")
     parser.add_argument("--port", type=int, default=29555, help="port of the job (default: 29555)")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.micro_batches = options.micro_batches or ([4] if options.quick else [4, 8])
+    return options
 
 
 def main(argv: list[str] | None = None) -> None:

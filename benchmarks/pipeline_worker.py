@@ -10,7 +10,7 @@ import gc
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -42,6 +42,10 @@ from pipeline.training.trainer import parameter_groups
 LAYERS, WIDTH, VOCAB, TOKENS = 8, 128, 1024, 256
 WARM_UP = 2
 """Steps before the timed ones: DeepSpeed records its trace in the first and follows it from the second on."""
+STOCK_LIMITS = {
+    "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
+}  # fmt: skip
+"""DeepSpeed's own, in elements."""
 MODEL = {
     "llm": {
         "config": {
@@ -72,17 +76,20 @@ class Case:
     once: bool | None = None
 
 
-def all_cases(quick: bool) -> list[Case]:
-    """Return the cases: baselines first, then every setting."""
-    stages, counts, shares = ((1, 2), (4,), (0.0, 1.0)) if quick else ((1, 2, 4), (4, 8), (0.0, 0.5, 1.0))
-    onces = (True,) if quick else (True, False)
+def all_cases(counts: Sequence[int], quick: bool) -> list[Case]:
+    """Return the cases of each number of micro-batches: baselines first, then every setting.
+
+    On 4 stages a stage has one replica, which shares nothing: all its settings are the same.
+    """
+    shares, onces = ((0.0, 1.0), (True,)) if quick else ((0.0, 0.5, 1.0), (True, False))
     cases = []
     for micros in counts:
         cases.append(Case("ZeRO-3", 1, micros))
-        cases += [Case("PipelineModule", pp, micros, zero=1) for pp in stages if pp > 1]
-        for pp in stages:
+        cases += [Case("PipelineModule", pp, micros, zero=1) for pp in ((2,) if quick else (2, 4))]
+        for pp in (1, 2):
             cases += [Case("stages", pp, micros, zero=zero) for zero in (1, 2)]
             cases += [Case("stages", pp, micros, 3, share, once) for share, once in itertools.product(shares, onces)]
+        cases += [] if quick else [Case("stages", 4, micros)]
     return cases
 
 
@@ -193,8 +200,8 @@ class Bench:
         _count_collectives(traffic)
         zero = read_ds_config("ds_configs/zero3.json")["zero_optimization"]
         share = sum(param.numel() for param in module.parameters()) / 4e9  # limits that bind as on a model of 4B
-        for key in ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"):
-            zero[key] = int(zero[key] * share)
+        for key, default in STOCK_LIMITS.items():
+            zero[key] = int(zero.get(key, default) * share)
         ds_config = {
             "zero_optimization": zero | {"stage3_param_persistence_threshold": 0},
             "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": case.micros, "gradient_clipping": 1.0,
@@ -281,13 +288,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--micro-batches", type=int, nargs="+", required=True)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("out", type=Path)
     options = parser.parse_args()
     fill_rank_variables()
     start_processes(600)
+    gc.freeze()  # DeepSpeed collects garbage for every engine: all that was imported is looked through only once
     bench, results = Bench(), []
-    for case in all_cases(options.quick):
+    for case in all_cases(options.micro_batches, options.quick):
         results.append(bench.measure(case, options.steps))
         gc.collect()
         if bench.rank == 0:  # after every case: a run that ends early keeps what it has

@@ -20,6 +20,7 @@ from pipeline.parallel.partition import split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.training.dry_run import millions, shown_bubble, shown_layers
 from pipeline.training.estimate import GIB, Load
+from pipeline.training.libraries import settle_libraries
 
 DESCRIPTION = """\
 Estimate what each rank of a training run needs, before there are packs, and on a machine without GPUs. Any flag of the
@@ -43,6 +44,7 @@ def estimate_command(argv: Sequence[str]) -> int:
     parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
     options, flags = parser.parse_known_args(list(argv))
+    settle_libraries()  # DeepSpeed checks its file
     invocation = parse(["--recipe", options.recipe, *flags])
     config = invocation.config
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pipeline.config import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
@@ -23,12 +25,17 @@ _OWNED = {
 }
 # Their groups of ranks are made over the whole world, across pipeline stages; a value of 1 or less leaves them off.
 _WORLD_WIDE = ("zero_hpz_partition_size", "mics_shard_size")
+_RENAMED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 _WHOLE = 1 << 60  # more elements than any parameter, or any stage, has
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """Read the user's DeepSpeed file. Raises ConfigError: missing, bad JSON, a key the recipe owns, no ZeRO stage."""
+    """Read the user's DeepSpeed file, without what it leaves "auto": to the recipe, or to DeepSpeed.
+
+    Raises:
+        ConfigError: Missing, bad JSON, a key that the recipe owns or that DeepSpeed does not know, no ZeRO stage.
+    """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,22 +44,63 @@ def read_ds_config(path: str) -> dict[str, Any]:
         raise ConfigError(f"--deepspeed {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"--deepspeed {path}: must hold a JSON object, not a {type(raw).__name__}")
+    raw = _without_auto(raw)
     for key, owner in _OWNED.items():
-        if raw.get(key, "auto") != "auto":
+        if raw.pop(key, {}) != {}:
             raise ConfigError(f"--deepspeed {path}: '{key}' is set by the recipe: remove it and use {owner}")
     zero = raw.get("zero_optimization")
-    fault = _zero_fault(zero if isinstance(zero, dict) else {})
+    fault = _dtype_fault(raw) or _zero_fault(zero if isinstance(zero, dict) else {})
     if fault:
-        raise ConfigError(f"--deepspeed {path}: zero_optimization.{fault}")
-    return {key: value for key, value in raw.items() if key not in _OWNED}
+        raise ConfigError(f"--deepspeed {path}: {fault}")
+    return raw
+
+
+def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
+    parts = ((key, value) for key, value in section.items() if value != "auto")
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in parts}
+
+
+def _dtype_fault(raw: dict[str, Any]) -> str:
+    """Return what of the types that gradients are added up and reduced in cannot be run; empty when all can."""
+    types = raw.get("data_types", {})
+    if not isinstance(types, dict):
+        return f'data_types={json.dumps(types)}: must be an object, as {{"grad_accum_dtype": "fp32"}}'
+    named = {"data_types.grad_accum_dtype": types.get("grad_accum_dtype")}
+    named["communication_data_type"] = raw.get("communication_data_type")
+    for key, value in named.items():
+        if value not in (None, "fp32", "bf16"):
+            return f"{key}={json.dumps(value)} is not supported: use fp32 or bf16"
+    return ""
 
 
 def _zero_fault(zero: dict[str, Any]) -> str:
     """Return what of a ``zero_optimization`` section cannot be run, and the way out; empty when all can."""
+    fault = _unknown_to_deepspeed(zero) or _not_run_here(zero)
+    return f"zero_optimization.{fault}" if fault else ""
+
+
+def _unknown_to_deepspeed(zero: dict[str, Any]) -> str:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds, for whom only the flags matter
+
+    for key, name in _RENAMED.items():
+        if key in zero:
+            return f'{key} has another name now: use "{name}": {{"device": "cpu"}}'
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, value = ".".join(map(str, first["loc"])), json.dumps(first["input"])
+        if first["type"] == "extra_forbidden":
+            return f"{key}: DeepSpeed knows no such key: correct or remove it"
+        return f"{key}={value}: {first['msg']}"
+    return ""
+
+
+def _not_run_here(zero: dict[str, Any]) -> str:
     if zero.get("stage") not in (1, 2, 3):
-        return f"stage={zero.get('stage')}: this trainer runs stages 1, 2 and 3"
+        return f"stage={zero.get('stage')!r}: this trainer runs stages 1, 2 and 3"
     for key in _WORLD_WIDE:
-        if zero.get(key, 1) > 1:
+        if int(zero.get(key, 1)) > 1:
             return f"{key}={zero[key]} is not supported: remove it"
     for key in _QUANTIZED:
         if zero.get(key):

@@ -70,6 +70,15 @@ def test_a_recipe_that_contradicts_the_stage_is_refused(name: str, keys: dict[st
         ({"stage": 3, "offload_optimizer": {"device": "nvme"}}, "offload_optimizer.device=nvme .*use cpu"),
         ({"stage": 2, "offload_param": {"device": "cpu"}}, "offload_param needs stage 3"),
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "needs offload_optimizer too"),
+        (
+            {"stage": 3, "offload_optimizer": "cpu"},
+            'zero_optimization.offload_optimizer="cpu": Input should be a valid',
+        ),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "pin": 1}}, "offload_optimizer.pin: DeepSpeed knows no"),
+        ({"stage": 3, "overlap_com": True}, "zero_optimization.overlap_com: DeepSpeed knows no such key"),
+        ({"stage": 3, "reduce_bucket_size": "big"}, 'reduce_bucket_size="big": Input should be a valid integer'),
+        ({"stage": 3, "zero_hpz_partition_size": "8"}, "zero_hpz_partition_size=8 is not supported"),
+        ({"stage": 2, "cpu_offload": True}, 'use "offload_optimizer": {"device": "cpu"}'),
     ],
 )
 def test_zero_settings_that_cannot_be_run_are_refused(zero: Any, words: str, tmp_path: Path) -> None:
@@ -77,3 +86,32 @@ def test_zero_settings_that_cannot_be_run_are_refused(zero: Any, words: str, tmp
     path.write_text(json.dumps({"zero_optimization": zero}))
     with pytest.raises(UserError, match=words):
         read_ds_config(str(path))
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"data_types": "x"}, 'data_types="x": must be an object'),
+        ({"data_types": {"grad_accum_dtype": "fp8"}}, 'data_types.grad_accum_dtype="fp8" is not supported: use fp32'),
+        ({"communication_data_type": "fp16"}, 'communication_data_type="fp16" is not supported: use fp32 or bf16'),
+        ({"optimizer": {"type": "AdamW"}}, "'optimizer' is set by the recipe"),
+    ],
+)
+def test_types_and_keys_that_cannot_be_run_are_refused(keys: Any, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **keys}))
+    with pytest.raises(UserError, match=f"--deepspeed {path}: {words}"):
+        read_ds_config(str(path))
+
+
+def test_what_is_left_auto_is_as_if_it_were_not_there(tmp_path: Path) -> None:
+    """Files written for Hugging Face's trainer are full of it."""
+    zero = {"stage": 3, "zero_hpz_partition_size": "auto", "stage3_prefetch_bucket_size": "auto",
+            "offload_optimizer": {"device": "cpu", "pin_memory": "auto"}}  # fmt: skip
+    owned = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}, "optimizer": "auto"}
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": zero, "communication_data_type": "fp32", "zero_x": "auto"}))
+    kept = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    assert read_ds_config(str(path)) == {"zero_optimization": kept, "communication_data_type": "fp32"}
+    path.write_text(json.dumps({"zero_optimization": {"stage": 3}, **owned}))
+    assert read_ds_config(str(path)) == {"zero_optimization": {"stage": 3}}

@@ -60,7 +60,7 @@ class Groups:
     data: Any
     """Ranks that hold the same stage."""
     links: Mapping[tuple[int, int], Any]
-    """(from stage, to stage) -> the group of these two ranks of this replica, for neighbours on the ring of stages.
+    """(from stage, to stage) -> the group of these two ranks of this replica, for neighbours on the line of stages.
 
     NCCL runs what is asked of a communicator one after the other on one stream. A receive that was posted ahead of its
     message would hold up whatever came behind it: a send the other way, which the message may be waiting for, or a
@@ -73,35 +73,45 @@ class Groups:
     """First and last stage of this replica (tied embeddings); None with one stage or in between."""
 
 
-def create_groups(topology: Topology, timeout_s: int = 1800) -> Groups:
-    """Create every group of the grid on every rank in the same order, as torch requires; return this rank's own."""
+def create_groups(topology: Topology, timeout_s: int = 1800, *, chunked: bool = True) -> Groups:
+    """Create every group of the grid on every rank in the same order, as torch requires; return this rank's own.
+
+    Args:
+        topology: Place of this rank.
+        timeout_s: Seconds after which a collective gives up.
+        chunked: Whether a stage may hold several chunks: the last stage and the first then have links, too.
+    """
     # A new group does not take the world's limit over: left out, it would be the backend's (10 minutes on NCCL).
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     data = [new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
-    links = _create_links(topology, new_group)
-    solo = [new_group([rank]) for rank in range(topology.world)]
+    links = _create_links(topology, new_group, chunked)
+    solo = new_group([topology.rank], use_local_synchronization=True)  # on no other rank
     ends = None
     if topology.pp > 1:
         pairs = [[topology.rank_of(0, r), topology.rank_of(topology.pp - 1, r)] for r in range(topology.dp)]
         made = [new_group(pair) for pair in pairs]
         ends = made[topology.replica] if topology.first or topology.last else None
-    return Groups(data[topology.stage], links, solo[topology.rank], ends)
+    return Groups(data[topology.stage], links, solo, ends)
 
 
-def _create_links(topology: Topology, new_group: Callable[[list[int]], Any]) -> dict[tuple[int, int], Any]:
+def _create_links(
+    topology: Topology, new_group: Callable[[list[int]], Any], chunked: bool
+) -> dict[tuple[int, int], Any]:
     """Create the links of all replicas; return those of this rank."""
     own = {}
-    for replica, (source, target) in itertools.product(range(topology.dp), ring(topology.pp)):
+    for replica, (source, target) in itertools.product(range(topology.dp), neighbours(topology.pp, chunked)):
         group = new_group([topology.rank_of(source, replica), topology.rank_of(target, replica)])
         if replica == topology.replica and topology.stage in (source, target):
             own[source, target] = group
     return own
 
 
-def ring(stages: int) -> list[tuple[int, int]]:
-    """Return the ordered pairs of stages that exchange messages; with chunks, the last stage and the first do too."""
-    pairs = {(stage, (stage + step) % stages) for stage in range(stages) for step in (1, -1)}
-    return sorted((source, target) for source, target in pairs if source != target)
+def neighbours(stages: int, chunked: bool) -> list[tuple[int, int]]:
+    """Return the ordered pairs of stages that exchange messages: a line, with chunks a ring."""
+    line = {(stage, stage + 1) for stage in range(stages - 1)} | (
+        {(stages - 1, 0)} if chunked and stages > 1 else set()
+    )
+    return sorted(line | {(after, before) for before, after in line})
 
 
 def connect(topology: Topology, groups: Groups, device: torch.device) -> None:
@@ -149,13 +159,11 @@ def start_processes(timeout_s: int) -> None:
     # DeepSpeed would try out its kernels with the host's compiler, to compile a shared-memory collective for CPUs:
     # gloo does without it.
     deepspeed.ops.__compatible_ops__ = {}
+    backend, limit = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
     try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if torch.cuda.is_available() else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(seconds=timeout_s),
-            verbose=False,
-        )
+        # Left to DeepSpeed, the group would be bound to the device: NCCL then connects the world at once, and makes
+        # every other group by splitting it. Like this the ranks of a group connect at its first message.
+        dist.init_process_group(backend, timeout=limit)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
@@ -163,9 +171,10 @@ def start_processes(timeout_s: int) -> None:
         raise UserError(
             f"port {port} is taken, by another job on this machine: deepspeed --master_port OTHER ..."
         ) from error
-    if torch.cuda.is_available():  # NCCL would only say "invalid usage"
+    if torch.cuda.is_available():  # as it connects, NCCL would only say "invalid usage"
         own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         refuse_shared_gpu(dist.distributed_c10d._get_default_store(), f"GPU {own} of {socket.gethostname()}")
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
 
 
 def stop_processes() -> None:

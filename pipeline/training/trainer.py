@@ -65,7 +65,8 @@ class Trainer:
         self._device = device_of_rank()
         self._lead = plan.topology.rank == 0
         activity.doing("creating process groups")
-        groups = create_groups(plan.topology, collective_limit(plan.config.parallel.timeout_s))
+        limit_s = collective_limit(plan.config.parallel.timeout_s)
+        groups = create_groups(plan.topology, limit_s, chunked=len(plan.chunks) > 1)
         own = self._own_checkpoint()
         given = None if own else self._given_checkpoint()
         self._stage = _build_engine(plan, groups, self._device, activity, empty=own is not None or given is not None)

@@ -11,7 +11,6 @@ import torch.distributed as dist
 
 from pipeline.parallel.groups import Groups
 from pipeline.parallel.schedule import Action, feeds, needs
-from pipeline.parallel.simulation import messages
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import Traffic
 
@@ -19,13 +18,12 @@ from pipeline.parallel.traffic import Traffic
 class Messages:
     """One rank's sends, none of which it waits for, and its receives, posted ahead of use.
 
-    Every rank knows the orders of its peers, so receives are posted in the order in which they are sent; messages
-    carry no names. A message is found by the action it is for, which may run after one whose message is sent later.
+    Messages carry no names: what comes from a rank must be posted in the order in which it is sent. A message is found
+    by the action it is for, which may run after one whose message is sent later.
     """
 
     def __init__(
         self,
-        orders: Sequence[Sequence[Action]],
         *,
         chunks: int,
         tokens: Sequence[int],
@@ -39,7 +37,6 @@ class Messages:
         """Expect one step's messages.
 
         Args:
-            orders: The order of every stage.
             chunks: Chunks of a stage.
             tokens: Tokens of each micro-batch: a message is [1, tokens, width] in ``dtype``.
             width: Hidden size.
@@ -51,15 +48,8 @@ class Messages:
         """
         self._tokens, self._width, self._dtype, self._device = tokens, width, dtype, device
         self._topology, self._groups, self._chunks, self._traffic = topology, groups, chunks, traffic
-        peers = [source for source, target in groups.links if target == topology.stage]
-        self._expected = {peer: deque(messages(orders, peer, topology.stage, chunks)) for peer in peers}
         self._posted: dict[Action, tuple[Any, torch.Tensor]] = {}
         self._sent: deque[tuple[Any, torch.Tensor]] = deque()
-
-    @property
-    def in_flight(self) -> int:
-        """Receives posted and not yet taken."""
-        return len(self._posted)
 
     def sender(self, action: Action) -> int | None:
         """Return the rank an action's input comes from; None for tokens and for the loss."""
@@ -67,16 +57,12 @@ class Messages:
         return None if peer is None else self._topology.rank_of(peer[0], self._topology.replica)
 
     def post(self, action: Action) -> None:
-        """Post the receive an action needs, unless it is posted, and those of the messages sent before it."""
+        """Post the receive of the message an action needs."""
         peer = needs(self._topology.stage, action, self._topology.pp, self._chunks)
-        while peer is not None and action not in self._posted:
-            self._post_next(peer[0])
-
-    def _post_next(self, stage: int) -> None:
-        action, rank = self._expected[stage].popleft(), self._topology.rank_of(stage, self._topology.replica)
+        assert peer is not None, "the action starts from no message"
+        link, rank = (peer[0], self._topology.stage), self._topology.rank_of(peer[0], self._topology.replica)
         buffer = torch.empty((1, self._tokens[action.micro], self._width), dtype=self._dtype, device=self._device)
-        work = dist.irecv(buffer, rank, group=self._groups.links[stage, self._topology.stage])
-        self._posted[action] = work, buffer
+        self._posted[action] = dist.irecv(buffer, rank, group=self._groups.links[link]), buffer
 
     def take(self, action: Action) -> torch.Tensor:
         """Wait for the message of an action whose receive is posted; on a GPU only its stream waits."""

@@ -9,14 +9,11 @@ import torch
 from pipeline.model.inputs import StageInputs
 from pipeline.parallel.groups import Groups, connect
 from pipeline.parallel.messages import Messages
-from pipeline.parallel.schedule import Action
-from pipeline.parallel.simulation import orders
+from pipeline.parallel.schedule import SCHEDULES, Action
+from pipeline.parallel.simulation import receives
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.trace import Recorder
 from pipeline.parallel.zero3 import Zero3Stage
-
-AHEAD = 2
-"""Actions ahead of the one that runs whose messages are received while it runs."""
 
 
 class _Step:
@@ -75,12 +72,12 @@ class Runner:
         Returns:
             float64 [len(micros)]: the *sum* of token losses of each micro-batch (0 but on the last stage).
         """
-        of_stages = orders(self._schedule, self._topology.pp, len(micros), len(self._chunks))
-        order = of_stages[self._topology.stage]
-        step = _Step(micros, scale, self._messages(of_stages, micros), self._device)
+        place = self._topology.stage, self._topology.pp, len(micros), len(self._chunks)
+        order = SCHEDULES[self._schedule](*place)
+        step = _Step(micros, scale, self._messages(micros), self._device)
         with self._stage.accumulate():
-            for index, action in enumerate(order):
-                for upcoming in order[index : index + 1 + AHEAD]:
+            for action, coming in zip(order, receives(self._schedule, *place), strict=True):
+                for upcoming in coming:
                     step.messages.post(upcoming)
                 if action.kind == "F":
                     self._forward(step, action)
@@ -89,9 +86,9 @@ class Runner:
             step.messages.finish()
         return step.losses
 
-    def _messages(self, of_stages: Sequence[Sequence[Action]], micros: Sequence[StageInputs]) -> Messages:
+    def _messages(self, micros: Sequence[StageInputs]) -> Messages:
         return Messages(
-            of_stages, chunks=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in micros],
+            chunks=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in micros],
             width=self._width, dtype=self._dtype, topology=self._topology, groups=self._groups, device=self._device,
             traffic=self._stage.traffic,
         )  # fmt: skip

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.parallel.schedule import SCHEDULES, Action, feeds, needs
+from pipeline.parallel.schedule import SCHEDULES, Action, needs
 
 Cost = Callable[[int, Action], float]
 """(stage, action) -> its duration, in any unit."""
@@ -80,10 +82,27 @@ def _ready(stage: int, action: Action, done: dict[tuple[int, Action], float], st
     return max(known, default=0.0) if len(known) == len(times) else None
 
 
-def messages(of_stages: Sequence[Sequence[Action]], source: int, target: int, chunks: int = 1) -> list[Action]:
-    """Return the actions of ``target`` that messages from ``source`` are for, in the order they are sent."""
-    fed = (feeds(source, action, len(of_stages), chunks) for action in of_stages[source])
-    return [each[1] for each in fed if each is not None and each[0] == target]
+@lru_cache(maxsize=64)
+def receives(schedule: str, stage: int, stages: int, micros: int, chunks: int = 1) -> Sequence[Sequence[Action]]:
+    """Return for each action of a stage those whose messages are to be received from when it is launched, in order.
+
+    On a GPU a posted receive is a kernel that waits for its message, and a send one that waits for its receive.
+    Whatever is launched behind them and synchronises the device (a kernel that is loaded, memory that is freed) waits
+    for all of them. So actions take turns, by the simulated clock: a receive is posted before the first action whose
+    turn comes after that of the action that sends. All that an action may then wait for has an earlier turn, so that
+    even a step whose every action synchronises ends; and a message still passes while its receiver computes.
+    """
+    of_stages = orders(schedule, stages, micros, chunks)
+    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, chunks)
+    turns = {(peer, slot.action): (slot.start, peer) for peer, slots in enumerate(step.slots) for slot in slots}
+    senders = ((action, needs(stage, action, stages, chunks)) for action in of_stages[stage])
+    coming = deque(sorted((turns[sender], action) for action, sender in senders if sender is not None))
+    posted: list[list[Action]] = []
+    for action in of_stages[stage]:
+        posted.append([])
+        while coming and coming[0][0] < turns[stage, action]:
+            posted[-1].append(coming.popleft()[1])
+    return posted
 
 
 def most_held(order: Sequence[Action], sizes: Sequence[float]) -> float:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.cli import main
-from pipeline.parallel.runner import AHEAD
+from pipeline.parallel.groups import neighbours
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble, feeds, needs
-from pipeline.parallel.simulation import messages, most_held, orders, simulate
+from pipeline.parallel.simulation import most_held, orders, receives, simulate
 
 SHAPES = [
     (name, stages, micros, chunks)
@@ -96,43 +96,85 @@ def test_a_held_activation_counts_as_much_as_its_chunk() -> None:
     assert most_held(order, [3, 2]) == 6
 
 
-def receives(of_stages: Sequence[Sequence[Action]], stage: int, chunks: int) -> tuple[int, int]:
-    """Post receives as `Messages` does; return the most that wait at once and how many there were."""
-    stages = len(of_stages)
-    coming = {peer: messages(of_stages, peer, stage, chunks) for peer in range(stages) if peer != stage}
-    posted: set[Action] = set()
-    most = 0
-    order = of_stages[stage]
-    for index, action in enumerate(order):
-        for upcoming in order[index : index + 1 + AHEAD]:
-            peer = needs(stage, upcoming, stages, chunks)
-            while peer is not None and upcoming not in posted:
-                posted.add(coming[peer[0]].pop(0))
-        most = max(most, len(posted))
-        posted.discard(action)
-    assert not posted and not any(coming.values()), "every message is received and used"
-    return most, len(order)
+def step_ends(of_stages: Sequence[Sequence[Action]], posted: Sequence[Sequence[Sequence[Action]]], chunks: int) -> bool:
+    """Whether a step ends on GPUs, all of whose actions synchronise the device as they are launched.
+
+    Then an action waits for every receive posted so far, whoever it is for, and for every message sent so far to be
+    received: that is, until the actions that send them have run, and the receives been posted.
+    """
+    stages, places = len(of_stages), [{action: i for i, action in enumerate(order)} for order in of_stages]
+    done, received = [0] * stages, [set(rows[0]) for rows in posted]
+    coming = [set(rows[0]) for rows in posted]
+    sent: list[list[tuple[int, Action]]] = [[] for _ in range(stages)]
+
+    def goes_on(stage: int) -> bool:
+        sources = {action: needs(stage, action, stages, chunks) for action in coming[stage]}
+        coming[stage] = {a for a, peer in sources.items() if peer and places[peer[0]][peer[1]] >= done[peer[0]]}
+        sent[stage] = [(peer, action) for peer, action in sent[stage] if action not in received[peer]]
+        return done[stage] < len(of_stages[stage]) and not coming[stage] and not sent[stage]
+
+    while going := [stage for stage in range(stages) if goes_on(stage)]:
+        for stage in going:
+            sent[stage] += filter(None, [feeds(stage, of_stages[stage][done[stage]], stages, chunks)])
+            done[stage] += 1
+            for row in posted[stage][done[stage] : done[stage] + 1]:
+                received[stage].update(row)
+                coming[stage].update(row)
+    return done == [len(order) for order in of_stages]
+
+
+def test_no_receive_is_posted_before_what_its_message_waits_for_may_be_launched() -> None:
+    for name, stages, micros, chunks in SHAPES:
+        of_stages = orders(name, stages, micros, chunks)
+        posted = [receives(name, stage, stages, micros, chunks) for stage in range(stages)]
+        assert step_ends(of_stages, posted, chunks), (name, stages, micros, chunks)
+
+
+def test_receives_two_actions_ahead_would_hang_a_step_that_synchronises() -> None:
+    of_stages = orders("1f1b", 2, 4)
+    ahead = [[[a for a in order[max(i + 2, 0) if i else 0 : i + 3] if needs(stage, a, 2, 1)] for i in range(len(order))]
+             for stage, order in enumerate(of_stages)]  # fmt: skip
+    assert not step_ends(of_stages, ahead, 1)
+
+
+def test_messages_are_received_while_stages_compute() -> None:
+    """Posted when the action is launched at the latest; in full pipelines a third of them before."""
+    for name, stages, micros, chunks in SHAPES:
+        early = total = 0
+        for stage, order in enumerate(orders(name, stages, micros, chunks)):
+            rows = receives(name, stage, stages, micros, chunks)
+            places = {action: index for index, row in enumerate(rows) for action in row}
+            assert set(places) == {action for action in order if needs(stage, action, stages, chunks)}
+            assert all(places[action] <= order.index(action) for action in places)
+            early += sum(places[action] < order.index(action) for action in places)
+            total += len(places)
+        assert micros < 2 * stages or early >= total // 3, (name, stages, micros, chunks)
 
 
 def test_receives_in_flight_are_few_however_many_micro_batches() -> None:
     for name, stages, _, chunks in {(n, s, 0, c) for n, s, _, c in SHAPES}:
-        for micros in (2 * stages, 5 * stages):
-            for stage in range(stages):
-                most, _ = receives(orders(name, stages, micros, chunks), stage, chunks)
-                assert most <= AHEAD + 2, (name, stages, micros, chunks, stage)
+        for micros in (2 * stages - 1, 2 * stages, 5 * stages):
+            for stage, order in enumerate(orders(name, stages, micros, chunks)):
+                held = most = 0
+                for action, coming in zip(order, receives(name, stage, stages, micros, chunks), strict=True):
+                    most = max(most, held := held + len(coming))
+                    held -= needs(stage, action, stages, chunks) is not None
+                assert held == 0 and most <= (2 if chunks == 1 else stages + 2), (name, stages, micros, chunks, stage)
 
 
-def test_messages_of_a_pair_arrive_in_the_order_they_are_sent() -> None:
-    """Each ordered pair of ranks is a queue: what one end sends is what the other expects, from either's order."""
+def test_messages_of_a_pair_are_received_in_the_order_they_are_sent() -> None:
+    """Each ordered pair of ranks is a queue: messages carry no names."""
     for name, stages, micros, chunks in SHAPES:
         of_stages = orders(name, stages, micros, chunks)
         for source, target in itertools.permutations(range(stages), 2):
-            sent = messages(of_stages, source, target, chunks)
-            awaited = [a for a in of_stages[target] if (needs(target, a, stages, chunks) or (None,))[0] == source]
-            assert sorted(sent) == sorted(awaited)
-            assert chunks > 1 or sent == awaited, "without chunks they are used in that order, too"
-            assert not sent or abs(source - target) in (1, stages - 1), "neighbours on the ring"
-            for action in awaited:
+            fed = (feeds(source, action, stages, chunks) for action in of_stages[source])
+            sent = [each[1] for each in fed if each is not None and each[0] == target]
+            received = [a for row in receives(name, target, stages, micros, chunks) for a in row]
+            assert sent == [a for a in received if (needs(target, a, stages, chunks) or (None,))[0] == source]
+            used = [a for a in of_stages[target] if a in sent]
+            assert chunks > 1 or sent == used, "without chunks they are used in that order, too"
+            assert not sent or (source, target) in neighbours(stages, chunks > 1), "on a link"
+            for action in sent:
                 assert feeds(*needs(target, action, stages, chunks), stages, chunks) == (target, action)  # type: ignore[misc]
 
 

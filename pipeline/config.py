@@ -166,7 +166,8 @@ class ParallelConfig(Section):
     leaf_layers: bool = False
     """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
     timeout_s: Positive = 1800
-    """Seconds without progress of any rank after which the job ends, naming the rank that is the cause."""
+    """Seconds without progress of any rank after which the job ends, naming the rank that is the cause.
+    More than the longest step: on GPUs what is seen from outside may stand still until a step's end."""
 
     @model_validator(mode="after")
     def _chunks_are_interleaved(self) -> ParallelConfig:

@@ -241,6 +241,7 @@ class Zero3Stage:
         reduce_once: bool,
         tied: nn.Parameter | None = None,
         leaves: Iterable[nn.Module] = (),
+        doing: Callable[[str], None] = lambda words: None,
     ) -> None:
         """Wrap a module whose parameters `sharder` has sharded.
 
@@ -254,8 +255,9 @@ class Zero3Stage:
             reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
             tied: This stage's copy of a weight that the first and the last stage share, when they are different ranks.
             leaves: Modules whose parameters are gathered together when the module runs, instead of each sub-module's.
+            doing: Told what a step is about to do, in words: what a rank that hangs did last.
         """
-        self.topology, self._groups, self._tied = topology, groups, tied
+        self.topology, self._groups, self._tied, self._doing = topology, groups, tied, doing
         self._resident, self._reduce_once = resident, reduce_once
         for leaf in leaves:
             set_z3_leaf_module(leaf, True)
@@ -331,6 +333,7 @@ class Zero3Stage:
         """Clip, update and re-shard; skipped on all ranks alike when the gradient norm is not finite."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
+        self._doing("adding up the gradient norm")
         self.engine.step()
         return StepResult(self._norm, bool(self.engine.was_step_applied()))
 
@@ -358,9 +361,11 @@ class Zero3Stage:
         """Correction 3: the norm over all shards of all stages; -1 is DeepSpeed's word for "skip this step"."""
         norms = torch._foreach_norm(list(self._grad_shards()), 2, torch.float32)  # half-precision shards: no copies
         total = torch.stack(norms).double().square().sum(0, keepdim=True).to(self.engine.device)
+        self._doing("waiting for all ranks: the gradient norm")  # a GPU's host runs ahead of the step up to here
         dist.all_reduce(total)
         norm = total.sqrt()[0]
         self._norm = float(norm)
+        self._doing("optimizer step")
         return [torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:

@@ -40,15 +40,15 @@ class Activity:
     def pulse(self) -> dict[str, Any]:
         """Return what is told to rank 0."""
         count, words, since = self._now
-        where, in_collective = "", False
+        where, held = "", False
         if time.monotonic() - since > LOOK_AFTER_S:
-            where, in_collective = self._look()
-        waits = in_collective or words.startswith("waiting for")
+            where, held = self._look()
+        waits = held or words.startswith("waiting for")
         news = {"step": self.step, "begun": self.begun, "count": count}
         return {**news, "doing": words, "where": where, "waits": waits}
 
     def _look(self) -> tuple[str, bool]:
-        """Return the innermost frame of the training thread, and whether a collective holds it.
+        """Return the innermost frame of the training thread, and whether a collective, or a GPU, holds it.
 
         Backwards on GPUs run in threads of torch's own, which Python's list of threads does not have.
         """
@@ -59,17 +59,18 @@ class Activity:
             return "", False
         others = [frame for ident, frame in frames.items() if ident not in known]
         place = f"{Path(own.f_code.co_filename).name}:{own.f_lineno or '?'} in {own.f_code.co_name}"
-        return place, any(_is_collective(frame) for frame in (own, *others))
+        return place, any(_waits_for_others(frame) for frame in (own, *others))
 
 
-def _is_collective(frame: FrameType | None) -> bool:
-    """Whether one of the innermost frames waits for other ranks."""
+def _waits_for_others(frame: FrameType | None) -> bool:
+    """Whether one of the innermost frames waits for other ranks, or for a GPU, where most waiting is for them."""
     for depth in range(3):
         if frame is None:
             return False
         path, name = frame.f_code.co_filename, frame.f_code.co_name
         handle = depth == 0 and name == "wait" and "/deepspeed/" in path
-        if handle or any(part in path for part in _COLLECTIVES):
+        gpu = depth == 0 and name == "synchronize" and "torch/cuda/" in path
+        if handle or gpu or any(part in path for part in _COLLECTIVES):
             return True
         frame = frame.f_back
     return False

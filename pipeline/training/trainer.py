@@ -184,7 +184,6 @@ class Trainer:
         scale = self._plan.topology.dp / max(1, batch.targets)
         self._timer.begin(self.step + 1, data_s)
         losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
-        self._activity.doing("optimizer step")
         with self._runner.recorder.span("optimizer", "optimizer step"):
             result = self._stage.step(rate)
         self.step += 1
@@ -220,8 +219,10 @@ class Trainer:
         sums = sums.to(losses.device)
         start = len(own) + topology.replica * count
         sums[start : start + count] = losses
+        self._activity.doing("waiting for all ranks: the step's totals")  # on GPUs, for all that the host is ahead of
         dist.all_reduce(sums)
         tokens, images, stops, saving, *every_loss = sums.tolist()
+        self._activity.doing("recording the step")
         return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0, saving)
 
     def _stats(
@@ -291,7 +292,7 @@ def _build_engine(
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
-        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (),
+        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=activity.doing,
     )  # fmt: skip
 
 

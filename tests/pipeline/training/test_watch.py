@@ -6,10 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
+from pipeline.training.activity import Activity
 from pipeline.training.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
 from pipeline.training.watch import LOST_S, TERMINATED_CODE, Channel, Watch, listen
 from tests.launch import ROOT, environment
@@ -132,6 +135,36 @@ def test_ranks_that_were_all_told_to_end_have_not_failed(ranks: Ranks) -> None:
 def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
     del ranks.monitor.members[3]
     assert ranks.verdict(LIMIT_S + 0.1).endswith("rank 3: not watched")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "waits"),
+    [
+        ("lib/torch/distributed/distributed_c10d.py", "all_reduce", True),
+        ("lib/torch/cuda/streams.py", "synchronize", True),
+        ("lib/deepspeed/runtime/zero/partition_parameters.py", "wait", True),
+        ("lib/torch/nn/functional.py", "linear", False),
+    ],
+)
+def test_who_is_held_by_a_collective_or_a_gpu_waits(
+    path: str, name: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.training.activity.LOOK_AFTER_S", -1.0)
+    activity, release = Activity(), threading.Lock()
+    activity.doing("backward of micro-batch 1")
+
+    def held() -> None:
+        release.acquire()
+
+    held.__code__ = held.__code__.replace(co_filename=path, co_name=name)
+    with release:
+        training = threading.Thread(target=held)
+        training.start()
+        activity._thread = training.ident or 0
+        while not (news := activity.pulse())["where"].endswith(f"in {name}"):
+            time.sleep(0.001)
+    training.join()
+    assert news["waits"] == waits, news
 
 
 @pytest.mark.slow

@@ -124,7 +124,8 @@ def _lse(
     kernels: Kernels = varlen if _flash_fits(q) else loops
     if q.is_cuda and kernels is loops:
         raise UserError(
-            f"attention backend 'lse' needs fp16 or bf16 on CUDA, got {q.dtype}: train in bf16, or use 'runsplit'"
+            f"attention backend 'lse' needs fp16 or bf16 on CUDA, and heads of a multiple of 8 up to "
+            f"{varlen.MAX_HEAD_SIZE}, got {q.dtype} and {q.shape[-1]}: train in bf16, or use 'runsplit'"
         )
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
     out_THD = attend_lse(q_THD, k_THD, v_THD, plan.rectangles, scaling=scaling, kernels=kernels)
@@ -132,7 +133,9 @@ def _lse(
 
 
 def _flash_fits(q: torch.Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= varlen.MAX_HEAD_SIZE
+    """Whether torch's variable-length flash attention takes queries [..., D]; it pads no head to a multiple of 8."""
+    size = q.shape[-1]
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= varlen.MAX_HEAD_SIZE and size % 8 == 0
 
 
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}

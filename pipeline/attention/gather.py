@@ -43,7 +43,7 @@ def _sum_rows(source_KW: torch.Tensor, bag: torch.Tensor, offsets: torch.Tensor)
     if source_KW.is_cuda and source_KW.dtype != torch.float64 and _has_triton():
         from pipeline.attention.gather_triton import sum_rows
 
-        return sum_rows(source_KW, bag, offsets)
+        return sum_rows(source_KW.contiguous(), bag, offsets)  # a sum's gradient is one element, expanded
     # An embedding bag is the library's own gather-sum: no atomics, and bf16 is summed in fp32.
     return F.embedding_bag(bag, source_KW, offsets, mode="sum", include_last_offset=True)
 

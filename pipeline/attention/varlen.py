@@ -1,6 +1,7 @@
 """One thin adapter over torch's variable-length flash attention, whose signature moved between releases.
 
-Queries are [T, H, D], keys and values [K, H_kv, D], in fp16 or bf16 on CUDA with D at most ``MAX_HEAD_SIZE``.
+Queries are [T, H, D], keys and values [K, H_kv, D], in fp16 or bf16 on CUDA with D a
+multiple of 8, at most ``MAX_HEAD_SIZE``.
 """
 
 from __future__ import annotations

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import given, settings
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.errors import UserError
 from pipeline.attention import attend, build_plan
-from pipeline.attention.backends import choose_backend
+from pipeline.attention.backends import _flash_fits, choose_backend
 from pipeline.masks import POLICIES, Sidecars, dense_mask, get_policy, parse_layout
 from tests.pipeline.attention.tensors import Inputs, errors
 from tests.pipeline.masks.rows import GRID, rows
@@ -142,6 +143,17 @@ def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.Lo
         assert choose_backend(video, "cpu") == choose_backend(video, "cuda", softcap=30.0) == "runsplit"
     assert "attention: lse for policy mma on cuda" in caplog.text
     assert choose_backend(build_plan("mixed", video.sidecars), "cuda") == "runsplit"
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "fits"),
+    [(64, "bfloat16", True), (256, "float16", True), (264, "bfloat16", False), (20, "bfloat16", False),
+     (64, "float32", False)],
+)  # fmt: skip
+def test_flash_attention_is_called_with_heads_it_takes(size: int, dtype: str, fits: bool) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        q = torch.empty(1, 2, 3, size, dtype=getattr(torch, dtype), device="cuda")
+    assert _flash_fits(q) == fits
 
 
 def test_a_row_that_would_be_copied_too_often_is_refused_or_merged() -> None:

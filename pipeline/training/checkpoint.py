@@ -78,16 +78,17 @@ class Checkpoint:
         Raises UserError where the shards are not what the manifest says.
         """
         entry, dp = self.manifest.params[name], self.manifest.dp
-        pieces, offset = [], 0
-        for rank in range(entry.stage * dp, (entry.stage + 1) * dp):
-            shard = self._shard(rank, kind, name)
-            size = shard.get_shape()[0]
-            lo, hi = start - offset, stop - offset
-            if lo < size and hi > 0:
-                pieces.append(shard[max(lo, 0) : min(hi, size)])
-            offset += size
-        if offset < stop:
-            raise UserError(f"{self.path}: {kind}|{name} has {offset} elements, its shape is {list(entry.shape)}")
+        size = -(-torch.Size(entry.shape).numel() // dp)  # of every rank's shard; the last ones are padded to it
+        pieces = []
+        for replica in range(start // size, -(-stop // size)) if stop > start else ():
+            shard = self._shard(entry.stage * dp + replica, kind, name)
+            if (found := shard.get_shape()[0]) != size:
+                raise UserError(
+                    f"{self.path / rank_file(entry.stage * dp + replica)}: {kind}|{name} has {found} elements, "
+                    f"its shape is {list(entry.shape)}, {size} of it a rank's: name another checkpoint"
+                )
+            offset = replica * size
+            pieces.append(shard[max(start - offset, 0) : min(stop - offset, size)])
         return torch.cat(pieces) if pieces else torch.empty(0)
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -47,7 +47,8 @@ class HostCopy:
     """A rank's shards at one step, copied to host memory.
 
     The memory (12 bytes a trained parameter of this rank, and the frozen ones) is taken at the first copy and kept for
-    the next: there is never more than one. It is pinned on GPU machines.
+    the next: there is never more than one. It is pinned on GPU machines, where torch rounds the bytes of each tensor up
+    to a power of two: it is up to twice as much.
     """
 
     def __init__(self, stage: Zero3Stage) -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
-from pipeline.training.checkpoint import checkpoint_folders, newest_whole, open_checkpoint, prune, remove_unfinished
+from pipeline.training.checkpoint import (
+    Checkpoint,
+    checkpoint_folders,
+    newest_whole,
+    open_checkpoint,
+    prune,
+    remove_unfinished,
+)
+from pipeline.training.manifest import CheckpointManifest, ParamEntry
 from pipeline.training.origins import changed_settings
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.writing import Target, parts_of_save
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -58,6 +69,27 @@ def test_folders_without_a_manifest_are_complaints(run_dir: Path) -> None:
     assert found is None and len(complaints) == 3
     with pytest.raises(UserError, match="step-00000030 is not a whole checkpoint"):
         open_checkpoint(run_dir)
+
+
+def test_a_slice_is_read_from_the_files_that_hold_it_alone(tmp_path: Path) -> None:
+    """Of 7 elements on 3 ranks each has 3, the last two of them padding."""
+    dp, share, values = 3, 3, torch.arange(1.0, 10.0)
+    manifest = CheckpointManifest(
+        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=dp, config={},
+        model={"spec": {"llm": {}}, "tokenizer_sha256": "0"}, params={"w": ParamEntry((7,), 0, True)},
+    )  # fmt: skip
+    (tmp_path / "tokenizer").mkdir()
+    target = Target(tmp_path / "step-00000003", "token")
+    saves = [
+        parts_of_save({"master|w": part}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
+        for rank, part in enumerate(values.split(share))
+    ]
+    files = [next(save)() for save in saves]
+    saves[0].send(files)()
+    for start, stop in itertools.combinations_with_replacement(range(8), 2):
+        checkpoint = Checkpoint(target.final)
+        assert checkpoint.read_flat("master", "w", start, stop).tolist() == values[start:stop].tolist()
+        assert [*checkpoint._open] == sorted({element // share for element in range(start, stop)})
 
 
 def test_changed_settings_are_told_by_key() -> None:

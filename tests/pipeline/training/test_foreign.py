@@ -156,6 +156,7 @@ def test_a_tokenizer_folder_that_is_a_link_is_not_followed(folder: Path) -> None
         pytest.param({"master|w": torch.ones(6, dtype=torch.float64)}, "F64", id="doubles"),
         pytest.param({"master|w": torch.ones(2, 3)}, r"F32\[2, 3\]", id="not flat"),
         pytest.param({"master|w": torch.ones(5)}, r"has 5 elements, its shape is \[2, 3\]", id="too few"),
+        pytest.param({"master|w": torch.ones(7)}, r"has 7 elements, its shape is \[2, 3\]", id="too many"),
         pytest.param({"master|v": torch.ones(6)}, r"has no master\|w", id="another name"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 MIN_FREE_GIB = 1.0
+MIN_FREE_TEMPORARY_GIB = 0.05
+"""Temporary files are few and small, and on nodes without disks they lie in memory."""
 PATIENCE = timedelta(seconds=60)
 
 
@@ -27,8 +30,13 @@ def gpu_problem(index: int) -> Iterator[str]:
         yield f"GPU {index}: {str(error).splitlines()[0]}"
 
 
-def disk_problem(folder: Path, need_gib: float = MIN_FREE_GIB) -> Iterator[str]:
-    """Yield what keeps this process from writing ``need_gib`` to a folder that exists."""
+def disk_problem(folder: Path, need_gib: float | None = None) -> Iterator[str]:
+    """Yield what keeps this process from writing ``need_gib`` to a folder that exists.
+
+    None = 1 GiB, or 0.05 GiB in the folder of temporary files.
+    """
+    if need_gib is None:
+        need_gib = MIN_FREE_TEMPORARY_GIB if folder == Path(tempfile.gettempdir()) else MIN_FREE_GIB
     probe = folder / f".probe-{uuid.uuid4().hex}"
     try:
         probe.write_bytes(b"fit")

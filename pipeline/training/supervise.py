@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 
 from data_prep.errors import UserError
 from pipeline.parallel.groups import device_of_rank
@@ -122,6 +123,9 @@ def say_own(error: UserError | str, rank: int) -> None:
 
 
 def _in_short(error: BaseException) -> str:
+    if isinstance(error, ValidationError):  # its first line says only that there are some
+        first = error.errors()[0]
+        return f"{type(error).__name__}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from tests.launch import ROOT
-from tests.pipeline.training.runs import TINY, curve, metrics
+from tests.pipeline.training.runs import TINY, curve, metrics, train
 from tests.slurm.cluster import NODES, Cluster
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60
+STEPS = "40"
 BATCH = ["--train.batch-packs", "4", "--checkpoint.every-steps", "5"]
 FLAGS = " ".join([*TINY, *BATCH])
 QUICK = {"RANKS_PER_NODE": "1", "CHECK_NODES": "no", "EXTRA_FLAGS": f"{FLAGS} --train.steps 3"}
 LONG = {**QUICK, "PT_RUN_DIR": "none", "EXTRA_FLAGS": f"{FLAGS} --train.steps {STEPS}"}
+TWO_NODES = ["--nodes=2", "--gpus-per-node=2"]
 
 
 def reach(slurm: Cluster, run: Path, step: int) -> None:
@@ -27,13 +29,22 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm: Cluster) -> Path:
-    """A run of both nodes that nothing disturbed; its nodes were checked first."""
-    env = {**LONG, "RUN_DIR": "runs/undisturbed", "CHECK_NODES": "yes"}
-    job = slurm.submit("--nodes=2", "slurm/sft_mma.sh", env=env)
-    assert slurm.wait(job) == "COMPLETED", slurm.logs()
-    assert "network: 2 nodes are fit" in slurm.log(job)
-    return slurm.work / "runs/undisturbed"
+def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that the jobs train, where nothing disturbs it."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    train(small_demo, run, *BATCH, "--train.steps", STEPS).check()
+    return run
+
+
+@pytest.fixture(scope="module")
+def limited(slurm: Cluster) -> str:
+    """A job of two checked nodes that waits for its time limit while others run: its ranks' time stands still."""
+    limits = ["--time=10", "--signal=B:USR1@555"]  # it comes 15 to 45 s after the start
+    env = {**LONG, "RUN_DIR": "runs/limited", "CHECK_NODES": "yes"}
+    job = slurm.submit(*TWO_NODES, *limits, "slurm/sft_mma.sh", env=env)
+    reach(slurm, slurm.work / "runs/limited", 2)
+    slurm.call("scancel", "--signal=STOP", job)
+    return job
 
 
 @pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])
@@ -42,8 +53,9 @@ def test_slurm_takes_the_request(slurm: Cluster, script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.usefixtures("limited")
 def test_the_chain_ends_with_measured_models(slurm: Cluster) -> None:
-    flags = {"DATA_FLAGS": "--scenes 300 --held-out 12", "EVAL_FLAGS": "--limit 4", "TRAIN_SBATCH": "--nodes=2"}
+    flags = {"DATA_FLAGS": "--scenes 300 --held-out 12", "EVAL_FLAGS": "--limit 4", "TRAIN_SBATCH": " ".join(TWO_NODES)}
     done = slurm.call("slurm/chain.sh", "--policies", "mma,causal", env={**QUICK, **flags})
     assert done.returncode == 0, done.stderr
     jobs = [line.split()[0] for line in done.stdout.splitlines()[:-1]]
@@ -54,7 +66,7 @@ def test_the_chain_ends_with_measured_models(slurm: Cluster) -> None:
     assert all("starting from the weights of runs/demo_pt" in slurm.log(job) for job in jobs[2:4])
     assert all((runs / name / "export/config.json").is_file() for name in names[1:])
     assert (runs / "demo_sft/evaluation_beside_demo_sft_causal.json").is_file()
-    again = slurm.submit("slurm/pt.sh", env=QUICK)
+    again = slurm.submit("--gpus-per-node=2", "slurm/pt.sh", env=QUICK)
     assert slurm.wait(again) == "COMPLETED"
     assert "runs/demo_pt is finished (step 3): nothing to do" in slurm.log(again)
 
@@ -69,7 +81,7 @@ def test_a_killed_task_of_an_array_is_made_up_for(slurm: Cluster) -> None:
     assert slurm.wait(rest) == "CANCELLED"
     states = sorted(slurm.call("squeue", "-h", "-r", "-t", "all", "-j", array, "-o", "%T").stdout.split())
     assert states == ["COMPLETED", "COMPLETED", "FAILED"]
-    shard = half.name[1:].rsplit(".", 3)[0]  # of .SHARD.arrow.PID.tmp
+    shard = half.name[1:].rsplit(".", 3)[0]  # of .SHARD.arrow.TOKEN.tmp
     assert half.exists() and not half.with_name(f"{shard}.json").exists()
     array, rest = (line.split()[0] for line in slurm.call(*command, env=env).stdout.splitlines()[:-1])
     assert slurm.wait(rest) == "COMPLETED", slurm.logs()
@@ -81,50 +93,59 @@ def test_a_killed_task_of_an_array_is_made_up_for(slurm: Cluster) -> None:
     assert made == known
 
 
+def writers(path: Path) -> list[int]:
+    """Processes that have a file open."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ends meanwhile
+            if any(link.readlink() == path for link in (entry / "fd").iterdir()):
+                found.append(int(entry.name))
+    return found
+
+
 def kill_in_a_unit(slurm: Cluster, ingest: Path) -> Path:
-    """Kill -9 a process that has just begun to write a unit; return its temporary file, whose name has its id."""
+    """Kill -9 a process that has just begun to write a unit; return its temporary file."""
     caught: list[Path] = []
 
     def catch() -> bool:
         for path in ingest.rglob(".*.arrow.*.tmp"):
-            pid = int(path.name.split(".")[-2])
-            os.kill(pid, signal.SIGSTOP)
-            if path.exists():
-                os.kill(pid, signal.SIGKILL)
-                caught.append(path)
-                return True
-            os.kill(pid, signal.SIGCONT)
+            for pid in writers(path):
+                with suppress(ProcessLookupError):  # that was its last unit
+                    os.kill(pid, signal.SIGSTOP)
+                    if path.exists():
+                        os.kill(pid, signal.SIGKILL)
+                        caught.append(path)
+                        return True
+                    os.kill(pid, signal.SIGCONT)
         return False
 
     slurm.until(catch, 60, "a unit half written", every_s=0.002)
     return caught[0]
 
 
-def test_the_time_limit_is_survived(slurm: Cluster, undisturbed: Path) -> None:
-    """A real limit, in Slurm's unit of a minute; the signal comes 15 to 45 s after the start."""
+def test_the_time_limit_is_survived(slurm: Cluster, limited: str, undisturbed: Path) -> None:
+    """A real limit, in Slurm's unit of a minute."""
     run = slurm.work / "runs/limited"
-    limits = ["--time=5", "--signal=B:USR1@255"]
-    job = slurm.submit("--nodes=2", *limits, "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/limited"})
-    reach(slurm, run, 2)
-    slurm.call("scancel", "--signal=STOP", job)  # the ranks' time stands still, Slurm's does not
-    slurm.until(lambda: "USR1 from Slurm" in slurm.log(job), 120, "the time limit")
-    slurm.call("scancel", "--signal=CONT", job)
-    slurm.until(lambda: "back to the queue" in slurm.log(job), 240, "the job to go back to the queue")
-    slurm.call("scontrol", "update", f"job={job}", "TimeLimit=10")
-    assert slurm.wait(job) == "COMPLETED", slurm.logs()
-    assert "the time limit is near; saved at step" in slurm.log(job)
-    assert f"resuming from {run.relative_to(slurm.work)}" in slurm.log(job)
+    slurm.until(lambda: "USR1 from Slurm" in slurm.log(limited), 120, "the time limit")
+    slurm.call("scancel", "--signal=CONT", limited)
+    slurm.until(lambda: "back to the queue" in slurm.log(limited), 240, "the job to go back to the queue")
+    slurm.call("scontrol", "update", f"job={limited}", "TimeLimit=60")
+    assert slurm.wait(limited) == "COMPLETED", slurm.logs()
+    assert slurm.log(limited).count("network: 2 nodes are fit") == 2
+    assert "the time limit is near; saved at step" in slurm.log(limited)
+    assert f"resuming from {run.relative_to(slurm.work)}" in slurm.log(limited)
     assert curve(run) == curve(undisturbed)
 
 
 def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
     """A power cut: the other rank hears nothing and waits, until Slurm misses the node."""
     run = slurm.work / "runs/struck"
-    job = slurm.submit("--nodes=2", "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/struck"})
+    job = slurm.submit(*TWO_NODES, "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/struck"})
     reach(slurm, run, 8)
     slurm.call("scancel", "--signal=STOP", job)  # here it would be told of the lost connection
-    slurm.kill_node(NODES[1])
-    slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to go back to the queue")
+    with slurm.missing_nodes_after(4):
+        slurm.kill_node(NODES[1])
+        slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to go back to the queue")
     slurm.start_node(NODES[1])
     assert slurm.wait(job) == "COMPLETED", slurm.logs()
     assert f"Slurm ends this start: lost {NODES[1]}" in slurm.log(job)

@@ -161,8 +161,9 @@ class ParallelConfig(Section):
     """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
     Below 1 needs ZeRO stage 3 in the DeepSpeed file; the rest is released after each use."""
     reduce_once: bool | None = None
-    """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole gradient of the stage);
-    None = as the ZeRO stage of the DeepSpeed file has it: 1 and 3 once, 2 each micro-batch."""
+    """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole fp32 gradient of the stage);
+    None = as the ZeRO stage of the DeepSpeed file has it: 1 and 3 once, 2 each micro-batch. Micro-batches add up in
+    fp32 either way; ranks reduce in bf16, or in the DeepSpeed file's "communication_data_type": "fp32"."""
     leaf_layers: bool = False
     """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
     timeout_s: Positive = 1800

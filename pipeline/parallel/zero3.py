@@ -14,6 +14,8 @@ composes with any outside schedule, given these corrections:
    with several micro-batches alive, weights would stay gathered after the first. Each call gets a counter of its own.
 6. *A stack that is cleared*: recomputation ends a module's forward early, so DeepSpeed's stack of running modules grows
    with every recomputed layer of a run; it is cut back after each step.
+7. *Sums in fp32*: gradients reduced once a step stay on the parameters until then, where autograd would add up those of
+   its micro-batches in bf16. (Those reduced each micro-batch are added to a shard of ``grad_accum_dtype``.)
 """
 
 from __future__ import annotations
@@ -226,6 +228,18 @@ def _release_each_call(offload: Any, root: nn.Module) -> None:
         raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks _post_backward_module_hook: see zero3.py")
 
 
+def _add_up_in_fp32(params: Iterable[nn.Parameter]) -> None:
+    """Correction 7: the first gradient is widened, and autograd adds the others to it in place."""
+
+    def widen(param: nn.Parameter) -> None:
+        if param.grad is not None and param.grad.dtype in (torch.bfloat16, torch.float16):
+            param.grad = param.grad.float()
+
+    for param in params:
+        param.grad_dtype = None  # any; fp32 would refuse the zeros that DeepSpeed gives to what a leaf did not use
+        param.register_post_accumulate_grad_hook(widen)  # type: ignore[no-untyped-call]
+
+
 class Zero3Stage:
     """A stage's module under ZeRO-3, driven by an outside schedule."""
 
@@ -273,6 +287,8 @@ class Zero3Stage:
         self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace = one optimizer step, not one forward
         self._zero._get_norm_groups = self._global_norm  # correction 3
         _release_each_call(self._zero.parameter_offload, self.module)
+        if reduce_once:
+            _add_up_in_fp32(param for _, param in self.trainable())
         self._norm = 0.0
         self._running = len(parameter_offload.FWD_MODULE_STACK)
         self.traffic = Traffic()

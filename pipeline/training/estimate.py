@@ -29,7 +29,7 @@ class MemoryEstimate:
     states: float
     """Sharded: compute-type weights, fp32 master weights, two Adam moments, the gradient shard."""
     gathered: float
-    """Weights held whole within a step, and the whole gradient where it is reduced once."""
+    """Weights held whole within a step, and the whole fp32 gradient where it is reduced once."""
     activations: float
     host: float = 0.0
     """Sharded states in host memory; not in the others."""
@@ -102,7 +102,7 @@ class Load:
         shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
         whole = max(sharding.resident * (trained + frozen), self._largest_unit(stage))
-        gathered = (whole + (trained if sharding.reduce_once else 0)) * size
+        gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
         return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), host)
 
     def _largest_unit(self, stage: int) -> int:

@@ -67,6 +67,8 @@ class Case:
     """In this step one gradient on one rank of one stage is not a number."""
     deep: bool = False
     """A layer is a small share of a stage."""
+    bf16: bool = False
+    """Train in bf16, and reduce in fp32."""
 
     @property
     def chunks(self) -> int:
@@ -82,7 +84,7 @@ class Case:
             self.config: True, f"resident{self.resident:g}": self.resident < 1, "each": not self.reduce_once,
             "leaves": self.leaves, "evaluate": self.evaluate, "persistent": self.persist,
             "x".join(map(str, self.micros)): self.micros != MICROS, f"without {self.without}": self.without,
-            "poisoned": self.poisoned is not None, "deep": self.deep,
+            "poisoned": self.poisoned is not None, "deep": self.deep, "bf16": self.bf16,
         }  # fmt: skip
         return "-".join(word for word, so in said.items() if so)
 
@@ -130,7 +132,11 @@ BROKEN = [NO_FLAG, NO_NORM, ACCUMULATED, UNRELEASED, UNCUT]
 POISONED = [Case(2, poisoned=1), Case(2, "gpipe", resident=0.0, reduce_once=False, poisoned=1)]
 RELEASED = Case(2, resident=0.0, reduce_once=False, deep=True, micros=(16, 16))
 LEAVES = replace(RELEASED, leaves=True)
-ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES]
+BF16 = [
+    Case(2, "interleaved", True, tied=True, leaves=True, micros=(16,), bf16=True),
+    Case(2, config="zero3_offload", resident=0.0, reduce_once=False, micros=(16,), bf16=True),
+]
+ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES, *BF16]
 
 
 def grid_spec(tied: bool, layers: int) -> ModelSpec:
@@ -149,6 +155,10 @@ def micro_batch(step: int, index: int) -> StageInputs:
         sidecars = random_sidecars(seed, 2 + index % 2, padding=index % 3, text_only=kind == "text")
     inputs = stage_inputs(sidecars, seed=seed, dtype=torch.float32)
     return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
+
+
+def in_bf16(inputs: StageInputs) -> StageInputs:
+    return inputs if inputs.pixels is None else replace(inputs, pixels=inputs.pixels.bfloat16())
 
 
 def captions(seed: int, samples: int, *, padding: int) -> Sidecars:
@@ -180,13 +190,16 @@ class Job:
         raw = read_ds_config(f"ds_configs/{case.config}.json")
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
         sharding = Sharding.of(raw, config.parallel)
-        ds_config = complete_ds_config(raw, config, micro_packs=1, bf16=False)
+        ds_config = complete_ds_config(raw, config, micro_packs=1, bf16=case.bf16)
+        if case.bf16:
+            ds_config["communication_data_type"] = "fp32"
+        dtype = torch.bfloat16 if case.bf16 else torch.float32
         if case.without == "one accumulation":
             ds_config["gradient_accumulation_steps"] = case.micros[0] // topology.dp
         chunks = split_stages(case.layers, topology.pp, case.chunks)[topology.stage]
         module = build_stage(
             self.spec, layers=[layer for chunk in chunks for layer in chunk], first=topology.first,
-            last=topology.last, dtype=torch.float32, device="cpu", seed=3, reads=topology.replica == 0,
+            last=topology.last, dtype=dtype, device="cpu", seed=3, reads=topology.replica == 0,
             shard=sharder(topology, groups, ds_config), gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(parameter_groups(module, TRAIN), lr=LR, eps=TRAIN.eps)
@@ -198,7 +211,7 @@ class Job:
                 reduce_once=sharding.reduce_once, tied=module.tied_copy, leaves=module.blocks() if case.leaves else (),
             )  # fmt: skip
         self.runner = Runner(
-            self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=torch.float32,
+            self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=dtype,
             schedule=case.schedule, chunks=chunks,
         )  # fmt: skip
         self.chunks = chunks
@@ -212,6 +225,8 @@ class Job:
         own = everything[self.topology.replica * count :][:count]
         if not self.topology.first:
             own = [replace(inputs, pixels=None) for inputs in own]
+        elif self.case.bf16:
+            own = [in_bf16(inputs) for inputs in own]
         return own, self.topology.dp / target_count(everything)
 
     def train(self) -> dict[str, Any]:
@@ -219,6 +234,8 @@ class Job:
         seen: dict[str, Any] = {"loss": [], "norm": [], "applied": [], "gradients": [], "weights": [], "stack": []}
         seen |= {"traffic": [], "traffic of update": [], "whole": [], "peak": [], "parameters": self.parameters()}
         peak = GatheredPeak(self.stage)
+        if self.case.bf16:
+            seen["one by one"] = [self.add_up_one_by_one()]
         for step in range(len(self.case.micros)):
             micros, scale = self.micros(step)
             if self.case.evaluate:
@@ -241,6 +258,16 @@ class Job:
                 {name: self.stage.master_shard(param).clone() for name, param in self.stage.trainable()}
             )
         return seen
+
+    def add_up_one_by_one(self) -> dict[str, torch.Tensor]:
+        """Return the fp64 sums of the gradient shards of the first step's micro-batches, each run by itself."""
+        micros, scale = self.micros(0)
+        total: dict[str, torch.Tensor] = {}
+        for inputs in micros:
+            self.runner.run([inputs], scale)
+            for name, grad in self.gradients():
+                total[name] = total.get(name, 0) + grad.double()
+        return total
 
     def parameters(self) -> tuple[int, int]:
         """Return (trained, frozen) elements of the stage."""

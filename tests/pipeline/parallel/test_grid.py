@@ -18,6 +18,7 @@ from tests.launch import ROOT, run
 from tests.pipeline.model.helpers import whole_stage
 from tests.pipeline.parallel.grid_worker import (
     ACCUMULATED,
+    BF16,
     EACH,
     EQUAL,
     LEAVES,
@@ -143,7 +144,7 @@ def moved(rank: dict[str, Any], counted: str = "traffic") -> list[StepTraffic]:
 def settings(case: Case) -> dict[str, Any]:
     """What of a case must not change any result."""
     everything = asdict(case)
-    apart = ("without", "poisoned", "deep", "micros")
+    apart = ("without", "poisoned", "deep", "bf16", "micros")
     odd = case.micros[0] // (RANKS // case.pp) % case.pp > 0
     return {name: value for name, value in everything.items() if name not in apart} | {"odd": odd}
 
@@ -186,6 +187,18 @@ def test_any_grid_equals_one_process(case: Case, results: Path) -> None:
     for step in (0, 1):  # beyond, the last bits of the weights have grown into the gradients
         assert gradients_differ_by(ranks, case, step) <= 1e-7, f"step {step}"
     assert weights_differ_by(ranks, case, -1) <= 1e-5
+
+
+@pytest.mark.parametrize("case", BF16, ids=str)
+def test_in_bf16_the_gradients_of_micro_batches_add_up_in_fp32(case: Case, results: Path) -> None:
+    """Correction 7, against the gradients of the same ranks' micro-batches one by one, added up in fp64."""
+    for rank in ranks_of(results, case):
+        (got,), (wanted,) = rank["gradients"], rank["one by one"]
+        largest = max(float(grad.abs().max()) for grad in wanted.values())
+        assert largest > 0 and got.keys() == wanted.keys()
+        for name, grad in got.items():
+            assert grad.dtype == torch.float32
+            assert float((grad - wanted[name]).abs().max()) <= 1e-6 * largest, name
 
 
 def test_without_the_group_local_order_check_sound_stages_are_refused() -> None:

@@ -51,10 +51,11 @@ class Stage:
 def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
     """Return the runs: PT, SFT with MMA, and the same SFT under another mask policy; a pipeline has its own folders.
 
+    A pipeline adds up the same micro-batches in the same order, so its answers are those of one stage, to the last.
     Raises UserError for an unknown policy.
     """
     end = f"_pp{pp}" if pp > 1 else ""
-    grid = ("--parallel.pp", str(pp), "--parallel.micro-batches", "0") if pp > 1 else ()
+    grid = ("--parallel.pp", str(pp)) if pp > 1 else ()
     pt = Stage(f"demo_pt{end}", "demo_pt", grid)
     sft = Stage(f"demo_sft{end}", "demo_sft", (*grid, "--init-from", str(pt.folder)))
     if not policy:

@@ -19,6 +19,7 @@ def test_a_pipeline_has_runs_of_its_own(pp: int, end: str) -> None:
     for stage in stages:
         config = parse(["--recipe", stage.recipe, *stage.flags]).config
         assert config.parallel.pp == pp
+        assert config.parallel.micro_batches == parse(["--recipe", stage.recipe]).config.parallel.micro_batches
         assert config.init_from == ("" if stage is stages[0] else str(stages[0].folder))
     assert config.mask.policy == "causal"
     assert stages_of(pp) == stages[:2]

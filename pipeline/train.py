@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if __name__ == "__main__":  # run as a file: this folder must not shadow the packages of the same names
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -151,6 +152,19 @@ def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
         print(f"{state} at {trainer.place}: {folder.path}", flush=True)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process; after a failure at once, for the end of the interpreter waits for what may never come.
+
+    A writer of checkpoints may sit in a file system that is gone, a collective wait for ranks that are.
+    """
+    if code == 0:
+        sys.exit()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 def _report(error: UserError) -> int:
     """Print one line, on rank 0: what is wrong with a command is so on every rank alike."""
     from pipeline.training.redact import redact
@@ -161,4 +175,4 @@ def _report(error: UserError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

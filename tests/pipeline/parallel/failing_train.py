@@ -12,7 +12,7 @@ import torch
 
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import Zero3Stage
-from pipeline.train import main
+from pipeline.train import leave, main
 from pipeline.training import writing
 from pipeline.training.manifest import rank_file
 from pipeline.training.trainer import Trainer
@@ -125,4 +125,4 @@ FAULTS = {
 if __name__ == "__main__":
     fault, rank, step, *words = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     FAULTS[fault](int(rank), int(step))
-    sys.exit(main(words))
+    leave(main(words))

@@ -11,9 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
+from pipeline.config import ParallelConfig
 from pipeline.training.activity import Activity
+from pipeline.training.logs import RankLog
 from pipeline.training.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
+from pipeline.training.run_folder import RunFolder
+from pipeline.training.supervise import end_with
 from pipeline.training.watch import LOST_S, TERMINATED_CODE, Channel, Watch, listen
 from tests.launch import ROOT, environment
 
@@ -219,6 +224,26 @@ def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
                 )  # fmt: skip
                 assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
                 assert idle + between * count == LOST_S == unanswered_ms / 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_failed_process_does_not_wait_for_what_may_never_come(code: int) -> None:
+    writer = "threading.Thread(target=lambda: (threading.main_thread().join(), print(' and saved'))).start()"
+    script = f"import threading; from pipeline.train import leave; {writer}; print('said', end=''); leave({code})"
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment({"PYTHONPATH": str(ROOT)}), cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (code, "said" if code else "said and saved\n")
+
+
+def test_an_error_of_settings_says_where_it_lies(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(ValidationError) as found:
+        ParallelConfig.model_validate({"pp": "two"})
+    end_with(found.value, folder=folder, log=RankLog(folder, 1), watch=None, rank=1)
+    assert "ValidationError: ParallelConfig: pp: Input should be a valid integer" in folder.status()["error"]
 
 
 def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

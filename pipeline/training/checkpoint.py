@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,16 @@ def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -
     earlier = [folder for folder in folders if folder.name <= newest.name]
     kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
     for old in [folder for folder in folders if folder not in kept]:
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: it is hidden first, so that one whose removal is cut short is never met under its name."""
+    hidden = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def unfinished_folders(run_dir: Path) -> list[Path]:
@@ -173,8 +183,8 @@ def unfinished_folders(run_dir: Path) -> list[Path]:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove what interrupted saves left, at the start of a run, when none is under way."""
-    for torn in unfinished_folders(run_dir):
+    """Remove what interrupted saves and removals left, at the start of a run, when none is under way."""
+    for torn in [*unfinished_folders(run_dir), *(run_dir / "checkpoints").glob(".old-step-*")]:
         shutil.rmtree(torn, ignore_errors=True)
 
 

@@ -57,6 +57,25 @@ def test_pruning(newest: int, keep_last: int, keep_every: int, left: list[int], 
     assert others == [".step-00000040.tmp", "old-step-00000005"], "a save under way is left alone"
 
 
+def test_a_checkpoint_whose_removal_is_cut_short_is_not_met_under_its_name(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def cut_short(folder: Path, **_: object) -> None:
+        if folder.exists():
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.training.checkpoint.shutil.rmtree", cut_short)
+        with pytest.raises(KilledError):
+            prune(run_dir, 2, newest=run_dir / "checkpoints/step-00000030")
+    assert steps(run_dir) == [30, 20] and (run_dir / "checkpoints/.old-step-00000010").exists()
+    remove_unfinished(run_dir)
+    assert not (run_dir / "checkpoints/.old-step-00000010").exists()
+
+
 def test_what_interrupted_saves_left_is_removed_at_a_start(run_dir: Path) -> None:
     remove_unfinished(run_dir)
     assert steps(run_dir) == [30, 20, 10]

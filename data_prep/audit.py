@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.packs import CorpusStats
-from data_prep.samples import Columns
+from data_prep.samples import Chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,24 +45,25 @@ class CorpusAudit:
         return self.targets / max(1, self.tokens)
 
 
-def audit_corpus(draws: Columns, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
+def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
     """Count what draws supervise.
 
     Args:
-        draws: numbers of the drawn samples of one corpus, with repeats.
+        draws: the drawn samples of one corpus, with repeats.
         samples: distinct samples that the corpus holds.
         n_tokens: tokens of each draw, with its prompt.
     """
+    facts = draws.facts
     return CorpusAudit(
         draws=len(draws),
         samples=samples,
         tokens=int(n_tokens.sum()),
-        targets=int(draws.n_target.sum()),
-        without_target=int(np.count_nonzero(draws.n_target == 0)),
-        truncated=int(np.count_nonzero(draws.truncated)),
-        unended=int(np.count_nonzero(~draws.ended)),
-        repeated=int(draws.n_repeated.sum()),
-        left_out=int(draws.n_left_out.sum()),
+        targets=int(facts["targets"].sum()),
+        without_target=int(np.count_nonzero(facts["targets"] == 0)),
+        truncated=int(np.count_nonzero(facts["truncated"])),
+        unended=int(np.count_nonzero(~facts["ended"])),
+        repeated=int(facts["repeated"].sum()),
+        left_out=int(facts["left_out"].sum()),
     )
 
 

@@ -30,13 +30,13 @@ from data_prep.packing import (
 )
 from data_prep.packs import sha256_file
 from data_prep.progress import Reporter
-from data_prep.prompts import NO_PROMPT, draw_prompts, prompt_ids
+from data_prep.prompts import draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
-from data_prep.samples import read_columns
+from data_prep.samples import read_facts
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
-PLAN_VERSION = 6
+PLAN_VERSION = 7
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
 _PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
@@ -153,7 +153,7 @@ def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> d
         "seed": recipe.seed,
         "pack": pack.model_dump(mode="json", include=_PLANNED),
         "units": [
-            [source.corpus, unit.shard, report.sha256]
+            [source.corpus, unit.shard, report.sha256, report.facts_sha256]
             for source in sources
             for unit, report in zip(source.units, source.reports, strict=True)
         ],
@@ -173,7 +173,7 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """Draws in their order; arrays of one length."""
+    """Draws; arrays of one length."""
 
     unit: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
@@ -191,16 +191,18 @@ class _Blend:
     draws: _Draws
 
     @classmethod
-    def of(cls, pack: PackConfig, parts: Sequence[_Draws]) -> _Blend:
-        """Blend the draws of several corpora; without shuffling, corpus after corpus."""
-        corpus = interleave([len(part.unit) for part in parts])
+    def of(cls, pack: PackConfig, parts: Sequence[tuple[Ints, _Draws]]) -> _Blend:
+        """Blend the draws of several corpora, numbered in each; without shuffling, corpus after corpus."""
+        corpus = interleave([len(numbers) for numbers, _ in parts])
         corpus = corpus if pack.shuffle else np.sort(corpus)
         places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
+        starts = itertools.accumulate((len(numbers) for numbers, _ in parts), initial=0)
+        at = np.concatenate([places[start:][numbers] for start, (numbers, _) in zip(starts, parts, strict=False)])
 
         def spread(name: str) -> npt.NDArray[Any]:
-            joined = np.concatenate([getattr(part, name) for part in parts])
+            joined = np.concatenate([getattr(draws, name) for _, draws in parts])
             blended = np.empty_like(joined)
-            blended[places] = joined
+            blended[at] = joined
             return blended
 
         return cls(corpus, _Draws(*(spread(field.name) for field in fields(_Draws))))
@@ -253,15 +255,15 @@ def _blended(
         _drawn(source, chosen, first_unit, seed, prompt_tokens)
         for source, chosen, first_unit in zip(sources, orders, first_units, strict=False)
     ]
-    audits = {source.corpus: audit for source, (_, audit) in zip(sources, drawn, strict=True)}
+    audits = {source.corpus: audit for source, (_, _, audit) in zip(sources, drawn, strict=True)}
     check_audit(name, audits)
-    return _Blend.of(pack, [draws for draws, _ in drawn]), audits
+    return _Blend.of(pack, [(numbers, draws) for numbers, draws, _ in drawn]), audits
 
 
 def _drawn(
     source: _Source, chosen: Ints, first_unit: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
-) -> tuple[_Draws, CorpusAudit]:
-    """Return the chosen samples of a corpus as draws, and what they give.
+) -> tuple[Ints, _Draws, CorpusAudit]:
+    """Return the numbers of a corpus's draws, the draws as they are stored, and what they give.
 
     Args:
         source: the corpus.
@@ -270,11 +272,11 @@ def _drawn(
         seed: of the recipe.
         prompt_tokens: length of each prompt and, last, 0 for none.
     """
-    part = read_columns(source.units, source.kept, chosen)
-    prompt = draw_prompts(part.prompt_at != NO_PROMPT, len(prompt_tokens) - 1, seed, source.corpus)
-    tokens = part.n_tokens + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(part.unit + np.int32(first_unit), part.index, tokens, part.n_images, prompt)
-    return draws, audit_corpus(part, sum(source.kept), tokens)
+    part = read_facts(source.units, source.kept, chosen)
+    prompt = draw_prompts(part.place, part.facts["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
+    tokens = part.facts["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
+    draws = _Draws(part.unit + np.int32(first_unit), part.index, tokens, part.facts["images"], prompt)
+    return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
 
 
 def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:

@@ -26,10 +26,13 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode([Text(prompt)], image_tokens=1).ids.tolist() for prompt in prompts]
 
 
-def draw_prompts(prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str) -> npt.NDArray[np.int16]:
+def draw_prompts(
+    numbers: npt.NDArray[np.int64], prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str
+) -> npt.NDArray[np.int16]:
     """Return which of so many prompts each draw of a corpus gets, by seed, corpus and number of the draw.
 
     Args:
+        numbers: of all draws of the corpus, in any order.
         prompted: by draw, whether its sample takes a prompt.
         prompts: how many there are; 0 for none.
         seed: of the recipe.
@@ -41,7 +44,7 @@ def draw_prompts(prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpu
     if not prompts:
         return np.full(len(prompted), NO_PROMPT, dtype=np.int16)
     drawn = seeded(seed, corpus, "prompts").integers(prompts, size=len(prompted))
-    return np.where(prompted, drawn, NO_PROMPT).astype(np.int16)
+    return np.where(prompted, drawn[numbers], NO_PROMPT).astype(np.int16)
 
 
 def insert_prompt(sample: Sample, ids: Sequence[int]) -> Sample:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, BinaryIO, TextIO
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from data_prep.images import IMAGE_SCHEMA, check_image, misnamed
 from data_prep.packs import IMAGE, sha256_file, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
-from data_prep.samples import SAMPLE_SCHEMA
+from data_prep.samples import FACTS, SAMPLE_SCHEMA
 from data_prep.tokenizer import Encoded, Tokenizer
 from data_prep.turns import Excerpt, excerpts
 from data_prep.views import allowed_by
@@ -96,6 +96,8 @@ class UnitWriter:
             self._pixels = stack.enter_context(
                 ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=_IMAGE_BATCH_ROWS, hashed=False)
             )
+            facts = stack.enter_context(atomic_path(self._unit.facts))
+            self._facts: BinaryIO = stack.enter_context(facts.open("wb"))
             rejects = stack.enter_context(atomic_path(self._unit.rejects))
             self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
             self._stack = stack.pop_all()
@@ -109,7 +111,7 @@ class UnitWriter:
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
-        others = (self._unit.digests, self._unit.rejects, self._unit.sources)
+        others = (self._unit.facts, self._unit.digests, self._unit.rejects, self._unit.sources)
         return UnitReport(
             self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256, *map(sha256_file, others)
         )
@@ -186,9 +188,13 @@ class UnitWriter:
         images = [self._register(*image) for image in self._validated(example)]
         supervised = np.flatnonzero(encoded.generated[1:])
         ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
+        prompt_at = self._prompt_at(example, encoded)
+        arrays = (encoded.ids, encoded.generated, images)
+        self._samples.append((example.id, example.family, *arrays, prompt_at, allowed_by(example)))
         counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
-        flags = (self._prompt_at(example, encoded), truncated, ended, allowed_by(example))
-        self._samples.append((example.id, example.family, encoded.ids, encoded.generated, images, *counts, *flags))
+        facts = np.zeros((), dtype=FACTS)  # zeros: bytes between the fields are written too
+        facts[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
+        self._facts.write(facts.tobytes())
         self._kept += 1
 
     def _repeated(self, excerpt: Excerpt) -> int:

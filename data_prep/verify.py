@@ -173,6 +173,7 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
         report, cure = unit.report(), "delete its marker and run ingest again"
         for path, sha256 in (
             (unit.tokens, report.sha256),
+            (unit.facts, report.facts_sha256),
             (unit.digests, report.images_sha256),
             (unit.rejects, report.rejects_sha256),
             (unit.sources, report.sources_sha256),

@@ -38,8 +38,9 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 7
-"""Raised whenever the same raw sample would become other tokens: old units are then made again."""
+INGEST_VERSION = 8
+"""Raised whenever the same raw sample would become other files: old units are then made again."""
+_HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,11 @@ class Unit:
     def tokens(self) -> Path:
         """Tokenised samples (Arrow IPC)."""
         return self.folder / f"{self.shard}.arrow"
+
+    @property
+    def facts(self) -> Path:
+        """What a plan needs to know of each sample (``data_prep.samples.FACTS``)."""
+        return self.folder / f"{self.shard}.facts"
 
     @property
     def images(self) -> Path:
@@ -115,7 +121,7 @@ class Unit:
 
     def done(self) -> UnitReport | None:
         """Return what the unit holds, or None when not all of its files are in place or its raw files changed."""
-        if not (self.marker.is_file() and self.tokens.is_file()):
+        if not (self.marker.is_file() and self.tokens.is_file() and self.facts.is_file()):
             return None
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
@@ -151,6 +157,8 @@ class UnitReport:
     """Bytes of the token file."""
     sha256: str
     """Hash of the token file."""
+    facts_sha256: str
+    """Hash of what a plan needs to know."""
     images_sha256: str
     """Hash of the hashes of its images."""
     rejects_sha256: str
@@ -166,15 +174,13 @@ class UnitReport:
         if raw.pop("marker_sha256") != digest(raw):
             raise ValueError("it differs from its own hash")
         tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
-        hashes = (raw[name] for name in ("sha256", "images_sha256", "rejects_sha256", "sources_sha256"))
-        return cls(raw["raw"], tally, raw["images"], raw["bytes"], *hashes)
+        return cls(raw["raw"], tally, raw["images"], raw["bytes"], *(raw[name] for name in _HASHES))
 
     def to_json(self) -> str:
         """Return the done-marker's text, which holds its own hash."""
         fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
         fields |= {"repairs": dict(self.tally.repairs), "images": self.images, "bytes": self.size}
-        hashes = {"sha256": self.sha256, "images_sha256": self.images_sha256, "rejects_sha256": self.rejects_sha256}
-        whole = {**fields, **hashes, "sources_sha256": self.sources_sha256}
+        whole = {**fields, **{name: getattr(self, name) for name in _HASHES}}
         return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
 
 

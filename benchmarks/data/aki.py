@@ -7,7 +7,7 @@ A plan reads nothing else of a unit, so ``mma-prep plan`` on such a folder does 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,13 +16,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from data_prep.arrow_files import BATCH_ROWS
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.samples import SAMPLE_SCHEMA
+from data_prep.samples import FACTS, SAMPLE_SCHEMA
 from data_prep.tokenizer import train_sentencepiece
 from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
@@ -123,39 +122,21 @@ def _write_units(intake: Intake, corpus: Corpus, scale: float) -> None:
 def _write_unit(unit: Unit, corpus: Corpus, count: int) -> None:
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{unit.corpus}/{unit.shard}".encode()).digest()[:8]))
     unit.folder.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(unit.tokens), "wb") as sink, pa.ipc.new_file(sink, SAMPLE_SCHEMA) as writer:
-        for batch in _batches(corpus, count, rng):
-            writer.write_batch(batch)
-    unit.rejects.write_bytes(b"")
-    unit.digests.write_bytes(b"")
-    unit.sources.write_bytes(b"")
-    hashes = [sha256_file(path) for path in (unit.tokens, unit.digests, unit.rejects, unit.sources)]
+    with pa.OSFile(str(unit.tokens), "wb") as sink:
+        pa.ipc.new_file(sink, SAMPLE_SCHEMA).close()  # a plan reads no more of it than its size
+    unit.facts.write_bytes(_facts(corpus, count, rng).tobytes())
+    for path in (unit.rejects, unit.digests, unit.sources):
+        path.write_bytes(b"")
+    hashes = map(sha256_file, (unit.tokens, unit.facts, unit.digests, unit.rejects, unit.sources))
     report = UnitReport(unit.raw, Tally(count), 0, unit.tokens.stat().st_size, *hashes)
     write_atomic(unit.marker, report.to_json().encode())
 
 
-def _batches(corpus: Corpus, count: int, rng: np.random.Generator) -> Iterator[pa.RecordBatch]:
-    for start in range(0, count, BATCH_ROWS):
-        rows = min(BATCH_ROWS, count - start)
-        text = np.clip(corpus.text_tokens(rng, rows), 4, MOST_TEXT_TOKENS - FRAME_TOKENS).astype(np.int32)
-        images = (rng.random(rows) < corpus.image_share).astype(np.int32)
-        numbers = {
-            "n_tokens": FRAME_TOKENS + text + IMAGE_TOKENS * images,
-            "n_images": images,
-            "n_target": text // 2,
-            "prompt_at": np.full(rows, -1, dtype=np.int32),
-            "truncated": np.zeros(rows, dtype=bool),
-            "ended": np.ones(rows, dtype=bool),
-        }
-        yield pa.RecordBatch.from_arrays(
-            [
-                pa.array(numbers[field.name], type=field.type) if field.name in numbers else _blank(field.type, rows)
-                for field in SAMPLE_SCHEMA
-            ],
-            schema=SAMPLE_SCHEMA,
-        )
-
-
-def _blank(kind: pa.DataType, rows: int) -> pa.Array:
-    value = "" if pa.types.is_string(kind) else [] if pa.types.is_list(kind) else 0
-    return pa.array([value] * rows, type=kind)
+def _facts(corpus: Corpus, count: int, rng: np.random.Generator) -> npt.NDArray[np.void]:
+    facts = np.zeros(count, dtype=FACTS)
+    text = np.clip(corpus.text_tokens(rng, count), 4, MOST_TEXT_TOKENS - FRAME_TOKENS).astype(np.int32)
+    facts["images"] = rng.random(count) < corpus.image_share
+    facts["tokens"] = FRAME_TOKENS + text + IMAGE_TOKENS * facts["images"]
+    facts["targets"] = text // 2
+    facts["ended"] = True
+    return facts

@@ -18,7 +18,7 @@ from data_prep.packing import fullness, pack_in_order, pack_windows
 from data_prep.plan import Plan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe
-from data_prep.samples import read_columns
+from data_prep.samples import read_facts
 from data_prep.workspace import Workspace
 
 DRAWS = 1_600_000
@@ -69,7 +69,8 @@ def _tokens(recipe: Recipe, made: Plan) -> Ints:
     kept = [unit.report().tally.kept for unit in units]
     starts = np.cumsum([0, *kept])
     tokens = np.empty(len(made.row), dtype=np.int64)
-    tokens[made.draw] = read_columns(units, kept, starts[made.unit] + made.index).n_tokens
+    chosen = read_facts(units, kept, starts[made.unit] + made.index)
+    tokens[made.draw[chosen.place]] = chosen.facts["tokens"]
     return tokens
 
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from benchmarks.data.aki import CORPORA, make_workspace
-from data_prep.arrow_files import BATCH_ROWS, open_batches
 from data_prep.errors import UserError
 from data_prep.packing import exact_draws
 from data_prep.plan import Plan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe
+from data_prep.samples import FACTS
 from data_prep.tokenizer import Tokenizer
 from data_prep.workspace import Unit, Workspace
 
@@ -63,10 +63,9 @@ def test_every_sample_is_drawn_equally_often(made: Plan, recipe: Recipe) -> None
 
 def test_rows_hold_what_the_samples_say_and_no_more(made: Plan, recipe: Recipe) -> None:
     units = units_of(recipe)
-    tables = {number: open_batches(units[number].tokens) for number in np.unique(made.unit).tolist()}
+    facts = {number: np.fromfile(units[number].facts, FACTS) for number in np.unique(made.unit).tolist()}
     lengths = [
-        tables[unit][index // BATCH_ROWS].column("n_tokens")[index % BATCH_ROWS].as_py()
-        for unit, index in zip(made.unit.tolist(), made.index.tolist(), strict=True)
+        int(facts[unit][index]["tokens"]) for unit, index in zip(made.unit.tolist(), made.index.tolist(), strict=True)
     ]
     filled = np.bincount(made.row, weights=lengths)
     assert filled.max() <= LENGTH and (np.diff(made.row) >= 0).all()
@@ -79,6 +78,6 @@ def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: R
     report = unit.report()
     fewer = replace(report, tally=Tally(report.tally.kept - 1))
     unit.marker.write_text(fewer.to_json())
-    with pytest.raises(UserError, match=rf"{unit.shard}.arrow: cannot be read \({report.tally.kept} samples, .* says "):
+    with pytest.raises(UserError, match=rf"{unit.shard}.facts: cannot be read \({report.tally.kept} samples, .* says "):
         plan(recipe.model_copy(update={"seed": 1}), Reporter(quiet=True))
     unit.marker.write_text(report.to_json())

@@ -102,14 +102,16 @@ def _words(text: str) -> Example:
 
 
 def test_draws_depend_on_seed_and_corpus_and_spare_what_takes_none() -> None:
-    prompted = np.arange(3000) % 3 > 0
-    first = draw_prompts(prompted, 8, 1, "a")
+    numbers = np.arange(3000)
+    prompted = numbers % 3 > 0
+    first = draw_prompts(numbers, prompted, 8, 1, "a")
     assert (first[~prompted] == NO_PROMPT).all() and set(first[prompted].tolist()) == set(range(8))
-    assert np.array_equal(first, draw_prompts(prompted, 8, 1, "a"))
-    assert np.array_equal(first[:100], draw_prompts(prompted[:100], 8, 1, "a"))
-    others = [draw_prompts(prompted, 8, 2, "a"), draw_prompts(prompted, 8, 1, "b")]
+    assert np.array_equal(first, draw_prompts(numbers, prompted, 8, 1, "a"))
+    assert np.array_equal(first[::-1], draw_prompts(numbers[::-1], prompted[::-1], 8, 1, "a"))
+    assert np.array_equal(first[:100], draw_prompts(numbers[:100], prompted[:100], 8, 1, "a"))
+    others = [draw_prompts(numbers, prompted, 8, 2, "a"), draw_prompts(numbers, prompted, 8, 1, "b")]
     assert all(0.05 < np.mean(first[prompted] == other[prompted]) < 0.2 for other in others)
-    assert (draw_prompts(prompted, 0, 1, "a") == NO_PROMPT).all()
+    assert (draw_prompts(numbers, prompted, 0, 1, "a") == NO_PROMPT).all()
 
 
 def test_the_shipped_prompts_are_short_distinct_lines() -> None:

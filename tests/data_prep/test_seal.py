@@ -30,7 +30,8 @@ def make_unit(unit: Unit, images: list[bytes]) -> None:
             writer.append((hashlib.sha256(data).digest(), len(data), 3, data))
     write_atomic(unit.digests, digests.to_bytes({hashlib.sha256(data).digest(): len(data) for data in images}))
     write_atomic(
-        unit.marker, UnitReport("", Tally(1), len(images), 0, "", sha256_file(unit.digests), "", "").to_json().encode()
+        unit.marker,
+        UnitReport("", Tally(1), len(images), 0, "", "", sha256_file(unit.digests), "", "").to_json().encode(),
     )
 
 

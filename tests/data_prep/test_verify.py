@@ -29,6 +29,7 @@ KINDS = {
     "table of special tokens": "tokenizer/mma_tokenizer.json",
     "marker of a unit": "ingest/*/*/*.json",
     "tokens of a unit": "ingest/*/*/*.arrow",
+    "facts of a unit": "ingest/*/*/*.facts",
     "digests of a unit": "ingest/*/*/*.sha256",
     "image files of a unit": "ingest/*/*/*.sources",
     "rejects of a unit": "ingest/*/*/*.rejects",

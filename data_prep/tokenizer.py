@@ -35,6 +35,7 @@ META = "mma_tokenizer.json"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files copied beside a Hugging Face tokenizer so that other libraries can load the saved folder."""
 Ids: TypeAlias = npt.NDArray[np.int32]
+_NO_IDS = np.empty(0, dtype=np.int32)
 _SHORT_CHARACTERS = 256
 _SHORT_TEXTS, _LONG_TEXTS = 1 << 14, 1 << 8
 """Texts that are remembered. Short ones come again all the time (system prompts, names of roles, answers); long ones
@@ -199,6 +200,7 @@ class Tokenizer:
         self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
         self._is_reserved = np.zeros(max(self._size, *self._reserved) + 1, dtype=bool)
         self._is_reserved[list(self._reserved)] = True
+        self._mark = functools.cache(lambda token: np.array([self.id_of(token)], dtype=np.int32))
         self._short = functools.lru_cache(_SHORT_TEXTS)(self._encode_ordinary)
         self._long = functools.lru_cache(_LONG_TEXTS)(self._encode_ordinary)
         self.pad_id = self._tokens[PAD]
@@ -279,11 +281,11 @@ class Tokenizer:
         """
         runs = list(self._runs(pieces, image_tokens))
         lengths = [len(run) for run, _, _ in runs]
-        ids = np.concatenate([np.empty(0, dtype=np.int32), *(run for run, _, _ in runs)])
-        instances = np.array([index for _, index, _ in runs], dtype=np.int16)
-        modality = np.where(instances >= 0, IMAGE, TEXT).astype(np.int8)
-        generated = np.array([flag for _, _, flag in runs], dtype=np.uint8)
-        return Encoded(ids, modality.repeat(lengths), instances.repeat(lengths), generated.repeat(lengths))
+        ids = np.concatenate([_NO_IDS, *(run for run, _, _ in runs)])
+        instance = np.array([index for _, index, _ in runs], dtype=np.int16).repeat(lengths)
+        generated = np.array([flag for _, _, flag in runs], dtype=np.uint8).repeat(lengths)
+        modality = np.where(instance >= 0, np.int8(IMAGE), np.int8(TEXT))
+        return Encoded(ids, modality, instance, generated)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Return the text of ids; special tokens are written by name when ``specials``, else left out."""
@@ -300,7 +302,7 @@ class Tokenizer:
         strip = False
         for piece in _joined(pieces):
             if isinstance(piece, Special):
-                yield np.array([self.id_of(piece.token)], dtype=np.int32), -1, int(piece.generated)
+                yield self._mark(piece.token), -1, int(piece.generated)
             elif isinstance(piece, Image):
                 yield np.full(image_tokens, self.image_id, dtype=np.int32), piece.index, 0
             else:

@@ -18,15 +18,17 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from data_prep.corpora import build_corpus
+from data_prep.example import Example
 from data_prep.images import decode_rgb
 from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.tokenizer import Tokenizer
+from data_prep.tokenizer import Encoded, Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE
-from data_prep.workspace import Workspace
+from data_prep.workspace import Intake, Workspace
 
 QUIET = Reporter(quiet=True)
 _Bare = Callable[[Path, Path], tuple[list[str], dict[str, float]]]
@@ -71,17 +73,30 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
     ingest_unit(jobs[f"{corpus}_warm"])  # loads the libraries; its texts are others, so none is remembered
     whole = _seconds(lambda: ingest_unit(jobs[corpus]))
     tokenizer = Tokenizer.load(space.tokenizer)
+    tokenized, spent = _tokenize(jobs[corpus].intake)
     texts, seconds = bare(recipe.root_dir, recipe.root_dir / "copy")
     encoded = _seconds(lambda: [tokenizer._backend.encode(text) for text in texts])
     tokens = sum(len(tokenizer._backend.encode(text)) for text in texts)
     samples = ingest_unit(jobs[corpus]).tally.kept
     yield f"| ingest, {samples:,} samples | {whole:.2f} | {samples / whole:,.0f} samples | 100 % |"
     yield f"| its {tokens:,} text tokens | {whole:.2f} | **{tokens / whole / 1e6:.2f} M tokens** | |"
+    rate = f"**{tokenized / spent / 1e6:.2f} M tokens**"
+    yield f"| tokenize, with sidecars | {spent:.2f} | {rate} | {spent / whole:.0%} |"
     yield f"| encode the texts | {encoded:.2f} | {tokens / encoded / 1e6:.2f} M tokens | {encoded / whole:.0%} |"
     for name, took in seconds.items():
         yield f"| {name} | {took:.2f} | {samples / max(took, 1e-9):,.0f} samples | {took / whole:.0%} |"
     floor = encoded + sum(seconds.values())
     yield f"| all of these | {floor:.2f} | {samples / floor:,.0f} samples | **{floor / whole:.0%}** |"
+
+
+def _tokenize(intake: Intake) -> tuple[int, float]:
+    """Return the text tokens of a corpus as the project tokenises it, templates and sidecars included, and seconds."""
+    corpus = build_corpus(intake.kind, intake.options, intake.root)
+    examples = (item for item in corpus.examples(intake.units[0].shard) if isinstance(item, Example))
+    samples = [intake.writing.template.pieces(example) for example in examples]
+    tokenizer, encoded = Tokenizer.load(intake.tokenizer), list[Encoded]()
+    seconds = _seconds(lambda: encoded.extend(tokenizer.encode(pieces, 1) for pieces in samples))
+    return sum(len(sample) - int(sample.modality.sum()) for sample in encoded), seconds
 
 
 def _bare_captions(raw: Path, copy: Path) -> tuple[list[str], dict[str, float]]:

@@ -79,12 +79,12 @@ def _load_libraries() -> None:
 
 def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[Blueprint, RunFolder]:
     """Check and print the run; take its folder unless this is a dry run. Raises UserError, maybe on this rank alone."""
-    from pipeline.training.blueprint import Blueprint, Setting
+    from pipeline.training.blueprint import Blueprint, read_setting
     from pipeline.training.demo_data import prepare_demo
     from pipeline.training.dry_run import describe
     from pipeline.training.run_folder import RunFolder
 
-    Setting.of(invocation, rank=rank, world=world)  # a wrong flag is told before the demo's data is made
+    read_setting(invocation, rank=rank, world=world)  # a wrong flag is told before the demo's data is made
     prepare_demo(invocation.config, rank=rank, dry_run=invocation.dry_run)
     plan = Blueprint.draw(invocation, rank=rank, world=world)
     if rank == 0:

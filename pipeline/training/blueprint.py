@@ -32,54 +32,54 @@ from pipeline.training.tokenizers import check_tokenizer
 class Setting:
     """What a run's flags and its DeepSpeed file say of ranks and batches, checked before there is any data."""
 
+    config: RunConfig
+    recipe: str
     topology: Topology
     order: BatchOrder
     sharding: Sharding
     bf16: bool
     ds_config: dict[str, Any]
 
-    @classmethod
-    def of(cls, invocation: Invocation, *, rank: int, world: int) -> Setting:
-        """Read and check. Raises UserError naming the key, file or flag that is wrong and the fix."""
-        config = invocation.config
-        raw_ds = read_ds_config(invocation.deepspeed)
-        sharding = Sharding.of(raw_ds, config.parallel)
-        topology = Topology(world, rank, config.parallel.pp)
-        micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
-        bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
-        ds_config = complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16)
-        return cls(topology, BatchOrder(config.train.batch_packs, topology.dp, micros), sharding, bf16, ds_config)
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def read_setting(invocation: Invocation, *, rank: int, world: int) -> Setting:
+    """Read and check a setting. Raises UserError naming the key, file or flag that is wrong and the fix."""
+    config = invocation.config
+    raw_ds = read_ds_config(invocation.deepspeed)
+    sharding = Sharding.of(raw_ds, config.parallel)
+    topology = Topology(world, rank, config.parallel.pp)
+    micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+    order = BatchOrder(config.train.batch_packs, topology.dp, micros)
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
+    ds_config = complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16)
+    return Setting(config, invocation.recipe, topology, order, sharding, bf16, ds_config)
 
 
 @dataclass(frozen=True)
-class Blueprint:
+class Blueprint(Setting):
     """A checked run: what is trained, on what, by which ranks, for how long."""
 
-    config: RunConfig
-    recipe: str
     packs: PackReader
     policy: Policy
     spec: ModelSpec
     counts: Counts
-    topology: Topology
-    order: BatchOrder
     splits: tuple[Chunks, ...]
     """Decoder layers of each pipeline stage, chunk by chunk."""
     costs: Sequence[Cost]
     """Work of the model's parts, see `Counts.part_costs`."""
     steps: int
     """Optimizer steps of the whole run."""
-    bf16: bool
-    sharding: Sharding
-    ds_config: dict[str, Any]
 
     @classmethod
     def draw(cls, invocation: Invocation, *, rank: int, world: int) -> Blueprint:
         """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
         config = invocation.config
-        setting = Setting.of(invocation, rank=rank, world=world)
-        topology = setting.topology
-        packs = _open_packs(config, topology)
+        setting = read_setting(invocation, rank=rank, world=world)
+        packs = _open_packs(config, setting.topology)
         manifest = packs.manifest
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
         spec.check_segments(manifest.max_segment_tokens)
@@ -96,17 +96,19 @@ class Blueprint:
             recomputed=config.train.gradient_checkpointing,
         )  # fmt: skip
         splits = split_stages(
-            spec.layers, topology.pp, config.parallel.chunks, by_hand=config.parallel.split, costs=[*map(sum, costs)]
-        )
-        return cls(
-            config, invocation.recipe, packs, policy, spec, counts, topology, setting.order,
-            splits, costs, steps, setting.bf16, setting.sharding, setting.ds_config,
+            spec.layers, setting.topology.pp, config.parallel.chunks,
+            by_hand=config.parallel.split, costs=[*map(sum, costs)],
         )  # fmt: skip
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Compute type of weights and activations."""
-        return torch.bfloat16 if self.bf16 else torch.float32
+        return cls(
+            **vars(setting),
+            packs=packs,
+            policy=policy,
+            spec=spec,
+            counts=counts,
+            splits=splits,
+            costs=costs,
+            steps=steps,
+        )
 
     @property
     def chunks(self) -> Chunks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -19,7 +20,9 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.trace import Span, chrome_trace, measured_bubble
 from tests.pipeline.parallel.grid_worker import LR, RANKS, Case, Job, micro_batch, number_from_zero
 
-MICROS, FORWARD_S = 4, {2: 0.25, 4: 0.2}
+LONGER = float(os.environ.get("BUBBLE_SLEEP", "1"))
+"""Sleeps so many times as long: what a machine adds to a step is then a smaller share of it."""
+MICROS, FORWARD_S = 4, {2: 0.25 * LONGER, 4: 0.2 * LONGER}
 """A stage of a grid sleeps so long a micro-batch forward, and twice that back, whatever its layers and chunks."""
 CASES: Mapping[str, Case] = {
     "pp2-1f1b": Case(2, resident=0.0, reduce_once=False),

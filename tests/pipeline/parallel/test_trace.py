@@ -14,7 +14,7 @@ from pipeline.parallel.schedule import Action, bubble
 from pipeline.parallel.trace import Recorder
 from pipeline.parallel.traffic import Traffic
 from tests.launch import ROOT, run
-from tests.pipeline.parallel.bubble_worker import CASES, MICROS, ROW
+from tests.pipeline.parallel.bubble_worker import CASES, LONGER, MICROS, ROW
 from tests.pipeline.parallel.grid_worker import RANKS, grid_spec
 
 pytestmark = pytest.mark.slow
@@ -25,7 +25,7 @@ WORKER = ROOT / "tests/pipeline/parallel/bubble_worker.py"
 def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """One step of each schedule on ZeRO-3 stages that sleep."""
     out = tmp_path_factory.mktemp("bubble") / "seen.json"
-    run(RANKS, WORKER, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=300, launcher="srun").check()
+    run(RANKS, WORKER, str(out), env={"PYTHONPATH": str(ROOT)}, timeout_s=300 * LONGER, launcher="srun").check()
     return dict(json.loads(out.read_text()))
 
 
@@ -37,9 +37,10 @@ def messages(name: str) -> int:
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_measured_bubble_is_that_of_theory(name: str, seen: dict[str, dict[str, Any]]) -> None:
-    """Within 0.05 of the step, not of the bubble: what a busy machine adds is a share of the step's time."""
+    """Within 0.05 of the step, for a busy machine; with ``BUBBLE_SLEEP=10``, within 0.005: 5 % of the least bubble."""
     theory = bubble(CASES[name].pp, MICROS, CASES[name].chunks)
-    assert seen[name]["bubble"] == pytest.approx(theory, abs=0.05)
+    print(f"{name}: bubble {seen[name]['bubble']:.4f}, {seen[name]['bubble'] / theory - 1:+.1%} of theory")
+    assert seen[name]["bubble"] == pytest.approx(theory, abs=0.05 / LONGER)
 
 
 @pytest.mark.parametrize(("pp", "gain"), [(2, 0.04), (4, 0.08)])

@@ -144,6 +144,18 @@ def device_of_rank() -> torch.device:
     return torch.device("cuda", local)
 
 
+def share_of_cores() -> int:
+    """Return how many cores this rank can keep busy: those it is bound to, shared with the ranks bound to them too.
+
+    Every rank must call this.
+    """
+    host, cores = socket.gethostname(), os.sched_getaffinity(0)
+    places: list[tuple[str, set[int]]] = [("", set())] * dist.get_world_size()
+    dist.all_gather_object(places, (host, cores))
+    sharers = sum(other == host and bool(cores & theirs) for other, theirs in places)
+    return max(1, len(cores) // sharers)
+
+
 def refuse_shared_gpu(store: Any, gpu: str) -> None:
     """Raise UserError when another rank has said in the job's ``store`` that it uses the GPU of this name."""
     if store.add(f"gpu {gpu}", 1) > 1:

@@ -25,7 +25,6 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import deepspeed
 import torch
@@ -36,7 +35,7 @@ from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
-from pipeline.parallel.groups import Groups
+from pipeline.parallel.groups import Groups, share_of_cores
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import Traffic
 
@@ -188,8 +187,22 @@ def _leave_muon_uncompiled() -> None:
 
     That takes two seconds of every start, for torch's compiler alone.
     """
-    with mock.patch.object(compiler, "compile", lambda: compiler.dummy_decorator):
+    compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+    try:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
+    finally:
+        compiler.compile = compile_
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads on the host."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _CallEnd(torch.autograd.Function):
@@ -289,6 +302,9 @@ class Zero3Stage:
         _release_each_call(self._zero.parameter_offload, self.module)
         if reduce_once:
             _add_up_in_fp32(param for _, param in self.trainable())
+        # Ranks run one thread each, for a GPU needs no more; an update on the host takes all cores there are.
+        on_host = self._zero.offload_optimizer and self.engine.device.type == "cuda"
+        self._threads = share_of_cores() if on_host else torch.get_num_threads()
         self._norm = 0.0
         self._running = len(parameter_offload.FWD_MODULE_STACK)
         self.traffic = Traffic()
@@ -350,7 +366,8 @@ class Zero3Stage:
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
         self._doing("adding up the gradient norm")
-        self.engine.step()
+        with _threads(self._threads):
+            self.engine.step()
         return StepResult(self._norm, bool(self.engine.was_step_applied()))
 
     def gradient_shard(self, param: nn.Parameter) -> torch.Tensor:

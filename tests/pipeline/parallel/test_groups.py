@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from pipeline.parallel.groups import device_of_rank, fill_rank_variables, refuse_shared_gpu
+from pipeline.parallel.groups import device_of_rank, fill_rank_variables, refuse_shared_gpu, share_of_cores
 from tests.launch import ROOT, run
 
 
@@ -62,6 +63,29 @@ def test_a_task_with_one_gpu_of_its_own_takes_it_whatever_its_local_rank(gpus: A
     taken = gpus(1, LOCAL_RANK="2", SLURM_STEP_NUM_TASKS="4")
     assert device_of_rank() == device_of_rank() == torch.device("cuda", 0)
     assert taken == [0, 0] and os.environ["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("others", "share"),
+    [
+        pytest.param([], 8, id="alone"),
+        pytest.param([("here", set(range(8)))] * 3, 2, id="four ranks of an unbound job"),
+        pytest.param([("here", set(range(8, 16)))] * 3, 8, id="each bound to its own"),
+        pytest.param([("there", set(range(8)))] * 3, 8, id="on other nodes"),
+        pytest.param([("here", set(range(8)))] * 15, 1, id="more ranks than cores"),
+    ],
+)
+def test_ranks_share_the_cores_they_are_bound_to(
+    others: list[tuple[str, set[int]]], share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(places: list[Any], own: Any) -> None:
+        places[:] = [own, *others]
+
+    monkeypatch.setattr(socket, "gethostname", lambda: "here")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1 + len(others))
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    assert share_of_cores() == share
 
 
 @pytest.mark.parametrize("environment", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "2", "SLURM_STEP_NUM_TASKS": "4"}])

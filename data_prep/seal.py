@@ -110,6 +110,8 @@ def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
     rows = _map_rows(store, int(starts[-1]), "w+")
     _find_owners(units, starts, rows)
     first_rows, bounds = _number_rows(units, starts, rows)
+    if isinstance(rows, np.memmap):
+        rows.flush()  # other nodes read the file
     context = {
         "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
         "starts": starts.tolist(),

@@ -62,13 +62,14 @@ def attend(
         UserError: unknown backend, or shapes that do not fit the plan.
     """
     _check(q_BHTD, k_BHkTD, plan)
-    name = choose_backend(plan, q_BHTD.device.type, softcap) if backend == "auto" else backend
-    if name not in BACKENDS:
+    if backend == "auto":
+        backend = choose_backend(plan, q_BHTD.device.type, softcap, flash_fits=_flash_fits(q_BHTD))
+    if backend not in BACKENDS:
         raise UserError(
-            f"unknown attention backend '{name}'{did_you_mean(name, BACKENDS)}; known: {', '.join(BACKENDS)}"
+            f"unknown attention backend '{backend}'{did_you_mean(backend, BACKENDS)}; known: {', '.join(BACKENDS)}"
         )
     scaling = q_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
-    return BACKENDS[name](q_BHTD, k_BHkTD, v_BHkTD, plan, scaling=scaling, softcap=softcap)
+    return BACKENDS[backend](q_BHTD, k_BHkTD, v_BHkTD, plan, scaling=scaling, softcap=softcap)
 
 
 def _dense(
@@ -141,9 +142,9 @@ def _flash_fits(q: torch.Tensor) -> bool:
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}
 
 
-def choose_backend(plan: Plan, device: str, softcap: float | None = None) -> str:
-    """Return the backend ``auto`` stands for, and log why once."""
-    mergeable = softcap is None and plan.order is None and not plan.bidirectional
+def choose_backend(plan: Plan, device: str, softcap: float | None = None, *, flash_fits: bool = True) -> str:
+    """Return the backend ``auto`` stands for, and log why once; ``flash_fits``: flash takes the queries on CUDA."""
+    mergeable = softcap is None and plan.order is None and not plan.bidirectional and (flash_fits or device != "cuda")
     if mergeable and (plan.run_split is None or (device == "cuda" and plan.copies > LSE_COPIES)):
         name, reason = "lse", "samples with so many media that gathering keys would cost more"
     elif device == "cuda":

@@ -108,7 +108,7 @@ def _grid(text: str) -> tuple[int, int]:
 def _rows(source: str, wanted: Sequence[int]) -> Iterator[tuple[str, Sidecars]]:
     """Yield (name, sidecars) of the wanted rows of a pack folder, or of the one row a layout describes."""
     folder = Path(source)
-    if not folder.is_dir():
+    if not (source and folder.is_dir()):
         if "/" in source:
             raise UserError(f"{source}: no such pack folder")
         yield "layout", parse_layout(source)

@@ -140,6 +140,7 @@ def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.Lo
     assert video.copies > 8
     with caplog.at_level(logging.INFO):
         assert choose_backend(video, "cuda") == "lse"
+        assert choose_backend(video, "cuda", flash_fits=False) == "runsplit"
         assert choose_backend(video, "cpu") == choose_backend(video, "cuda", softcap=30.0) == "runsplit"
     assert "attention: lse for policy mma on cuda" in caplog.text
     assert choose_backend(build_plan("mixed", video.sidecars), "cuda") == "runsplit"

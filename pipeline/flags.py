@@ -78,11 +78,17 @@ def _add_section(parser: argparse.ArgumentParser, group: Any, kind: type[Section
 
 def parse(argv: Sequence[str]) -> Invocation:
     """Parse the trainer's command line. Raises UserError (unknown flag, recipe or key, wrong value)."""
-    options, rest = build_parser().parse_known_args(list(argv))
+    options, rest = build_parser().parse_known_args([_dashed(word) for word in argv])
     overrides = [(key, value) for key, value in vars(options).items() if key in known_keys()]
     overrides += _free_overrides(rest)
     config = load_config(options.recipe, overrides)
     return Invocation(config, options.recipe, options.deepspeed, options.dry_run, options.print_config)
+
+
+def _dashed(word: str) -> str:
+    """Return a flag with dashes for underscores, for keys are written with them in recipes and messages."""
+    flag, given, value = word.partition("=")
+    return flag.replace("_", "-") + given + value if flag.startswith("--") else word
 
 
 def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:

@@ -95,6 +95,11 @@ def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) ->
     assert all(word in str(caught.value) for word in words), caught.value
 
 
+def test_flags_may_be_written_as_keys_are() -> None:
+    words = ["--train.batch_packs", "4", "--parallel.micro_batches=2", "--train.lr", "1e-3"]
+    assert parse(words).config == parse([word.replace("_", "-") for word in words]).config
+
+
 def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: qwen3, hidden_size: 32}}}")

@@ -21,6 +21,8 @@ Train a multimodal LLM with Modality-Mutual Attention under ZeRO-3 (and pipeline
 
 The same command resumes a run. A file named STOP in the run folder ends it after the current step, saved."""
 
+_FREE = ("--model.llm.config.", "--model.vision.config.")  # any key of a Hugging Face config may follow
+
 
 @dataclass(frozen=True)
 class Invocation:
@@ -88,7 +90,7 @@ def parse(argv: Sequence[str]) -> Invocation:
 def _dashed(word: str) -> str:
     """Return a flag with dashes for underscores, for keys are written with them in recipes and messages."""
     flag, given, value = word.partition("=")
-    return flag.replace("_", "-") + given + value if flag.startswith("--") else word
+    return flag.replace("_", "-") + given + value if flag.startswith("--") and not flag.startswith(_FREE) else word
 
 
 def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:
@@ -97,7 +99,7 @@ def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:
     words = iter(rest)
     for word in words:
         flag, given, value = word.partition("=")
-        if not flag.startswith(("--model.llm.config.", "--model.vision.config.")):
+        if not flag.startswith(_FREE):
             flags = [flag_name(key) for key, section in known_keys().items() if section is None]
             raise UserError(f"unknown flag '{flag}'{did_you_mean(flag, flags)}; --help lists all")
         value = value if given else next(words, "")

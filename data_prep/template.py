@@ -237,10 +237,20 @@ class Template:
         if turn.role != "user" or self.order == "as_written":
             return turn.parts
         images = [part for part in turn.parts if not isinstance(part, str)]
-        text = "".join(part for part in turn.parts if isinstance(part, str)).strip()
+        text = _sentence(part for part in turn.parts if isinstance(part, str))
         if self.order == "image_first":
             return [*(part for image in images for part in (image, joint)), text]
         return [text, *(part for image in images for part in (joint, image))]
+
+
+def _sentence(texts: Iterable[str]) -> str:
+    """Join the texts around images that stand elsewhere now: by a line end where one stood, else by a space."""
+    whole = ""
+    for text in texts:
+        bare = whole.rstrip()
+        border = whole[len(bare) :] + text[: len(text) - len(text.lstrip())]
+        whole = bare + ("\n" if "\n" in border else " ") + text.lstrip()
+    return whole.strip()
 
 
 def _is_generated(piece: Piece) -> bool:

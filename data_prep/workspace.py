@@ -38,7 +38,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 8
+INGEST_VERSION = 9
 """Raised whenever the same raw sample would become other files: old units are then made again."""
 _HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 

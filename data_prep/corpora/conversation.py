@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from data_prep.corpora.fields import clean
 from data_prep.example import ImageRef, Part, Role, Turn
 from data_prep.quarantine import BadSample
 
@@ -56,11 +55,17 @@ def insert_images(spoken: Sequence[Spoken], images: Sequence[ImageRef]) -> tuple
 
 
 def _split(said: str, waiting: Iterator[ImageRef]) -> tuple[Part, ...]:
-    """Replace each marker by the next image; white space around a marker belongs to the marker."""
+    """Replace each marker by the next image; white space at the ends of the turn's text belongs to the markers there.
+
+    Between two texts it stays: an image in the middle of a sentence must not glue its words together.
+    """
+    pieces = said.split(MARKER)
+    filled = [number for number, piece in enumerate(pieces) if piece.strip()]
     parts = list[Part]()
-    for number, piece in enumerate(said.split(MARKER)):
+    for number, piece in enumerate(pieces):
         if number:
             parts.append(next(waiting))
-        if clean(piece, "value"):
-            parts.append(piece.strip())
+        if number in filled:
+            opened = piece.lstrip() if number == filled[0] else piece
+            parts.append(opened.rstrip() if number == filled[-1] else opened)
     return tuple(parts)

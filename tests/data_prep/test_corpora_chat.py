@@ -12,8 +12,10 @@ from datasets import Dataset
 from data_prep.corpora import build_corpus
 from data_prep.errors import UserError
 from data_prep.example import Example, Reject
+from data_prep.template import Order, Template
 from tests.data_prep.raw import png
 from tests.data_prep.test_corpora import outcomes, render
+from tests.data_prep.test_template import spell
 
 SAID = [["user", {"image": "a.png"}, "What is this?"], ["assistant", "A field."]]
 ANSWER = {"role": "assistant", "content": "A field."}
@@ -99,6 +101,29 @@ def test_text_alone_needs_no_images_and_an_unknown_column_is_named(tmp_path: Pat
     (tmp_path / "cut.arrow").write_bytes(b"ARROW")
     with pytest.raises(UserError, match="not an Arrow file"):
         outcomes(build_corpus("chat", {"data": "cut.arrow"}, tmp_path))
+
+
+TEXT, SHOWN = [{"type": "text", "text": text} for text in ("first", "second")], {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("content", "first", "as_written"),
+    [
+        ("The dog in <image> or in <image> ?", "[0][1]The dog in or in ?", "The dog in [0] or in [1] ?"),
+        ("<image>\nWhat is <image>", "[0][1]What is", "[0]What is[1]"),
+        ([SHOWN, TEXT[0], SHOWN, TEXT[1]], "[0][1]first\nsecond", "[0]first\n[1]\nsecond"),
+    ],
+)
+def test_words_around_images_stay_apart(content: Any, first: str, as_written: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    row = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "a.png"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    [item] = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
+    assert isinstance(item, Example)
+    orders: dict[Order, str] = {"image_first": first, "as_written": as_written}
+    for order, asked in orders.items():
+        written = spell(Template("plain", order=order).prompt_pieces(item.turns))
+        assert written == f"<user>{asked}<end><assistant>"
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,21 @@ def test_the_order_of_images_and_text_is_a_setting(order: Order, asked: str) -> 
     assert spell(Template("phi3", order=order).prompt_pieces([turn])) == asked + "<|end|>\n<|assistant|>\n"
 
 
+@pytest.mark.parametrize(
+    ("texts", "joined"),
+    [
+        (("the dog in", "with the cat in", "please."), "the dog in with the cat in please."),
+        (("the dog in ", " with the cat in ", " please."), "the dog in with the cat in please."),
+        (("first\n", "\nsecond"), "first\nsecond"),
+        (("", "only "), "only"),
+    ],
+)
+def test_texts_around_images_are_not_glued_together(texts: tuple[str, ...], joined: str) -> None:
+    turn = Turn("user", tuple(part for text in texts for part in (text, PICTURE)))
+    asked = spell(Template("plain").prompt_pieces([turn]))
+    assert asked == "<user>" + "".join(f"[{number}]" for number in range(len(texts))) + joined + "<end><assistant>"
+
+
 @pytest.mark.parametrize("name", DIALECTS)
 def test_a_caption_is_a_document_in_every_template(name: str) -> None:
     assert spell(Template(name).pieces(CAPTION)) == "[0]{a red ring}{<eos>}"

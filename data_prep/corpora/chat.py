@@ -9,7 +9,7 @@ from typing import ClassVar
 from pydantic import Field
 
 from data_prep.corpora.base import RawFolder, Row, as_row
-from data_prep.corpora.conversation import MARKER, Spoken, check_order, insert_images
+from data_prep.corpora.conversation import MARKER, MISPLACED, Spoken, check_order, insert_images
 from data_prep.corpora.fields import clean, find_image, key_text, require, text
 from data_prep.corpora.files import FileCorpus
 from data_prep.corpora.parquet import ArrowRows, column_names
@@ -28,6 +28,7 @@ ROLES: dict[str, Role] = {
 
 MESSAGES, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
+IMAGE_PARTS = ("image", "image_url")
 
 
 class Chat(FileCorpus):
@@ -109,7 +110,10 @@ class Chat(FileCorpus):
         role, key = self.roles[speaker], self.content_key or _key(message, CONTENT_KEYS)
         content = message.get(key)
         if isinstance(content, list):
-            message = {**message, key: "\n".join(_part(as_row(part), inline) for part in content)}
+            parts = [as_row(part) for part in content]
+            if role != "user" and any(part.get("type") in IMAGE_PARTS for part in parts):
+                raise BadSample("bad-label", MISPLACED)
+            message = {**message, key: "\n".join(_part(part, inline) for part in parts)}
         return Spoken(role, text(message, key, empty="no-answer" if role == "assistant" else "empty-text"))
 
     def _image(self, value: object, name: str) -> ImageRef:
@@ -132,7 +136,7 @@ def _part(part: Row, inline: list[object]) -> str:
     kind = require(part, "type", str)
     if kind == "text":
         return clean(require(part, "text", str), "text")
-    if kind not in ("image", "image_url"):
+    if kind not in IMAGE_PARTS:
         raise BadSample("bad-label", f"a part is of type {kind!r}, expected text or image")
     brought = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)
     if isinstance(brought, Mapping) and "url" in brought:

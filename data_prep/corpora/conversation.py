@@ -9,6 +9,8 @@ from data_prep.example import ImageRef, Part, Role, Turn
 from data_prep.quarantine import BadSample
 
 MARKER = "<image>"
+MISPLACED = "an image in an assistant's or system's turn"
+"""Detail of a bad-label: only users show images."""
 
 
 class Spoken(NamedTuple):
@@ -35,10 +37,14 @@ def check_order(spoken: Sequence[Spoken]) -> None:
 def insert_images(spoken: Sequence[Spoken], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
     """Put the images where the markers of the user's turns stand, or first of all where there is no marker.
 
+    A marker in another's turn is the word that it spells, where the user's turns tell the places of the images.
+
     Raises:
-        BadSample: missing-image where markers and images differ in number.
+        BadSample: missing-image where markers and images differ in number; bad-label where others alone hold markers.
     """
     marks = sum(turn.text.count(MARKER) for turn in spoken if turn.role == "user")
+    if images and not marks and any(MARKER in turn.text for turn in spoken):
+        raise BadSample("bad-label", MISPLACED)
     if marks not in (0, len(images)) or (marks == 0 and len(images) > 1):
         raise BadSample("missing-image", f"{marks} {MARKER} markers for {len(images)} images")
     opening: tuple[Part, ...] = tuple(images) if marks == 0 else ()

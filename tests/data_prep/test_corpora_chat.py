@@ -126,6 +126,19 @@ def test_words_around_images_stay_apart(content: Any, first: str, as_written: st
         assert written == f"<user>{asked}<end><assistant>"
 
 
+@pytest.mark.parametrize("speaker", ["system", "assistant"])
+@pytest.mark.parametrize("content", ["Look: <image>", [SHOWN, TEXT[0]]], ids=["marker", "part"])
+def test_only_users_show_images(content: Any, speaker: str, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    said = {"system": "Be kind.", "user": "What is this?", "assistant": "A field.", speaker: content}
+    messages = [{"role": role, "content": text} for role, text in said.items()]
+    rows = [{"messages": messages, "images": images} for images in (["a.png"], [])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown, spelled = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
+    assert isinstance(shown, Reject) and shown.code == "bad-label" and "assistant's or system's turn" in shown.detail
+    assert isinstance(spelled, Example if isinstance(content, str) else Reject), "without images a marker is a word"
+
+
 @pytest.mark.parametrize(
     ("content", "code"),
     [

@@ -13,7 +13,19 @@ from data_prep.errors import UserError
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader, which takes 1e-6 for the number it is; YAML 1.1 asks for 1.0e-6."""
+    """The safe loader, which takes 1e-6 for the number it is (YAML 1.1 asks for 1.0e-6), and refuses a key given twice.
+
+    YAML forbids such a mapping, but the safe loader takes the last and forgets the others in silence.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping. Raises YAMLError where a key stands twice."""
+        seen = set[str]()
+        for key, _ in node.value:  # before merge keys (<<) are spread: what they bring may be given anew
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.YAMLError(f"the key {key.value!r} stands twice (line {key.start_mark.line + 1})")
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(

@@ -6,6 +6,7 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.recipe import load_recipe, shipped_recipes
 from data_prep.template import Template
+from data_prep.yaml_files import read_yaml
 from tests.data_prep.raw import recipe_dict, write_recipe
 
 VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")
@@ -72,12 +73,22 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- 1", "a recipe is a mapping"), ("", "a recipe is a mapping")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "a recipe is a mapping"),
+        ("", "a recipe is a mapping"),
+        ("seed: 1\npacks:\n  pt: {}\n  pt: {}\n", r"r\.yaml: not valid YAML: the key 'pt' stands twice \(line 4\)"),
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / "r.yaml"))
+
+
+def test_a_key_that_is_merged_in_may_be_given_anew() -> None:
+    text = "base: &base {length: 64, epochs: 1}\npt: {<<: *base, length: 128}"
+    assert read_yaml(text, "r.yaml")["pt"] == {"length": 128, "epochs": 1}
 
 
 def test_an_unknown_name_suggests_a_shipped_one() -> None:

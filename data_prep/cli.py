@@ -9,6 +9,7 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -134,6 +135,21 @@ def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], o
         work(team, Reporter(quiet=not team.talks))
 
 
+def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Reporter], object]) -> None:
+    """Run work on a recipe, while no other process writes to its output folder; shares of one step may."""
+    from data_prep.out_lock import hold
+
+    recipe = _load(arguments)
+
+    def alone(team: Team, reporter: Reporter) -> None:
+        with ExitStack() as held:
+            lock = hold(recipe.out_dir, reporter.say, shared=not team.does_all)
+            team.serial(lambda: held.enter_context(lock))
+            work(recipe, team, reporter)
+
+    _with_team(arguments, alone)
+
+
 def _demo(arguments: argparse.Namespace) -> None:
     from data_prep.demo_packs import Demo, make_demo
 
@@ -144,34 +160,33 @@ def _demo(arguments: argparse.Namespace) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     from data_prep.steps import run
 
-    recipe = _load(arguments)
-    _with_team(arguments, lambda team, reporter: run(recipe, team, reporter))
+    _with_recipe(arguments, run)
 
 
 def _ingest(arguments: argparse.Namespace) -> None:
     from data_prep.ingest import ingest
 
-    recipe = _load(arguments)
-    _with_team(arguments, lambda team, reporter: ingest(recipe, team, reporter))
+    _with_recipe(arguments, ingest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
     from data_prep.plan import lengths_by_fullness, plan
 
-    recipe = _load(arguments)
-    if arguments.suggest_length:
+    def suggest(recipe: Recipe) -> None:
         from data_prep.stats import show_lengths
 
         show_lengths({name: pack.length for name, pack in recipe.packs.items()}, lengths_by_fullness(recipe))
-        return
-    _with_team(arguments, lambda team, reporter: team.serial(lambda: plan(recipe, reporter)))
+
+    def step(recipe: Recipe, team: Team, reporter: Reporter) -> None:
+        team.serial(lambda: suggest(recipe) if arguments.suggest_length else plan(recipe, reporter))
+
+    _with_recipe(arguments, step)
 
 
 def _materialize(arguments: argparse.Namespace) -> None:
     from data_prep.materialize import materialize
 
-    recipe = _load(arguments)
-    _with_team(arguments, lambda team, reporter: materialize(recipe, team, reporter))
+    _with_recipe(arguments, materialize)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

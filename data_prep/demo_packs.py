@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.demo import write_world
 from data_prep.errors import UserError
 from data_prep.materialize import ROWS_VERSION
+from data_prep.out_lock import hold
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.plan import PLAN_VERSION
 from data_prep.progress import Reporter
@@ -58,7 +57,7 @@ def make_demo(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
     Raises:
         UserError: ``out`` holds another world, or a size is out of range.
     """
-    with _lock(out) if team.talks else nullcontext():
+    with hold(out, reporter.say, wait=True) if team.talks else nullcontext():
         if team.serial(lambda: _made(out) == demo):
             reporter.say(f"demo: {out} is complete")
         else:
@@ -106,12 +105,3 @@ def _made(out: Path) -> Demo | None:
     except (ValueError, TypeError):  # written by another version: make it again
         return None
     return made if made.recipe == recipe_version() else None
-
-
-@contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; the system drops it when the process ends, however it ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -10,8 +10,10 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.arrow_files import ArrowFile, open_batches
+from data_prep.arrow_files import ArrowFile, atomic_path, open_batches
 from data_prep.digests import Digests
 from data_prep.errors import UserError
 from data_prep.images import IMAGE_SCHEMA, STORE_FORMAT, STORE_VERSION, ImageStore
@@ -106,12 +108,9 @@ def _is_whole(store: Path) -> bool:
 def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
     """Find the row of every image and the bounds of the shards, and write down what workers need to know."""
     starts = np.cumsum([0, *(unit.report().images for unit in units)])
-    _work(store).mkdir(parents=True, exist_ok=True)
-    rows = _map_rows(store, int(starts[-1]), "w+")
-    _find_owners(units, starts, rows)
-    first_rows, bounds = _number_rows(units, starts, rows)
-    if isinstance(rows, np.memmap):
-        rows.flush()  # other nodes read the file
+    with _new_rows(store, int(starts[-1])) as rows:
+        _find_owners(units, starts, rows)
+        first_rows, bounds = _number_rows(units, starts, rows)
     context = {
         "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
         "starts": starts.tolist(),
@@ -121,9 +120,43 @@ def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
     return [ShardJob(store, number, *ends) for number, ends in enumerate(itertools.pairwise(bounds))]
 
 
-def _map_rows(store: Path, count: int, mode: Any) -> npt.NDArray[np.int64]:
-    """Map the store row of every image of every unit; an empty file cannot be mapped."""
-    return np.memmap(_work(store) / "rows", np.int64, mode, shape=(count,)) if count else np.empty(0, np.int64)
+def _rows(store: Path) -> Path:
+    """Return the file with the store row of every image of every unit."""
+    return _work(store) / "rows"
+
+
+@contextmanager
+def _new_rows(store: Path, count: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the mapped rows of ``count`` images, to be written; they become the file when the block ends well.
+
+    Whoever has the file of an earlier attempt mapped keeps that one.
+    """
+    with atomic_path(_rows(store)) as temporary:
+        allocate(temporary, 8 * count)
+        rows = _map(temporary, count, "r+")
+        yield rows
+        if isinstance(rows, np.memmap):
+            rows.flush()  # other nodes read the file
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes on the disk: writing to a mapped page that finds no room kills the process.
+
+    Raises:
+        UserError: there is no room.
+    """
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}): free some there") from error
+
+
+def _map(path: Path, count: int, mode: Any) -> npt.NDArray[np.int64]:
+    """Map ``count`` numbers; an empty file cannot be mapped."""
+    return np.memmap(path, np.int64, mode, shape=(count,)) if count else np.empty(0, np.int64)
 
 
 def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
@@ -180,7 +213,7 @@ class _Context:
 def _context(store: Path) -> _Context:
     raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
     units = [Unit(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
-    rows = _map_rows(store, raw["starts"][-1], "r")
+    rows = _map(_rows(store), raw["starts"][-1], "r")
     return _Context(units, raw["starts"], np.array(raw["first_rows"]), rows)
 
 

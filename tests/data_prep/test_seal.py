@@ -157,3 +157,27 @@ def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_pat
             job.marker.touch()
         written += [job.number for job in mine]
     assert sorted(written) == list(range(10))
+
+
+def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units, _ = make_units(tmp_path, 3)
+    store = tmp_path / "images" / seal.store_key(units)
+    seal._prepare(units, store)
+    mapped = seal._context(store).rows
+    before = mapped.tolist()
+
+    def look(units: object, starts: object, owners: object) -> None:
+        assert mapped.tolist() == before
+        raise Killed
+
+    monkeypatch.setattr(seal, "_find_owners", look)
+    with pytest.raises(Killed):
+        seal._prepare(units, store)
+    assert mapped.tolist() == before and [path.name for path in (store / ".work").glob(".*")] == []
+
+
+def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}: no room for 4,611,686,018,427,387,904 bytes \("):
+        seal.allocate(tmp_path / "rows", 1 << 62)

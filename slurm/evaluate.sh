@@ -6,7 +6,8 @@
 #   sbatch slurm/evaluate.sh runs/demo_sft runs/demo_sft_causal
 #   EVAL_PACKS=none sbatch slurm/evaluate.sh runs/aki_4b_sft    export only
 #
-# Call sbatch in the repository root. What is there already is kept, unless the run was trained further since.
+# Call sbatch in the repository root. What is there already is kept, unless the run was trained further since; so
+# are scores, unless they are asked for with other packs or flags.
 #   EVAL_PACKS  held-out pack folder, or none                   (data/demo/packs/eval)
 #   EVAL_FLAGS  more flags of mma evaluate, e.g. "--limit 500"  (none)
 # Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-eval-JOB.log.
@@ -37,9 +38,24 @@ export_run() {
   mma export "$1" "$1/export"
 }
 
-# measure JSON FLAGS...: evaluate the first run, unless the scores are there.
+# measure JSON MODEL [OTHER]: evaluate a model, unless the scores are there, of the same packs, flags and steps. A file
+# beside the scores says of which.
 measure() {
-  if [ -f "$1" ]; then say "$1 is there already"; else mma evaluate --json "$@" --packs "$packs" "${flags[@]}"; fi
+  local json=$1 of=${1%.json}.of wanted
+  wanted=$(conditions "${@:2}")
+  if [ -f "$json" ]; then
+    if [ "$(cat "$of" 2> /dev/null)" = "$wanted" ]; then say "$json is there already" && return; fi
+    say "$json is of other packs, flags or steps: measured anew"
+  fi
+  mma evaluate --json "$json" --model "$2" ${3:+--compare "$3"} --packs "$packs" "${flags[@]}"
+  echo "$wanted" > "$of"
+}
+
+# conditions MODEL...: what scores depend on, one thing a line.
+conditions() {
+  local model
+  printf '%s\n' "packs $packs $({ cksum < "$packs/manifest.json"; } 2> /dev/null || true)" "flags ${flags[*]}"
+  for model in "$@"; do echo "model $model step $(field "$model/config.json" step)"; done
 }
 
 packs=${EVAL_PACKS:-data/demo/packs/eval}
@@ -51,7 +67,7 @@ for run in "$@"; do
 done
 if [ "$packs" = none ]; then exit 0; fi
 model=$1/export
-if [ $# = 1 ]; then measure "$1/evaluation.json" --model "$model"; fi
+if [ $# = 1 ]; then measure "$1/evaluation.json" "$model"; fi
 for other in "${@:2}"; do
-  measure "$1/evaluation_beside_$(basename "$other").json" --model "$model" --compare "$other/export"
+  measure "$1/evaluation_beside_$(basename "$other").json" "$model" "$other/export"
 done

@@ -112,19 +112,46 @@ def test_a_task_of_an_array_takes_its_own_share(tasks: str, shares: str, outcome
     assert done.returncode == (2 if "set" in outcome else 0)
 
 
-@pytest.mark.parametrize(("exported", "anew"), [(None, True), (3, False), (2, True)])
-def test_an_export_is_that_of_the_runs_last_step(exported: int | None, anew: bool, tmp_path: Path) -> None:
-    run = tmp_path / "runs/demo_sft"
+def finished_run(folder: Path, exported: int | None) -> Path:
+    """A run of 3 steps that is done, and its export."""
+    run = folder / "runs/demo_sft"
     run.mkdir(parents=True)
     (run / "status.json").write_text(json.dumps({"state": "done", "step": 3}))
     if exported is not None:
         (run / "export").mkdir()
         (run / "export/config.json").write_text(json.dumps({"mma": {"step": exported}}, indent=1))
+    return run
+
+
+@pytest.mark.parametrize(("exported", "anew"), [(None, True), (3, False), (2, True)])
+def test_an_export_is_that_of_the_runs_last_step(exported: int | None, anew: bool, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, exported)
+    if exported == 3:
+        in_a_job(tmp_path, "evaluate.sh")  # says of what the scores are
+    if exported is not None:
         (run / "evaluation.json").write_text("{}")
     done = in_a_job(tmp_path, "evaluate.sh")
     assert done.returncode == 0, done.stderr
     assert ("mma export runs/demo_sft runs/demo_sft/export" in done.stdout) == anew
     assert ("mma evaluate --json runs/demo_sft/evaluation.json" in done.stdout) == anew
+
+
+def test_scores_are_kept_only_for_the_packs_and_flags_they_are_of(tmp_path: Path) -> None:
+    run = finished_run(tmp_path, 3)
+    (tmp_path / "eval").mkdir()
+    for packs, content, flags, anew in (
+        ("eval", "a", "", True),
+        ("eval", "a", "", False),
+        ("eval", "a", "--limit 5", True),
+        ("other", "a", "--limit 5", True),
+        ("eval", "a", "--limit 5", True),
+        ("eval", "made anew", "--limit 5", True),
+        ("eval", "made anew", "--limit 5", False),
+    ):
+        (tmp_path / "eval/manifest.json").write_text(content)
+        done = in_a_job(tmp_path, "evaluate.sh", EVAL_PACKS=packs, EVAL_FLAGS=flags)
+        assert done.returncode == 0 and ("mma evaluate --json" in done.stdout) == anew, (packs, content, flags)
+        (run / "evaluation.json").write_text("{}")
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ from data_prep.packs import (
     write_atomic,
     write_rows,
 )
-from data_prep.plan import Plan, pack_intakes, plan_path
+from data_prep.plan import Plan, pack_intakes, plan_path, require_plan
 from data_prep.progress import Reporter
 from data_prep.prompts import insert_prompt, prompt_ids
 from data_prep.quarantine import Tally
@@ -88,7 +88,7 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     """Write the packs of every set whose plan, images or tokenizer changed.
 
     Raises:
-        UserError: a step before is incomplete.
+        UserError: a step before is incomplete, or was done with other settings.
     """
     space = Workspace(recipe)
     ready = team.serial(lambda: require_ingested(space))
@@ -108,7 +108,7 @@ def _work(folder: Path) -> Path:
 def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> list[RowFileJob]:
     """Write down what workers need to know, and return the row files of a pack set."""
     folder = space.packs(name)
-    plan = Plan.load(plan_path(folder))
+    plan = require_plan(space, name, ready.tokenizer_sha256)
     units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
     key = digest(
         [

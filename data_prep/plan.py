@@ -117,6 +117,15 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         reporter.say(describe(name, pack, Plan.load(path)))
 
 
+def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> Plan:
+    """Return the plan of a pack set. Raises UserError when there is none, or one of other settings or samples."""
+    pack, path = space.recipe.packs[name], plan_path(space.packs(name))
+    made = Plan.load(path)
+    if _settings_of(path) != _settings(space.recipe, pack, _read_sources(pack_intakes(space, pack, tokenizer_sha256))):
+        raise UserError(f"packs.{name}: its plan is of other settings or samples; run `mma-prep plan` with this recipe")
+    return made
+
+
 def describe(name: str, pack: PackConfig, made: Plan) -> str:
     """Return one line: rows, packing efficiency and epochs per corpus."""
     tokens = sum(audit.tokens for audit in made.audits.values())

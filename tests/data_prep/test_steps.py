@@ -30,7 +30,7 @@ from data_prep.template import template_of
 from data_prep.tokenizer import Tokenizer, train_sentencepiece
 from data_prep.units import check_annotated_size
 from data_prep.verify import verify
-from data_prep.workers import LocalTeam, Team
+from data_prep.workers import ALONE, LocalTeam, Team
 from data_prep.workspace import Workspace
 from tests.data_prep.raw import (
     make_recipe,
@@ -139,6 +139,28 @@ def test_a_rerun_does_nothing_and_a_change_redoes_only_what_it_touches(tmp_path:
     said = prepare(make_recipe(tmp_path, packs=reweighted))
     assert [line.split()[1] for line in said if line.startswith("materialize")] == ["sft"]
     assert not any(line.startswith(("ingest (", "tokenizer")) for line in said)
+
+
+@pytest.mark.parametrize("change", ["length", "system", "epochs", "corpora", "seed", "fewer samples"])
+def test_rows_are_not_made_by_a_plan_of_other_settings_or_samples(tmp_path: Path, change: str) -> None:
+    write_world(tmp_path / "raw", tars=1, captions=8, talks=8)
+    tokenizer = str(own_tokenizer(tmp_path))
+    pack = {"corpora": ["talk", "captions"], "template": "plain", "length": 96, "epochs": 2}
+    prepare(make_recipe(tmp_path, tokenizer=tokenizer, packs={"sft": pack}))
+    before = tree_hashes(tmp_path / "out")
+    changes = {"length": 128, "system": "be brief", "epochs": 1, "corpora": ["captions", "talk"]}
+    if change == "fewer samples":
+        write_llava(tmp_path / "raw", [("talk1", 1, ("what is it?", "it is 1."))])
+    changed = {**pack, **({change: changes[change]} if change in changes else {})}
+    recipe = make_recipe(tmp_path, tokenizer=tokenizer, packs={"sft": changed}, seed=4 if change == "seed" else 3)
+    ingest(recipe, ALONE, QUIET)
+    with pytest.raises(UserError, match=r"^packs.sft: its plan is of other settings or samples; run `mma-prep plan`"):
+        materialize(recipe, ALONE, QUIET)
+    packs = {path: sha256 for path, sha256 in before.items() if path.startswith("packs")}
+    assert packs.items() <= tree_hashes(tmp_path / "out").items()
+    plan(recipe, QUIET)
+    materialize(recipe, ALONE, QUIET)
+    assert list(verify(tmp_path / "out"))
 
 
 def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> None:

@@ -117,9 +117,9 @@ class TrainSection(Section):
     """Linear warm-up from 0."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """AdamW weight decay of matrices; vectors (norms, biases) have none."""
-    beta1: Share = 0.9
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW beta1."""
-    beta2: Share = 0.999
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """AdamW beta2."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW epsilon."""

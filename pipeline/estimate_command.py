@@ -109,7 +109,8 @@ def table(load: Load, title: str) -> Table:
         out.add_column(name, justify="right")
     for stage, work in enumerate(work_shares(load)):
         (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.splits[stage]
-        memory = [f"{part / GIB:.2f}" for part in (need.states, need.gathered, need.activations, need.total)]
+        parts = (need.states, need.gathered, need.activations + need.losses, need.total)
+        memory = [f"{part / GIB:.2f}" for part in parts]
         row = [str(stage), shown_layers(split), millions(trained), millions(frozen), f"{work:.1%}"]
         out.add_row(*row, *memory)
     return out

@@ -19,10 +19,11 @@ DEFAULT_RECIPE = "demo_sft"
 
 def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
     """Read a recipe, lay ``("train.lr", "1e-4")`` pairs over it and validate. Raises UserError."""
-    raw = {"run_dir": f"runs/{Path(recipe).stem}", **read_recipe(recipe)}
+    raw = read_recipe(recipe)
     for key, value in overrides:
         raw = merge(raw, _nest(key, value))
-    return build_config(expand(raw, recipe), origin=recipe)
+    whole = expand(raw, recipe)
+    return build_config({**whole, "run_dir": whole.get("run_dir") or f"runs/{Path(recipe).stem}"}, origin=recipe)
 
 
 def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:

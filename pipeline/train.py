@@ -115,14 +115,14 @@ def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
     """Train under the watchdog; return the exit code, once all ranks know of an error of this one."""
     from pipeline.parallel.groups import device_of_rank, start_processes
     from pipeline.training.logs import RankLog
-    from pipeline.training.supervise import all_can_start, collective_limit, end_with, watch_ranks
+    from pipeline.training.supervise import all_can_start, all_share, collective_limit, end_with, watch_ranks
 
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
     log, watch = RankLog(folder, topology.rank), None
     try:
         device_of_rank()
         start_processes(collective_limit(timeout_s))
-        if not all_can_start():
+        if not (all_can_start() and all_share(folder)):
             return 2
         watch = watch_ranks(topology, folder, log, timeout_s)
         _train(plan, folder, watch)

@@ -183,8 +183,17 @@ class ModelSpec:
 def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
     """Take mean and std from the tower's folder where it says them, else what its family was trained with."""
     path = Path(source) / "preprocessor_config.json"
-    said = json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
     clip = vision.model_type == "clip_vision_model"
-    mean = said.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
-    std = said.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
-    return Preprocess(int(vision.image_size), tuple(mean), tuple(std))
+    try:
+        said = json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
+        mean = said.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
+        std = said.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
+        return Preprocess(int(vision.image_size), _channels(mean), _channels(std))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): copy it anew, or remove it") from error
+
+
+def _channels(values: Any) -> tuple[float, float, float]:
+    """Return a number for each of the three channels. Raises ValueError or TypeError."""
+    red, green, blue = map(float, values)
+    return red, green, blue

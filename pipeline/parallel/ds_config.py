@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_prep.errors import did_you_mean
 from pipeline.config import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
@@ -23,6 +24,12 @@ _OWNED = {
     "pipeline": "parallel.pp",
     "tensorboard": "log.tensorboard",
 }
+# What else of DeepSpeed's settings has an effect here.
+_PASSED_ON = frozenset({
+    "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
+    "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger", "flops_profiler",
+    "csv_monitor", "wandb", "comet", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
+})  # fmt: skip
 # Their groups of ranks are made over the whole world, across pipeline stages; a value of 1 or less leaves them off.
 _WORLD_WIDE = ("zero_hpz_partition_size", "mics_shard_size")
 _RENAMED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -48,6 +55,8 @@ def read_ds_config(path: str) -> dict[str, Any]:
     for key, owner in _OWNED.items():
         if raw.pop(key, {}) != {}:
             raise ConfigError(f"--deepspeed {path}: '{key}' is set by the recipe: remove it and use {owner}")
+    for key in raw.keys() - _PASSED_ON:
+        raise ConfigError(f"--deepspeed {path}: '{key}' does nothing here{did_you_mean(key, _PASSED_ON)}: remove it")
     zero = raw.get("zero_optimization")
     fault = _dtype_fault(raw) or _zero_fault(zero if isinstance(zero, dict) else {})
     if fault:
@@ -112,7 +121,14 @@ def _not_run_here(zero: dict[str, Any]) -> str:
         return f"offload_param needs stage 3, in stage {zero['stage']} the weights stay on the device: remove it"
     if _device(zero, "offload_param") == "cpu" and _device(zero, "offload_optimizer") != "cpu":
         return "offload_param needs offload_optimizer too: add it"
-    return ""
+    offload = zero.get("offload_optimizer") or {}
+    others = {
+        "zenflow": zero.get("zenflow"),
+        "offload_optimizer.super_offload": offload.get("super_offload"),
+        "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
+    }
+    asked = [key for key, on in others.items() if on]
+    return f"{asked[0]} brings an optimizer of its own, which is not supported: remove it" if asked else ""
 
 
 def _device(zero: dict[str, Any], key: str) -> str:

@@ -37,13 +37,25 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def fill_rank_variables() -> None:
-    """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process."""
+    """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process.
+
+    Raises ConfigError where ranks on several nodes are not told where they are to meet.
+    """
     launcher = next((names for mark, names in _LAUNCHERS.items() if mark in os.environ), {})
     for name, alone in _ALONE.items():
         os.environ.setdefault(name, os.environ.get(launcher.get(name, ""), alone))
+    if "MASTER_ADDR" not in os.environ and _on_several_nodes():
+        raise ConfigError("ranks on several nodes need MASTER_ADDR, the host of rank 0: export it (slurm/pt.sh does)")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:  # several ranks must agree on one; a single process takes any free one
         os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())
+
+
+def _on_several_nodes() -> bool:
+    """Whether the launcher says so; MPICH does not say."""
+    world = os.environ.get("OMPI_COMM_WORLD_SIZE")
+    here = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)
+    return here != world or int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
 
 
 def free_port() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pipeline.data.batches import to_device
 from pipeline.model.inputs import StageInputs
 from pipeline.parallel.groups import Groups, connect
 from pipeline.parallel.messages import Messages
@@ -24,6 +25,17 @@ class _Step:
         self.losses = torch.zeros(len(micros), dtype=torch.float64, device=device)
         self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
         """(micro-batch, chunk) -> its input and output, from its forward to its backward."""
+        self._device, self._moved = device, dict[int, StageInputs]()
+
+    def inputs(self, micro: int) -> StageInputs:
+        """Return a micro-batch on the device, where it stays until it is dropped: a backward may recompute."""
+        if micro not in self._moved:
+            self._moved[micro] = to_device(self.micros[micro], self._device)
+        return self._moved[micro]
+
+    def drop(self, micro: int) -> None:
+        """Let a micro-batch go from the device: all of its backwards are done."""
+        del self._moved[micro]
 
 
 class Runner:
@@ -65,7 +77,7 @@ class Runner:
         """Forward and backward every micro-batch inside one accumulation.
 
         Args:
-            micros: This replica's micro-batches.
+            micros: This replica's micro-batches; each is moved to the device for as long as it is needed there.
             scale: What the summed token loss is multiplied by before the backward: data-parallel ranks / global
                 targets, since ZeRO averages gradients over the data-parallel ranks.
 
@@ -112,7 +124,7 @@ class Runner:
             hidden.requires_grad_()
         self._doing(f"forward of {self._name(action)}")
         with self.recorder.span("forward", f"F {self._name(action)}", action):
-            output = self._stage.forward(hidden, step.micros[action.micro], self._chunks[action.chunk])
+            output = self._stage.forward(hidden, step.inputs(action.micro), self._chunks[action.chunk])
         step.live[action.micro, action.chunk] = hidden, output
         if self._topology.last and action.chunk == len(self._chunks) - 1:
             step.losses[action.micro] = output.detach()
@@ -125,6 +137,8 @@ class Runner:
         self._doing(f"backward of {self._name(action)}")
         with self.recorder.span("backward", f"B {self._name(action)}", action):
             self._stage.backward(output * step.scale if grad is None else output, grad)
+        if action.chunk == 0:
+            step.drop(action.micro)
         if hidden is not None:
             assert hidden.grad is not None, "the stage's output does not depend on its input"
             step.messages.send(action, hidden.grad)

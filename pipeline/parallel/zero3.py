@@ -397,6 +397,8 @@ class Zero3Stage:
         self._doing("waiting for all ranks: the gradient norm")  # a GPU's host runs ahead of the step up to here
         dist.all_reduce(total)
         norm = total.sqrt()[0]
+        if self._zero.offload_optimizer:
+            norm = norm.cpu()  # what it clips lies on the host, where a number on a GPU is refused
         self._norm = float(norm)
         self._doing("optimizer step")
         return [torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))]

@@ -85,8 +85,8 @@ class Blueprint(Setting):
         spec.check_segments(manifest.max_segment_tokens)
         policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
-        check_init_from(config, manifest)
-        check_resume(config, manifest)
+        check_init_from(config, manifest, spec)
+        check_resume(config, manifest, spec)
         steps = _count_steps(config, manifest)
         if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)

@@ -29,6 +29,8 @@ from pipeline.training.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain
 
 _NAME = re.compile(r"step-\d{8}")
 _TYPES = {"frozen": ("F32", "BF16")}
+_View = tuple[list[str], str]
+"""What a rank sees of a checkpoint: what is wrong with it, and its manifest."""
 
 
 class Checkpoint:
@@ -45,10 +47,13 @@ class Checkpoint:
         lines = []
         for name in sorted(self.manifest.files)[part::parts]:
             path, entry = self.path / name, self.manifest.files[name]
-            if not is_plain_file(path) or (path.parent.is_symlink() and path.parent != self.path):
-                lines.append(f"{path} is missing, or is no plain file")
-            elif path.stat().st_size != entry.bytes or hash_file(path) != entry.xxh3:
-                lines.append(f"{path} is damaged")
+            try:
+                if not is_plain_file(path) or (path.parent.is_symlink() and path.parent != self.path):
+                    lines.append(f"{path} is missing, or is no plain file")
+                elif path.stat().st_size != entry.bytes or hash_file(path) != entry.xxh3:
+                    lines.append(f"{path} is damaged")
+            except OSError as error:
+                lines.append(f"{path} cannot be read ({error.strerror})")
         return lines
 
     def _shards(self, rank: int) -> Any:
@@ -125,19 +130,29 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
 def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest undamaged checkpoint and what was wrong with newer ones; all ranks share the hashing.
 
-    ``path`` is a run folder, or one checkpoint folder.
+    ``path`` is a run folder, or one checkpoint folder. Which folders there are is for rank 0 to say, and what a
+    checkpoint is, for all: on a network file system one node may not see yet what another has written.
     """
     complaints: list[str] = []
-    for folder in [path] if (path / MANIFEST).is_file() else checkpoint_folders(path):
-        try:
-            checkpoint = Checkpoint(folder)
-            faults = checkpoint.faults(part=rank, parts=world)
-        except UserError as error:
-            checkpoint, faults = None, [str(error)]
-        if not _any_rank(bool(faults)):
+    for folder in _said_by_rank_0([path] if (path / MANIFEST).is_file() else checkpoint_folders(path)):
+        checkpoint, faults = _inspect(folder, rank, world)
+        views = _of_all_ranks((faults, checkpoint.manifest.to_json() if checkpoint else ""))
+        faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
+        if not faults and len({manifest for _, manifest in views}) > 1:
+            faults = [f"{folder} is not the same on all nodes: the run folder must lie on a disk that they share"]
+        if not faults:
             return checkpoint, complaints
-        complaints += faults or [f"{folder}: damaged (seen by another rank)"]
+        complaints += faults
     return None, complaints
+
+
+def _inspect(folder: Path, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
+    """Open a checkpoint and hash a rank's share of its files; return it with what is wrong with it."""
+    try:
+        checkpoint = Checkpoint(folder)
+        return checkpoint, checkpoint.faults(part=rank, parts=world)
+    except UserError as error:
+        return None, [str(error)]
 
 
 def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
@@ -146,6 +161,11 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     for name, param in stage.trainable():
         name = _as_saved(name, checkpoint)
         start, entry = _own_range(stage, name, param, checkpoint)
+        if not (entry.trained or weights_only):
+            raise UserError(
+                f"{checkpoint.path}: {name} was frozen, so it has no optimizer state to go on from: keep it frozen, "
+                f"or start another --run-dir with --init-from {checkpoint.path}"
+            )
         for kind, state in kinds:
             kind = kind if entry.trained else "frozen"
             _copy_range(stage.master_shard(param, state), checkpoint, kind, name, start, entry)
@@ -227,10 +247,18 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _any_rank(flag: bool) -> bool:
+def _said_by_rank_0(own: list[Path]) -> list[Path]:
+    """Return rank 0's list on every rank."""
+    lists = [own]
+    if dist.is_initialized():
+        dist.broadcast_object_list(lists, 0)
+    return lists[0]
+
+
+def _of_all_ranks(own: _View) -> list[_View]:
+    """Return every rank's view, in the order of ranks."""
     if not dist.is_initialized():
-        return flag
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    value = torch.tensor([float(flag)], device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+        return [own]
+    views = [own] * dist.get_world_size()
+    dist.all_gather_object(views, own)
+    return views

@@ -59,7 +59,7 @@ def _stage_lines(plan: Blueprint) -> Iterator[str]:
     for stage, chunks in enumerate(plan.splits):
         trained, frozen = load.stage_parameters(stage)
         need = load.memory(stage)
-        names = ("states", "gathered", "activations", *(["host"] if need.host else []))
+        names = ("states", "gathered", "activations", *(name for name in ("losses", "host") if getattr(need, name)))
         parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
         yield (
             f"           stage {stage}: layers {shown_layers(chunks)}, {millions(trained)} trained + "

@@ -31,13 +31,15 @@ class MemoryEstimate:
     gathered: float
     """Weights held whole within a step, and the whole fp32 gradient where it is reduced once."""
     activations: float
+    losses: float = 0.0
+    """On the last stage, the fp32 gradient of the head that each loss holds until its backward."""
     host: float = 0.0
     """Sharded states in host memory; not in the others."""
 
     @property
     def total(self) -> float:
         """All that is on the device."""
-        return self.states + self.gathered + self.activations
+        return self.states + self.gathered + self.activations + self.losses
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,8 @@ class Load:
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
         whole = max(sharding.resident * (trained + frozen), self._largest_unit(stage))
         gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
-        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), host)
+        losses = 4 * self.spec.vocab_rows * self.spec.width * self._open_losses(stage)
+        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), losses, host)
 
     def _largest_unit(self, stage: int) -> int:
         """Parameters of the piece that must be whole while it runs, however little stays gathered."""
@@ -123,3 +126,9 @@ class Load:
         if self.config.train.gradient_checkpointing:
             return layers * self.micro_tokens * width * size + one_layer
         return layers * one_layer
+
+    def _open_losses(self, stage: int) -> float:
+        """Most micro-batches at once between the loss and its backward: their gradients are made with the loss."""
+        if stage < len(self.splits) - 1:
+            return 0.0
+        return most_held(self.orders[stage], [0] * (len(self.splits[stage]) - 1) + [1])

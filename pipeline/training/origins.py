@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,13 @@ from data_prep.errors import UserError
 from data_prep.packs import Manifest
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import ConfigError, RunConfig
+from pipeline.model.spec import ModelSpec
 from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
+
+# Keys of a model's description that change nothing it computes: how it was saved, and what is trained of it.
+_NOT_THE_FUNCTION = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vision_frozen",
+                     "architectures", "attn_implementation", "_attn_implementation", "pad_token_id", "bos_token_id",
+                     "eos_token_id", "id2label", "label2id", "max_position_embeddings")  # fmt: skip
 
 
 def is_export(path: str) -> bool:
@@ -18,8 +25,18 @@ def is_export(path: str) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def check_resume(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse to continue a run on other data: the order of rows is part of its state. Raises ConfigError."""
+def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Refuse weights of a model that computes something else with tensors of the same shapes. Raises ConfigError."""
+    old, new = (dict(_leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
+            raise ConfigError(
+                f"{origin} is of a model with {key}={old[key]!r}, now it is {new[key]!r}: keep the model section"
+            )
+
+
+def check_resume(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
+    """Refuse to continue a run on other data, or as another model: both are part of its state. Raises ConfigError."""
     for folder in checkpoint_folders(Path(config.run_dir)):
         try:
             saved = Checkpoint(folder).manifest
@@ -35,6 +52,7 @@ def check_resume(config: RunConfig, manifest: Manifest) -> None:
                 f"{folder} was trained with train.batch_packs={saved.batch_packs}, now {config.train.batch_packs}: "
                 "keep it, or start another --run-dir with --init-from"
             )
+        check_same_model(str(folder), saved.model["spec"], spec)
         return
 
 
@@ -53,8 +71,8 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def check_init_from(config: RunConfig, manifest: Manifest) -> None:
-    """Refuse weights that were trained with another tokenizer than the packs'. Raises UserError.
+def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
+    """Refuse weights of another model, or trained with another tokenizer than the packs'. Raises UserError.
 
     A run that has checkpoints of its own takes nothing from ``init_from`` any more, which may be gone by then.
     """
@@ -64,7 +82,9 @@ def check_init_from(config: RunConfig, manifest: Manifest) -> None:
     if is_export(source):
         theirs = Tokenizer.load(Path(source) / "tokenizer").sha256
     else:
-        theirs = str(open_checkpoint(source).meta["tokenizer_sha256"])
+        meta = open_checkpoint(source).meta
+        theirs = str(meta["tokenizer_sha256"])
+        check_same_model(f"init_from={source}", meta["spec"], spec)
     if theirs != manifest.tokenizer_sha256:
         raise ConfigError(
             f"init_from={source} was trained with another tokenizer than the packs in {config.data.packs}: "

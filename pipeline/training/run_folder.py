@@ -67,18 +67,21 @@ class RunFolder:
         Raises UserError where the disk is full.
         """
         self._steps = steps
-        try:
-            write_atomic(self.path / "config.yaml", to_yaml(config).encode())
-            write_atomic(self.path / "env.json", (json.dumps(environment(world), indent=1) + "\n").encode())
-            self.set_status("running", self.status().get("step", 0))
-        except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}): mend that, then start again") from error
+        self._write("config.yaml", to_yaml(config))
+        self._write("env.json", json.dumps(environment(world), indent=1) + "\n")
+        self.set_status("running", self.status().get("step", 0))
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
-        """Write status.json."""
+        """Write status.json. Raises UserError where the disk is full."""
         where = {"state": state, "step": step, "steps": self._steps}
         status = {**where, "time": timestamp(), "start": self.start, **more}
-        write_atomic(self.path / "status.json", (json.dumps(status) + "\n").encode())
+        self._write("status.json", json.dumps(status) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        try:
+            write_atomic(self.path / name, text.encode())
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written ({error.strerror}): mend that, then start again") from error
 
     def set_failed(self, error: BaseException | str, step: int | None = None) -> None:
         """Record a failure, on whichever rank it is met; what the first one says stays.
@@ -90,7 +93,7 @@ class RunFolder:
         if before.get("state") == "failed" if own else self._lock is None:
             return
         self._steps = before.get("steps", 0)
-        with suppress(OSError):  # on a full disk there is no telling, and the failure itself matters more
+        with suppress(UserError):  # on a full disk there is no telling, and the failure itself matters more
             self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:

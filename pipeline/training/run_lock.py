@@ -46,6 +46,7 @@ def hold(run_dir: Path) -> IO[str]:
     stream.truncate(0)
     stream.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
     stream.flush()
+    os.fsync(stream.fileno())  # other nodes look for it
     return stream
 
 

@@ -6,6 +6,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 
@@ -21,9 +22,12 @@ from pipeline.training.logs import RankLog
 from pipeline.training.monitor import Verdict
 from pipeline.training.redact import redact
 from pipeline.training.run_folder import RunFolder
+from pipeline.training.run_lock import holder
 from pipeline.training.watch import Watch, listen
 
 SLACK_S = 60
+SHARED_S = 30.0
+"""How long a network file system may take to show one node what another has written."""
 
 
 def collective_limit(timeout_s: int) -> int:
@@ -46,6 +50,26 @@ def all_can_start(refused: UserError | None = None) -> bool:
     if reasons:
         dist.barrier()  # the first rank to go takes the others with it: not before it is said
     return not reasons
+
+
+def all_share(folder: RunFolder) -> bool:
+    """Return whether all ranks see the folder that rank 0 has taken; rank 0 says who does not. Collective.
+
+    A checkpoint in folders of several nodes, or of several working directories, would be none.
+    """
+    taken = [holder(folder.path)]
+    dist.broadcast_object_list(taken, 0)
+    patience = time.monotonic() + SHARED_S
+    while holder(folder.path) != taken[0]:
+        if time.monotonic() > patience:
+            return all_can_start(
+                UserError(
+                    f"{folder.path.resolve()} is not rank 0's run folder: give --run-dir a path on a disk that all "
+                    "nodes share"
+                )
+            )
+        time.sleep(0.5)
+    return all_can_start()
 
 
 def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: int) -> Watch:

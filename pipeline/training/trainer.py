@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from data_prep.errors import UserError
 from pipeline.config import TrainSection
-from pipeline.data.batches import BatchSource, StepBatch, to_device
+from pipeline.data.batches import BatchSource, StepBatch
 from pipeline.model.build import build_stage
 from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups, create_groups, device_of_rank
@@ -183,7 +183,7 @@ class Trainer:
         rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
         scale = self._plan.topology.dp / max(1, batch.targets)
         self._timer.begin(self.step + 1, data_s)
-        losses = self._runner.run([to_device(micro, self._device) for micro in batch.micros], scale)
+        losses = self._runner.run(batch.micros, scale)
         with self._runner.recorder.span("optimizer", "optimizer step"):
             result = self._stage.step(rate)
         self.step += 1

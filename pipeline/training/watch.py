@@ -86,7 +86,7 @@ class Channel:
             return None
         try:
             return [dict(json.loads(line)) for line in lines]
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):  # anyone may connect, and say anything
             return None
 
 
@@ -231,6 +231,13 @@ class _Lead:
 
     def run(self) -> None:
         """Watch until this rank is done or the job has failed."""
+        try:
+            self._run()
+        except Exception:
+            self._tell_all(bye=True)  # or the end of their connections would be the end of the other ranks
+            raise
+
+    def _run(self) -> None:
         watch, monitor = self._watch, self._monitor
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)

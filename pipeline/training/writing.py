@@ -146,7 +146,11 @@ def _seal(path: Path) -> FileEntry:
 
 
 def _publish(target: Target, manifest: CheckpointManifest) -> None:
-    """Make a written checkpoint one that a start takes, in one step."""
+    """Make a written checkpoint one that a start takes, in one step. Raises OSError where not all files are here."""
+    for name, entry in manifest.files.items():
+        path = target.hidden / name
+        if not path.is_file() or path.stat().st_size != entry.bytes:
+            raise OSError(f"rank 0 does not see {path}: the run folder must lie on a disk that all nodes share")
     write_atomic(target.hidden / MANIFEST, manifest.to_json().encode())
     _sync_folder(target.hidden / TOKENIZER)
     _sync_folder(target.hidden)

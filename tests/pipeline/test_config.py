@@ -47,6 +47,7 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
         pytest.param(["--train.lrr", "1"], ["--train.lrr", "did you mean '--train.lr'"], id="unknown flag"),
         pytest.param(["--recipe", "demo_stf"], ["demo_stf", "did you mean 'demo_sft'"], id="unknown recipe"),
         pytest.param(["--recipe", "nowhere.yaml"], ["nowhere.yaml"], id="missing file"),
+        pytest.param(["--train.beta2", "1"], ["train.beta2", "less than 1"], id="Adam would divide by 0"),
         pytest.param(["--train.lr", "fast"], ["train.lr", "number", "fast"], id="not a number"),
         pytest.param(["--train.batch-packs", "0"], ["train.batch_packs", "greater than 0"], id="out of range"),
         pytest.param(["--parallel.schedule", "zigzag"], ["parallel.schedule", "1f1b"], id="not a choice"),
@@ -93,6 +94,10 @@ def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) ->
     with pytest.raises(UserError) as caught:
         load_config(str(path))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_empty_run_folder_is_the_recipes() -> None:
+    assert parse(["--recipe", "demo_pt", "--run-dir", ""]).config.run_dir == "runs/demo_pt"
 
 
 def test_flags_may_be_written_as_keys_are() -> None:

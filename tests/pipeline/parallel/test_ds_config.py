@@ -78,6 +78,9 @@ def test_a_recipe_that_contradicts_the_stage_is_refused(name: str, keys: dict[st
         ({"stage": 3, "overlap_com": True}, "zero_optimization.overlap_com: DeepSpeed knows no such key"),
         ({"stage": 3, "reduce_bucket_size": "big"}, 'reduce_bucket_size="big": Input should be a valid integer'),
         ({"stage": 3, "zero_hpz_partition_size": "8"}, "zero_hpz_partition_size=8 is not supported"),
+        ({"stage": 3, "zenflow": {"topk_ratio": 0.1}}, "zenflow brings an optimizer of its own"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio brings"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}, "super_offload brings"),
         ({"stage": 2, "cpu_offload": True}, 'use "offload_optimizer": {"device": "cpu"}'),
     ],
 )
@@ -95,6 +98,7 @@ def test_zero_settings_that_cannot_be_run_are_refused(zero: Any, words: str, tmp
         ({"data_types": {"grad_accum_dtype": "fp8"}}, 'data_types.grad_accum_dtype="fp8" is not supported: use fp32'),
         ({"communication_data_type": "fp16"}, 'communication_data_type="fp16" is not supported: use fp32 or bf16'),
         ({"optimizer": {"type": "AdamW"}}, "'optimizer' is set by the recipe"),
+        ({"comunication_data_type": "fp32"}, r"'comunication_data_type' does nothing .*mean 'communication_data_type'"),
     ],
 )
 def test_types_and_keys_that_cannot_be_run_are_refused(keys: Any, words: str, tmp_path: Path) -> None:

@@ -39,6 +39,22 @@ def test_rank_variables(given: dict[str, str], ranks: tuple[str, str, str], monk
     assert os.environ["MASTER_PORT"].isdigit()
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+        {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_STEP_NUM_NODES": "2"},
+    ],
+)
+def test_ranks_on_several_nodes_are_told_where_to_meet(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", dict(given))
+    with pytest.raises(UserError, match="need MASTER_ADDR"):
+        fill_rank_variables()
+    monkeypatch.setattr(os, "environ", {**given, "MASTER_ADDR": "node-1"})
+    fill_rank_variables()
+    assert os.environ["MASTER_ADDR"] == "node-1"
+
+
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Pretend to see some GPUs, as a rank that a launcher started."""

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
+from pipeline.training import checkpoint
 from pipeline.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
+    hash_file,
+    load,
     newest_whole,
     open_checkpoint,
     prune,
@@ -105,10 +112,84 @@ def test_a_slice_is_read_from_the_files_that_hold_it_alone(tmp_path: Path) -> No
     ]
     files = [next(save)() for save in saves]
     saves[0].send(files)()
+    assert newest_whole(target.final, rank=0, world=1)[1] == []
     for start, stop in itertools.combinations_with_replacement(range(8), 2):
-        checkpoint = Checkpoint(target.final)
-        assert checkpoint.read_flat("master", "w", start, stop).tolist() == values[start:stop].tolist()
-        assert [*checkpoint._open] == sorted({element // share for element in range(start, stop)})
+        opened = Checkpoint(target.final)
+        assert opened.read_flat("master", "w", start, stop).tolist() == values[start:stop].tolist()
+        assert [*opened._open] == sorted({element // share for element in range(start, stop)})
+
+
+def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
+    """Two ranks whose run folders lie on disks of their own."""
+    manifest = CheckpointManifest(
+        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=2, config={},
+        model={"spec": {"llm": {}}}, params={"w": ParamEntry((4,), 0, True)},
+    )  # fmt: skip
+    (tmp_path / "tokenizer").mkdir()
+    targets = [Target(tmp_path / disk / "step-00000003", "token") for disk in ("a", "b")]
+    saves = [
+        parts_of_save({"master|w": torch.ones(2)}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
+        for rank, target in enumerate(targets)
+    ]
+    files = [next(save)() for save in saves]
+    with pytest.raises(OSError, match=r"rank 0 does not see .*rank-00001.safetensors.* all nodes share"):
+        saves[0].send(files)()
+    assert not targets[0].final.exists()
+
+
+@pytest.fixture
+def whole(tmp_path: Path) -> Path:
+    """A run with two whole checkpoints."""
+    (tmp_path / "tokenizer").mkdir()
+    for step in (1, 2):
+        manifest = CheckpointManifest(
+            step=step, optimizer_steps=step, consumed_packs=4 * step, plan_sha256="0", batch_packs=4, pp=1, dp=1,
+            config={}, model={"spec": {"llm": {}}}, params={"w": ParamEntry((2,), 0, step == 1)},
+        )  # fmt: skip
+        target = Target(tmp_path / f"run/checkpoints/step-{step:08d}", "token")
+        kind = "master" if step == 1 else "frozen"
+        save = parts_of_save({f"{kind}|w": torch.ones(2)}, target, manifest, rank=0, tokenizer=tmp_path / "tokenizer")
+        save.send([next(save)()])()
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(path: Path) -> str:
+        if "step-00000002" in str(path):
+            raise OSError(errno.EIO, "Input/output error")
+        return hash_file(path)
+
+    monkeypatch.setattr(checkpoint, "hash_file", broken)
+    found, complaints = newest_whole(whole, rank=0, world=1)
+    assert found is not None and found.manifest.step == 1
+    assert all("cannot be read (Input/output error)" in line for line in complaints) and complaints
+
+
+def test_rank_0_says_which_checkpoints_there_are_and_all_must_see_the_same(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk of this rank does not show the newest yet, or shows another."""
+    told = checkpoint_folders(whole)
+    monkeypatch.setattr(checkpoint, "_said_by_rank_0", lambda own: told)
+    monkeypatch.setattr(checkpoint, "checkpoint_folders", lambda run_dir: told[1:])
+    found, _ = newest_whole(whole, rank=1, world=2)
+    assert found is not None and found.manifest.step == 2
+    views: list[Any] = [([], "another manifest")]
+    monkeypatch.setattr(checkpoint, "_of_all_ranks", lambda own: [own, *views])
+    found, complaints = newest_whole(whole, rank=1, world=2)
+    assert found is None and all("not the same on all nodes" in line for line in complaints) and len(complaints) == 2
+
+
+def test_a_frozen_weight_is_not_taken_for_its_moments(whole: Path) -> None:
+    """A run that goes on with a tower it had frozen has no moments to go on from."""
+    stage = SimpleNamespace(
+        trainable=lambda: iter([("w", nn.Parameter(torch.zeros(2)))]), frozen=lambda: iter([]),
+        topology=SimpleNamespace(replica=0), full_shape=lambda param: param.shape, compute_shard=lambda param: param,
+        master_shard=lambda param, state: param.data, finish_load=lambda steps: None,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"w was frozen, .*keep it frozen, or .*--init-from"):
+        load(cast(Any, stage), open_checkpoint(whole))
+    load(cast(Any, stage), open_checkpoint(whole), weights_only=True)
 
 
 def test_changed_settings_are_told_by_key() -> None:

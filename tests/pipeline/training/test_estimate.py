@@ -74,6 +74,15 @@ def test_activations_follow_schedule_and_recomputation() -> None:
     assert activations(0, "--train.dtype", "fp32") == 2 * activations(0)
 
 
+def test_open_losses_hold_the_heads_gradient() -> None:
+    def losses(stage: int, *flags: str) -> float:
+        return load_of("--parallel.pp", "2", *flags).memory(stage).losses
+
+    spec = load_of().spec
+    assert losses(0) == 0 and losses(1) == 4 * spec.vocab_rows * spec.width
+    assert losses(1, "--parallel.schedule", "gpipe") == load_of("--parallel.pp", "2").micros * losses(1)
+
+
 @pytest.mark.parametrize("flags", [[], ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"]])
 def test_every_part_of_the_model_is_the_work_of_one_chunk(flags: list[str]) -> None:
     load = load_of("--parallel.pp", "2", "--model.llm.config.num_hidden_layers", "6", *flags)

@@ -210,6 +210,10 @@ PLACES_OF_PICKLE = {
     ("pipeline/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "all_gather_object"),
+    ("pipeline/training/supervise.py", "broadcast_object_list"),
+    ("pipeline/training/checkpoint.py", "all_gather_object"),
+    ("pipeline/training/checkpoint.py", "broadcast_object_list"),
+    ("pipeline/parallel/groups.py", "all_gather_object"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {

@@ -226,6 +226,23 @@ def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
                 assert idle + between * count == LOST_S == unanswered_ms / 1000
 
 
+@pytest.mark.parametrize("line", [b"1", b"[]", b"nonsense", b"[" * 60_000, b'{"rank": 1}'])
+def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        watch = Watch(
+            rank=0, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
+        )  # fmt: skip
+        listener = listen()
+        address = ("localhost", listener.getsockname()[1])
+        watch.lead(listener, 7)
+        with socket.create_connection(address) as stranger:
+            stranger.sendall(line + b"\n")
+            stranger.settimeout(30)
+            assert stranger.recv(1) == b"", "it is sent away"
+        assert watch.alive
+        watch.close()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 2])
 def test_a_failed_process_does_not_wait_for_what_may_never_come(code: int) -> None:

@@ -89,6 +89,22 @@ tune() {
   done
 }
 
+# check_folders: two stages in one run folder would be one to everything that looks at it: the second would not be trained.
+check_folders() {
+  local twice
+  twice=$(run_folders | sort | uniq -d | head -n 1)
+  [ -z "$twice" ] || refuse "two recipes would share $twice: rename one"
+}
+
+# run_folders: the run folder of every stage, one a line.
+run_folders() {
+  local recipe policy
+  for recipe in $(list "$pt"); do echo "runs/$(run_name "$recipe")"; done
+  for recipe in $(list "$sft"); do
+    for policy in $(list "$policies"); do sft_run "$recipe" "$policy"; done
+  done
+}
+
 # check_names: a name that is wrong is better refused now than by a job of next week. Needs the software on this node.
 check_names() {
   local name masks=()
@@ -130,6 +146,7 @@ read -ra train_options <<< "$TRAIN_SBATCH"
 read -ra data_options <<< "$DATA_SBATCH"
 read -ra eval_options <<< "$EVAL_SBATCH"
 
+check_folders
 check_names
 
 data_jobs='' tuned_jobs='' runs=()

@@ -43,7 +43,7 @@ need_job() {
 }
 
 # run_name RECIPE: the name of a recipe's run, for a shipped recipe or a YAML file.
-run_name() { basename "${1%.*}"; }
+run_name() { basename "$1" | sed 's/\.ya\{0,1\}ml$//'; }
 
 # sft_run RECIPE POLICY: the run folder of a recipe under a mask policy; MMA is what the recipes are for.
 sft_run() {

@@ -58,6 +58,9 @@ def test_what_a_chain_would_submit(golden: Path, tmp_path: Path) -> None:
         (["--frob"], "unknown option '--frob'"),
         (["--pt"], "--pt needs a value"),
         (["--shards", "0"], "--shards 0: give 1 or more"),
+        (["--pt", "a/stage.yaml", "--sft", "b/stage.yaml"], "two recipes would share runs/stage: rename one"),
+        (["--pt", "demo_pt,demo_pt"], "two recipes would share runs/demo_pt: rename one"),
+        (["--policies", "mma,causal,mma"], "two recipes would share runs/demo_sft: rename one"),
         (["--pt", "demo_tp", "--dry-run"], "unknown recipe 'demo_tp' (did you mean 'demo_pt'?)"),
         (["--policies", "mma,casual", "--dry-run"], "unknown mask policy 'casual' (did you mean 'causal'?)"),
     ],
@@ -66,6 +69,13 @@ def test_wrong_options_are_one_line(options: list[str], words: str) -> None:
     done = chain(*options)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert words in done.stderr
+
+
+def test_a_run_is_called_as_its_recipe_wherever_that_lies() -> None:
+    names = "demo_pt my.yaml v1.2/stage.yaml v1.2/stage.v3.yml lr1e-4.5"
+    call = f". slurm/lib.sh && for name in {names}; do run_name $name; done"
+    done = subprocess.run(["bash", "-c", call], cwd=ROOT, text=True, capture_output=True, check=True)
+    assert done.stdout.split() == ["demo_pt", "my", "stage", "stage.v3", "lr1e-4.5"]
 
 
 @pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])

@@ -26,9 +26,10 @@
 jobs=() job='' dry_run=''
 
 # submit DEPENDENCIES NAME=VALUE... SBATCH_OPTIONS... SCRIPT ARGUMENTS...: set `job` to the new job's id.
-# DEPENDENCIES are ids joined by colons, or nothing.
+# DEPENDENCIES are ids joined by colons, or nothing. The variables travel in the job's environment, whatever SBATCH_EXPORT
+# says: without them every stage would train the demo.
 submit() {
-  local variables=() after=()
+  local variables=() after=() batch=(sbatch --parsable --export=ALL)
   [ -z "$1" ] || after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes)
   shift
   while [[ $1 =~ ^[A-Z_]+= ]]; do
@@ -37,9 +38,9 @@ submit() {
   done
   if [ -n "$dry_run" ]; then
     job="<$((${#jobs[@]} + 1))>"
-    echo "$job ${variables[*]} sbatch --parsable ${after[*]}${after:+ }$*"
+    echo "$job ${variables[*]} ${batch[*]} ${after[*]}${after:+ }$*"
   else
-    job=$(env "${variables[@]}" sbatch --parsable "${after[@]}" "$@") || give_up
+    job=$(env "${variables[@]}" "${batch[@]}" "${after[@]}" "$@") || give_up
     job=${job%%;*} # ID;CLUSTER where there are several clusters
     echo "$job ${variables[*]} $*"
   fi

@@ -48,8 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code (2 and one line for what the user can mend)."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
-    except UserError as error:
+        code = _run(words)
+        sys.stdout.flush()  # a reader that is gone is noticed here, not when the interpreter ends
+        return code
+    except BrokenPipeError:  # `mma status | head`
+        sys.stderr.close()
+        return 0
+    except (UserError, OSError) as error:  # OSError: no permission, disk full, file gone
         if "--debug" in words:
             traceback.print_exc()
         print(f"mma: {error}", file=sys.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -64,6 +65,22 @@ def test_what_the_user_can_mend_is_one_line_and_exit_code_2(
     assert message in error and error.startswith("mma: ") and len(error.splitlines()) == 1
     assert main([*(str(model) if word == "MODEL" else word for word in words), "--debug"]) == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["mask", "V4 Q2 A2", "--out", "/proc/none/mask.png"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("mma: ") and "/proc/none" in error and len(error.splitlines()) == 1
+
+
+def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text('{"state": "done", "step": 3}')
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "pipeline.cli", "status", str(tmp_path)]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize("words", [[], ["generat"], ["generate", "--model", "x"], ["evaluate", "--limit", "0"]])

@@ -6,6 +6,7 @@ The work is a list of independent units whose outputs are files, so who does a u
 from __future__ import annotations
 
 import os
+import signal
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -78,7 +79,9 @@ class LocalTeam(Team):
 
     def _spread(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
         # "spawn" starts clean interpreters: forking would copy open files and threads of whoever calls us.
-        with ProcessPoolExecutor(min(self.workers, len(items)), mp_context=get_context("spawn")) as pool:
+        # Ctrl-C reaches every process: the workers die of it without a word, and what stopped is said here.
+        workers, interrupt = min(self.workers, len(items)), (signal.SIGINT, signal.SIG_DFL)
+        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, interrupt) as pool:
             futures = [pool.submit(task, item) for item in items]
             try:
                 for future in as_completed(futures):

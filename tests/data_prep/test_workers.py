@@ -1,0 +1,50 @@
+"""Processes that share the work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from tests.launch import ROOT
+
+_SCRIPT = """\
+import sys
+from data_prep.workers import LocalTeam
+from tests.data_prep.test_workers import begin_and_wait
+
+if __name__ == "__main__":
+    try:
+        LocalTeam(2).map(begin_and_wait, sys.argv[1:], print)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+"""
+
+
+def begin_and_wait(path: str) -> None:
+    """A unit that is at work when Ctrl-C comes."""
+    Path(path).touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_at_once_and_without_a_word(tmp_path: Path) -> None:
+    begun = [tmp_path / name for name in "ab"]
+    command = [sys.executable, "-c", _SCRIPT, *map(str, begun), str(tmp_path / "waiting")]
+    team = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not all(path.exists() for path in begun):
+            assert team.poll() is None
+            time.sleep(0.05)
+        os.killpg(team.pid, signal.SIGINT)
+        _, words = team.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(team.pid, signal.SIGKILL)
+    assert (team.returncode, words) == (1, "stopped\n") and not (tmp_path / "waiting").exists()

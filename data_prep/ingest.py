@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,9 +83,26 @@ def _check_units(space: Workspace) -> tuple[str, Tally]:
     if missing:
         raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
     write_rejects(space, units)
-    tallies = tallies_by_corpus(units, [report.tally for report in reports if report is not None])
-    check_bad_fraction(tallies, space.recipe.max_bad_fraction, space.rejects)
+    tallies = {unit: report.tally for unit, report in zip(units, reports, strict=True) if report is not None}
+    check_bad_fraction(_by_writing(space, tokenizer_sha256, tallies), space.recipe.max_bad_fraction, space.rejects)
     return tokenizer_sha256, add_tallies(tallies.values())
+
+
+def _by_writing(space: Workspace, tokenizer_sha256: str, tallies: Mapping[Unit, Tally]) -> dict[str, list[Tally]]:
+    """Return the tallies of units by corpus and by the way it is written, under the keys of the recipe that say so.
+
+    Together, a way that all of a corpus fits would hide one that hardly any of it does.
+    """
+    sets: dict[Path, list[str]] = {}
+    for name, pack in space.recipe.packs.items():
+        for corpus in pack.corpora:
+            sets.setdefault(space.intake(corpus, pack, tokenizer_sha256).folder, []).append(f"packs.{name}")
+    intakes, found = space.intakes(tokenizer_sha256), {}
+    ways = Counter(intake.corpus for intake in intakes)
+    for intake in intakes:
+        which = f" (in {', '.join(sets[intake.folder])})" if ways[intake.corpus] > 1 else ""
+        found[f"corpora.{intake.corpus}{which}"] = [tallies[unit] for unit in intake.units]
+    return found
 
 
 def pack_units(intakes: Iterable[Intake]) -> list[Unit]:

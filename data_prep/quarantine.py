@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -88,16 +88,27 @@ def add_tallies(tallies: Iterable[Tally]) -> Tally:
     return Tally(kept, dict(sorted(codes.items())), dict(sorted(repairs.items())))
 
 
-def check_bad_fraction(tallies: Mapping[str, Tally], limit: float, listing: Path) -> None:
-    """Raise UserError when a corpus (a key of ``tallies``) lost more than ``limit`` of its samples, or all of them."""
-    for corpus, tally in tallies.items():
+def check_bad_fraction(tallies: Mapping[str, Sequence[Tally]], limit: float, listing: Path) -> None:
+    """Check what became of corpora; ``tallies`` holds those of a corpus's units under the key a user knows it by.
+
+    Raises:
+        UserError: a corpus lost more than ``limit`` of its samples or of its tars, or all samples.
+    """
+    for place, units in tallies.items():
+        tally = add_tallies(units)
         if tally.seen == 0:
-            raise UserError(f"corpora.{corpus}: the raw files hold no sample at all; mend its paths")
+            raise UserError(f"{place}: the raw files hold no sample at all; mend its paths")
         fraction = tally.rejected / tally.seen
         if tally.kept == 0 or fraction > limit:
             raise UserError(
-                f"corpora.{corpus}: {tally.rejected} of {tally.seen} samples ({fraction:.1%}) were rejected, "
+                f"{place}: {tally.rejected} of {tally.seen} samples ({fraction:.1%}) were rejected, "
                 f"above max_bad_fraction={limit:g}: {tally.describe_codes()}; "
                 f"`mma-prep rejects {listing.parent}` shows what {listing.name} lists; "
                 "mend the data or raise max_bad_fraction"
+            )
+        damaged = sum("damaged-tar" in unit.codes for unit in units)  # each is one reject, whatever it held
+        if damaged / len(units) > limit:
+            raise UserError(
+                f"{place}: {damaged} of {len(units)} tars are damaged, above max_bad_fraction={limit:g}; "
+                f"`mma-prep rejects {listing.parent}` names them: download them again, or raise max_bad_fraction"
             )

@@ -229,13 +229,35 @@ def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:
         "e": (png(3), "fine"),
     }
     write_tar(tmp_path / "raw" / "captions" / "00009.tar", bad)
-    with pytest.raises(UserError, match=r"corpora.captions: 8 of 130 .*max_bad_fraction=0: .*rejects.jsonl"):
+    with pytest.raises(UserError, match=r"corpora.captions \(in packs.pt\): 4 of 65 .*bad_fraction=0: .*rejects.jsonl"):
         prepare(make_recipe(tmp_path))
     prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     codes = {entry["sample"][-1]: entry["code"] for entry in listed}
     assert codes == {"a": "not-an-image", "b": "broken-image", "c": "bad-encoding", "d": "too-long"}
     assert len(drawn(tmp_path / "out", "pt")) == 2 * 61
+
+
+def test_a_writing_that_loses_most_of_a_corpus_is_not_hidden_by_others(tmp_path: Path) -> None:
+    write_llava(tmp_path / "raw", [(f"t{n}", n, ("what is this?", "a ring " * (1 + 30 * (n > 0)))) for n in range(8)])
+    corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
+    whole = {"corpora": ["talk"], "template": "plain", "length": 512, "epochs": 1}
+    packs = {"a": whole, "b": {**whole, "system": "be kind"}, "short": {**whole, "length": 64}}
+    message = r"^corpora.talk \(in packs.short\): 7 of 8 samples \(87.5%\) were rejected, above max_bad_fraction=0.5"
+    with pytest.raises(UserError, match=message):
+        prepare(make_recipe(tmp_path, corpora=corpora, packs=packs, max_bad_fraction=0.5))
+
+
+def test_damaged_tars_are_limited_as_tars_whatever_they_held(tmp_path: Path) -> None:
+    write_world(tmp_path / "raw", talks=1)
+    tar = tmp_path / "raw" / "captions" / "00001.tar"
+    tar.write_bytes(tar.read_bytes()[:700])  # 20 samples are gone, and one reject says so
+    content = recipe_dict(tmp_path / "raw", tmp_path / "out")
+    packs, corpora = {"pt": content["packs"]["pt"]}, {"captions": content["corpora"]["captions"]}
+    changes = {"packs": packs, "corpora": corpora, "tokenizer": str(own_tokenizer(tmp_path))}
+    with pytest.raises(UserError, match=r"^corpora.captions: 1 of 3 tars are damaged, above max_bad_fraction=0.3; "):
+        prepare(make_recipe(tmp_path, **changes, max_bad_fraction=0.3))
+    prepare(make_recipe(tmp_path, **changes, max_bad_fraction=0.34))
 
 
 @pytest.mark.parametrize(

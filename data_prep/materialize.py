@@ -40,6 +40,7 @@ from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Sample, SampleReader
 from data_prep.tokenizer import Tokenizer
+from data_prep.verify import check_tokens
 from data_prep.views import Augment, Views, draw_views
 from data_prep.workers import Team
 from data_prep.workspace import Unit, Workspace, digest
@@ -88,12 +89,17 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     """Write the packs of every set whose plan, images or tokenizer changed.
 
     Raises:
-        UserError: a step before is incomplete, or was done with other settings.
+        UserError: a step before is incomplete or was done with other settings, or tokens are damaged.
     """
     space = Workspace(recipe)
     ready = team.serial(lambda: require_ingested(space))
+    checked: set[Unit] = set()
     for name, pack in recipe.packs.items():
-        jobs = team.serial(functools.partial(_prepare, space, name, pack, ready))
+        jobs, units = team.serial(functools.partial(_prepare, space, name, pack, ready))
+        unchecked = [unit for unit in units if unit not in checked]
+        # A share waits for no other one: it checks all that its rows are made of.
+        team.map(check_tokens, [team.share(unchecked) if team.does_all else unchecked], lambda _: None)
+        checked.update(units)
         waiting = [job for job in team.share(jobs) if job.done() is None]
         with reporter.task(f"materialize {name} ({team.description})", len(waiting)) as task:
             team.map(write_row_file, waiting, lambda _: task.advance(Tally()))
@@ -105,8 +111,8 @@ def _work(folder: Path) -> Path:
     return folder / ".work"
 
 
-def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> list[RowFileJob]:
-    """Write down what workers need to know, and return the row files of a pack set."""
+def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> tuple[list[RowFileJob], list[Unit]]:
+    """Write down what workers need to know; return the row files of a pack set, and what those to be made read."""
     folder = space.packs(name)
     plan = require_plan(space, name, ready.tokenizer_sha256)
     units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
@@ -132,9 +138,10 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> 
     Tokenizer.load(space.tokenizer).save(folder / "tokenizer")
     per_file = max(1, FILE_BYTES // (_BYTES_PER_TOKEN * pack.length))
     starts = range(0, plan.rows, per_file)
-    return [
+    jobs = [
         RowFileJob(folder, key, number, start, min(start + per_file, plan.rows)) for number, start in enumerate(starts)
     ]
+    return jobs, units if any(job.done() is None for job in jobs) else []
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,11 @@ def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
 def pack_row(
     samples: Sequence[Sample], sources: tuple[Source, ...], length: int, image_tokens: int, image_id: int, pad_id: int
 ) -> PackRow:
-    """Lay samples one after the other into a row of ``length`` tokens, padded at its end."""
+    """Lay samples one after the other into a row of ``length`` tokens, padded at its end.
+
+    Raises:
+        UserError: a sample has more or fewer image positions than its images take.
+    """
     ids = np.concatenate([sample.input_ids for sample in samples])
     modality = np.where(ids == image_id, IMAGE, TEXT).astype(np.int8)  # text never yields the image id
     places = np.cumsum(modality, dtype=np.int64) - 1
@@ -228,7 +239,11 @@ def pack_row(
     segment = np.repeat(np.arange(1, len(samples) + 1), [len(sample.input_ids) for sample in samples]).astype(np.int32)
     generated = np.concatenate([sample.generated for sample in samples])
     image_row = np.concatenate([sample.images for sample in samples])
-    assert np.count_nonzero(modality) == len(image_row) * image_tokens, "image positions and images disagree"
+    if np.count_nonzero(modality) != len(image_row) * image_tokens:
+        names = ", ".join(f"{source.dataset}/{source.sample}" for source in sources)
+        raise UserError(
+            f"image positions and images disagree in one of {names}: `mma-prep verify` names what is damaged"
+        )
     segment = _padded(segment, length, 0)
     generated = _padded(generated, length, 0)
     return PackRow(

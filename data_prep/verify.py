@@ -8,6 +8,7 @@ step believes without their hash or before they are written again.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,8 @@ from data_prep.errors import UserError
 from data_prep.images import ImageStore
 from data_prep.packs import Manifest, sha256_file, sha256_line
 from data_prep.workspace import Unit, read_sealed
+
+_UNIT_CURE = "delete its marker and run ingest again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +173,7 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
     """Return a check of one unit of ingest: its marker, what the marker lists, and its rows of sealed stores."""
 
     def check() -> None:
-        report, cure = unit.report(), "delete its marker and run ingest again"
+        report = unit.report()
         for path, sha256 in (
             (unit.tokens, report.sha256),
             (unit.facts, report.facts_sha256),
@@ -178,7 +181,7 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
             (unit.rejects, report.rejects_sha256),
             (unit.sources, report.sources_sha256),
         ):
-            Hashed(path, sha256, unit.marker.name, cure).check()
+            Hashed(path, sha256, unit.marker.name, _UNIT_CURE).check()
         _check_images(unit)
         for path in unit.row_files():
             key = path.name.rpartition("-")[2]
@@ -186,6 +189,15 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
                 _check_rows(unit, path, ImageStore(stores / key))
 
     return check
+
+
+def check_tokens(units: Sequence[Unit]) -> None:
+    """Check the tokens of units against their markers, before rows are made of them. Raises UserError."""
+
+    def check(unit: Unit) -> None:
+        Hashed(unit.tokens, unit.report().sha256, unit.marker.name, _UNIT_CURE).check()
+
+    _check_all([functools.partial(check, unit) for unit in units])
 
 
 def _check_images(unit: Unit) -> None:

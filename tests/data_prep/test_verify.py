@@ -6,15 +6,17 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
-from data_prep.materialize import materialize
-from data_prep.packs import Manifest
+from data_prep.materialize import materialize, pack_row
+from data_prep.packs import Manifest, Source
 from data_prep.progress import Reporter
+from data_prep.samples import Sample
 from data_prep.verify import verify, verify_part
-from data_prep.workers import ALONE
+from data_prep.workers import ALONE, LocalTeam
 from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
 
 KINDS = {
@@ -129,3 +131,29 @@ def test_damaged_markers_of_row_files_are_made_again(out: Path, tmp_path: Path) 
         marker.write_bytes(text.replace(b'"targets": ', b'"targets": 9') if number else text[:20])
     materialize(recipe, ALONE, Reporter(quiet=True))
     assert tree_hashes(tmp_path / "out") == before
+
+
+def test_damaged_tokens_never_become_rows(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    recipe = make_recipe(tmp_path, max_bad_fraction=0.1)
+    before = tree_hashes(tmp_path / "out")
+    tokens = sorted((tmp_path / "out").glob("ingest/captions/*/*.arrow"))[-1]
+    whole = tokens.read_bytes()
+    at = len(whole) // 2
+    tokens.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    materialize(recipe, ALONE, Reporter(quiet=True))  # nothing is made of them
+    for rows in (tmp_path / "out").glob("packs/*/rows-*.arrow"):
+        rows.unlink()
+    for team in (ALONE, LocalTeam(1, 0, 2), LocalTeam(1, 1, 2)):
+        with pytest.raises(UserError, match=rf"^{tokens}: differs from {tokens.stem}.json "):
+            materialize(recipe, team, Reporter(quiet=True))
+    tokens.unlink()
+    prepare(recipe)
+    assert tree_hashes(tmp_path / "out") == before
+
+
+def test_images_that_do_not_fit_their_positions_are_an_error_in_words() -> None:
+    ids = np.array([5, 9, 9, 9, 6], dtype=np.int32)
+    sample = Sample("one", "", ids, np.ones(5, dtype=np.uint8), np.zeros(1, dtype=np.int64))
+    with pytest.raises(UserError, match="image positions and images disagree in one of talk/one: `mma-prep verify`"):
+        pack_row([sample], (Source("talk", "one", 0),), 8, image_tokens=2, image_id=9, pad_id=0)

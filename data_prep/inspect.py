@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -20,6 +21,7 @@ from data_prep.verify import pack_folders
 from data_prep.views import apply_view, describe_view
 
 GIVEN, GENERATED, SHOWN, MARK = "", "bold green", "cyan", "magenta"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{SHOWN}]image[/]"
 
 
@@ -105,7 +107,8 @@ def _show_row(folder: PackFolder, number: int, console: Console) -> None:
     console.print(f"row {number} of {len(folder.reader)}: {used} of {length} tokens, {row.n_target} supervised")
     console.print(LEGEND)
     for segment, source in enumerate(row.source, start=1):
-        console.rule(f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}", align="left")
+        title = f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}"
+        console.rule(Text(harmless(title), style="rule.text"), align="left")  # Text: an id may spell rich's markup
         console.print(_segment_text(folder, row, segment))
 
 
@@ -119,8 +122,13 @@ def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
             shown.append(words, style=SHOWN)
             continue
         written = GENERATED if part.generated else GIVEN
-        shown.append(part.text, style=f"{written} {MARK}".strip() if part.special else written)
+        shown.append(harmless(part.text), style=f"{written} {MARK}".strip() if part.special else written)
     return shown
+
+
+def harmless(text: str) -> str:
+    """Return text whose control characters, which could steer the terminal, are replaced; line ends and tabs stay."""
+    return _CONTROL.sub("\ufffd", text)
 
 
 def _only(folders: Sequence[Path]) -> Path:

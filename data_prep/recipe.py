@@ -6,6 +6,7 @@ are relative to the working directory; the tokenizer and the corpora are relativ
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -76,11 +77,11 @@ class PackConfig(_Strict):
     """caption, plain, phi3, llama3, qwen, or tokenizer: as its own chat template writes turns."""
     dialect: str = ""
     """How ``template: tokenizer`` writes turns; filled in from the tokenizer when the recipe is read."""
-    length: int = Field(ge=8)
+    length: int = Field(ge=8, le=1 << 24)
     """Tokens per row."""
-    draws: int | None = Field(None, ge=1)
+    draws: int | None = Field(None, ge=1, le=10**9)
     """Samples in the whole run, over all corpora (give this or ``epochs``)."""
-    epochs: int | None = Field(None, ge=1)
+    epochs: int | None = Field(None, ge=1, le=10_000)
     """Times every sample is drawn (give this or ``draws``)."""
     shuffle: bool = True
     """False keeps the corpora's own order (held-out sets)."""
@@ -116,8 +117,8 @@ class PackConfig(_Strict):
     def _consistent(self) -> PackConfig:
         if (self.draws is None) == (self.epochs is None):
             raise ValueError("give either draws or epochs")
-        if any(not weight > 0 for weight in self.corpora.values()):
-            raise ValueError("corpora: every weight must be above 0; leave a corpus out to drop it")
+        if any(not 0 < weight < math.inf for weight in self.corpora.values()):
+            raise ValueError("corpora: every weight must be a number above 0; leave a corpus out to drop it")
         if self.epochs is not None and any(weight != 1 for weight in self.corpora.values()):
             raise ValueError("corpora: weights need draws; with epochs every corpus is drawn in full")
         if any(not prompt.strip() or "\x00" in prompt for prompt in self.prompts):

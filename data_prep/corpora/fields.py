@@ -59,6 +59,8 @@ def _below_root(pattern: str) -> str:
     path = PurePosixPath(pattern)
     if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError("must be a glob pattern below the root")
+    if any("**" in part and part != "**" for part in path.parts):
+        raise ValueError("** must stand alone between slashes, as in **/*.jsonl")
     return pattern
 
 

@@ -180,6 +180,7 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
         pytest.param("chat", {"data": "*.csv"}, r"chat\.data='\*\.csv': must end in \.jsonl, ", id="format"),
         pytest.param("chat", {"data": "none*.jsonl"}, r"data='none\*\.jsonl' matches no file", id="no-data"),
         pytest.param("webdataset", {"tars": "../*.tar"}, r"webdataset\.tars=.*below the root", id="climbing-pattern"),
+        pytest.param("chat", {"data": "**.jsonl"}, r"chat\.data='\*\*\.jsonl': \*\* must stand alone", id="stars"),
     ],
 )
 def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message: str) -> None:

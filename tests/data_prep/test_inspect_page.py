@@ -19,6 +19,8 @@ from tests.data_prep.raw import make_recipe, png, prepare, recipe_dict, write_ll
 
 HOSTILE = '<script>alert(1)</script> & <img src=x onerror=alert(2)> "quoted" </span></section> \'<!--'
 
+TALKS = [(f"<b>talk{n}</b>[/x]", n, (f"<image>\nwhat is {n}?", f"it is \x1b[2J{n}.")) for n in range(30)]
+
 
 class Elements(HTMLParser):
     """Names and attributes of all elements, and all text outside of style and script."""
@@ -47,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     captions = {f"{key:09d}": (png(key), HOSTILE if key == 3 else f"caption number {key}") for key in range(40)}
     write_tar(folder / "raw" / "captions" / "0.tar", captions)
-    write_llava(folder / "raw", [(f"<b>talk{n}</b>", n, (f"<image>\nwhat is {n}?", f"it is {n}.")) for n in range(30)])
+    write_llava(folder / "raw", TALKS)
     packs = recipe_dict(folder, folder)["packs"]
     packs["sft"] |= {"corpora": ["talk", "captions"], "draws": None, "epochs": 1, "length": 512}
     prepare(make_recipe(folder, packs={"sft": packs["sft"]}))
@@ -152,3 +154,11 @@ def test_data_preparation_knows_no_mask() -> None:
     sources = [path.read_text() for path in Path(data_prep.__file__).parent.rglob("*.py")]
     found = [line for text in sources for line in re.findall(r"^ *(?:from|import) (?:pipeline|torch).*", text, re.M)]
     assert not found, "the page takes the drawing of masks as an argument"
+
+
+def test_the_terminal_shows_what_a_sample_spells_and_obeys_none_of_it(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(made), "--rows", f"0:{PackReader(made).manifest.rows}"]) == 0
+    shown = capsys.readouterr().out
+    assert "</b>[/x]" in shown and "\ufffd[2J" in shown and "\x1b" not in shown

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.errors import UserError
+from data_prep.workers import parse_share
 from tests.launch import ROOT
 
 _SCRIPT = """\
@@ -48,3 +50,10 @@ def test_ctrl_c_ends_the_workers_at_once_and_without_a_word(tmp_path: Path) -> N
         with suppress(ProcessLookupError):
             os.killpg(team.pid, signal.SIGKILL)
     assert (team.returncode, words) == (1, "stopped\n") and not (tmp_path / "waiting").exists()
+
+
+@pytest.mark.parametrize("share", ["0", "1/1", "-1/2", "0/\u00b2", "a/b", "0/0"])
+def test_a_share_is_two_numbers(share: str) -> None:
+    assert parse_share("1/2") == (1, 2)
+    with pytest.raises(UserError, match="give i/n"):
+        parse_share(share)

@@ -56,6 +56,7 @@ def test_slurm_takes_the_request(slurm: Cluster, script: str) -> None:
 @pytest.mark.usefixtures("limited")
 def test_the_chain_ends_with_measured_models(slurm: Cluster) -> None:
     flags = {"DATA_FLAGS": "--scenes 300 --held-out 12", "EVAL_FLAGS": "--limit 4", "TRAIN_SBATCH": " ".join(TWO_NODES)}
+    flags["SBATCH_EXPORT"] = "NONE"  # as some sites set it
     done = slurm.call("slurm/chain.sh", "--policies", "mma,causal", env={**QUICK, **flags})
     assert done.returncode == 0, done.stderr
     jobs = [line.split()[0] for line in done.stdout.splitlines()[:-1]]

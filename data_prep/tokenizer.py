@@ -79,7 +79,7 @@ class _Backend(ABC):
 
     @abstractmethod
     def own(self, role: str) -> str | None:
-        """Return the name of the tokenizer's own ``eos`` or ``pad`` token, or None."""
+        """Return the name of the tokenizer's own ``eos`` or ``pad`` token, or None. Raises UserError for plain text."""
 
     @abstractmethod
     def reserved(self) -> Mapping[int, str]:
@@ -128,7 +128,14 @@ class _HuggingFace(_Backend):
     def own(self, role: str) -> str | None:
         token = self._config.get(f"{role}_token")
         name = token.get("content") if isinstance(token, dict) else token
-        return name if isinstance(name, str) and self.find(name) is not None else None
+        if not isinstance(name, str) or self.find(name) is None:
+            return None
+        if name not in {token.content for token in self._added.values()}:
+            raise UserError(
+                f"tokenizer: its {role}_token {name!r} is ordinary text, which would be cut out of every sample: name "
+                "one of the added_tokens of tokenizer.json in tokenizer_config.json"
+            )
+        return name
 
     def reserved(self) -> Mapping[int, str]:
         return {index: token.content for index, token in self._added.items() if token.special}
@@ -222,6 +229,8 @@ class Tokenizer:
         probe = _backend(file, companions, ())
         names = {name: name for name in (*specials, IMAGE_TOKEN)}
         names |= {alias: probe.own(role) or alias for alias, role in ((EOS, "eos"), (PAD, "pad"))}
+        if IMAGE_TOKEN in (names[EOS], names[PAD]):
+            raise UserError(f"tokenizer: {path} ends or pads text with {IMAGE_TOKEN}: name another token for that")
         backend = _backend(file, companions, sorted(set(names.values())))
         tokens = {alias: index for alias, name in names.items() if (index := backend.find(name)) is not None}
         assert tokens.keys() == names.keys()

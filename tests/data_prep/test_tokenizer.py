@@ -160,6 +160,24 @@ def test_of_a_models_folder_only_the_tokenizer_is_read(tmp_path: Path) -> None:
     assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", *COMPANIONS]
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ({"eos_token": "a"}, "its eos_token 'a' is ordinary text"),
+        ({"pad_token": {"content": "ed"}}, "its pad_token 'ed' is ordinary text"),
+        ({"pad_token": IMAGE_TOKEN}, "ends or pads text with <image>"),
+    ],
+)
+def test_what_text_may_hold_ends_or_pads_nothing(tokens: dict[str, object], words: str, tmp_path: Path) -> None:
+    folder = byte_bpe(tmp_path / "bpe")
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_special_tokens([IMAGE_TOKEN])
+    raw.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokens))
+    with pytest.raises(UserError, match=words):
+        Tokenizer.open(folder, SPECIALS)
+
+
 def test_training_is_deterministic(tmp_path: Path) -> None:
     for name in ("a.model", "b.model"):
         train_sentencepiece(TEXTS, 380, SPECIALS, tmp_path / name)

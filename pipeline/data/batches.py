@@ -51,17 +51,19 @@ def shifted_labels(row: PackRow) -> torch.Tensor:
 def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None) -> StageInputs:
     """Lay rows end to end as one sequence and build what a stage needs of it."""
     sidecars = Sidecars.concat([Sidecars.from_row(row) for row in rows])
+    labels = torch.cat([shifted_labels(row) for row in rows])
     return StageInputs(
         input_ids=torch.from_numpy(np.concatenate([row.input_ids for row in rows]).astype(np.int64)),
         position_ids=position_ids(sidecars, policy.grid),
         plan=build_plan(policy, sidecars),
-        labels=torch.cat([shifted_labels(row) for row in rows]),
+        labels=labels,
         image_positions=torch.nonzero(sidecars.instance >= 0).squeeze(1),
         pixels=pixels,
+        supervised=(labels != IGNORE).nonzero().squeeze(1),
     )
 
 
-_TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels")
+_TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels", "supervised")
 
 
 def pinned(inputs: StageInputs) -> StageInputs:

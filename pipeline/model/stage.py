@@ -141,7 +141,9 @@ class Stage(nn.Module):
         hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs, layers)
         if not self.last or (layers is not None and layers.stop < self.spec.layers):
             return hidden_1TD
-        supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
+        supervised = inputs.supervised
+        if supervised is None:
+            supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
         hidden_ND = self.model.norm(hidden_1TD[0].index_select(0, supervised))
         return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
 

@@ -330,7 +330,8 @@ class Zero3Stage:
         self._hold()
         self._zero.parameter_offload.get_param_coordinator().reset_step()
         # The step's first backward overwrites what the step before left; another chunk's parameters see a later one.
-        self._zero.grad_partitions_flat_buffer.zero_()
+        with _threads(self._threads):
+            self._zero.grad_partitions_flat_buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
             yield
         del parameter_offload.FWD_MODULE_STACK[self._running :]  # correction 6

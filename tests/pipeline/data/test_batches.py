@@ -55,7 +55,7 @@ def test_every_row_of_a_step_is_trained_once_on_any_grid(replicas: int, micros: 
 
 
 def contents(batch: StepBatch) -> list[torch.Tensor]:
-    fields = ("input_ids", "position_ids", "labels", "image_positions", "pixels")
+    fields = ("input_ids", "position_ids", "labels", "image_positions", "pixels", "supervised")
     return [getattr(micro, name) for micro in batch.micros for name in fields]
 
 
@@ -94,7 +94,8 @@ def test_a_micro_batch_moves_whole(packs: PackReader) -> None:
     for images in (True, False):
         micro = source(packs, images=images).read(0).micros[0]
         moved = to_device(micro, torch.device("meta"))
-        for name in ("input_ids", "position_ids", "labels", "image_positions"):
+        assert torch.equal(micro.supervised, torch.nonzero(micro.labels != IGNORE).squeeze(1))
+        for name in ("input_ids", "position_ids", "labels", "image_positions", "supervised"):
             assert getattr(moved, name).is_meta and getattr(moved, name).shape == getattr(micro, name).shape
         assert moved.plan.device.type == "meta"
         assert (moved.pixels is None) == (micro.pixels is None) == (not images)

@@ -31,4 +31,4 @@ class StageInputs:
     pixels: torch.Tensor | None = None
     """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""
     supervised: torch.Tensor | None = None
-    """int64[n]: positions that have a label, if found beforehand: to find them on a GPU, its host would have to wait."""
+    """int64[n]: positions that have a label, if found beforehand: to find them on a GPU, its host would wait for it."""

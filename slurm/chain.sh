@@ -108,8 +108,12 @@ run_folders() {
 
 # check_names: a name that is wrong is better refused now than by a job of next week. Needs the software on this node.
 check_names() {
-  local name masks=()
+  local name masks=() flags
   [ -f pipeline/train.py ] && find_software || return 0
+  read -ra flags <<< "${DATA_FLAGS:-}"
+  for name in $(list "$data"); do
+    [ "$name" = demo ] || accepted python slurm/check_recipe.py "$name" "${flags[@]}"
+  done
   for name in $(list "$pt") $(list "$sft"); do
     accepted python pipeline/train.py --print-config --recipe "$name"
   done
@@ -136,6 +140,7 @@ while [ $# -gt 0 ]; do
     --data | --pt | --sft | --policies | --shards | --eval) [ $# -gt 1 ] || refuse "$1 needs a value; see --help" ;;
     *) refuse "unknown option '$1'; see --help" ;;
   esac
+  [[ ! $2 =~ (^|,)(,|$) ]] || refuse "$1 '$2': a name is empty$([ "$1" = --policies ] || echo "; for no such stage: none")"
   case $1 in
     --data) data=$2 ;; --pt) pt=$2 ;; --sft) sft=$2 ;; --policies) policies=$2 ;; --eval) packs=$2 ;;
     --shards) shards=$2 ;;
@@ -143,6 +148,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 [[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards $shards: give 1 or more"
+[ "$policies" != none ] || refuse "--policies none: name a mask policy; for no SFT give --sft none"
 read -ra train_options <<< "$TRAIN_SBATCH"
 read -ra data_options <<< "$DATA_SBATCH"
 read -ra eval_options <<< "$EVAL_SBATCH"

@@ -88,7 +88,8 @@ class PackConfig(_Strict):
     system: str = ""
     """System turn for conversations that bring none."""
     prompts: tuple[str, ...] = ()
-    """Given texts beside the image of a caption, one drawn anew for every draw: a list, or a text file of lines."""
+    """Given texts beside the image of a caption, one drawn anew for every draw: a list, or a text file of lines.
+    A line end follows each, unless it ends in white space of its own."""
     order: Order = "image_first"
     """Where images go, beside the text of their user turn or the prompt: image_first, text_first or as_written."""
     turns: Turns = "every"
@@ -112,6 +113,12 @@ class PackConfig(_Strict):
     @classmethod
     def _text_means_file(cls, value: Any) -> Any:
         return read_prompts(value) if isinstance(value, str) else value
+
+    @field_validator("prompts")
+    @classmethod
+    def _ends_apart_from_captions(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        """Give a prompt that ends in no white space the line end that lines of a file have."""
+        return tuple(text if text[-1:].isspace() else f"{text}\n" for text in prompts)
 
     @model_validator(mode="after")
     def _consistent(self) -> PackConfig:

@@ -150,6 +150,13 @@ def test_a_file_of_prompts_may_be_the_users_own(tmp_path: Path) -> None:
     assert read_prompts(str(tmp_path / "mine.txt")) == ("One.\n", "Two.\n")
 
 
+def test_a_prompt_of_a_list_stands_apart_from_the_caption_as_one_of_a_file_does(tmp_path: Path) -> None:
+    content = recipe_dict(tmp_path / "raw", tmp_path / "out")
+    content["packs"]["pt"]["prompts"] = ["One.", "Look: ", "Two.\n"]
+    recipe = load_recipe(str(write_recipe(tmp_path / "recipe.yaml", content)))
+    assert recipe.packs["pt"].prompts == ("One.\n", "Look: ", "Two.\n")
+
+
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [

@@ -72,6 +72,8 @@ def demo_command(argv: Sequence[str]) -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")
     options = parser.parse_args(list(argv))
     began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
+    if options.pp < 1 or ranks < 1 or ranks % options.pp:
+        raise UserError(f"--pp {options.pp} does not divide --ranks {ranks}: give a multiple of the stages")
     stages = stages_of(options.pp, options.compare)
     _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
     for stage in stages:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.demo import same_answers, stages_of
+from pipeline.demo import demo_command, same_answers, stages_of
 from pipeline.flags import parse
 
 
@@ -28,6 +28,15 @@ def test_a_pipeline_has_runs_of_its_own(pp: int, end: str) -> None:
 def test_an_unknown_policy_is_refused() -> None:
     with pytest.raises(UserError, match="casual"):
         stages_of(1, "casual")
+
+
+@pytest.mark.parametrize("words", ["--pp 3 --ranks 4", "--pp 0", "--ranks -2"])
+def test_ranks_that_stages_cannot_share_are_refused_before_any_work(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.demo._call", lambda command, what: pytest.fail(f"{what} was begun"))
+    with pytest.raises(UserError, match=r"--pp -?\d does not divide --ranks -?\d"):
+        demo_command(words.split())
 
 
 def test_answers_are_compared_question_by_question(tmp_path: Path) -> None:

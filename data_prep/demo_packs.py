@@ -12,9 +12,10 @@ from pathlib import Path
 
 from data_prep.demo import write_world
 from data_prep.errors import UserError
+from data_prep.images import ImageStore
 from data_prep.materialize import ROWS_VERSION
 from data_prep.out_lock import hold
-from data_prep.packs import sha256_file, write_atomic
+from data_prep.packs import Manifest, is_of_size, sha256_file, write_atomic
 from data_prep.plan import PLAN_VERSION
 from data_prep.progress import Reporter
 from data_prep.recipe import SHIPPED, load_recipe
@@ -97,11 +98,20 @@ def ensure_demo(out: Path, demo: Demo | None = None, *, quiet: bool = False) -> 
 
 def _made(out: Path) -> Demo | None:
     """Return the settings of a complete demo made by this version of its recipe, or None."""
-    whole = all((out / "packs" / name / "manifest.json").is_file() for name in SETS)
-    if not (whole and (out / MARKER).is_file()):
+    if not ((out / MARKER).is_file() and all(_is_complete(out / "packs" / name) for name in SETS)):
         return None
     try:
         made = Demo(**json.loads((out / MARKER).read_text(encoding="utf-8")))
     except (ValueError, TypeError):  # written by another version: make it again
         return None
     return made if made.recipe == recipe_version() else None
+
+
+def _is_complete(packs: Path) -> bool:
+    """Return whether a pack folder's files and images are there, each with its size."""
+    try:
+        manifest = Manifest.load(packs)
+        store = ImageStore(packs / manifest.image_store)
+    except UserError:
+        return False
+    return store.is_complete() and all(is_of_size(packs / entry.name, entry.bytes) for entry in manifest.files)

@@ -23,7 +23,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_prep.errors import UserError
-from data_prep.packs import FileEntry, sha256_file
+from data_prep.packs import FileEntry, is_of_size, sha256_file
 from data_prep.quarantine import BadSample
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
@@ -218,7 +218,13 @@ class ImageStore:
             if not path.is_file():
                 raise UserError(f"{path}: listed in store.json but missing; run mma-prep again")
             if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
-                raise UserError(f"{path}: differs from store.json (damaged or edited); run mma-prep again")
+                raise UserError(
+                    f"{path}: differs from store.json (damaged or edited); delete it and run mma-prep again"
+                )
+
+    def is_complete(self) -> bool:
+        """Return whether every shard is there and has its size."""
+        return all(is_of_size(self.directory / entry.name, entry.bytes) for entry in self.shards)
 
     def _cell(self, column: str, row: int) -> Any:
         if not 0 <= row < len(self):
@@ -234,7 +240,7 @@ class ImageStore:
             with pa.memory_map(str(path)) as mapped:  # the batch keeps the map: a store may have more shards than files
                 batch = pa.ipc.open_file(mapped).get_batch(0)  # may be open
         except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read ({error}); run mma-prep again") from error
+            raise UserError(f"{path}: cannot be read ({error}); delete what is there and run mma-prep again") from error
         if batch.num_rows != entry.rows or batch.schema != IMAGE_SCHEMA:
-            raise UserError(f"{path}: not the images that store.json lists; run mma-prep again")
+            raise UserError(f"{path}: not the images that store.json lists; delete it and run mma-prep again")
         return batch

@@ -16,7 +16,7 @@ from data_prep.progress import Reporter
 from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.seal import seal_store
+from data_prep.seal import forget_damaged, seal_store
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE, Team
@@ -41,6 +41,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
         UserError: a corpus, the tokenizer or an option is wrong, or too many samples were rejected.
     """
     space = Workspace(recipe)
+    team.serial(lambda: forget_damaged(space.images))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
         UnitJob(unit, replace(intake, shards={}))  # a job that knew all shards would be large to send
@@ -76,6 +77,7 @@ def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
 
 def _check_units(space: Workspace) -> tuple[str, Tally]:
     """Return the tokenizer's hash and what became of all samples."""
+    forget_damaged(space.images)
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
     units = pack_units(space.intakes(tokenizer_sha256))
     reports = [unit.done() for unit in units]

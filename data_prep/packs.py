@@ -180,13 +180,13 @@ class Manifest:
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             if raw.pop("format", None) != FORMAT or raw.pop("version", None) != VERSION:
-                raise UserError(f"{path}: not a {FORMAT} manifest of version {VERSION}; make the packs again")
+                raise UserError(f"{path}: not a {FORMAT} manifest of version {VERSION}; run mma-prep again")
             raw["files"] = tuple(FileEntry(**entry) for entry in raw["files"])
             raw["corpora"] = {name: CorpusStats(**entry) for name, entry in raw["corpora"].items()}
             raw["eos_ids"] = tuple(raw["eos_ids"])
             return cls(**raw)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: malformed manifest ({error}); make the packs again") from error
+            raise UserError(f"{path}: malformed manifest ({error}); run mma-prep again") from error
 
 
 def sha256_line(sha256: str, name: str) -> bytes:
@@ -201,6 +201,14 @@ def sha256_file(path: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def is_of_size(path: Path, size: int) -> bool:
+    """Return whether there is a file of ``size`` bytes."""
+    try:
+        return path.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
 
 
 def temporary_beside(path: Path) -> Path:
@@ -308,9 +316,11 @@ class PackReader:
         for entry in self.manifest.files:
             path = self.directory / entry.name
             if not path.is_file():
-                raise UserError(f"{path}: listed in the manifest but missing; make the packs again")
+                raise UserError(f"{path}: listed in the manifest but missing; run mma-prep again")
             if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
-                raise UserError(f"{path}: differs from its manifest (damaged or edited); make the packs again")
+                raise UserError(
+                    f"{path}: differs from its manifest (damaged or edited); delete it and run mma-prep again"
+                )
 
     def _locate(self, index: int) -> tuple[pa.RecordBatch, int]:
         if not 0 <= index < len(self):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.errors import UserError
 from data_prep.example import Example
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
@@ -28,7 +30,8 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     raw = _raw_texts(space) if source is None else _source_hashes(source)
     origin = sealed(digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
     if marker.is_file() and marker.read_bytes() == origin:
-        return Tokenizer.load(space.tokenizer).sha256
+        with suppress(UserError):  # a file of it is gone: it is made anew
+            return Tokenizer.load(space.tokenizer).sha256
     if source is None:
         assert config.train is not None
         reporter.say(f"tokenizer: training SentencePiece on up to {config.train.samples:,} samples")

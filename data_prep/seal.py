@@ -102,7 +102,17 @@ def _is_sealed(units: Sequence[Unit], store: Path) -> bool:
 
 
 def _is_whole(store: Path) -> bool:
-    return (store / "store.json").is_file()
+    try:
+        return ImageStore(store).is_complete()
+    except UserError:
+        return False
+
+
+def forget_damaged(directory: Path) -> None:
+    """Remove the index of every store that misses a part, so that units which gave it their copies are read anew."""
+    for index in directory.glob("*/store.json"):
+        if not _is_whole(index.parent):
+            index.unlink(missing_ok=True)
 
 
 def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:

@@ -27,7 +27,8 @@ from data_prep.images import ImageStore
 from data_prep.packs import Manifest, sha256_file, sha256_line
 from data_prep.workspace import Unit, read_sealed
 
-_UNIT_CURE = "delete its marker and run ingest again"
+_MAKE = "run mma-prep again"
+_MAKE_ANEW = "delete it and run mma-prep again"  # of most files it asks only whether they are there, and how large
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +39,13 @@ class Hashed:
     sha256: str
     listing: str
     """The file that lists it."""
-    cure: str = "make the packs again"
 
     def check(self) -> None:
         """Raise UserError when the file is missing or altered."""
         if not self.path.is_file():
-            raise UserError(f"{self.path}: listed in {self.listing} but missing; {self.cure}")
+            raise UserError(f"{self.path}: listed in {self.listing} but missing; {_MAKE}")
         if sha256_file(self.path) != self.sha256:
-            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {self.cure}")
+            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {_MAKE_ANEW}")
 
 
 def pack_folders(directory: Path) -> list[Path]:
@@ -81,7 +81,7 @@ def verify(directory: Path) -> Iterator[str]:
     units = find_units(directory)
     if units:
         _check_all([unit_check(unit, directory / "images") for unit in units])
-        _check_sums(directory / "rejects.jsonl", "run mma-prep again")
+        _check_sums(directory / "rejects.jsonl")
         for path in sorted(directory.glob("ingest/*/shards-*.json")):
             _check_own_hash(path)
         yield f"{directory / 'ingest'}: whole, {len(units):,} units"
@@ -114,25 +114,20 @@ def pack_files(folder: Path) -> list[Hashed]:
     if not manifest.image_store:
         return files
     store = (folder / manifest.image_store).resolve()
-    index = Hashed(
-        store / "store.json", manifest.image_store_sha256, f"{folder.name}/manifest.json", "run mma-prep again"
-    )
+    index = Hashed(store / "store.json", manifest.image_store_sha256, f"{folder.name}/manifest.json")
     index.check()
-    shards = [
-        Hashed(store / shard.name, shard.sha256, "store.json", "run mma-prep again")
-        for shard in ImageStore(store).shards
-    ]
+    shards = [Hashed(store / shard.name, shard.sha256, "store.json") for shard in ImageStore(store).shards]
     return [*files, index, *shards]
 
 
-def _check_sums(path: Path, cure: str = "make the packs again") -> None:
-    """Check a file against the hash beside it."""
+def _check_sums(path: Path) -> None:
+    """Check a file against the hash beside it; a step writes both anew wherever they are not what it would write."""
     sums = path.with_suffix(".sha256")
     for file in (path, sums):
         if not file.is_file():
-            raise UserError(f"{file}: missing; {cure}")
+            raise UserError(f"{file}: missing; {_MAKE}")
     if sums.read_bytes() != sha256_line(sha256_file(path), path.name):
-        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {cure}")
+        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {_MAKE}")
 
 
 def _check_all(checks: Sequence[Callable[[], None]]) -> None:
@@ -150,7 +145,7 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
     for name in sorted({entry.name for entry in copies}):
         path = folder.parent / name
         if not path.is_file() or sha256_file(path) not in {entry.sha256 for entry in copies if entry.name == name}:
-            raise UserError(f"{path}: not the tokenizer that the packs were made with; run mma-prep again")
+            raise UserError(f"{path}: not the tokenizer that the packs were made with; {_MAKE_ANEW}")
     _check_own_hash(folder / "origin.json")
     trained = folder / "trained.model"
     if trained.is_file() and sha256_file(trained) != sha256_file(folder / "tokenizer.model"):
@@ -160,7 +155,7 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
 def _check_own_hash(path: Path) -> None:
     """Check a file made by ``workspace.sealed``."""
     if read_sealed(path) is None:
-        raise UserError(f"{path}: missing or damaged; delete it and run mma-prep again")
+        raise UserError(f"{path}: missing or damaged; {_MAKE_ANEW}")
 
 
 def find_units(directory: Path) -> list[Unit]:
@@ -181,7 +176,7 @@ def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
             (unit.rejects, report.rejects_sha256),
             (unit.sources, report.sources_sha256),
         ):
-            Hashed(path, sha256, unit.marker.name, _UNIT_CURE).check()
+            Hashed(path, sha256, unit.marker.name).check()
         _check_images(unit)
         for path in unit.row_files():
             key = path.name.rpartition("-")[2]
@@ -195,7 +190,7 @@ def check_tokens(units: Sequence[Unit]) -> None:
     """Check the tokens of units against their markers, before rows are made of them. Raises UserError."""
 
     def check(unit: Unit) -> None:
-        Hashed(unit.tokens, unit.report().sha256, unit.marker.name, _UNIT_CURE).check()
+        Hashed(unit.tokens, unit.report().sha256, unit.marker.name).check()
 
     _check_all([functools.partial(check, unit) for unit in units])
 
@@ -212,9 +207,7 @@ def _check_images(unit: Unit) -> None:
     except (OSError, pa.ArrowException):
         wrong = True
     if wrong:
-        raise UserError(
-            f"{unit.images}: an image differs from its hash; delete {unit.marker.name} and run ingest again"
-        )
+        raise UserError(f"{unit.images}: an image differs from its hash; {_MAKE_ANEW}")
 
 
 def _check_rows(unit: Unit, path: Path, store: ImageStore) -> None:
@@ -228,4 +221,4 @@ def _check_rows(unit: Unit, path: Path, store: ImageStore) -> None:
         found = store.hashes(rows[digests.index])
         wrong = bool((found != digests.sha256).any())
     if wrong:
-        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; delete it and run mma-prep again")
+        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; {_MAKE_ANEW}")

@@ -121,7 +121,8 @@ class Unit:
 
     def done(self) -> UnitReport | None:
         """Return what the unit holds, or None when not all of its files are in place or its raw files changed."""
-        if not (self.marker.is_file() and self.tokens.is_file() and self.facts.is_file()):
+        files = (self.marker, self.tokens, self.facts, self.digests, self.rejects, self.sources)
+        if not all(path.is_file() for path in files):
             return None
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size

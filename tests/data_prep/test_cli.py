@@ -159,6 +159,10 @@ def test_the_demo_is_made_once_also_when_two_ask_at_the_same_time(
         assert main([*words[:-1], held_out]) == code
         assert part in "".join(capsys.readouterr())
         ensure_demo(out)
+    for lost in (out / "packs" / "eval" / "rows-00000.arrow", next(out.glob("images/*/images-00000.arrow"))):
+        whole = lost.read_bytes()
+        lost.unlink()
+        assert main(words) == 0 and lost.read_bytes() == whole
 
 
 def test_a_rank_beside_another_prepares_without_a_word(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

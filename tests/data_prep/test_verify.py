@@ -81,6 +81,22 @@ def test_a_flipped_byte_is_found_and_its_file_named(out: Path, kind: str) -> Non
     assert named_by_verify(out) is None
 
 
+def test_what_verify_says_of_a_damaged_file_mends_it(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    recipe, before = make_recipe(tmp_path, max_bad_fraction=0.1), tree_hashes(out)
+    for kind, pattern in KINDS.items():
+        path = next(path for path in sorted((tmp_path / "out").glob(pattern)) if path.stat().st_size)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        with pytest.raises(UserError) as said:
+            list(verify(tmp_path / "out"))
+        if "delete it" in str(said.value):
+            Path(str(said.value).partition(": ")[0]).unlink()
+        prepare(recipe)
+        assert named_by_verify(tmp_path / "out") is None, kind
+        assert tree_hashes(tmp_path / "out") == before, kind
+
+
 def named_by_verify(out: Path) -> Path | None:
     try:
         list(verify(out))

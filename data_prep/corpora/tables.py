@@ -9,6 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from array import array
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Collection, Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -104,13 +105,17 @@ class Spans(Rows):
 
 
 def json_lines(path: Path) -> Spans:
-    """Return the non-empty lines of a JSON-lines file as rows."""
+    """Return the non-empty lines of a JSON-lines file as rows. Raises UserError where it is UTF-16."""
     return Spans(path, _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int]]:
-    start = 0
     with path.open("rb") as file:
+        opening = file.read(len(BOM_UTF8))
+        if opening.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise UserError(f"{path}: UTF-16 text; JSON is UTF-8: iconv -f UTF-16 -t UTF-8 FILE > OTHER")
+        start = len(BOM_UTF8) if opening == BOM_UTF8 else 0
+        file.seek(start)
         for line in file:
             if line.strip():
                 yield start, len(line)

@@ -86,6 +86,15 @@ def test_lines_are_rows_and_empty_lines_are_not(rows: list[Any], end: str, tmp_p
     assert list(tables.json_lines(path)) == rows
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
+    assert list(tables.json_lines(tmp_path / "rows.jsonl")) == [{"a": 1}, {"a": 2}]
+    for order in ("utf-16-le", "utf-16-be"):
+        (tmp_path / "wide.jsonl").write_bytes('\ufeff{"a": 1}\n'.encode(order))
+        with pytest.raises(UserError, match=r"wide\.jsonl: UTF-16 text; JSON is UTF-8: iconv -f UTF-16"):
+            tables.json_lines(tmp_path / "wide.jsonl")
+
+
 def test_a_bad_line_spoils_itself_only(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xff"}\n' + b"[" * 100_000 + b'\n{"a": 2}')

@@ -153,7 +153,8 @@ def _elements(path: Path, followers: Sequence[re.Pattern[str]], brackets: str) -
         at = len(_BEFORE.match(buffer)[0])  # type: ignore[index]  # matches the empty string too
         if not buffer.startswith(opening, at):
             what = "list" if opening == "[" else "object"
-            raise UserError(f"{path}: expected a JSON {what} at the top level; is this the right file?")
+            hint = "JSON lines? name it .jsonl (type chat)" if buffer.startswith("{", at) else "is this the right file?"
+            raise UserError(f"{path}: expected a JSON {what} at the top level; {hint}")
         at += 1
         while True:
             at = _BETWEEN.match(buffer, at).end()  # type: ignore[union-attr]

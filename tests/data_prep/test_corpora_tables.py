@@ -104,6 +104,12 @@ def test_a_bad_line_spoils_itself_only(tmp_path: Path) -> None:
     assert isinstance(fourth, Malformed)
 
 
+def test_json_lines_that_are_named_json_are_recognised(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text('{"a": 1}\n{"a": 2}\n')
+    with pytest.raises(UserError, match=r"expected a JSON list at the top level; JSON lines\? name it \.jsonl"):
+        tables.json_array(tmp_path / "rows.json")
+
+
 @pytest.mark.parametrize("content", ["", "{}", "3", "[1, 2", "[1, }", '["a'])
 def test_a_list_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -29,6 +30,7 @@ ROLES: dict[str, Role] = {
 MESSAGES, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 IMAGE_PARTS = ("image", "image_url")
+_ADDRESS = re.compile(r"(https?|ftp|s3|gs|data):", re.IGNORECASE)
 
 
 class Chat(FileCorpus):
@@ -123,12 +125,14 @@ class Chat(FileCorpus):
         path = value.get("path") if isinstance(value, Mapping) else value
         if not isinstance(path, str):
             raise BadSample("missing-image", f"image {name} has neither bytes nor a file name")
+        if address := _ADDRESS.match(path):
+            raise BadSample("missing-image", f"image {name} is a {address[1]}: address: download it and name its file")
         return find_image(self.root / self.images, path)
 
 
 def _key(row: Row, names: Sequence[str]) -> str:
-    """Return the first of some keys that a row has, or the first of all, for the message that it is missing."""
-    return next((name for name in names if row.get(name) is not None), names[0])
+    """Return the first of some keys under which a row has something, or the first of all, which is then missing."""
+    return next((name for name in names if row.get(name) not in (None, [])), names[0])
 
 
 def _part(part: Row, inline: list[object]) -> str:

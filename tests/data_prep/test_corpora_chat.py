@@ -25,6 +25,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "A field."}],
         "image": "a.png",
     },
+    "an-empty-list-beside": {
+        "messages": [{"role": "user", "content": "<image>\nWhat is this?"}, ANSWER],
+        "images": [],
+        "image": "a.png",
+    },
     "no-marker": {"conversation": [{"role": "user", "content": "What is this?"}, ANSWER], "image": "a.png"},
     "typed-parts": {
         "messages": [
@@ -137,6 +142,15 @@ def test_only_users_show_images(content: Any, speaker: str, tmp_path: Path) -> N
     shown, spelled = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
     assert isinstance(shown, Reject) and shown.code == "bad-label" and "assistant's or system's turn" in shown.detail
     assert isinstance(spelled, Example if isinstance(content, str) else Reject), "without images a marker is a word"
+
+
+@pytest.mark.parametrize("address", ["https://example.org/a.png", "data:image/png;base64,iVBORw0KGgo="])
+def test_an_address_is_said_to_be_one(address: str, tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "<image> What?"}, ANSWER], "image": address}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    [item] = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
+    assert isinstance(item, Reject) and item.code == "missing-image"
+    assert f"is a {address.partition(':')[0]}: address: download it and name its file" in item.detail
 
 
 @pytest.mark.parametrize(

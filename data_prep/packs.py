@@ -266,6 +266,7 @@ class PackReader:
     def __init__(self, directory: Path | str, *, verify: bool = False) -> None:
         """Open a folder; ``verify=True`` hashes every file first (UserError names the first that differs)."""
         self.directory = Path(directory)
+        self._seen = self._look()
         self.manifest = Manifest.load(self.directory)
         self._row_files = [entry for entry in self.manifest.files if entry.rows]
         self._starts = np.cumsum([0] + [entry.rows for entry in self._row_files])
@@ -334,13 +335,36 @@ class PackReader:
         path = self.directory / entry.name
         try:
             with pa.memory_map(str(path)) as mapped:  # the batch keeps the map, no file stays open
-                batch = pa.ipc.open_file(mapped).get_batch(0)
+                size, batch = mapped.size(), pa.ipc.open_file(mapped).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
+            self._check_unchanged()
             raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
+        self._check_unchanged()  # not before: a writer removes the manifest, and then replaces rows
         schemas = [row_schema(self.manifest.length, views=views) for views in (False, True)]
-        if batch.num_rows != entry.rows or batch.schema not in schemas:
+        if size != entry.bytes or batch.num_rows != entry.rows or batch.schema not in schemas:
             raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
         return batch
+
+    def _check_unchanged(self) -> None:
+        """Raise UserError when the manifest is another one than at the start: rows of both would be mixed."""
+        seen = self._look()
+        if seen == self._seen:
+            return
+        try:
+            same = Manifest.load(self.directory) == self.manifest
+        except UserError:
+            same = False
+        if not same:
+            raise UserError(f"{self.directory}: the packs were made anew while being read: start again")
+        self._seen = seen
+
+    def _look(self) -> tuple[int, int, int] | None:
+        """Return what changes whenever the manifest is written; None where there is none."""
+        try:
+            about = (self.directory / "manifest.json").stat()
+        except OSError:
+            return None
+        return about.st_ino, about.st_size, about.st_mtime_ns
 
     @staticmethod
     def _view(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:

@@ -179,6 +179,13 @@ class Recipe(_Strict):
     def _text_means_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
 
+    @field_validator("root", "out")
+    @classmethod
+    def _names_a_folder(cls, value: str) -> str:
+        if not value.strip():  # an unset variable of a shell: the working folder would be written into
+            raise ValueError("is empty: name a folder (. for the working folder)")
+        return value
+
     @field_validator("corpora", "packs")
     @classmethod
     def _names_are_file_names(cls, value: dict[str, Any]) -> dict[str, Any]:
@@ -322,6 +329,8 @@ def _describe(error: ValidationError) -> str:
         return f"unknown key {path}{did_you_mean(str(place[-1]), model.model_fields if model else ())}"
     if first["type"] == "missing":
         return f"{path} is missing: add it"
+    if first["type"] in ("model_type", "dict_type"):
+        return f"{path}: a mapping of keys belongs here (found {first['input']!r})"
     message = str(first["msg"]).removeprefix("Value error, ")
     shown = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f" (found {first['input']!r})"
     return f"{path}: {message}{shown}" if path else f"{message}{shown}"

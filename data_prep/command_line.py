@@ -23,7 +23,11 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
         word = message.removeprefix("unrecognized arguments: ").split()[0]
+        flag = word.partition("=")[0]
         hint = did_you_mean(word, self.flags()) if word.startswith("-") else ""
+        if message.startswith("unrecognized"):
+            owners = [name for name, command in self._commands().items() if flag in command.flags()]
+            hint = f" ({flag} is for {', '.join(owners)})" if owners else hint
         self.exit(2, f"{self.prog.split()[0]}: {message}{hint}; {self.prog} --help shows all\n")
 
     def flags(self) -> set[str]:

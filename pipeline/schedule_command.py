@@ -36,7 +36,7 @@ def schedule_command(argv: Sequence[str]) -> int:
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
     options = parser.parse_args(list(argv))
     words = {"pp": options.pp, "schedule": options.schedule, "chunks": options.chunks}
-    build_config({"parallel": words}, "mma schedule")  # refuses what the trainer would
+    build_config({"parallel": words}, "schedule")  # refuses what the trainer would
     if options.micro_batches < 1:
         raise ConfigError(f"--micro-batches {options.micro_batches}: a step has at least 1")
     console = Console()

@@ -177,6 +177,8 @@ def test_a_rank_beside_another_prepares_without_a_word(tmp_path: Path, capfd: py
     [
         ("runn demo", "unknown command 'runn' (did you mean 'run'?); known: demo, run, ingest"),
         ("inspect x --htlm y", "unrecognized arguments: --htlm y (did you mean '--html'?)"),
+        ("plan r --shard 0/1", "unrecognized arguments: --shard 0/1 (--shard is for ingest, materialize)"),
+        ("stats d --row=3", "unrecognized arguments: --row=3 (--row is for inspect)"),
         ("plan", "the following arguments are required: RECIPE; mma-prep plan --help shows all"),
         ("inspect d --row 1 --rows 2:3", "argument --rows: not allowed with argument --row"),
     ],

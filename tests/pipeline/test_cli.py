@@ -53,6 +53,7 @@ def test_generate_prints_one_answer(
         pytest.param(
             ["evaluate", "--model", "MODEL", "--compare", "MODEL", "--packs", "gone"], "name another export", id="same"
         ),
+        pytest.param(["schedule", "--pp", "0"], "mma: schedule: parallel.pp: Input should be", id="schedule"),
         pytest.param(["export", "gone", "out"], "gone holds no checkpoint", id="run"),
     ],
 )

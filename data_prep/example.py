@@ -81,3 +81,5 @@ class Reject:
     """What was found, as far as it is text."""
     image: ImageRef | None = None
     """Its image, where there is one."""
+    sought: Path | None = None
+    """A file it lacks: when that comes, it is read again."""

@@ -43,13 +43,17 @@ REPAIRS: Mapping[str, str] = {
 
 
 class BadSample(Exception):  # noqa: N818 - an outcome of one sample, not a fault of the program
-    """One sample cannot be used; carries its code (a key of ``CODES``) and words that help to mend it."""
+    """One sample cannot be used; carries its code (a key of ``CODES``) and words that help to mend it.
 
-    def __init__(self, code: str, detail: str = "") -> None:
+    ``sought`` is the file that is missing, where one is.
+    """
+
+    def __init__(self, code: str, detail: str = "", sought: Path | None = None) -> None:
         assert code in CODES, code
         super().__init__(f"{code}: {detail}" if detail else code)
         self.code = code
         self.detail = detail
+        self.sought = sought
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """The image files that a unit of ingest read: the unit is stale when one of them changes.
 
-A file is known by its size and its time, as make and rsync know it; contents are not read again. Where images were
-missing, the image folders and the folders in them are watched as well, so that images which arrive later are seen.
+A file is known by its size and its time, as make and rsync know it; contents are not read again. Images that were
+missing are watched by their paths, and with them the image folders and the folders in them, for images that a reader
+finds by other means: so images which arrive later are seen.
 """
 
 from __future__ import annotations
@@ -18,8 +19,12 @@ _AT_A_TIME = 16
 
 
 def describe(paths: Iterable[Path], root: Path) -> bytes:
-    """Return what a unit keeps of the files it read: a line with size, time and place below ``root`` for each."""
-    return b"".join(_line(os.path.relpath(path, root), root) for path in sorted(set(paths)))
+    """Return what a unit keeps of the files it read: a line with size, time and place below ``root`` for each.
+
+    A name that holds a line end has no line of its own, and is not watched.
+    """
+    places = (os.path.relpath(path, root) for path in sorted(set(paths)))
+    return b"".join(_line(place, root) for place in places if "\n" not in place)
 
 
 def watched(folders: Iterable[Path]) -> Iterator[Path]:

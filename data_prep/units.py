@@ -88,7 +88,7 @@ class UnitWriter:
         self._repairs: Counter[str] = Counter()
         self._kept = 0
         self.files: set[Path] = set()
-        """Image files that were read."""
+        """Image files that were read, or would have been, were they there."""
 
     def __enter__(self) -> UnitWriter:
         with ExitStack() as stack:
@@ -177,6 +177,8 @@ class UnitWriter:
         """Count and list a sample that cannot be used."""
         assert item.code in CODES, item.code
         self._codes[item.code] += 1
+        if item.sought is not None:
+            self.files.add(item.sought)
         place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": item.sample}
         self._rejects.write(json.dumps({**place, "code": item.code, "detail": item.detail, **shown(item)}) + "\n")
 

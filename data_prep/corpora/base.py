@@ -143,7 +143,7 @@ class RowCorpus(Corpus):
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
             found = list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
         except BadSample as problem:
-            found = [Reject(sample, problem.code, problem.detail)]
+            found = [Reject(sample, problem.code, problem.detail, sought=problem.sought)]
         return [replace(item, raw=as_text(value)) if isinstance(item, Reject) else item for item in found]
 
     @cached_property
@@ -179,4 +179,4 @@ def attempt(sample: str, make: Callable[[], Example]) -> Example | Reject:
     try:
         return make()
     except BadSample as problem:
-        return Reject(sample, problem.code, problem.detail)
+        return Reject(sample, problem.code, problem.detail, sought=problem.sought)

@@ -41,4 +41,4 @@ def find_first(folder: Path, names: Sequence[str]) -> ImageRef:
         except BadSample as problem:
             if problem.code != "missing-image":
                 raise
-    raise BadSample("missing-image", f"no file {names[0]} in the image folder")
+    raise BadSample("missing-image", f"no file {names[0]} in the image folder", folder / names[0])

@@ -90,9 +90,9 @@ def find_image(folder: Path, name: str) -> ImageRef:
     try:
         found = path.is_file()
     except OSError as problem:  # a name longer than the file system allows, a folder without permission
-        raise BadSample("missing-image", str(problem.strerror)) from None
+        raise BadSample("missing-image", str(problem.strerror), path) from None
     if not found:
-        raise BadSample("missing-image", f"no file {relative} in the image folder")
+        raise BadSample("missing-image", f"no file {relative} in the image folder", path)
     if not path.resolve().is_relative_to(_resolved(folder)):
         raise BadSample("unsafe-path", f"{relative} is a link out of the image folder")
     return ImageRef(name=str(relative), path=path)

@@ -327,6 +327,33 @@ def test_changed_and_missing_images_are_noticed(tmp_path: Path) -> None:
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
+def test_an_image_that_comes_later_is_seen_however_deep_it_lies(tmp_path: Path) -> None:
+    names = ["a/b/1.png", "a/b/c/2.png", "not yet/3.png", "odd\nname.png"]
+    rows = [
+        {
+            "id": name,
+            "image": name,
+            "conversations": [{"from": "human", "value": "what?"}, {"from": "gpt", "value": "it."}],
+        }
+        for name in names
+    ]
+    write_llava(tmp_path / "raw", [])
+    (tmp_path / "raw" / "llava.json").write_text(json.dumps(rows))
+    images = tmp_path / "raw" / "images"
+    (images / "a" / "b").mkdir(parents=True)
+    (images / "a" / "b" / "1.png").write_bytes(png(1))
+    corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
+    packs = {"sft": {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1}}
+    tokenizer = str(own_tokenizer(tmp_path))
+    recipe = make_recipe(tmp_path, corpora=corpora, packs=packs, tokenizer=tokenizer, max_bad_fraction=1.0)
+    assert "4 samples, 3 rejected" in " ".join(prepare(recipe))
+    assert not any(line.startswith("ingest (") for line in prepare(recipe))
+    for left, name in ((2, names[1]), (1, names[2])):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).write_bytes(png(2))
+        assert f"4 samples, {left} rejected" in " ".join(prepare(recipe))
+
+
 def test_a_deleted_store_is_made_again(tmp_path: Path) -> None:
     write_world(tmp_path / "raw")
     prepare(make_recipe(tmp_path))

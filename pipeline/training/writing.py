@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -27,6 +28,8 @@ from pipeline.training.manifest import MANIFEST, TOKENIZER, CheckpointManifest, 
 Part = Callable[[], Any]
 """What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""
 Files = dict[str, FileEntry]
+SHOWN_S = 30.0
+"""How long a network file system may take to show rank 0 what other nodes have written."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +150,13 @@ def _seal(path: Path) -> FileEntry:
 
 def _publish(target: Target, manifest: CheckpointManifest) -> None:
     """Make a written checkpoint one that a start takes, in one step. Raises OSError where not all files are here."""
+    patience = time.monotonic() + SHOWN_S
     for name, entry in manifest.files.items():
         path = target.hidden / name
-        if not path.is_file() or path.stat().st_size != entry.bytes:
-            raise OSError(f"rank 0 does not see {path}: the run folder must lie on a disk that all nodes share")
+        while not path.is_file() or path.stat().st_size != entry.bytes:
+            if time.monotonic() > patience:
+                raise OSError(f"rank 0 does not see {path}: the run folder must lie on a disk that all nodes share")
+            time.sleep(0.2)
     write_atomic(target.hidden / MANIFEST, manifest.to_json().encode())
     _sync_folder(target.hidden / TOKENIZER)
     _sync_folder(target.hidden)

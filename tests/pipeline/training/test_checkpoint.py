@@ -14,7 +14,7 @@ from torch import nn
 
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
-from pipeline.training import checkpoint
+from pipeline.training import checkpoint, writing
 from pipeline.training.checkpoint import (
     Checkpoint,
     checkpoint_folders,
@@ -119,8 +119,9 @@ def test_a_slice_is_read_from_the_files_that_hold_it_alone(tmp_path: Path) -> No
         assert [*opened._open] == sorted({element // share for element in range(start, stop)})
 
 
-def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path) -> None:
+def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks whose run folders lie on disks of their own."""
+    monkeypatch.setattr(writing, "SHOWN_S", 0.0)
     manifest = CheckpointManifest(
         step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=2, config={},
         model={"spec": {"llm": {}}}, params={"w": ParamEntry((4,), 0, True)},

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,6 +29,8 @@ from pipeline.parallel.zero3 import STATES, Zero3Stage
 from pipeline.training.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
 
 _NAME = re.compile(r"step-\d{8}")
+SHOWN_S = 30.0
+"""How long a network file system may take to show one node what others have written."""
 _TYPES = {"frozen": ("F32", "BF16")}
 _View = tuple[list[str], str]
 """What a rank sees of a checkpoint: what is wrong with it, and its manifest."""
@@ -134,7 +137,10 @@ def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | Non
     checkpoint is, for all: on a network file system one node may not see yet what another has written.
     """
     complaints: list[str] = []
-    for folder in _said_by_rank_0([path] if (path / MANIFEST).is_file() else checkpoint_folders(path)):
+    folders = [path] if (path / MANIFEST).is_file() else checkpoint_folders(path)
+    for folder, has_manifest in _said_by_rank_0([(folder, (folder / MANIFEST).is_file()) for folder in folders]):
+        if has_manifest:
+            _wait_for(folder / MANIFEST)
         checkpoint, faults = _inspect(folder, rank, world)
         views = _of_all_ranks((faults, checkpoint.manifest.to_json() if checkpoint else ""))
         faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
@@ -144,6 +150,13 @@ def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | Non
             return checkpoint, complaints
         complaints += faults
     return None, complaints
+
+
+def _wait_for(path: Path) -> None:
+    """Give a network file system time to show a file that another node sees."""
+    patience = time.monotonic() + SHOWN_S
+    while not path.is_file() and time.monotonic() < patience:
+        time.sleep(0.2)
 
 
 def _inspect(folder: Path, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
@@ -247,7 +260,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _said_by_rank_0(own: list[Path]) -> list[Path]:
+def _said_by_rank_0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:
     """Return rank 0's list on every rank."""
     lists = [own]
     if dist.is_initialized():

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from data_prep.errors import UserError
 from pipeline.parallel.groups import device_of_rank
 from pipeline.parallel.topology import Topology
-from pipeline.training.checkpoint import checkpoint_folders, unfinished_folders
+from pipeline.training.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
 from pipeline.training.logs import RankLog
 from pipeline.training.monitor import Verdict
 from pipeline.training.redact import redact
@@ -26,8 +26,6 @@ from pipeline.training.run_lock import holder
 from pipeline.training.watch import Watch, listen
 
 SLACK_S = 60
-SHARED_S = 30.0
-"""How long a network file system may take to show one node what another has written."""
 
 
 def collective_limit(timeout_s: int) -> int:
@@ -59,7 +57,7 @@ def all_share(folder: RunFolder) -> bool:
     """
     taken = [holder(folder.path)]
     dist.broadcast_object_list(taken, 0)
-    patience = time.monotonic() + SHARED_S
+    patience = time.monotonic() + SHOWN_S
     while holder(folder.path) != taken[0]:
         if time.monotonic() > patience:
             return all_can_start(

@@ -171,7 +171,7 @@ def test_rank_0_says_which_checkpoints_there_are_and_all_must_see_the_same(
 ) -> None:
     """The disk of this rank does not show the newest yet, or shows another."""
     told = checkpoint_folders(whole)
-    monkeypatch.setattr(checkpoint, "_said_by_rank_0", lambda own: told)
+    monkeypatch.setattr(checkpoint, "_said_by_rank_0", lambda own: [(folder, True) for folder in told])
     monkeypatch.setattr(checkpoint, "checkpoint_folders", lambda run_dir: told[1:])
     found, _ = newest_whole(whole, rank=1, world=2)
     assert found is not None and found.manifest.step == 2

@@ -70,7 +70,7 @@ def test_a_run_folder_of_one_rank_alone_is_refused(
     def of_another(taken: list[Any], source: int) -> None:
         taken[0] = {"host": "node-1", "pid": 1}
 
-    monkeypatch.setattr(supervise, "SHARED_S", 0.0)
+    monkeypatch.setattr(supervise, "SHOWN_S", 0.0)
     monkeypatch.setattr(dist, "broadcast_object_list", of_another)
     assert not supervise.all_share(folder)
     assert "is not rank 0's run folder: give --run-dir a path on a disk that all nodes share" in capsys.readouterr().err

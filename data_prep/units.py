@@ -48,7 +48,7 @@ class UnitJob:
 
 @functools.lru_cache(maxsize=4)
 def _reader(kind: str, options: str, root: str, raw: str) -> Corpus:
-    """Build a reader once per process; ``raw`` tells when the raw files changed."""
+    """Build a reader once per process: it lists all raw files; ``raw`` tells when one of them changed."""
     return build_corpus(kind, json.loads(options), Path(root))
 
 
@@ -61,7 +61,7 @@ def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
 def ingest_unit(job: UnitJob) -> UnitReport:
     """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
     intake, unit = job.intake, job.unit
-    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), unit.raw)
+    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), intake.raw)
     tokenizer = _tokenizer(str(intake.tokenizer), (intake.tokenizer / "origin.json").read_bytes())
     unit.forget()
     with UnitWriter(unit, intake.writing, tokenizer) as writer:

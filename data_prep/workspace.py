@@ -198,6 +198,8 @@ class Intake:
     folder: Path
     shards: dict[str, str]
     """Shard -> identity of its raw files, in the corpus's own order."""
+    raw: str
+    """Identity of all of them."""
 
     @property
     def units(self) -> list[Unit]:
@@ -246,6 +248,10 @@ class Workspace:
             found[name] = {shard: digest([identity(path) for path in corpus.files_of(shard)]) for shard in shards}
         return found
 
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        return {name: digest(shards) for name, shards in self.shards.items()}
+
     def _shards_of(self, name: str, raw: str) -> list[str]:
         """Return the shards of a corpus: as an earlier step listed them, while its raw files (``raw``) are the same.
 
@@ -266,8 +272,17 @@ class Workspace:
         writing = Writing.of(pack, self.recipe.image_tokens)
         key = digest([INGEST_VERSION, config.type, config.options, asdict(writing), tokenizer_sha256])[:12]
         folder = self.out / "ingest" / corpus / key
-        root = self.recipe.root_dir
-        return Intake(corpus, config.type, config.options, root, self.tokenizer, writing, folder, self.shards[corpus])
+        return Intake(
+            corpus=corpus,
+            kind=config.type,
+            options=config.options,
+            root=self.recipe.root_dir,
+            tokenizer=self.tokenizer,
+            writing=writing,
+            folder=folder,
+            shards=self.shards[corpus],
+            raw=self._identities[corpus],
+        )
 
     def intakes(self, tokenizer_sha256: str) -> list[Intake]:
         """Return the distinct intakes of all pack sets, in recipe order."""

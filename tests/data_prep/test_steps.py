@@ -10,12 +10,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from data_prep import units
+from data_prep.corpora import build_corpus
+from data_prep.corpora.base import Corpus
 from data_prep.corpora.llava import LLaVA
 from data_prep.errors import UserError
 from data_prep.example import ImageRef
@@ -199,6 +204,23 @@ def test_only_changed_shards_are_read_again(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "raw", fresh / "raw")
     prepare(make_recipe(fresh, tokenizer=str(tokenizer)))
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
+
+
+def test_a_process_lists_the_raw_files_once_for_all_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_world(tmp_path / "raw", tars=9, captions=1)
+    built = Counter[str]()
+
+    def count(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
+        built[kind] += 1
+        return build_corpus(kind, options, root)
+
+    monkeypatch.setattr(units, "build_corpus", count)
+    units._reader.cache_clear()
+    ingest(make_recipe(tmp_path), ALONE, QUIET)
+    assert built == {"webdataset": 1, "llava": 1}  # of either writing
+    write_tar(tmp_path / "raw" / "captions" / "00099.tar", {"000000099": (png(99), "something new")})
+    ingest(make_recipe(tmp_path), ALONE, QUIET)
+    assert built["webdataset"] == 2
 
 
 def test_shards_are_listed_once_and_a_damaged_list_is_made_again(

@@ -331,8 +331,8 @@ class Tokenizer:
             return ids[~reserved]
         match = self._spelled.search(text)
         # A cut inside the spelled token: neither half spells it. Normalisers can spell one out of look-alike
-        # characters; then halving finds the place.
-        middle = match.start() + 1 if match else len(text) // 2
+        # characters; then halving finds the place. A token of one character is cut off, and then left out.
+        middle = min(match.start() + 1, len(text) - 1) if match else len(text) // 2
         return np.concatenate([self._encode_ordinary(text[:middle]), self._encode_ordinary(text[middle:])])
 
     def _files(self) -> dict[str, bytes]:

@@ -80,6 +80,15 @@ def test_text_that_spells_a_special_token_stays_text(tokenizer: Tokenizer, spell
 spelled_or_any = st.lists(st.one_of(st.text(max_size=6), st.sampled_from([*SPECIALS, IMAGE_TOKEN])), max_size=6)
 
 
+def test_a_special_token_of_one_character_is_left_out(tmp_path: Path) -> None:
+    folder = byte_bpe(tmp_path / "bpe")
+    raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw.add_special_tokens(["q"])
+    raw.save(str(folder / "tokenizer.json"))
+    tokenizer = Tokenizer.open(folder, SPECIALS)
+    assert tokenizer.decode(tokenizer.encode([Text("a qbq square q")], 1).ids) == "a b suare "
+
+
 @pytest.mark.parametrize("kind", ["hugging-face", "sentencepiece"])
 def test_any_text_comes_back_and_never_holds_a_special_token(
     kind: str, tmp_path_factory: pytest.TempPathFactory

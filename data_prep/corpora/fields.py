@@ -72,7 +72,8 @@ def matching_files(root: Path, option: str, pattern: str) -> list[Path]:
     """Return the files under ``root`` that a pattern matches, by name. Raises UserError where there are none."""
     paths = sorted(path for path in root.glob(pattern) if path.is_file())
     if not paths:
-        raise UserError(f"{option}='{pattern}' matches no file under {root}")
+        lost = "" if root.is_dir() else ": there is no such folder, set root"
+        raise UserError(f"{option}='{pattern}' matches no file under {root}{lost}")
     return paths
 
 

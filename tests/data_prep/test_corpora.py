@@ -188,6 +188,11 @@ def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message:
         build_corpus(kind, options, FIXTURES / kind)
 
 
+def test_a_root_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"matches no file under .*/gone: there is no such folder, set root"):
+        build_corpus("webdataset", {}, tmp_path / "gone")
+
+
 @pytest.mark.parametrize(
     ("kind", "file", "content", "message"),
     [

@@ -5,6 +5,8 @@
 #     TRAIN_SBATCH="--nodes=4 --time=48:00:00" slurm/chain.sh
 # Slurm reads SBATCH_ACCOUNT, SBATCH_PARTITION, SBATCH_QOS, ... by itself and prefers them to what a script asks for, so
 # `. slurm/env.sh && sbatch slurm/pt.sh` and `slurm/chain.sh` both follow what is exported here.
+# What the scripts are told (RECIPE, RUN_DIR, ...) travels as variables: where your site sets SBATCH_EXPORT=NONE, call
+# sbatch with --export=ALL, as slurm/chain.sh does.
 
 # Who pays, and where jobs run: uncomment what your site asks for.
 # export SBATCH_ACCOUNT=${SBATCH_ACCOUNT:-my_project}

@@ -15,7 +15,7 @@ from data_prep.packs import sha256_line, write_atomic
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
-from data_prep.recipe_tokenizer import prepare_tokenizer
+from data_prep.recipe_tokenizer import has_tokenizer, prepare_tokenizer
 from data_prep.seal import forget_damaged, seal_store
 from data_prep.tokenizer import Tokenizer
 from data_prep.units import UnitJob, ingest_unit
@@ -78,6 +78,8 @@ def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
 def _check_units(space: Workspace) -> tuple[str, Tally]:
     """Return the tokenizer's hash and what became of all samples."""
     forget_damaged(space.images)
+    if space.shards and not has_tokenizer(space):  # what is wrong with the corpora is said first
+        raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
     units = pack_units(space.intakes(tokenizer_sha256))
     reports = [unit.done() for unit in units]

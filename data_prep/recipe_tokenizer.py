@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.errors import UserError
-from data_prep.example import Example
+from data_prep.example import Example, Reject
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
 from data_prep.tokenizer import Tokenizer, tokenizer_files, train_sentencepiece
@@ -25,7 +25,7 @@ TRAINING_VERSION = 2
 def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     """Make sure that the output folder has the recipe's tokenizer, training it if asked; return its sha256."""
     recipe, config = space.recipe, space.recipe.tokenizer
-    marker = space.tokenizer / "origin.json"
+    marker = _marker(space)
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
     origin = sealed(digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
@@ -36,13 +36,22 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
         assert config.train is not None
         reporter.say(f"tokenizer: training SentencePiece on up to {config.train.samples:,} samples")
         source = space.tokenizer / "trained.model"
-        texts = corpus_texts(list(space.corpora.values()), config.train.samples)
+        texts = _training_texts(space.corpora, config.train.samples)
         train_sentencepiece(texts, config.train.vocab_size, recipe.specials(), source)
     tokenizer = Tokenizer.open(source, recipe.specials())
     tokenizer.save(space.tokenizer)
     write_atomic(marker, origin)
     reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
     return tokenizer.sha256
+
+
+def has_tokenizer(space: Workspace) -> bool:
+    """Return whether ingest has begun: it makes the tokenizer first."""
+    return _marker(space).is_file()
+
+
+def _marker(space: Workspace) -> Path:
+    return space.tokenizer / "origin.json"
 
 
 def _raw_texts(space: Workspace) -> dict[str, object]:
@@ -56,6 +65,23 @@ def _raw_texts(space: Workspace) -> dict[str, object]:
 def _source_hashes(path: Path) -> dict[str, str]:
     """What an existing tokenizer depends on: the files that are read of its folder, not the weights beside them."""
     return {file.name: sha256_file(file) for file in tokenizer_files(path)}
+
+
+def _training_texts(corpora: Mapping[str, Corpus], samples: int) -> Iterator[str]:
+    """Return the texts to train on. Raises UserError where there are none, with the reason of the first reject."""
+    texts = corpus_texts(list(corpora.values()), samples)
+    first = next(texts, None)
+    if first is not None:
+        return itertools.chain([first], texts)
+    rejects = (
+        f"corpora.{name}: {item.sample} is rejected for {item.code} ({item.detail})"
+        for name, corpus in corpora.items()
+        for shard in corpus.shards()
+        for item in corpus.examples(shard)
+        if isinstance(item, Reject)
+    )
+    why = next(rejects, "there is no sample; mend their paths")
+    raise UserError(f"tokenizer.train: the corpora hold no text to train on: {why}")
 
 
 def corpus_texts(corpora: list[Corpus], samples: int) -> Iterator[str]:

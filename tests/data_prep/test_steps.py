@@ -184,6 +184,14 @@ def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> N
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
+def test_where_no_sample_has_a_text_to_train_on_the_first_reject_says_why(tmp_path: Path) -> None:
+    write_llava(tmp_path / "raw", [("t0", 0, ("what?", "")), ("t1", 1, ("what?", ""))])
+    corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
+    packs = {"sft": {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1}}
+    with pytest.raises(UserError, match=r"no text to train on: corpora.talk: t0-\w+ is rejected for no-answer \(.+\)$"):
+        prepare(make_recipe(tmp_path, corpora=corpora, packs=packs))
+
+
 def own_tokenizer(folder: Path) -> Path:
     """A tokenizer that does not depend on the raw data."""
     train_sentencepiece(["a caption about 123 things", "what is it?"], 400, (), folder / "tokenizer/tokenizer.model")

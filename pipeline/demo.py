@@ -18,6 +18,8 @@ from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 from pipeline.masks import get_policy
 from pipeline.parallel.groups import free_port
+from pipeline.parallel.partition import split_layers
+from pipeline.recipe import load_config
 from pipeline.training.durations import clock
 from pipeline.training.run_folder import RunFolder
 
@@ -72,8 +74,7 @@ def demo_command(argv: Sequence[str]) -> int:
     parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")
     options = parser.parse_args(list(argv))
     began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
-    if options.pp < 1 or ranks < 1 or ranks % options.pp:
-        raise UserError(f"--pp {options.pp} does not divide --ranks {ranks}: give a multiple of the stages")
+    _check_grid(options.pp, ranks)
     stages = stages_of(options.pp, options.compare)
     _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
     for stage in stages:
@@ -89,6 +90,13 @@ def demo_command(argv: Sequence[str]) -> int:
     for name, path in {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}.items():
         print(f"  {name:6} {path}")
     return 0
+
+
+def _check_grid(pp: int, ranks: int) -> None:
+    """Refuse what the trainer would, before minutes of drawing data."""
+    if pp < 1 or ranks < 1 or ranks % pp:
+        raise UserError(f"--pp {pp} does not divide --ranks {ranks}: give a multiple of the stages")
+    split_layers(load_config("demo_pt").model.llm.config["num_hidden_layers"], pp)
 
 
 def default_ranks() -> int:

@@ -117,7 +117,7 @@ class MpiTeam(Team):
         return items[self._comm.Get_rank() :: self._comm.Get_size()]
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run this rank's items, then wait for the other ranks; a UserError of one is raised on all."""
+        """Run this rank's items, then wait for the other ranks; an error a user can mend is raised on all."""
 
         def work() -> None:
             for item in items:
@@ -129,7 +129,7 @@ class MpiTeam(Team):
             raise UserError(problems[0])
 
     def serial(self, task: Callable[[], R]) -> R:
-        """Run the task on rank 0; its UserError is raised on every rank."""
+        """Run the task on rank 0; an error a user can mend is raised on every rank."""
         result, problem = self._comm.bcast(self._attempt(task) if self.talks else None, root=0)
         if problem:
             raise UserError(problem)
@@ -137,10 +137,13 @@ class MpiTeam(Team):
         return returned
 
     def _attempt(self, task: Callable[[], R]) -> tuple[R | None, str]:
-        """Return the task's result, or its UserError's words; any other failure ends all ranks, which would wait."""
+        """Return the task's result, or the words of what a user can mend: a UserError, a folder without permission.
+
+        Any other failure ends all ranks, which would wait.
+        """
         try:
             return task(), ""
-        except UserError as error:
+        except (UserError, OSError) as error:
             return None, str(error)
         except BaseException:
             traceback.print_exc()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from data_prep.workers import parse_share
+from data_prep.workers import MpiTeam, parse_share
 from tests.launch import ROOT
 
 _SCRIPT = """\
@@ -57,3 +57,31 @@ def test_a_share_is_two_numbers(share: str) -> None:
     assert parse_share("1/2") == (1, 2)
     with pytest.raises(UserError, match="give i/n"):
         parse_share(share)
+
+
+class _OneRank:
+    """An MPI communicator of one rank."""
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return 0
+
+    def Get_size(self) -> int:  # noqa: N802
+        return 1
+
+    def allgather(self, value: str) -> list[str]:
+        return [value]
+
+    def bcast(self, value: object, root: int) -> object:
+        return value
+
+
+@pytest.mark.parametrize("by_all", [False, True])
+def test_mpi_ranks_report_a_folder_that_cannot_be_written_as_any_other_error(tmp_path: Path, by_all: bool) -> None:
+    team, file = MpiTeam(_OneRank()), tmp_path / "file"
+    file.touch()
+
+    def make(_: object = None) -> None:
+        (file / "out").mkdir()
+
+    with pytest.raises(UserError, match="Not a directory"):  # and no Abort, which _OneRank does not have
+        team.map(make, [1], print) if by_all else team.serial(make)

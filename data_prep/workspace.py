@@ -8,9 +8,11 @@
     OUT/images/KEY/                              the sealed image store
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason; ``rejects.sha256`` its hash
+    OUT/.lock                                    held while a step writes here (``data_prep.out_lock``)
 
-A unit is made anew when its raw files change: annotation files, tars and the images it read, by size and time. A
-tokenizer that is trained on the corpora follows the annotation files and tars alone.
+A unit is made anew when its raw files change: annotation files, tars and the images it read, by name, size and time. A
+tokenizer that is trained on the corpora follows the annotation files and tars alone. The folder they lie in does not
+count, so that raw data may be moved: two roots whose files agree in all of that need two output folders.
 
 ``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted once the packs
 are made, and is made again by the next change.

@@ -28,7 +28,7 @@ from data_prep.packing import (
     pack_windows,
     sample_order,
 )
-from data_prep.packs import sha256_file
+from data_prep.packs import Manifest, sha256_file
 from data_prep.progress import Reporter
 from data_prep.prompts import draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
@@ -109,7 +109,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, sources)
-        if _settings_of(path) != settings:
+        if not _is_current(path, settings):
             made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer))
             for line in made.advice:
                 reporter.say(line)
@@ -178,6 +178,16 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
     except (OSError, pa.ArrowInvalid, KeyError, TypeError):
         return None
     return settings
+
+
+def _is_current(path: Path, settings: dict[str, Any]) -> bool:
+    """Return whether the plan at ``path`` is of these settings, and as whole as when packs were made by it."""
+    if _settings_of(path) != settings:
+        return False
+    try:
+        return Manifest.load(path.parent).plan_sha256 == sha256_file(path)
+    except UserError:  # none were made yet
+        return True
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
 from data_prep.materialize import materialize, pack_row
 from data_prep.packs import Manifest, Source
+from data_prep.plan import Plan
 from data_prep.progress import Reporter
 from data_prep.samples import Sample
 from data_prep.verify import verify, verify_part
@@ -95,6 +97,20 @@ def test_what_verify_says_of_a_damaged_file_mends_it(out: Path, tmp_path: Path) 
         prepare(recipe)
         assert named_by_verify(tmp_path / "out") is None, kind
         assert tree_hashes(tmp_path / "out") == before, kind
+
+
+def test_rows_never_follow_a_damaged_plan(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    plan = tmp_path / "out" / "packs" / "sft" / "plan.arrow"
+    made = Plan.load(plan)
+    with pa.OSFile(str(plan), "rb") as file:
+        table = pa.ipc.open_file(file).read_all()
+    other = table.set_column(2, "unit", pa.array(made.unit[::-1]))  # a whole file with the same settings
+    with pa.OSFile(str(plan), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(other)
+    assert Plan.load(plan).sha256 != made.sha256
+    prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
+    assert tree_hashes(tmp_path / "out") == tree_hashes(out)
 
 
 def named_by_verify(out: Path) -> Path | None:

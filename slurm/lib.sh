@@ -230,11 +230,14 @@ find_lost() {
   lost=${lost% }
 }
 
-# silent_nodes: print the job's nodes that start no process within NODE_PATIENCE seconds.
+# silent_nodes: print the job's nodes that start no process within NODE_PATIENCE seconds. A step may be refused while the
+# one before is still being cleared away: three refusals are needed.
 silent_nodes() {
   local node
   for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
-    timeout "$NODE_PATIENCE" "${srun[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 \
+    # shellcheck disable=SC2016
+    timeout "$NODE_PATIENCE" bash -c 'for pause in 1 4 0; do "$@" && exit; sleep $pause; done; exit 1' bash \
+      "${srun[@]}" --overlap --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=1 \
       --nodelist="$node" true > /dev/null 2>&1 || printf '%s ' "$node" &
   done
   wait

@@ -169,6 +169,21 @@ def test_scores_are_kept_only_for_the_packs_and_flags_they_are_of(tmp_path: Path
         (run / "evaluation.json").write_text("{}")
 
 
+def test_a_step_that_is_refused_once_makes_no_node_a_lost_one(tmp_path: Path) -> None:
+    """As while the step before is being cleared away; a node that refuses every step is lost."""
+    refusing = f"""#!/bin/sh
+case "$*" in *--nodelist=gone*) exit 1 ;; esac
+[ -f {tmp_path}/refused ] || {{ touch {tmp_path}/refused; exit 1; }}
+"""
+    for program, script in {"srun": refusing, "scontrol": "#!/bin/sh\necho back gone\n"}.items():
+        (tmp_path / program).write_text(script)
+        (tmp_path / program).chmod(0o755)
+    env = {**environment(), "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "NODE_PATIENCE": "3"}
+    call = ["bash", "-c", ". slurm/lib.sh && SLURM_JOB_NODELIST=all silent_nodes"]
+    done = subprocess.run(call, cwd=ROOT, env=env, text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "gone ") and (tmp_path / "refused").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("broken", [False, True], ids=["both fit", "one bad"])
 def test_the_node_check_names_the_bad_node(broken: bool, tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def verify(directory: Path) -> Iterator[str]:
         yield f"{folder}: whole, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
     units = find_units(directory)
     if units:
-        _check_all([unit_check(unit, directory / "images") for unit in units])
+        _check_all([functools.partial(check_unit, unit, directory / "images") for unit in units])
         _check_sums(directory / "rejects.jsonl")
         for path in sorted(directory.glob("ingest/*/shards-*.json")):
             _check_own_hash(path)
@@ -164,35 +164,31 @@ def find_units(directory: Path) -> list[Unit]:
     return [Unit(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers]
 
 
-def unit_check(unit: Unit, stores: Path) -> Callable[[], None]:
-    """Return a check of one unit of ingest: its marker, what the marker lists, and its rows of sealed stores."""
-
-    def check() -> None:
-        report = unit.report()
-        for path, sha256 in (
-            (unit.tokens, report.sha256),
-            (unit.facts, report.facts_sha256),
-            (unit.digests, report.images_sha256),
-            (unit.rejects, report.rejects_sha256),
-            (unit.sources, report.sources_sha256),
-        ):
-            Hashed(path, sha256, unit.marker.name).check()
-        _check_images(unit)
-        for path in unit.row_files():
-            key = path.name.rpartition("-")[2]
-            if (stores / key / "store.json").is_file():
-                _check_rows(unit, path, ImageStore(stores / key))
-
-    return check
+def check_unit(unit: Unit, stores: Path) -> None:
+    """Check one unit of ingest: its marker, what the marker lists, and its rows of sealed stores. Raises UserError."""
+    report = unit.report()
+    for path, sha256 in (
+        (unit.tokens, report.sha256),
+        (unit.facts, report.facts_sha256),
+        (unit.digests, report.images_sha256),
+        (unit.rejects, report.rejects_sha256),
+        (unit.sources, report.sources_sha256),
+    ):
+        Hashed(path, sha256, unit.marker.name).check()
+    _check_images(unit)
+    for path in unit.row_files():
+        key = path.name.rpartition("-")[2]
+        if (stores / key / "store.json").is_file():
+            _check_rows(unit, path, ImageStore(stores / key))
 
 
 def check_tokens(units: Sequence[Unit]) -> None:
     """Check the tokens of units against their markers, before rows are made of them. Raises UserError."""
+    _check_all([functools.partial(_check_tokens, unit) for unit in units])
 
-    def check(unit: Unit) -> None:
-        Hashed(unit.tokens, unit.report().sha256, unit.marker.name).check()
 
-    _check_all([functools.partial(check, unit) for unit in units])
+def _check_tokens(unit: Unit) -> None:
+    Hashed(unit.tokens, unit.report().sha256, unit.marker.name).check()
 
 
 def _check_images(unit: Unit) -> None:

@@ -116,6 +116,7 @@ class _Graph:
 
     @classmethod
     def build(cls, policy: Policy, sidecars: Sidecars) -> _Graph:
+        """Cut a row into atoms and list what the policy unlocks between them."""
         table = policy.table(sidecars)
         order = causal_order(policy, table)
         order = np.arange(len(table)) if order is None else order

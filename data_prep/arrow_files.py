@@ -30,14 +30,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-class ArrowFile:
-    """Writes record batches to one Arrow IPC file; use as a context manager.
+class ArrowWriter:
+    """Streams rows to one Arrow IPC file in batches of ``batch_rows``; use as a context manager.
 
-    ``entry`` holds the file's size, hash and number of rows once the block has ended well; without ``hashed``, no hash.
+    ``entry`` holds the file's size, hash and number of rows once the block has ended well.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, *, hashed: bool = True) -> None:
-        self._path, self._schema, self._hashed = path, schema, hashed
+    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS) -> None:
+        self._path, self._schema, self._batch_rows = path, schema, batch_rows
+        self._rows: list[tuple[Any, ...]] = []
         self._written = 0
         self.entry = FileEntry(path.name, 0, "")
 
@@ -48,51 +49,32 @@ class ArrowFile:
         self._stream = pa.ipc.new_file(self._sink, self._schema)
         return self
 
-    def write(self, batch: pa.RecordBatch) -> None:
-        """Add a batch of the schema."""
-        self._stream.write_batch(batch)
-        self._written += batch.num_rows
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.close()
-        self._sink.close()
-        if kind is None:
-            digest = sha256_file(self._temporary) if self._hashed else ""
-            self.entry = FileEntry(self._path.name, self._temporary.stat().st_size, digest, self._written)
-        self._context.__exit__(kind, error, trace)
-
-
-class ArrowWriter(ArrowFile):
-    """Streams rows to one Arrow IPC file in batches of ``batch_rows``."""
-
-    def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS, hashed: bool = True) -> None:
-        super().__init__(path, schema, hashed=hashed)
-        self._batch_rows = batch_rows
-        self._rows: list[tuple[Any, ...]] = []
-
     def append(self, row: tuple[Any, ...]) -> None:
         """Add one row: values in the order of the schema."""
         self._rows.append(row)
         if len(self._rows) == self._batch_rows:
             self._flush()
 
+    def _flush(self) -> None:
+        columns = [
+            pa.array(column, type=field.type)
+            for column, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
+        ]
+        self._stream.write_batch(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        self._written += len(self._rows)
+        self._rows.clear()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:
+        if kind is None and self._rows:
             self._flush()
-        super().__exit__(kind, error, trace)
-
-    def _flush(self) -> None:
-        if self._rows:
-            columns = [
-                pa.array(column, type=field.type)
-                for column, field in zip(zip(*self._rows, strict=True), self._schema, strict=True)
-            ]
-            self.write(pa.RecordBatch.from_arrays(columns, schema=self._schema))
-            self._rows.clear()
+        self._stream.close()
+        self._sink.close()
+        if kind is None:
+            digest = sha256_file(self._temporary)
+            self.entry = FileEntry(self._path.name, self._temporary.stat().st_size, digest, self._written)
+        self._context.__exit__(kind, error, trace)
 
 
 def open_batches(path: Path) -> list[pa.RecordBatch]:

@@ -114,4 +114,4 @@ def _is_complete(packs: Path) -> bool:
         store = ImageStore(packs / manifest.image_store)
     except UserError:
         return False
-    return store.is_complete() and all(is_of_size(packs / entry.name, entry.bytes) for entry in manifest.files)
+    return not store.missing() and all(is_of_size(packs / entry.name, entry.bytes) for entry in manifest.files)

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -23,12 +25,15 @@ import pyarrow as pa
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from data_prep.errors import UserError
+from data_prep.jpeg import surely_decodes
 from data_prep.packs import FileEntry, is_of_size, sha256_file
 from data_prep.quarantine import BadSample
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats that are read; others (EPS runs an interpreter) are never even tried."""
-STORE_FORMAT, STORE_VERSION = "mma-images", 1
+STORE_FORMAT, STORE_VERSION = "mma-images", 2
+SHARD_BATCH_ROWS = 64
+"""Rows of every record batch but the last of a shard: what is held in memory while one is written."""
 IMAGE_SCHEMA = pa.schema(
     [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
 )
@@ -36,12 +41,6 @@ Image.init()  # Pillow registers some of these formats only on demand, and `open
 # Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
-_TURNED = (5, 6, 7, 8)
-"""Values of EXIF's orientation that exchange width and height."""
-_DCT_FRAMES = {bytes((0xFF, marker)) for marker in (0xC0, 0xC1, 0xC2)}
-"""Markers of baseline, extended and progressive frames of a JPEG."""
-_BEFORE_FRAME = {bytes((0xFF, marker)) for marker in (0xC4, 0xDB, 0xDD, *range(0xE0, 0xF0), 0xFE)}
-"""Markers of what may stand before its frame: tables, restart intervals, applications' data, comments."""
 _DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
 
 
@@ -58,66 +57,58 @@ def decode_rgb(data: bytes) -> Image.Image:
     Raises:
         BadImage: empty, foreign, damaged, tiny or oversized bytes.
     """
-    return _to_rgb(_load_upright(data, small=False)[0])
+    with _refusals(data):
+        image = _load_upright(_open(data))
+    return _to_rgb(image)
 
 
 def check_image(data: bytes) -> tuple[int, int]:
-    """Return (width, height), upright, of what ``decode_rgb`` decodes; in a third of its time where it is a JPEG.
+    """Return (width, height), upright, of what ``decode_rgb`` decodes. Most JPEGs are not decoded for it.
 
     Raises:
         BadImage: exactly where ``decode_rgb`` does.
     """
-    image, size = _load_upright(data, small=True)
+    with _refusals(data):
+        image = _open(data)
+        if _surely_loads(image, data):
+            return image.size
+        _load_upright(image)
     _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
-    return size
+    return image.size
 
 
-def _load_upright(data: bytes, *, small: bool) -> tuple[Image.Image, tuple[int, int]]:
-    """Load an image and turn it upright; return it with its upright size.
-
-    A ``small`` JPEG is loaded in grey, at an eighth of its sides: all of its data is read, and few pixels are computed.
-    """
-    if not data:
-        raise BadImage("empty-file", "0 bytes")
+@contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Turn what Pillow raises into BadImage."""
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        _check_size(image)
-        size = image.size
-        reduced = small and _has_dct_frame(data) and _reduce(image)
-        image.load()
-        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
-        ImageOps.exif_transpose(image, in_place=True)
-    except BadImage:
-        raise
+        yield
     except Image.DecompressionBombError as error:
         raise BadImage("image-bomb", str(error)) from error
     except UnidentifiedImageError as error:
         raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
     except _DAMAGE as error:
         raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
-    if not reduced:
-        return image, image.size
-    return image, size[::-1] if turned else size
 
 
-def _has_dct_frame(data: bytes) -> bool:
-    """Return whether the first frame of a JPEG is one that libjpeg can scale.
-
-    Asked to scale a lossless one, it would write whole lines where Pillow has room for an eighth. Only headers that
-    cannot be read in two ways pass.
-    """
-    at = 2
-    while data[at : at + 2] in _BEFORE_FRAME:
-        size = int.from_bytes(data[at + 2 : at + 4])
-        if size < 2:
-            return False
-        at += 2 + size
-    return data[at : at + 2] in _DCT_FRAMES
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty-file", "0 bytes")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image)
+    return image
 
 
-def _reduce(image: Image.Image) -> bool:
-    """Ask for an eighth of the sides, in grey; return whether the format can do that without reading less."""
-    return image.draft("L", (max(1, image.width // 8), max(1, image.height // 8))) is not None
+def _load_upright(image: Image.Image) -> Image.Image:
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
+
+
+def _surely_loads(image: Image.Image, data: bytes) -> bool:
+    """Return whether an image that is open can be loaded, as RGB or grey, and is upright as it is."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not surely_decodes(data):
+        return False
+    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
 
 
 def _check_size(image: Image.Image) -> None:
@@ -176,10 +167,10 @@ class ImageStore:
         except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error
         self._starts = np.cumsum([0] + [entry.rows for entry in self.shards])
-        self._batches: dict[int, pa.RecordBatch] = {}
+        self._open_shards: dict[int, pa.ipc.RecordBatchFileReader] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": {}}
+        return {**self.__dict__, "_open_shards": {}}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -199,12 +190,16 @@ class ImageStore:
 
     def hashes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
         """Return the raw sha256 (``S32``) of images. Raises IndexError outside the store."""
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"images {rows.min()} to {rows.max()} of {len(self)} in {self.directory}")
         found = np.empty(len(rows), dtype="S32")
-        for which in np.unique(np.searchsorted(self._starts, rows, side="right") - 1).tolist():
-            start, stop = self._starts[which], self._starts[which + 1]
-            here = (rows >= start) & (rows < stop)
-            column = self._open(self.shards[which]).column("sha256")
-            found[here] = np.frombuffer(column.buffers()[1], dtype="S32", count=stop - start)[rows[here] - start]
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        batches, places = np.divmod(rows - self._starts[shards], SHARD_BATCH_ROWS)
+        order = np.lexsort((batches, shards))  # every batch is looked at once
+        changes = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(batches[order]) != 0)) + 1
+        for here in np.split(order, changes) if len(order) else ():
+            column = self._shard(int(shards[here[0]])).get_batch(int(batches[here[0]])).column("sha256")
+            found[here] = np.frombuffer(column.buffers()[1], dtype="S32", count=len(column))[places[here]]
         return found
 
     def size(self, row: int) -> tuple[int, int]:
@@ -222,25 +217,37 @@ class ImageStore:
                     f"{path}: differs from store.json (damaged or edited); delete it and run mma-prep again"
                 )
 
-    def is_complete(self) -> bool:
-        """Return whether every shard is there and has its size."""
-        return all(is_of_size(self.directory / entry.name, entry.bytes) for entry in self.shards)
+    def missing(self) -> list[tuple[int, int]]:
+        """Return the rows ``[start, stop)`` of every shard that is not there, or has another size."""
+        ranges = zip(self.shards, itertools.pairwise(self._starts.tolist()), strict=True)
+        return [rows for entry, rows in ranges if not is_of_size(self.directory / entry.name, entry.bytes)]
+
+    def shard_of(self, start: int, stop: int) -> FileEntry | None:
+        """Return the shard that holds the rows ``[start, stop)`` and no others, or None."""
+        which = int(np.searchsorted(self._starts, start))
+        return self.shards[which] if self._starts[which : which + 2].tolist() == [start, stop] else None
 
     def _cell(self, column: str, row: int) -> Any:
         if not 0 <= row < len(self):
             raise IndexError(f"image {row} of {len(self)} in {self.directory}")
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
-        if which not in self._batches:
-            self._batches[which] = self._open(self.shards[which])
-        return self._batches[which].column(column)[row - int(self._starts[which])]
+        batch, place = divmod(row - int(self._starts[which]), SHARD_BATCH_ROWS)
+        return self._shard(which).get_batch(batch).column(column)[place]
 
-    def _open(self, entry: FileEntry) -> pa.RecordBatch:
+    def _shard(self, which: int) -> pa.ipc.RecordBatchFileReader:
+        if which not in self._open_shards:
+            self._open_shards[which] = self._open(self.shards[which])
+        return self._open_shards[which]
+
+    def _open(self, entry: FileEntry) -> pa.ipc.RecordBatchFileReader:
         path = self.directory / entry.name
         try:
-            with pa.memory_map(str(path)) as mapped:  # the batch keeps the map: a store may have more shards than files
-                batch = pa.ipc.open_file(mapped).get_batch(0)  # may be open
+            with pa.memory_map(str(path)) as file:  # the buffer keeps the map: a store may have more shards than files
+                reader = pa.ipc.open_file(file.read_buffer())  # may be open
+            batches = reader.num_record_batches
+            rows = (batches - 1) * SHARD_BATCH_ROWS + reader.get_batch(batches - 1).num_rows if batches else 0
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: cannot be read ({error}); delete what is there and run mma-prep again") from error
-        if batch.num_rows != entry.rows or batch.schema != IMAGE_SCHEMA:
+        if rows != entry.rows or reader.schema != IMAGE_SCHEMA:
             raise UserError(f"{path}: not the images that store.json lists; delete it and run mma-prep again")
-        return batch
+        return reader

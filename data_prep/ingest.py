@@ -41,7 +41,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
         UserError: a corpus, the tokenizer or an option is wrong, or too many samples were rejected.
     """
     space = Workspace(recipe)
-    team.serial(lambda: forget_damaged(space.images))
+    team.serial(lambda: forget_damaged(space.out))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
         UnitJob(unit, replace(intake, shards={}))  # a job that knew all shards would be large to send
@@ -77,7 +77,7 @@ def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
 
 def _check_units(space: Workspace) -> tuple[str, Tally]:
     """Return the tokenizer's hash and what became of all samples."""
-    forget_damaged(space.images)
+    forget_damaged(space.out)
     if space.shards and not has_tokenizer(space):  # what is wrong with the corpora is said first
         raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256

@@ -1,7 +1,9 @@
 """Sealing the image store: the distinct images of all units, gathered in order of first use.
 
-Hashes are compared range by range and images are copied shard by shard, so memory does not grow with the corpus; what
-grows is a mapped file with 8 bytes for every image of every unit. Any process may write any shard.
+A shard holds the images that one unit is the first to use. Where these are all that the unit has, its file becomes the
+shard as it is, by a hard link; others are copied without the images of earlier units. Hashes are compared range by
+range, so memory does not grow with the corpus; what grows is a mapped file with 8 bytes for every image of every unit.
+Any process may write any shard.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +24,25 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.arrow_files import ArrowFile, atomic_path, open_batches
+from data_prep.arrow_files import ArrowWriter, atomic_path, open_batches
 from data_prep.digests import Digests
 from data_prep.errors import UserError
-from data_prep.images import IMAGE_SCHEMA, STORE_FORMAT, STORE_VERSION, ImageStore
-from data_prep.packs import write_atomic
+from data_prep.images import IMAGE_SCHEMA, SHARD_BATCH_ROWS, STORE_FORMAT, STORE_VERSION, ImageStore
+from data_prep.packs import FileEntry, is_of_size, write_atomic
 from data_prep.workers import Team
 from data_prep.workspace import Unit
 
-SHARD_BYTES = 64 << 20
-"""A store shard is closed when it holds this much: it is one Arrow batch, and what sealing keeps in memory."""
-SHARD_ROWS = 1 << 14
 RANGE_IMAGES = 1 << 17
 """Hashes that are compared at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One shard to be written: rows ``[start, stop)`` of the store."""
+    """One shard to be written: rows ``[start, stop)`` of the store, new images of one unit."""
 
     store: Path
     number: int
+    unit: int
     start: int
     stop: int
 
@@ -102,17 +102,33 @@ def _is_sealed(units: Sequence[Unit], store: Path) -> bool:
 
 
 def _is_whole(store: Path) -> bool:
+    found = _opened(store)
+    return found is not None and not found.missing()
+
+
+def _opened(store: Path) -> ImageStore | None:
     try:
-        return ImageStore(store).is_complete()
+        return ImageStore(store)
     except UserError:
-        return False
+        return None
 
 
-def forget_damaged(directory: Path) -> None:
-    """Remove the index of every store that misses a part, so that units which gave it their copies are read anew."""
-    for index in directory.glob("*/store.json"):
-        if not _is_whole(index.parent):
+def forget_damaged(out: Path) -> None:
+    """Make the units of an output folder forget what a store misses of their images: they are read anew."""
+    for index in out.glob("images/*/store.json"):
+        store = _opened(index.parent)
+        if store is None:
             index.unlink(missing_ok=True)
+        elif missing := store.missing():
+            _forget(out, store.directory.name, missing)
+
+
+def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
+    bounds = np.array(missing).ravel()  # ascending, so a row lies in a missing range where it passes an odd number
+    for path in out.glob(f"ingest/*/*/*.rows-{store}"):
+        rows = np.fromfile(path, dtype=np.int64)
+        if (np.searchsorted(bounds, rows, side="right") % 2).any():
+            path.unlink(missing_ok=True)
 
 
 def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
@@ -120,14 +136,14 @@ def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
     starts = np.cumsum([0, *(unit.report().images for unit in units)])
     with _new_rows(store, int(starts[-1])) as rows:
         _find_owners(units, starts, rows)
-        first_rows, bounds = _number_rows(units, starts, rows)
+        bounds = _number_rows(starts, rows)
     context = {
         "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
         "starts": starts.tolist(),
-        "first_rows": first_rows,
     }
     write_atomic(_work(store) / "context.json", json.dumps(context).encode())
-    return [ShardJob(store, number, *ends) for number, ends in enumerate(itertools.pairwise(bounds))]
+    new = [(unit, *ends) for unit, ends in enumerate(itertools.pairwise(bounds)) if ends[0] < ends[1]]
+    return [ShardJob(store, number, *which) for number, which in enumerate(new)]
 
 
 def _rows(store: Path) -> Path:
@@ -187,25 +203,15 @@ def _ranges(images: int) -> list[bytes]:
     return [b"", *((number * (1 << 64) // count).to_bytes(8) for number in range(1, count)), b""]
 
 
-def _number_rows(
-    units: Sequence[Unit], starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]
-) -> tuple[list[int], list[int]]:
-    """Turn owners into store rows, unit by unit; return each unit's first new row, and the bounds of the shards."""
-    first_rows, bounds, row, held = [0], [0], 0, 0
-    for unit, (start, stop) in zip(units, itertools.pairwise(starts.tolist()), strict=True):
-        owners, numbers = rows[start:stop].copy(), np.arange(start, stop)
-        new = owners == numbers
-        rows[start:stop] = np.where(new, row + np.cumsum(new) - 1, rows[owners])
-        digests = Digests.open(unit.digests)
-        sizes = np.empty(stop - start, dtype=np.uint64)
-        sizes[digests.index] = digests.size
-        for size in sizes[new].tolist():
-            row, held = row + 1, held + size
-            if held >= SHARD_BYTES or row - bounds[-1] == SHARD_ROWS:
-                bounds.append(row)
-                held = 0
-        first_rows.append(row)
-    return first_rows, bounds if bounds[-1] == row else [*bounds, row]
+def _number_rows(starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> list[int]:
+    """Turn owners into store rows, unit by unit; return each unit's first new row and, last, the number of rows."""
+    bounds = [0]
+    for start, stop in itertools.pairwise(starts.tolist()):
+        owners = rows[start:stop].copy()
+        new = owners == np.arange(start, stop)
+        rows[start:stop] = np.where(new, bounds[-1] + np.cumsum(new) - 1, rows[owners])
+        bounds.append(bounds[-1] + int(new.sum()))
+    return bounds
 
 
 @dataclass(frozen=True)
@@ -214,9 +220,13 @@ class _Context:
 
     units: list[Unit]
     starts: list[int]
-    first_rows: npt.NDArray[np.int64]
-    """First new row of each unit and, last, the number of rows."""
     rows: npt.NDArray[np.int64]
+    listed: dict[str, FileEntry]
+    """Shards of this store by its index, where it has been whole before; its name tells what they hold."""
+
+    def rows_of(self, unit: int) -> npt.NDArray[np.int64]:
+        """Return the store rows of a unit's images."""
+        return self.rows[self.starts[unit] : self.starts[unit + 1]]
 
 
 @functools.lru_cache(maxsize=1)
@@ -224,42 +234,72 @@ def _context(store: Path) -> _Context:
     raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
     units = [Unit(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
     rows = _map(_rows(store), raw["starts"][-1], "r")
-    return _Context(units, raw["starts"], np.array(raw["first_rows"]), rows)
+    found = _opened(store)
+    return _Context(units, raw["starts"], rows, {entry.name: entry for entry in (found.shards if found else ())})
 
 
 def _write_shard(job: ShardJob) -> None:
-    """Copy the images of one shard from the units that use them first."""
-    context = _context(job.store)
-    first = int(np.searchsorted(context.first_rows, job.start, side="right")) - 1
-    last = int(np.searchsorted(context.first_rows, job.stop))
-    batches: list[pa.RecordBatch] = []
-    for number in range(first, last):
-        rows = context.rows[context.starts[number] : context.starts[number + 1]]
-        low = max(job.start, int(context.first_rows[number]))  # lower rows are images of earlier units
-        batches += _images(context.units[number], np.flatnonzero((rows >= low) & (rows < job.stop)), job.store.parent)
-    (whole,) = pa.Table.from_batches(batches, schema=IMAGE_SCHEMA).combine_chunks().to_batches()
-    with ArrowFile(job.path, IMAGE_SCHEMA) as file:
-        file.write(whole)
-    write_atomic(job.marker, json.dumps(asdict(file.entry)).encode())
+    """Make one shard of the images that its unit is the first to use, unless it is still there, and its marker."""
+    entry = _context(job.store).listed.get(job.path.name)
+    if entry is None or not is_of_size(job.path, entry.bytes):
+        entry = _make_shard(job)
+    write_atomic(job.marker, json.dumps(asdict(entry)).encode())
 
 
-def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the images with the given places in a unit, in their order."""
-    if not len(wanted):
-        return
+def _make_shard(job: ShardJob) -> FileEntry:
+    context, stores = _context(job.store), job.store.parent
+    unit, rows = context.units[job.unit], context.rows_of(job.unit)
+    wanted = np.flatnonzero((rows >= job.start) & (rows < job.stop))
+    whole = _whole_file(unit, stores) if len(wanted) == len(rows) else None
+    if whole is None:
+        return _copy_images(_images(unit, wanted, stores), job.path)
+    with atomic_path(job.path) as temporary:
+        link_or_copy(whole[0], temporary)
+    return replace(whole[1], name=job.path.name)
+
+
+def _whole_file(unit: Unit, stores: Path) -> tuple[Path, FileEntry] | None:
+    """Return a file with all images of a unit and no others, or None: its own, or a shard of an earlier store."""
+    report = unit.report()
+    if unit.images.is_file():
+        return unit.images, report.pixels
+    key = unit.sealed_in(stores)
+    if key is None:
+        return None
+    store, rows = ImageStore(stores / key), np.fromfile(unit.rows(key), dtype=np.int64)
+    shard = store.shard_of(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else None
+    return (store.directory / shard.name, shard) if shard is not None else None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; on a file system that cannot, copy it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _copy_images(images: Iterable[tuple[bytes, int, int, bytes]], path: Path) -> FileEntry:
+    with ArrowWriter(path, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS) as file:
+        for image in images:
+            file.append(image)
+    return file.entry
+
+
+def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """Yield (sha256, width, height, bytes) of the images with the given places in a unit, in their order."""
     if not unit.images.is_file():
-        yield _from_store(unit, wanted, stores)
+        yield from _from_store(unit, wanted, stores)
         return
     start = 0
     for batch in open_batches(unit.images):
         inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
-        if len(inside):
-            yield batch.take(pa.array(inside))
+        yield from zip(*(column.to_pylist() for column in batch.take(pa.array(inside)).columns), strict=True)
         start += batch.num_rows
 
 
-def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> pa.RecordBatch:
-    """Return images of a unit that gave its copies to a store sealed earlier, which it knows the rows of."""
+def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of."""
     key = unit.sealed_in(stores)
     if key is None:
         unit.marker.unlink(missing_ok=True)
@@ -267,11 +307,9 @@ def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> pa.R
             f"{unit.corpus}/{unit.shard}: its images are in no store any more (was one deleted?); "
             "run ingest again to read them anew"
         )
-    store, rows = ImageStore(stores / key), np.fromfile(unit.rows(key), dtype=np.int64)[wanted].tolist()
-    found = [(bytes.fromhex(store.sha256(row)), *store.size(row), store.read(row)) for row in rows]
-    columns = zip(*found, strict=True)
-    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, IMAGE_SCHEMA, strict=True)]
-    return pa.RecordBatch.from_arrays(arrays, schema=IMAGE_SCHEMA)
+    store = ImageStore(stores / key)
+    for row in np.fromfile(unit.rows(key), dtype=np.int64)[wanted].tolist():
+        yield bytes.fromhex(store.sha256(row)), *store.size(row), store.read(row)
 
 
 def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> None:
@@ -283,8 +321,7 @@ def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> Non
         write_atomic(store / "store.json", json.dumps(index, indent=1, sort_keys=True).encode() + b"\n")
     context = _context(store)
     for number, unit in enumerate(units):
-        rows = context.rows[context.starts[number] : context.starts[number + 1]]
-        write_atomic(unit.rows(store.name), rows.tobytes())
+        write_atomic(unit.rows(store.name), context.rows_of(number).tobytes())
     for unit in units:
         unit.images.unlink(missing_ok=True)
     _context.cache_clear()

@@ -20,7 +20,7 @@ from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Input
 from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
-from data_prep.images import IMAGE_SCHEMA, check_image, misnamed
+from data_prep.images import IMAGE_SCHEMA, SHARD_BATCH_ROWS, check_image, misnamed
 from data_prep.packs import IMAGE, sha256_file, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 _SHAPE_TOLERANCE = 0.02  # rounding of the sides of scaled copies
 _RAW_CHARACTERS = 400  # of a rejected sample, in its list
-_IMAGE_BATCH_ROWS = 64  # images are large: a batch is what a unit holds in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,6 @@ class UnitWriter:
         self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
         self._prompt_room = max(map(len, prompt_ids(tokenizer, writing.template.prompts)), default=0)
         self._images: dict[bytes, int] = {}
-        self._sizes: dict[bytes, int] = {}
         self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
         self._repairs: Counter[str] = Counter()
@@ -94,7 +92,7 @@ class UnitWriter:
         with ExitStack() as stack:
             self._samples = stack.enter_context(ArrowWriter(self._unit.tokens, SAMPLE_SCHEMA))
             self._pixels = stack.enter_context(
-                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=_IMAGE_BATCH_ROWS, hashed=False)
+                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS)
             )
             facts = stack.enter_context(atomic_path(self._unit.facts))
             self._facts: BinaryIO = stack.enter_context(facts.open("wb"))
@@ -106,14 +104,14 @@ class UnitWriter:
     def __exit__(self, *failure: object) -> None:
         self._stack.__exit__(*failure)  # type: ignore[arg-type]
         if failure[0] is None:
-            write_atomic(self._unit.digests, digests.to_bytes(self._sizes))
+            write_atomic(self._unit.digests, digests.to_bytes(self._images))
 
     def report(self) -> UnitReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
         others = (self._unit.facts, self._unit.digests, self._unit.rejects, self._unit.sources)
         return UnitReport(
-            self._unit.raw, tally, len(self._images), entry.bytes, entry.sha256, *map(sha256_file, others)
+            self._unit.raw, tally, self._pixels.entry, entry.bytes, entry.sha256, *map(sha256_file, others)
         )
 
     @property
@@ -263,7 +261,6 @@ class UnitWriter:
     def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:
         if key not in self._images:
             self._images[key] = len(self._images)
-            self._sizes[key] = len(data)
             self._pixels.append((key, *size, data))
         return self._images[key]
 

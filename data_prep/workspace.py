@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.corpora import build_corpus
 from data_prep.errors import UserError
-from data_prep.packs import write_atomic
+from data_prep.packs import FileEntry, is_of_size, write_atomic
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.template import Template
@@ -40,7 +40,7 @@ from data_prep.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 9
+INGEST_VERSION = 10
 """Raised whenever the same raw sample would become other files: old units are then made again."""
 _HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 
@@ -129,7 +129,8 @@ class Unit:
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
         stores = self.folder.parents[2] / "images"
-        whole = whole and (not report.images or self.images.is_file() or self.sealed_in(stores) is not None)
+        own = is_of_size(self.images, report.pixels.bytes)
+        whole = whole and (not report.images or own or self.sealed_in(stores) is not None)
         return report if whole else None
 
     def sealed_in(self, stores: Path) -> str | None:
@@ -154,8 +155,8 @@ class UnitReport:
     raw: str
     """Identity of the raw files it was made from."""
     tally: Tally
-    images: int
-    """Distinct images."""
+    pixels: FileEntry
+    """The file of its distinct images; a sealed store takes it over."""
     size: int
     """Bytes of the token file."""
     sha256: str
@@ -169,6 +170,11 @@ class UnitReport:
     sources_sha256: str
     """Hash of the list of image files."""
 
+    @property
+    def images(self) -> int:
+        """Distinct images."""
+        return self.pixels.rows
+
     @classmethod
     @functools.lru_cache(1 << 12)  # a step asks for the same markers several times
     def from_json(cls, text: str) -> UnitReport:
@@ -177,12 +183,12 @@ class UnitReport:
         if raw.pop("marker_sha256") != digest(raw):
             raise ValueError("it differs from its own hash")
         tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
-        return cls(raw["raw"], tally, raw["images"], raw["bytes"], *(raw[name] for name in _HASHES))
+        return cls(raw["raw"], tally, FileEntry(**raw["pixels"]), raw["bytes"], *(raw[name] for name in _HASHES))
 
     def to_json(self) -> str:
         """Return the done-marker's text, which holds its own hash."""
         fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
-        fields |= {"repairs": dict(self.tally.repairs), "images": self.images, "bytes": self.size}
+        fields |= {"repairs": dict(self.tally.repairs), "pixels": asdict(self.pixels), "bytes": self.size}
         whole = {**fields, **{name: getattr(self, name) for name in _HASHES}}
         return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from data_prep.packs import sha256_file, write_atomic
+from data_prep.packs import FileEntry, sha256_file, write_atomic
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe, load_recipe
@@ -128,7 +128,7 @@ def _write_unit(unit: Unit, corpus: Corpus, count: int) -> None:
     for path in (unit.rejects, unit.digests, unit.sources):
         path.write_bytes(b"")
     hashes = map(sha256_file, (unit.tokens, unit.facts, unit.digests, unit.rejects, unit.sources))
-    report = UnitReport(unit.raw, Tally(count), 0, unit.tokens.stat().st_size, *hashes)
+    report = UnitReport(unit.raw, Tally(count), FileEntry("", 0, ""), unit.tokens.stat().st_size, *hashes)
     write_atomic(unit.marker, report.to_json().encode())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -25,21 +26,24 @@ from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
+from data_prep.seal import seal_store
 from data_prep.tokenizer import Encoded, Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE
-from data_prep.workspace import Intake, Workspace
+from data_prep.workspace import Intake, UnitReport, Workspace
 
 QUIET = Reporter(quiet=True)
 _Bare = Callable[[Path, Path], tuple[list[str], dict[str, float]]]
 WORDS = ("red", "green", "ball", "cube", "ring", "dog", "cat", "table", "street", "under", "beside", "of", "and", "two")
 TURNS = 4
+READ, HASH, DECODE = "read the tar", "hash the images", "decode the images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=1500, help="of each corpus (default: %(default)s)")
     parser.add_argument("--words", type=int, default=60, help="of a caption, and of a turn (default: %(default)s)")
-    parser.add_argument("--pixels", type=int, default=384, help="side of an image (default: %(default)s)")
+    parser.add_argument("--pixels", type=int, default=384, help="side of a drawn image (default: %(default)s)")
+    parser.add_argument("--photos", type=Path, help="a tar with JPEGs, to take instead of drawn ones")
     parser.add_argument("--tokenizer", type=Path, help="a folder (default: SentencePiece, trained on the texts)")
 
 
@@ -71,13 +75,12 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
         intake.corpus: UnitJob(intake.units[0], intake) for intake in space.intakes(prepare_tokenizer(space, QUIET))
     }
     ingest_unit(jobs[f"{corpus}_warm"])  # loads the libraries; its texts are others, so none is remembered
-    whole = _seconds(lambda: ingest_unit(jobs[corpus]))
+    samples, whole = _ingest(jobs[corpus], recipe.root_dir / "sealed" / corpus)
     tokenizer = Tokenizer.load(space.tokenizer)
     tokenized, spent = _tokenize(jobs[corpus].intake)
     texts, seconds = bare(recipe.root_dir, recipe.root_dir / "copy")
     encoded = _seconds(lambda: [tokenizer._backend.encode(text) for text in texts])
     tokens = sum(len(tokenizer._backend.encode(text)) for text in texts)
-    samples = ingest_unit(jobs[corpus]).tally.kept
     yield f"| ingest, {samples:,} samples | {whole:.2f} | {samples / whole:,.0f} samples | 100 % |"
     yield f"| its {tokens:,} text tokens | {whole:.2f} | **{tokens / whole / 1e6:.2f} M tokens** | |"
     rate = f"**{tokenized / spent / 1e6:.2f} M tokens**"
@@ -87,6 +90,16 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
         yield f"| {name} | {took:.2f} | {samples / max(took, 1e-9):,.0f} samples | {took / whole:.0%} |"
     floor = encoded + sum(seconds.values())
     yield f"| all of these | {floor:.2f} | {samples / floor:,.0f} samples | **{floor / whole:.0%}** |"
+    if corpus == "captions":
+        opened = sum(seconds[name] for name in (READ, HASH, DECODE))
+        yield f"| read, hash and decode | {opened:.2f} | {samples / opened:,.0f} samples | **{opened / whole:.0%}** |"
+
+
+def _ingest(job: UnitJob, stores: Path) -> tuple[int, float]:
+    """Return the samples of a unit, and the seconds to make it and to seal its images."""
+    reports = list[UnitReport]()
+    seconds = _seconds(lambda: reports.append(ingest_unit(job)))
+    return reports[0].tally.kept, seconds + _seconds(lambda: seal_store([job.unit], stores, ALONE))
 
 
 def _tokenize(intake: Intake) -> tuple[int, float]:
@@ -105,9 +118,9 @@ def _bare_captions(raw: Path, copy: Path) -> tuple[list[str], dict[str, float]]:
     members = list(_read_tar(tar))
     images = [data for name, data in members if name.endswith(".jpg")]
     return [data.decode() for name, data in members if name.endswith(".txt")], {
-        "read the tar": _seconds(lambda: list(_read_tar(tar))),
-        "hash the images": _seconds(lambda: [hashlib.sha256(data).digest() for data in images]),
-        "decode the images": _seconds(lambda: [decode_rgb(data) for data in images]),
+        READ: _seconds(lambda: list(_read_tar(tar))),
+        HASH: _seconds(lambda: [hashlib.sha256(data).digest() for data in images]),
+        DECODE: _seconds(lambda: [decode_rgb(data) for data in images]),
         "write and sync": _seconds(lambda: _write(copy, images)),
     }
 
@@ -123,7 +136,7 @@ def _bare_talk(raw: Path, copy: Path) -> tuple[list[str], dict[str, float]]:
 
 
 def _read_tar(path: Path) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(path, "r|") as tar:
+    with tarfile.open(path, "r:") as tar:
         for info in tar:
             file = tar.extractfile(info)
             assert file is not None
@@ -189,16 +202,30 @@ def _write_corpora(folder: Path, options: argparse.Namespace) -> Recipe:
 
 
 def _write_captions(path: Path, samples: int, options: argparse.Namespace, seed: int) -> None:
-    rng, pixels = random.Random(seed), np.random.default_rng(seed)
+    rng = random.Random(seed)
+    images = _photos(options.photos) if options.photos else _drawings(options.pixels, seed)
     with tarfile.open(path, "w") as tar:
-        for key in range(samples):
-            small, image = pixels.integers(0, 256, (12, 12, 3), dtype=np.uint8), io.BytesIO()
-            Image.fromarray(small).resize((options.pixels, options.pixels)).save(image, "JPEG", quality=90)
+        for key, image in zip(range(samples), images, strict=False):
             text = " ".join(rng.choices(WORDS, k=options.words)) + f" {key}"
-            for suffix, data in (("jpg", image.getvalue()), ("txt", text.encode())):
+            number = f"{seed} {key:08d}".encode()  # as a comment, so that no two images are the same
+            comment = b"\xff\xfe" + (2 + len(number)).to_bytes(2) + number
+            for suffix, data in (("jpg", image[:2] + comment + image[2:]), ("txt", text.encode())):
                 info = tarfile.TarInfo(f"{key:08d}.{suffix}")
                 info.size, info.mtime = len(data), 0.5  # a fraction, as img2dataset's writer leaves it
                 tar.addfile(info, io.BytesIO(data))
+
+
+def _drawings(side: int, seed: int) -> Iterator[bytes]:
+    pixels = np.random.default_rng(seed)
+    while True:
+        small, out = pixels.integers(0, 256, (12, 12, 3), dtype=np.uint8), io.BytesIO()
+        Image.fromarray(small).resize((side, side)).save(out, "JPEG", quality=90)
+        yield out.getvalue()
+
+
+def _photos(tar: Path) -> Iterator[bytes]:
+    """Return the JPEGs of a tar, again and again."""
+    return itertools.cycle([data for name, data in _read_tar(tar) if data.startswith(b"\xff\xd8")])
 
 
 def _write_talk(path: Path, samples: int, words: int, seed: int) -> None:

@@ -133,8 +133,7 @@ def read_image(path: Path, name: str) -> bytes:
     try:
         with tarfile.open(path) as tar:
             for info in tar:
-                stem, _, suffix = PurePosixPath(info.name).name.partition(".")
-                if info.isreg() and f"{PurePosixPath(info.name).parent / stem}.{suffix.lower()}" == name:
+                if info.isreg() and ".".join(_key_and_suffix(info.name)) == name:
                     return _read(tar, info, "", "").data
     except (tarfile.TarError, EOFError, zlib.error) as problem:
         raise OSError(f"{path}: damaged tar ({one_line(problem)})") from problem
@@ -178,12 +177,11 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 def _members(path: Path) -> Iterator[Member]:
     """Stream the members that make up samples. Raises DamagedTarError where what the tar holds cannot be read on."""
     try:
-        with tarfile.open(path, "r|*") as tar:
+        with _open(path) as tar:
             for info in tar:
-                name = PurePosixPath(info.name)
-                key, _, suffix = name.name.partition(".")
-                if not info.isdir() and key and suffix.lower() in IMAGE_SUFFIXES + TEXT_SUFFIXES:
-                    yield _read(tar, info, str(name.parent / key), suffix.lower())
+                key, suffix = _key_and_suffix(info.name)
+                if not info.isdir() and key and suffix in IMAGE_SUFFIXES + TEXT_SUFFIXES:
+                    yield _read(tar, info, key, suffix)
                 tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
     except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
         if isinstance(problem, OSError) and problem.errno:  # of the file system, not of what the file holds
@@ -191,11 +189,25 @@ def _members(path: Path) -> Iterator[Member]:
         raise DamagedTarError(f"{path}: {one_line(problem)}; download it again, then run the same command") from None
 
 
+def _open(path: Path) -> tarfile.TarFile:
+    """Open a tar for one walk through it; where it is not compressed, by seeks, which take less than a stream does."""
+    try:
+        return tarfile.open(path, "r:")
+    except tarfile.ReadError:
+        return tarfile.open(path, "r|*")
+
+
+def _key_and_suffix(name: str) -> tuple[str, str]:
+    """Split ``folder/000001.seg.JPG`` into ``folder/000001`` and ``seg.jpg``."""
+    key, _, suffix = name.rpartition("/")[2].partition(".")
+    return str(PurePosixPath(name).parent / key) if key and "/" in name else key, suffix.lower()
+
+
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:
-    name = PurePosixPath(info.name)
-    if name.is_absolute() or ".." in name.parts:
-        return Member(key, suffix, b"", f"member name {info.name!r} does not stay in its folder")
+    name = info.name
+    if name.startswith("/") or ".." in name.split("/"):
+        return Member(key, suffix, b"", f"member name {name!r} does not stay in its folder")
     file = tar.extractfile(info) if info.isreg() else None
     if file is None:
-        return Member(key, suffix, b"", f"member {info.name!r} is a link or a device, not a file")
+        return Member(key, suffix, b"", f"member {name!r} is a link or a device, not a file")
     return Member(key, suffix, file.read())

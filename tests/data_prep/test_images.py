@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data_prep.errors import UserError
-from data_prep.images import BadImage, ImageStore, _has_dct_frame, check_image, decode_rgb
+from data_prep.images import BadImage, ImageStore, check_image, decode_rgb
 from tests.data_prep.raw import make_recipe, png, prepare, write_world
 
 W, H = 6, 4
@@ -152,17 +152,6 @@ def test_damaged_bytes_decode_or_are_refused_and_checking_says_the_same(kind: st
         outcomes.add(outcome_of(decode_rgb, data))
         assert outcome_of(check_image, data) == outcome_of(decode_rgb, data)
     assert any(one.startswith("RGB") for one in outcomes) and len(outcomes) > 1
-
-
-def test_only_frames_that_can_be_scaled_are_loaded_small() -> None:
-    whole = noise("JPEG")
-    frame = whole.index(b"\xff\xc0")
-    lossless = whole[:frame] + b"\xff\xc3" + whole[frame + 2 :]
-    hidden = whole[:2] + b"\xff\xff\xc3" + whole[2:]  # padding before a marker: readers may differ on what follows
-    empty = whole[:2] + b"\xff\xe1\x00\x00" + whole[2:]
-    judged = [_has_dct_frame(data) for data in (whole, noise("JPEG", "progressive"), lossless, hidden, empty)]
-    assert judged == [True, True, False, False, False]
-    assert not any(_has_dct_frame(whole[:size]) for size in range(frame + 2))
 
 
 def test_every_cut_of_a_jpeg_is_judged_alike() -> None:

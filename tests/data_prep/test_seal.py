@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_prep import digests, seal
+from data_prep import images as images_module
 from data_prep.arrow_files import ArrowWriter
 from data_prep.errors import UserError
 from data_prep.images import IMAGE_SCHEMA, ImageStore
@@ -25,14 +28,12 @@ Made = tuple[list[Unit], list[list[bytes]]]
 
 def make_unit(unit: Unit, images: list[bytes]) -> None:
     """Write what sealing reads of a unit."""
-    with ArrowWriter(unit.images, IMAGE_SCHEMA, batch_rows=4, hashed=False) as writer:
+    with ArrowWriter(unit.images, IMAGE_SCHEMA, batch_rows=images_module.SHARD_BATCH_ROWS) as writer:
         for data in images:
             writer.append((hashlib.sha256(data).digest(), len(data), 3, data))
-    write_atomic(unit.digests, digests.to_bytes({hashlib.sha256(data).digest(): len(data) for data in images}))
-    write_atomic(
-        unit.marker,
-        UnitReport("", Tally(1), len(images), 0, "", "", sha256_file(unit.digests), "", "").to_json().encode(),
-    )
+    write_atomic(unit.digests, digests.to_bytes(hashlib.sha256(data).digest() for data in images))
+    report = UnitReport("", Tally(1), writer.entry, 0, "", "", sha256_file(unit.digests), "", "")
+    write_atomic(unit.marker, report.to_json().encode())
 
 
 def make_units(root: Path, seed: int, count: int = 9) -> Made:
@@ -47,10 +48,15 @@ def make_units(root: Path, seed: int, count: int = 9) -> Made:
     return units, contents
 
 
-@pytest.fixture(params=[(1 << 17, 64 << 20, 1 << 14), (7, 100, 5), (1, 1, 1)], ids=["as shipped", "small", "single"])
+def set_sizes(monkeypatch: pytest.MonkeyPatch, range_images: int, batch_rows: int) -> None:
+    monkeypatch.setattr(seal, "RANGE_IMAGES", range_images)
+    for module in (seal, images_module):
+        monkeypatch.setattr(module, "SHARD_BATCH_ROWS", batch_rows)
+
+
+@pytest.fixture(params=[(1 << 17, 64), (7, 5), (1, 1)], ids=["as shipped", "small", "single"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in zip(("RANGE_IMAGES", "SHARD_BYTES", "SHARD_ROWS"), request.param, strict=True):
-        monkeypatch.setattr(seal, name, value)
+    set_sizes(monkeypatch, *request.param)
 
 
 def check(units: list[Unit], contents: list[list[bytes]], store: ImageStore) -> None:
@@ -59,6 +65,8 @@ def check(units: list[Unit], contents: list[list[bytes]], store: ImageStore) -> 
     assert [store.read(row) for row in range(len(store))] == distinct
     assert [store.sha256(row) for row in range(len(store))] == [hashlib.sha256(data).hexdigest() for data in distinct]
     assert [store.size(row) for row in range(len(store))] == [(len(data), 3) for data in distinct]
+    shuffled = np.random.default_rng(0).permutation(len(store))
+    assert store.hashes(shuffled).tobytes() == b"".join(hashlib.sha256(distinct[row]).digest() for row in shuffled)
     for unit, images in zip(units, contents, strict=True):
         rows = np.fromfile(unit.rows(store.directory.name), dtype=np.int64)
         assert rows.tolist() == [distinct.index(data) for data in images]
@@ -101,6 +109,74 @@ def test_images_come_from_earlier_stores_and_a_deleted_one_is_named(tmp_path: Pa
     assert not all(unit.marker.exists() for unit in units)
 
 
+def disjoint_units(root: Path, count: int = 4) -> Made:
+    """Units that share no image."""
+    contents = [[b"%d %d" % (number, image) for image in range(70)] for number in range(count)]
+    units = [Unit("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
+    for unit, images in zip(units, contents, strict=True):
+        make_unit(unit, images)
+    return units, contents
+
+
+def inodes(paths: Iterable[Path]) -> list[int]:
+    return [path.stat().st_ino for path in paths]
+
+
+def shards_of(store: Path) -> list[Path]:
+    return sorted(store.glob("*.arrow"))
+
+
+def test_images_that_only_one_unit_has_are_never_copied(tmp_path: Path) -> None:
+    units, contents = disjoint_units(tmp_path)
+    own = inodes(unit.images for unit in units)
+    first = seal.seal_store(units[:3], tmp_path / "images", ALONE)
+    assert inodes(shards_of(first)) == own[:3]
+    second = seal.seal_store(units, tmp_path / "images", ALONE)  # three come from the first store
+    assert inodes(shards_of(second)) == own
+    check(units, contents, ImageStore(second))
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2), (2, 1, 0)])
+def test_a_store_does_not_show_where_its_images_lay_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Sequence[int], links: bool
+) -> None:
+    """Units 1 and 2 share images with unit 0: what is copied in one store is whole in another."""
+    kept = []
+    if not links:
+        monkeypatch.setattr(Path, "hardlink_to", lambda self, target: os.link("/nowhere", self))
+    for name, earlier in (("fresh", ()), ("late", ((0, 1, 2), (2,)))):
+        units, contents = disjoint_units(tmp_path / name, 3)
+        contents = [contents[0], contents[0][60:] + contents[1], contents[2] + contents[0][:3]]
+        for unit, images in zip(units, contents, strict=True):
+            make_unit(unit, images)
+        for before in earlier:
+            seal.seal_store([units[which] for which in before], tmp_path / name / "images", ALONE)
+        store = seal.seal_store([units[which] for which in order], tmp_path / name / "images", ALONE)
+        check([units[which] for which in order], [contents[which] for which in order], ImageStore(store))
+        kept.append(tree_hashes(store))
+    assert kept[0] == kept[1]
+
+
+def test_a_cut_copy_of_a_units_images_is_made_anew(tmp_path: Path) -> None:
+    (unit, *_), _ = disjoint_units(tmp_path)
+    for path in (unit.tokens, unit.facts, unit.rejects, unit.sources):
+        path.touch()
+    assert unit.done() is not None
+    with unit.images.open("rb+") as file:
+        file.truncate(100)
+    assert unit.done() is None
+
+
+def test_many_threads_read_one_store(tmp_path: Path) -> None:
+    units, contents = disjoint_units(tmp_path)
+    store = ImageStore(seal.seal_store(units, tmp_path / "images", ALONE))
+    rows = np.random.default_rng(0).integers(len(store), size=2000).tolist()
+    whole = [data for images in contents for data in images]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(store.read, rows)) == [whole[row] for row in rows]
+
+
 class Killed(Exception):  # noqa: N818 - stands for kill -9
     pass
 
@@ -109,8 +185,7 @@ class Killed(Exception):  # noqa: N818 - stands for kill -9
 def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    for name in ("RANGE_IMAGES", "SHARD_BYTES", "SHARD_ROWS"):
-        monkeypatch.setattr(seal, name, 5)
+    set_sizes(monkeypatch, 5, 5)
     units, contents = make_units(tmp_path / "whole", 1)
     whole = seal.seal_store(units, tmp_path / "whole" / "images", ALONE)
     units, contents = make_units(tmp_path / "cut", 1)
@@ -140,14 +215,13 @@ def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_several_processes_seal_the_same_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seal, "SHARD_ROWS", 5)
+def test_several_processes_seal_the_same_store(tmp_path: Path) -> None:
     units, contents = make_units(tmp_path, 2)
     check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", LocalTeam(3))))
 
 
 def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_path: Path) -> None:
-    jobs = [seal.ShardJob(tmp_path, number, number, number + 1) for number in range(10)]
+    jobs = [seal.ShardJob(tmp_path, number, number, number, number + 1) for number in range(10)]
     (tmp_path / ".work").mkdir()
     written = list[int]()
     for member in range(3):

@@ -99,6 +99,23 @@ def test_what_verify_says_of_a_damaged_file_mends_it(out: Path, tmp_path: Path) 
         assert tree_hashes(tmp_path / "out") == before, kind
 
 
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_lost_shard_of_images_costs_its_own_unit_alone(out: Path, tmp_path: Path, damage: str) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    shards = sorted((tmp_path / "out").glob("images/*/images-*.arrow"))
+    lost = next(path for path in shards if png(13) in path.read_bytes())  # an image of the second tar
+    if damage == "gone":
+        lost.unlink()
+    else:
+        lost.write_bytes(lost.read_bytes()[:-9])
+    made = {path: path.stat().st_ino for path in (tmp_path / "out").glob("ingest/*/*/*.json")}
+    kept = {path: path.stat().st_ino for path in shards if path != lost}
+    prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
+    assert {path.name for path, inode in made.items() if path.stat().st_ino != inode} == {"captions%2F00001.json"}
+    assert {path: path.stat().st_ino for path in kept} == kept
+    assert tree_hashes(tmp_path / "out") == tree_hashes(out) and named_by_verify(tmp_path / "out") is None
+
+
 def test_rows_never_follow_a_damaged_plan(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     plan = tmp_path / "out" / "packs" / "sft" / "plan.arrow"
@@ -150,7 +167,7 @@ def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path
     images.write_bytes(shard.read_bytes())
     list(verify(tmp_path / "out"))
     images.write_bytes(shard.read_bytes().replace(png(1), png(1)[:-1] + b"\0"))
-    with pytest.raises(UserError, match=r"00000.images: an image differs from its hash"):
+    with pytest.raises(UserError, match=r"00000.images: differs from captions%2F00000.json"):
         list(verify(tmp_path / "out"))
 
 

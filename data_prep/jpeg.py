@@ -1,0 +1,155 @@
+"""Which JPEGs decode, told from their structure: no pixel is computed.
+
+libjpeg fails on headers and tables that make no sense and on data that end too early; whatever bits stand inside a
+scan, it makes pixels of them, with warnings that Pillow does not pass on. So a file whose segments, tables and scans
+are all as the standard (ITU-T T.81) has them, down to its end marker, decodes. ``surely_decodes`` says yes to those
+alone: of any other file it only says that decoding has to be tried.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+_START, _END = b"\xff\xd8", b"\xff\xd9"
+_HUFFMAN, _QUANTIZATION, _SCAN, _RESTART = b"\xff\xc4", b"\xff\xdb", b"\xff\xda", b"\xff\xdd"
+_SEQUENTIAL, _PROGRESSIVE = (b"\xff\xc0", b"\xff\xc1"), b"\xff\xc2"
+_SKIPPED = {bytes((0xFF, marker)) for marker in (*range(0xE0, 0xF0), 0xFE)}
+"""Applications' segments and comments."""
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
+"""What ends the data of a scan: neither a stuffed byte nor a restart."""
+_MAX_SIDE, _MAX_BLOCKS, _MAX_SHIFT = 65_500, 10, 13
+"""Limits of libjpeg: sides, blocks of an interleaved unit, bits that a progressive scan leaves to later ones."""
+
+
+class _OtherError(Exception):
+    """The file is not made as every decoder expects."""
+
+
+def surely_decodes(data: bytes) -> bool:
+    """Return whether Pillow decodes the first frame of a JPEG without an error; False where it may, or may not."""
+    try:
+        _read(data)
+    except (_OtherError, IndexError):
+        return False
+    return True
+
+
+@dataclass(slots=True)
+class _Component:
+    blocks: int
+    """Blocks it has in an interleaved unit."""
+    quantization: int
+    begun: bool = False
+    """Whether a scan has held its first coefficient."""
+
+
+@dataclass(slots=True)
+class _State:
+    """What a decoder knows by now."""
+
+    components: dict[int, _Component] = field(default_factory=dict)
+    progressive: bool = False
+    scans: int = 0
+    quantization: set[int] = field(default_factory=set)
+    huffman: set[int] = field(default_factory=set)
+    """Tables by their byte in the file: 0 to 3 for first coefficients, 16 to 19 for the others."""
+
+
+def _read(data: bytes) -> None:
+    """Walk through a file. Raises _OtherError or IndexError where it is unusual or ends early."""
+    _require(data.startswith(_START))
+    state, at = _State(), 2
+    while (marker := data[at : at + 2]) != _END:
+        size = int.from_bytes(data[at + 2 : at + 4])
+        body = data[at + 4 : at + 2 + size]
+        _require(len(body) == size - 2)
+        at += 2 + size
+        if marker == _SCAN:
+            _scan(body, state)
+            at = _end_of_scan(data, at)
+        elif marker not in _SKIPPED:
+            _segment(marker, body, state)
+    _require(state.scans > 0 and all(component.begun for component in state.components.values()))
+
+
+def _require(holds: bool) -> None:
+    if not holds:
+        raise _OtherError
+
+
+def _end_of_scan(data: bytes, at: int) -> int:
+    found = _MARKER.search(data, at)
+    _require(found is not None)
+    return found.start() if found else at
+
+
+def _segment(marker: bytes, body: bytes, state: _State) -> None:
+    if marker == _HUFFMAN:
+        _huffman(body, state)
+    elif marker == _QUANTIZATION:
+        _quantization(body, state)
+    elif marker in _SEQUENTIAL or marker == _PROGRESSIVE:
+        _frame(body, state)
+        state.progressive = marker == _PROGRESSIVE
+    else:
+        _require(marker == _RESTART and len(body) == 2)
+
+
+def _quantization(body: bytes, state: _State) -> None:
+    at = 0
+    while at < len(body):
+        wide, number = divmod(body[at], 16)
+        at += 1 + 64 * (1 + wide)
+        _require(wide < 2 and number < 4 and at <= len(body))
+        state.quantization.add(number)
+
+
+def _huffman(body: bytes, state: _State) -> None:
+    at = 0
+    while at < len(body):
+        which, counts = body[at], body[at + 1 : at + 17]
+        _require(which in (0, 1, 2, 3, 16, 17, 18, 19) and _is_code(counts))
+        symbols = body[at + 17 : at + 17 + sum(counts)]
+        _require(len(symbols) == sum(counts) and (which > 3 or max(symbols) < 16))
+        state.huffman.add(which)
+        at += 17 + len(symbols)
+
+
+@lru_cache(1 << 10)
+def _is_code(counts: bytes) -> bool:
+    """Return whether there is a prefix code with so many words of 1 to 16 bits, none of them all ones."""
+    used = sum(count << 16 - length for length, count in enumerate(counts, 1))  # of Kraft's sum, in 2**16ths
+    return len(counts) == 16 and 0 < sum(counts) <= 256 and used < 1 << 16
+
+
+def _frame(body: bytes, state: _State) -> None:
+    height, width, count = int.from_bytes(body[1:3]), int.from_bytes(body[3:5]), body[5]
+    _require(not state.components and body[0] == 8 and count in (1, 3) and len(body) == 6 + 3 * count)
+    _require(0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE)
+    for name, sampling, table in zip(body[6::3], body[7::3], body[8::3], strict=True):
+        _require(sampling >> 4 in (1, 2, 4) and sampling & 15 in (1, 2, 4) and table < 4)
+        state.components[name] = _Component((sampling >> 4) * (sampling & 15), table)
+    _require(len(state.components) == count)
+
+
+def _scan(body: bytes, state: _State) -> None:
+    count = body[0]
+    _require(len(body) == 4 + 2 * count)
+    names, tables = body[1 : 1 + 2 * count : 2], body[2 : 2 + 2 * count : 2]
+    _require(0 < len(set(names)) == count and all(name in state.components for name in names))
+    components = [state.components[name] for name in names]
+    _require(count == 1 or sum(component.blocks for component in components) <= _MAX_BLOCKS)
+    _require(all(component.quantization in state.quantization for component in components))
+    first, last, (earlier, shift) = body[-3], body[-2], divmod(body[-1], 16)
+    if state.progressive:
+        _require(last == 0 if first == 0 else count == 1 and first <= last < 64)
+        _require(shift <= _MAX_SHIFT and earlier in (0, shift + 1))
+    else:
+        _require((first, last, earlier, shift) == (0, 63, 0, 0) and count == len(state.components) and not state.scans)
+    for component, table in zip(components, tables, strict=True):
+        _require(first > 0 or earlier > 0 or table >> 4 in state.huffman)
+        _require(last == 0 or 16 + (table & 15) in state.huffman)
+        component.begun |= first == 0 and earlier == 0
+    state.scans += 1

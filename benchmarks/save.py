@@ -61,13 +61,13 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     """Train in blocks; on every rank of a launched job."""
     from pipeline.flags import parse
     from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
-    from pipeline.training.activity import Activity
     from pipeline.training.blueprint import Blueprint
-    from pipeline.training.checkpoint import load, newest_whole
+    from pipeline.training.checkpoints.checkpoint import load, newest_whole
     from pipeline.training.libraries import settle_libraries
-    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.run.folder import RunFolder
     from pipeline.training.saving import Saver
     from pipeline.training.trainer import Trainer
+    from pipeline.training.watchdog.activity import Activity
 
     settle_libraries()
     fill_rank_variables()

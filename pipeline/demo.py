@@ -21,7 +21,7 @@ from pipeline.parallel.groups import free_port
 from pipeline.parallel.partition import split_layers
 from pipeline.recipe import load_config
 from pipeline.training.durations import clock
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, RUNS = Path("data/demo"), Path("runs")

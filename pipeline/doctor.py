@@ -23,7 +23,7 @@ from pipeline.doctor_checks import (
 from pipeline.parallel.groups import fill_rank_variables
 from pipeline.parallel.health import network_problem
 from pipeline.training.libraries import settle_libraries
-from pipeline.training.redact import redact
+from pipeline.training.run.redact import redact
 
 DESCRIPTION = """\
 Look for what would keep a run from going well, and say how to mend it. Any flag of the trainer may follow --recipe:

@@ -18,10 +18,10 @@ from data_prep.errors import UserError
 from data_prep.verify import verify
 from pipeline.parallel.groups import free_port
 from pipeline.parallel.health import disk_problem, gpu_problem, network_problem
-from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
-from pipeline.training.environment import git_state, versions
-from pipeline.training.manifest import MANIFEST
-from pipeline.training.run_state import RunState
+from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
+from pipeline.training.checkpoints.manifest import MANIFEST
+from pipeline.training.run.environment import git_state, versions
+from pipeline.training.run.state import RunState
 
 GIB = 2**30
 LOCAL_RANKS = 2

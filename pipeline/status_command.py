@@ -8,7 +8,7 @@ from pathlib import Path
 from data_prep.command_line import OneLineParser
 from data_prep.errors import UserError
 from pipeline.training.durations import clock
-from pipeline.training.run_state import RunState
+from pipeline.training.run.state import RunState
 
 DESCRIPTION = "Show how runs stand: state, step, loss, speed, newest checkpoint, when the folder was last written."
 

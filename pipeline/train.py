@@ -20,8 +20,8 @@ from pipeline.recipe import to_yaml
 
 if TYPE_CHECKING:
     from pipeline.training.blueprint import Blueprint
-    from pipeline.training.run_folder import RunFolder
-    from pipeline.training.watch import Watch
+    from pipeline.training.run.folder import RunFolder
+    from pipeline.training.watchdog.watch import Watch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def _run(invocation: Invocation, *, debug: bool) -> int:
         return 0
     _load_libraries()
     from pipeline.parallel.groups import fill_rank_variables, stop_processes
-    from pipeline.training.redact import refuse_secrets
+    from pipeline.training.run.redact import refuse_secrets
 
     refuse_secrets(invocation.config.model_dump())
     fill_rank_variables()
@@ -82,7 +82,7 @@ def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[Blueprint, 
     from pipeline.training.blueprint import Blueprint, read_setting
     from pipeline.training.demo_data import prepare_demo
     from pipeline.training.dry_run import describe
-    from pipeline.training.run_folder import RunFolder
+    from pipeline.training.run.folder import RunFolder
 
     read_setting(invocation, rank=rank, world=world)  # a wrong flag is told before the demo's data is made
     prepare_demo(invocation.config, rank=rank, dry_run=invocation.dry_run)
@@ -114,7 +114,7 @@ def _refuse(invocation: Invocation, error: UserError) -> int:
 def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
     """Train under the watchdog; return the exit code, once all ranks know of an error of this one."""
     from pipeline.parallel.groups import device_of_rank, start_processes
-    from pipeline.training.logs import RankLog
+    from pipeline.training.run.logs import RankLog
     from pipeline.training.supervise import all_can_start, all_share, collective_limit, end_with, watch_ranks
 
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
@@ -167,7 +167,7 @@ def leave(code: int) -> NoReturn:
 
 def _report(error: UserError) -> int:
     """Print one line, on rank 0: what is wrong with a command is so on every rank alike."""
-    from pipeline.training.redact import redact
+    from pipeline.training.run.redact import redact
 
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path
     from pipeline.training.libraries import settle_libraries
 
     settle_libraries()  # checkpoints are read by the training room, which loads DeepSpeed
-    from pipeline.training.checkpoint import open_checkpoint
+    from pipeline.training.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run)
     if faults := checkpoint.faults():

@@ -21,7 +21,7 @@ from pipeline.data.batches import StepBatch
 from pipeline.parallel.zero3 import StepResult
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.metrics import recent_losses
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
 
 WINDOW, LEAST = 64, 16
 """Steps a loss is compared with, and how many of them it takes."""

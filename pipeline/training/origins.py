@@ -12,7 +12,7 @@ from data_prep.packs import Manifest
 from data_prep.tokenizer import Tokenizer
 from pipeline.config import ConfigError, RunConfig
 from pipeline.model.spec import ModelSpec
-from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
+from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
 
 # Keys of a model's description that change nothing it computes: how it was saved, and what is trained of it.
 _NOT_THE_FUNCTION = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vision_frozen",

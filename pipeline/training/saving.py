@@ -17,10 +17,10 @@ from data_prep.errors import UserError
 from data_prep.template import template_of
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import prune, remove_unfinished
-from pipeline.training.manifest import CheckpointManifest
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
+from pipeline.training.checkpoints.checkpoint import prune, remove_unfinished
+from pipeline.training.checkpoints.manifest import CheckpointManifest
+from pipeline.training.checkpoints.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
+from pipeline.training.run.folder import RunFolder
 
 
 class Saver:

@@ -17,13 +17,16 @@ from pydantic import ValidationError
 from data_prep.errors import UserError
 from pipeline.parallel.groups import device_of_rank
 from pipeline.parallel.topology import Topology
-from pipeline.training.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
-from pipeline.training.logs import RankLog
-from pipeline.training.monitor import Verdict
-from pipeline.training.redact import redact
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.run_lock import holder
-from pipeline.training.watch import Watch, listen
+from pipeline.training.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.lock import holder
+from pipeline.training.run.logs import RankLog
+from pipeline.training.run.redact import redact
+from pipeline.training.watchdog.channel import listen
+from pipeline.training.watchdog.follower import Follower
+from pipeline.training.watchdog.lead import Lead
+from pipeline.training.watchdog.monitor import Verdict
+from pipeline.training.watchdog.watch import Watch
 
 SLACK_S = 60
 
@@ -83,9 +86,9 @@ def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: 
     dist.broadcast(shared, 0)
     port, secret, folder.start = shared.tolist()
     if listener is not None:
-        watch.lead(listener, secret)
+        watch.start(Lead(watch, listener, secret).run)
     elif port:
-        watch.follow((os.environ["MASTER_ADDR"], port), secret)
+        watch.start(Follower(watch, (os.environ["MASTER_ADDR"], port), secret).run)
     return watch
 
 

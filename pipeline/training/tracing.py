@@ -9,7 +9,7 @@ from data_prep.packs import write_atomic
 from pipeline.parallel.trace import Recorder, Span, chrome_trace, measured_bubble
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.estimate import GIB, Load
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
 
 
 class StepTimer:

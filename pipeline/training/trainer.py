@@ -21,10 +21,9 @@ from pipeline.parallel.partition import joined
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
-from pipeline.training import checkpoint
-from pipeline.training.activity import Activity
 from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoint import Checkpoint
+from pipeline.training.checkpoints import checkpoint
+from pipeline.training.checkpoints.checkpoint import Checkpoint
 from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.metrics import (
     Console,
@@ -36,11 +35,12 @@ from pipeline.training.metrics import (
     samples_digest,
 )
 from pipeline.training.origins import changed_settings, is_export
-from pipeline.training.run_folder import RunFolder, State
+from pipeline.training.run.folder import RunFolder, State
 from pipeline.training.saving import Saver
 from pipeline.training.schedule import learning_rate
 from pipeline.training.supervise import collective_limit
 from pipeline.training.tracing import StepTimer, memory_line
+from pipeline.training.watchdog.activity import Activity
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ def test_recipes(small_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_software_that_is_not_what_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(doctor_checks.check_software()) == ""
     monkeypatch.setattr("deepspeed.__version__", "0.1")
-    monkeypatch.setattr("pipeline.training.environment.PACKAGES", ("torch", "no-such-package"))
+    monkeypatch.setattr("pipeline.training.run.environment.PACKAGES", ("torch", "no-such-package"))
     text = said(doctor_checks.check_software())
     assert "DeepSpeed 0.1 was not tested here" in text and "no-such-package is not installed" in text
 

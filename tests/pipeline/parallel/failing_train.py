@@ -13,8 +13,8 @@ import torch
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.train import leave, main
-from pipeline.training import writing
-from pipeline.training.manifest import rank_file
+from pipeline.training.checkpoints import writing
+from pipeline.training.checkpoints.manifest import rank_file
 from pipeline.training.trainer import Trainer
 
 

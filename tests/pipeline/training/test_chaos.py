@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
-from pipeline.training.run_lock import is_running
+from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
+from pipeline.training.run.lock import is_running
 from tests.launch import ROOT, Job, Launcher, kill, kill_one, start
 from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train, weights
 

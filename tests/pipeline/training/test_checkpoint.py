@@ -14,8 +14,8 @@ from torch import nn
 
 from data_prep.errors import UserError
 from pipeline.config import RunConfig
-from pipeline.training import checkpoint, writing
-from pipeline.training.checkpoint import (
+from pipeline.training.checkpoints import checkpoint, writing
+from pipeline.training.checkpoints.checkpoint import (
     Checkpoint,
     checkpoint_folders,
     hash_file,
@@ -25,10 +25,10 @@ from pipeline.training.checkpoint import (
     prune,
     remove_unfinished,
 )
-from pipeline.training.manifest import CheckpointManifest, ParamEntry
+from pipeline.training.checkpoints.manifest import CheckpointManifest, ParamEntry
+from pipeline.training.checkpoints.writing import Target, parts_of_save
 from pipeline.training.origins import changed_settings
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.writing import Target, parts_of_save
+from pipeline.training.run.folder import RunFolder
 
 
 def steps(run_dir: Path) -> list[int]:
@@ -75,7 +75,7 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_not_met_under_its_name(
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.training.checkpoint.shutil.rmtree", cut_short)
+        patch.setattr("pipeline.training.checkpoints.checkpoint.shutil.rmtree", cut_short)
         with pytest.raises(KilledError):
             prune(run_dir, 2, newest=run_dir / "checkpoints/step-00000030")
     assert steps(run_dir) == [30, 20] and (run_dir / "checkpoints/.old-step-00000010").exists()

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 from data_prep import yaml_files
 from data_prep.errors import UserError
 from pipeline.train import main
-from pipeline.training.checkpoint import Checkpoint, hash_file, newest_whole
-from pipeline.training.manifest import CheckpointManifest, ParamEntry, rank_file
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.writing import Target, parts_of_save
+from pipeline.training.checkpoints.checkpoint import Checkpoint, hash_file, newest_whole
+from pipeline.training.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
+from pipeline.training.checkpoints.writing import Target, parts_of_save
+from pipeline.training.run.folder import RunFolder
 from tests.launch import ROOT
 from tests.pipeline.training.runs import flags
 
@@ -192,7 +192,7 @@ def test_a_run_is_not_started_from_a_foreign_checkpoint_that_lies(
 def test_a_second_start_is_refused_in_one_line(
     small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.training.run_lock.HERE_S", 0.1)
+    monkeypatch.setattr("pipeline.training.run.lock.HERE_S", 0.1)
     first = RunFolder(str(tmp_path / "run"))
     first.create()
     first.claim()
@@ -204,15 +204,15 @@ def test_a_second_start_is_refused_in_one_line(
 
 PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
-    ("pipeline/training/writing.py", "all_gather_object"),
+    ("pipeline/training/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/saving.py", "all_gather_object"),
     ("pipeline/doctor.py", "broadcast_object_list"),
     ("pipeline/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "broadcast_object_list"),
-    ("pipeline/training/checkpoint.py", "all_gather_object"),
-    ("pipeline/training/checkpoint.py", "broadcast_object_list"),
+    ("pipeline/training/checkpoints/checkpoint.py", "all_gather_object"),
+    ("pipeline/training/checkpoints/checkpoint.py", "broadcast_object_list"),
     ("pipeline/parallel/groups.py", "all_gather_object"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}

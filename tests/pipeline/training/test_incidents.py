@@ -19,7 +19,7 @@ from data_prep.packs import PackReader, PackRow, Source, write_rows
 from pipeline.data.order import BatchOrder
 from pipeline.parallel.zero3 import StepResult
 from pipeline.training.incidents import LEAST, Incidents, LossHistory, Outcome
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
 from tests.launch import ROOT, run
 from tests.pipeline.training.runs import flags
 

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from data_prep.errors import UserError
-from pipeline.training import run_lock
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.run_lock import hold, holder, is_running
+from pipeline.training.run import lock
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.lock import hold, holder, is_running
 from tests.launch import ROOT
 
 HOLD = """
 import pathlib, sys
-from pipeline.training.run_lock import hold
+from pipeline.training.run.lock import hold
 lock = hold(pathlib.Path(sys.argv[1]))
 print(1, flush=True)
 input()
@@ -41,7 +41,7 @@ def other(tmp_path: Path) -> subprocess.Popen[str]:
 def test_a_second_start_is_refused_and_a_killed_one_leaves_nothing(
     other: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(run_lock, "HERE_S", 0.3)
+    monkeypatch.setattr(lock, "HERE_S", 0.3)
     assert is_running(tmp_path) is True
     words = rf"is being trained by process {other.pid} on {socket.gethostname()}: .*--run-dir"
     with pytest.raises(UserError, match=words):

@@ -18,12 +18,13 @@ from torch import nn
 from data_prep.errors import UserError
 from pipeline.config import CheckpointConfig
 from pipeline.parallel.topology import Topology
-from pipeline.training import saving, writing
-from pipeline.training.activity import Activity
-from pipeline.training.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
-from pipeline.training.run_folder import RunFolder
+from pipeline.training import saving
+from pipeline.training.checkpoints import writing
+from pipeline.training.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
+from pipeline.training.run.folder import RunFolder
 from pipeline.training.saving import Saver
 from pipeline.training.trainer import Trainer
+from pipeline.training.watchdog.activity import Activity
 
 
 class OneRank:

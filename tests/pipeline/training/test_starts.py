@@ -15,7 +15,7 @@ from pipeline.flags import parse
 from pipeline.model.spec import ModelSpec
 from pipeline.training import supervise
 from pipeline.training.origins import check_same_model
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
 
 
 def spec_of(*flags: str) -> ModelSpec:

@@ -14,12 +14,15 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import ParallelConfig
-from pipeline.training.activity import Activity
-from pipeline.training.logs import RankLog
-from pipeline.training.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
-from pipeline.training.run_folder import RunFolder
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.logs import RankLog
 from pipeline.training.supervise import end_with
-from pipeline.training.watch import LOST_S, TERMINATED_CODE, Channel, Watch, listen
+from pipeline.training.watchdog.activity import Activity
+from pipeline.training.watchdog.channel import LOST_S, Channel, listen
+from pipeline.training.watchdog.follower import Follower
+from pipeline.training.watchdog.lead import Lead
+from pipeline.training.watchdog.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
+from pipeline.training.watchdog.watch import TERMINATED_CODE, Watch
 from tests.launch import ROOT, environment
 
 LIMIT_S = 5.0
@@ -154,7 +157,7 @@ def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
 def test_who_is_held_by_a_collective_or_a_gpu_waits(
     path: str, name: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.training.activity.LOOK_AFTER_S", -1.0)
+    monkeypatch.setattr("pipeline.training.watchdog.activity.LOOK_AFTER_S", -1.0)
     activity, release = Activity(), threading.Lock()
     activity.doing("backward of micro-batch 1")
 
@@ -234,7 +237,7 @@ def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path)
         )  # fmt: skip
         listener = listen()
         address = ("localhost", listener.getsockname()[1])
-        watch.lead(listener, 7)
+        watch.start(Lead(watch, listener, 7).run)
         with socket.create_connection(address) as stranger:
             stranger.sendall(line + b"\n")
             stranger.settimeout(30)
@@ -270,7 +273,7 @@ def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFix
             watch = Watch(
                 rank=1, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
             )  # fmt: skip
-            watch.follow(closed.getsockname(), 1)
+            watch.start(Follower(watch, closed.getsockname(), 1).run)
             watch.close()
             assert not watch.fail("an error", 2), "nobody listens: the rank says it by itself"
     assert "warning: rank 1 cannot reach the watchdog of rank 0 at 127.0.0.1:" in capfd.readouterr().err

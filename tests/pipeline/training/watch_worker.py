@@ -8,8 +8,11 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.training.monitor import Verdict
-from pipeline.training.watch import Watch, listen
+from pipeline.training.watchdog.channel import listen
+from pipeline.training.watchdog.follower import Follower
+from pipeline.training.watchdog.lead import Lead
+from pipeline.training.watchdog.monitor import Verdict
+from pipeline.training.watchdog.watch import Watch
 
 SECRET, TIMEOUT_S = 77, 5.0
 
@@ -58,11 +61,11 @@ def main() -> int:
             part = place.with_suffix(".part")
             part.write_text(str(listener.getsockname()[1]))
             part.rename(place)
-            watch.lead(listener, SECRET)
+            watch.start(Lead(watch, listener, SECRET).run)
         else:
             while not place.is_file():
                 time.sleep(0.01)
-            watch.follow(("localhost", int(place.read_text())), SECRET)
+            watch.start(Follower(watch, ("localhost", int(place.read_text())), SECRET).run)
         meet(watch, place, rank, world)
         return work(watch, fault)
 

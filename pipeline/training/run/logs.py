@@ -9,8 +9,8 @@ import traceback
 from pathlib import Path
 from typing import IO
 
-from pipeline.training.redact import redact
-from pipeline.training.run_folder import RunFolder, timestamp
+from pipeline.training.run.folder import RunFolder, timestamp
+from pipeline.training.run.redact import redact
 
 _LIBRARIES = ("DeepSpeed", "transformers")
 """Loggers that do not pass their records on."""

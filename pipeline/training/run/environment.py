@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.training.redact import is_secret_name, redact, redact_words
+from pipeline.training.run.redact import is_secret_name, redact, redact_words
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "numpy")
 _PREFIXES = ("CUDA_", "NCCL_", "TORCH_NCCL_", "GLOO_", "OMP_", "MKL_", "UCX_", "FI_", "PYTORCH_", "DS_")

@@ -6,7 +6,7 @@ the shape of every parameter, the grid, the training state and a hash of every f
 (``model.layers.7...``), so a shard of any other grid is a slice of a few files. The tokenizer lies beside them, so that
 a checkpoint can be exported wherever it is moved to. Nothing is pickled, and nothing outside of the folder is read.
 
-`pipeline.training.writing` writes them.
+`pipeline.training.checkpoints.writing` writes them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,14 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.errors import UserError
 from pipeline.parallel.zero3 import STATES, Zero3Stage
-from pipeline.training.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
+from pipeline.training.checkpoints.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    ParamEntry,
+    is_plain_file,
+    rank_file,
+    read_manifest,
+)
 
 _NAME = re.compile(r"step-\d{8}")
 SHOWN_S = 30.0

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import UserError
-from pipeline.training.run_folder import RunFolder
-from pipeline.training.run_lock import is_running
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.lock import is_running
 
 _TAIL = 1 << 16
 

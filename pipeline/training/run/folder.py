@@ -7,8 +7,8 @@ runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
 runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
-runs/NAME/checkpoints/    see `pipeline.training.checkpoint`
-runs/NAME/lock            held while the run is trained, see `pipeline.training.run_lock`
+runs/NAME/checkpoints/    see `pipeline.training.checkpoints.checkpoint`
+runs/NAME/lock            held while the run is trained, see `pipeline.training.run.lock`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
 """
 
@@ -25,9 +25,9 @@ from data_prep.errors import UserError
 from data_prep.packs import write_atomic
 from pipeline.config import RunConfig
 from pipeline.recipe import to_yaml
-from pipeline.training import run_lock
-from pipeline.training.environment import environment
-from pipeline.training.redact import redact
+from pipeline.training.run import lock
+from pipeline.training.run.environment import environment
+from pipeline.training.run.redact import redact
 
 State = Literal["running", "done", "stopped", "failed"]
 
@@ -59,7 +59,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Keep other starts out for the life of this process; rank 0 only. Raises UserError naming who has it."""
-        self._lock = run_lock.hold(self.path)
+        self._lock = lock.hold(self.path)
 
     def record_start(self, config: RunConfig, *, world: int, steps: int = 0) -> None:
         """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only.

@@ -22,8 +22,15 @@ from safetensors.torch import save_file
 from data_prep.errors import UserError
 from data_prep.packs import write_atomic
 from pipeline.parallel.zero3 import STATES, Zero3Stage
-from pipeline.training.checkpoint import SHOWN_S, hash_file
-from pipeline.training.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileEntry, ParamEntry, rank_file
+from pipeline.training.checkpoints.checkpoint import SHOWN_S, hash_file
+from pipeline.training.checkpoints.manifest import (
+    MANIFEST,
+    TOKENIZER,
+    CheckpointManifest,
+    FileEntry,
+    ParamEntry,
+    rank_file,
+)
 
 Part = Callable[[], Any]
 """What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""

@@ -173,7 +173,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     from data_prep.plan import lengths_by_fullness, plan
 
     def suggest(recipe: Recipe) -> None:
-        from data_prep.stats import show_lengths
+        from data_prep.show.stats import show_lengths
 
         show_lengths({name: pack.length for name, pack in recipe.packs.items()}, lengths_by_fullness(recipe))
 
@@ -197,7 +197,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
 
 def _stats(arguments: argparse.Namespace) -> None:
-    from data_prep.stats import show_stats
+    from data_prep.show.stats import show_stats
 
     show_stats(arguments.directory)
 
@@ -205,17 +205,17 @@ def _stats(arguments: argparse.Namespace) -> None:
 def _inspect(arguments: argparse.Namespace) -> None:
     wanted = arguments.row or arguments.rows
     if arguments.html is not None:
-        from data_prep.inspect_page import write_inspect_page
+        from data_prep.show.page import write_inspect_page
 
         print(write_inspect_page(arguments.directory, arguments.html, wanted))
         return
-    from data_prep.inspect import show_rows
+    from data_prep.show.inspect import show_rows
 
     show_rows(arguments.directory, wanted or "0")
 
 
 def _rejects(arguments: argparse.Namespace) -> None:
-    from data_prep.rejects import show_rejects, write_rejects_page
+    from data_prep.show.rejects import show_rejects, write_rejects_page
 
     if arguments.html is not None:
         print(write_rejects_page(arguments.directory, arguments.html))

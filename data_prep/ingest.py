@@ -17,7 +17,7 @@ from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
 from data_prep.recipe_tokenizer import has_tokenizer, prepare_tokenizer
 from data_prep.seal import forget_damaged, seal_store
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE, Team
 from data_prep.workspace import Intake, Unit, Workspace, describe_missing

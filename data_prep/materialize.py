@@ -39,7 +39,7 @@ from data_prep.prompts import insert_prompt, prompt_ids
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import Sample, SampleReader
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import check_tokens
 from data_prep.views import Augment, Views, draw_views
 from data_prep.workers import Team

@@ -33,7 +33,7 @@ from data_prep.progress import Reporter
 from data_prep.prompts import draw_prompts, prompt_ids
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.samples import read_facts
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
 PLAN_VERSION = 7

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from data_prep.packing import seeded
 from data_prep.samples import Sample
-from data_prep.template import Text
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.template import Text
+from data_prep.text.tokenizer import Tokenizer
 
 NO_PROMPT = -1
 """Stands where a draw gets no prompt."""

@@ -16,8 +16,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.errors import UserError, did_you_mean
-from data_prep.template import AKI_CHUNK_END, OWN, Order, Template
-from data_prep.turns import Turns
+from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
+from data_prep.text.turns import Turns
 from data_prep.views import Augment, allowed
 from data_prep.yaml_files import expand, read_mapping
 
@@ -307,7 +307,7 @@ def _with_own_dialects(recipe: Recipe) -> Recipe:
     waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.dialect}
     if not waiting:
         return recipe
-    from data_prep.chat_template import own_dialect
+    from data_prep.text.chat_template import own_dialect
 
     if not recipe.tokenizer.path:
         raise UserError(f"packs.{min(waiting)}.template={OWN}: a tokenizer that is trained has no chat template")

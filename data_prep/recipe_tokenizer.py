@@ -12,7 +12,7 @@ from data_prep.errors import UserError
 from data_prep.example import Example, Reject
 from data_prep.packs import sha256_file, write_atomic
 from data_prep.progress import Reporter
-from data_prep.tokenizer import Tokenizer, tokenizer_files, train_sentencepiece
+from data_prep.text.tokenizer import Tokenizer, tokenizer_files, train_sentencepiece
 from data_prep.workspace import Workspace, digest, sealed
 
 if TYPE_CHECKING:

@@ -18,15 +18,15 @@ from data_prep import digests, sources
 from data_prep.arrow_files import ArrowWriter, atomic_path
 from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Input
-from data_prep.documents import Room, Size, fitting, without_images
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.images import IMAGE_SCHEMA, SHARD_BATCH_ROWS, check_image, misnamed
 from data_prep.packs import IMAGE, sha256_file, write_atomic
 from data_prep.prompts import NO_PROMPT, prompt_ids
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.samples import FACTS, SAMPLE_SCHEMA
-from data_prep.tokenizer import Encoded, Tokenizer
-from data_prep.turns import Excerpt, excerpts
+from data_prep.text.documents import Room, Size, fitting, without_images
+from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.turns import Excerpt, excerpts
 from data_prep.views import allowed_by
 from data_prep.workspace import Intake, Unit, UnitReport, Writing
 

@@ -35,7 +35,7 @@ from data_prep.errors import UserError
 from data_prep.packs import FileEntry, is_of_size, write_atomic
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
-from data_prep.template import Template
+from data_prep.text.template import Template
 
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus

@@ -22,7 +22,7 @@ from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
 from data_prep.samples import FACTS, SAMPLE_SCHEMA
-from data_prep.tokenizer import train_sentencepiece
+from data_prep.text.tokenizer import train_sentencepiece
 from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
 Ints = npt.NDArray[np.int64]

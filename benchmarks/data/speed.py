@@ -27,7 +27,7 @@ from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.recipe_tokenizer import prepare_tokenizer
 from data_prep.seal import seal_store
-from data_prep.tokenizer import Encoded, Tokenizer
+from data_prep.text.tokenizer import Encoded, Tokenizer
 from data_prep.units import UnitJob, ingest_unit
 from data_prep.workers import ALONE
 from data_prep.workspace import Intake, UnitReport, Workspace

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_prep.command_line import OneLineParser
-from data_prep.inspect_page import Masks, write_inspect_page
 from data_prep.packs import PackRow
+from data_prep.show.page import Masks, write_inspect_page
 from pipeline.masks.picture import thumbnail
 from pipeline.masks.policies import POLICIES, get_policy
 from pipeline.masks.sidecars import Sidecars

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import UserError
-from data_prep.template import Template
+from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
 
 FORMAT, VERSION = "mma-export", 1

@@ -21,7 +21,7 @@ from rich.table import Table
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
 from data_prep.packs import PackReader, PackRow, write_atomic
-from data_prep.tokenizer import Encoded, Tokenizer
+from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.serving.model import MultimodalModel, Prompt, decode_image
 
 SPARE_TOKENS = 8

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 
 from data_prep.errors import UserError
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.model.weights import INDEX, global_shapes
 from pipeline.serving.card import CONFIG, ModelCard
 

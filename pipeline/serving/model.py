@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from data_prep.errors import UserError
 from data_prep.example import ImageRef, Turn
 from data_prep.images import BadImage, decode_rgb
-from data_prep.template import Template
-from data_prep.tokenizer import Encoded, Tokenizer
+from data_prep.text.template import Template
+from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 from pipeline.model.build import build_stage

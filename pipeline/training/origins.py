@@ -9,7 +9,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.packs import Manifest
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.config import ConfigError, RunConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from data_prep.errors import UserError
-from data_prep.template import template_of
+from data_prep.text.template import template_of
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.training.blueprint import Blueprint
 from pipeline.training.checkpoints.checkpoint import prune, remove_unfinished

@@ -15,8 +15,8 @@ from data_prep.corpora import CORPORA
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
 from data_prep.recipe import PackConfig, find_recipe, load_recipe
-from data_prep.tokenizer import Tokenizer
-from data_prep.turns import excerpts
+from data_prep.text.tokenizer import Tokenizer
+from data_prep.text.turns import excerpts
 from data_prep.verify import verify
 from tests.data_prep.raw import make_recipe, prepare
 from tests.data_prep.test_template import spell

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from data_prep.chat_template import own_dialect
 from data_prep.errors import UserError
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe
-from data_prep.template import OWN, Template, template_of
+from data_prep.text.chat_template import own_dialect
+from data_prep.text.template import OWN, Template, template_of
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, write_llava, write_recipe
 from tests.data_prep.test_template import GOLDEN, TWO_TURNS, spell
 from tests.data_prep.test_tokenizer import byte_bpe

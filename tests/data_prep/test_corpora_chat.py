@@ -12,7 +12,7 @@ from datasets import Dataset
 from data_prep.corpora import build_corpus
 from data_prep.errors import UserError
 from data_prep.example import Example, Reject
-from data_prep.template import Order, Template
+from data_prep.text.template import Order, Template
 from tests.data_prep.raw import png
 from tests.data_prep.test_corpora import outcomes, render
 from tests.data_prep.test_template import spell

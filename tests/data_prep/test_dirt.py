@@ -26,7 +26,7 @@ from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.quarantine import CODES
 from data_prep.recipe import load_recipe
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import verify
 from data_prep.workers import ALONE
 from tests.data_prep.raw import png, prepare, write_recipe

@@ -11,9 +11,9 @@ import pytest
 
 from data_prep.cli import main
 from data_prep.errors import UserError
-from data_prep.inspect import chosen_rows
 from data_prep.packs import PackReader
-from data_prep.web_page import Html, el, join
+from data_prep.show.inspect import chosen_rows
+from data_prep.show.web_page import Html, el, join
 from pipeline.cli import main as mma
 from tests.data_prep.raw import make_recipe, png, prepare, recipe_dict, write_llava, write_tar
 

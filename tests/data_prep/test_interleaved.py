@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from data_prep.cli import main
-from data_prep.documents import Room, Size, fitting, units, without_images
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import Manifest, PackReader
-from data_prep.template import Template
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.documents import Room, Size, fitting, units, without_images
+from data_prep.text.template import Template
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.masks import Sidecars, get_policy, prove
 from tests.data_prep.raw import make_recipe, png, prepare
 

@@ -16,7 +16,7 @@ from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe
 from data_prep.samples import FACTS
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.workspace import Unit, Workspace
 
 DRAWS, LENGTH = 16_001, 2048

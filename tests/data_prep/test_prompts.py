@@ -15,8 +15,8 @@ from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
 from data_prep.prompts import NO_PROMPT, draw_prompts
 from data_prep.recipe import load_recipe, read_prompts
-from data_prep.template import Order, Template
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.template import Order, Template
+from data_prep.text.tokenizer import Tokenizer
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, tree_hashes, write_recipe, write_world
 
 PROMPTS = ["Look: ", "What do you see here?\n", "Caption: "]

@@ -5,7 +5,7 @@ import pytest
 
 from data_prep.errors import UserError
 from data_prep.recipe import load_recipe, shipped_recipes
-from data_prep.template import Template
+from data_prep.text.template import Template
 from data_prep.yaml_files import read_yaml
 from tests.data_prep.raw import recipe_dict, write_recipe
 

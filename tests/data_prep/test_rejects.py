@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.rejects import EXAMPLES, read_rejects
+from data_prep.show.rejects import EXAMPLES, read_rejects
 from tests.data_prep.raw import make_recipe, png, prepare, write_llava, write_tar
 from tests.data_prep.test_inspect_page import HOSTILE, Elements
 

@@ -31,8 +31,8 @@ from data_prep.packs import Manifest, PackReader
 from data_prep.plan import plan
 from data_prep.progress import Reporter
 from data_prep.quarantine import BadSample
-from data_prep.template import template_of
-from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from data_prep.text.template import template_of
+from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
 from data_prep.units import check_annotated_size
 from data_prep.verify import verify
 from data_prep.workers import ALONE, LocalTeam, Team

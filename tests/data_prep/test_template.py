@@ -6,8 +6,8 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
-from data_prep.template import DIALECTS, Image, Order, Piece, Special, Template, Text
-from data_prep.turns import Turns, excerpts
+from data_prep.text.template import DIALECTS, Image, Order, Piece, Special, Template, Text
+from data_prep.text.turns import Turns, excerpts
 
 PICTURE = ImageRef("p", data=b"")
 ASKED = Example("1", (Turn("user", (PICTURE, "what is it?")), Turn("assistant", ("a ring",))))

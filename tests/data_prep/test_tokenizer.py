@@ -12,8 +12,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
-from data_prep.template import EOS, Image, Special, Template, Text
-from data_prep.tokenizer import COMPANIONS, IMAGE_TOKEN, PAD, Tokenizer, tokenizer_files, train_sentencepiece
+from data_prep.text.template import EOS, Image, Special, Template, Text
+from data_prep.text.tokenizer import COMPANIONS, IMAGE_TOKEN, PAD, Tokenizer, tokenizer_files, train_sentencepiece
 from data_prep.units import cut_tail
 
 TEXTS = [f"is there a red circle or {n} big rings? user assistant image end" for n in range(50)]

@@ -17,10 +17,10 @@ from rich.console import Console
 
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
-from data_prep.stats import show_stats
-from data_prep.template import Template
-from data_prep.tokenizer import Encoded, Tokenizer
-from data_prep.turns import Turns, excerpts
+from data_prep.show.stats import show_stats
+from data_prep.text.template import Template
+from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.turns import Turns, excerpts
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, tree_hashes, write_llava
 from tests.data_prep.test_tokenizer import KINDS, SPECIALS
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from data_prep.example import ImageRef, Turn
-from data_prep.template import Template
-from data_prep.tokenizer import Tokenizer, train_sentencepiece
+from data_prep.text.template import Template
+from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
 from pipeline.config import ConnectorConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage

@@ -13,8 +13,8 @@ from data_prep.cli import main as prepare
 from data_prep.errors import UserError
 from data_prep.example import ImageRef, Turn
 from data_prep.packs import PackReader
-from data_prep.template import template_of
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.template import template_of
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.config import ModelConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.serving.evaluate import Answer, Score, evaluate, normal, questions, save, scores, show

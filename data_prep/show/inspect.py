@@ -16,7 +16,7 @@ from rich.text import Text
 from data_prep.errors import UserError
 from data_prep.images import ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
-from data_prep.tokenizer import Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
 from data_prep.views import apply_view, describe_view
 

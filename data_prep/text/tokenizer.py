@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from data_prep.errors import UserError
 from data_prep.packs import IMAGE, TEXT, write_atomic
-from data_prep.template import EOS, Image, Piece, Special, Text
+from data_prep.text.template import EOS, Image, Piece, Special, Text
 
 if TYPE_CHECKING:
     import tokenizers

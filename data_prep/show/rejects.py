@@ -17,7 +17,7 @@ from data_prep.errors import UserError
 from data_prep.images import BadImage, decode_rgb
 from data_prep.packs import write_atomic
 from data_prep.quarantine import CODES
-from data_prep.web_page import Html, el, page, picture, table, tiles
+from data_prep.show.web_page import Html, el, page, picture, table, tiles
 
 EXAMPLES = 12
 """Shown of each corpus and reason on a page."""

@@ -18,7 +18,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from data_prep.example import Example, Role, Turn
-from data_prep.template import OWN, Special, Template, Text
+from data_prep.text.template import OWN, Special, Template, Text
 
 Token = tuple[str, bool]
 """Text, or the name of a special token (True)."""

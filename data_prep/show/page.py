@@ -10,10 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from data_prep.images import BadImage
-from data_prep.inspect import PackFolder, Stretch, chosen_rows
 from data_prep.packs import PackRow, Source, write_atomic
-from data_prep.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
-from data_prep.web_page import Html, el, embedded, histogram_svg, join, page, picture, table, tiles
+from data_prep.show.inspect import PackFolder, Stretch, chosen_rows
+from data_prep.show.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
+from data_prep.show.web_page import Html, el, embedded, histogram_svg, join, page, picture, table, tiles
 
 
 class Masks(NamedTuple):

@@ -17,7 +17,7 @@ from data_prep.errors import UserError, did_you_mean
 from data_prep.example import Example, Part, Role, Turn
 from data_prep.packs import Manifest
 from data_prep.quarantine import BadSample
-from data_prep.turns import Turns
+from data_prep.text.turns import Turns
 
 EOS = "<eos>"
 """Stands for the tokenizer's own end-of-text token, whatever it is called there."""
@@ -94,7 +94,7 @@ DIALECTS: Mapping[str, Dialect | None] = {
 }
 """Registered templates; ``caption`` writes documents only, the others write documents and conversations."""
 OWN = "tokenizer"
-"""Name of the template whose dialect is read off the tokenizer's chat template (``data_prep.chat_template``)."""
+"""Name of the template whose dialect is read off the tokenizer's chat template (``data_prep.text.chat_template``)."""
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,1 @@
+"""Samples as text and as tokens: turns and documents, templates, the tokenizer."""

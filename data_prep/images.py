@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_prep.errors import UserError
 from data_prep.jpeg import surely_decodes
@@ -41,7 +41,20 @@ Image.init()  # Pillow registers some of these formats only on demand, and `open
 # Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, OverflowError, struct.error, zlib.error)
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, struct.error, zlib.error),
+    *(TypeError, AttributeError, AssertionError, RuntimeError),  # of a value that Pillow expects to be of another type
+)
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to make an image upright, by its EXIF orientation."""
 
 
 class BadImage(BadSample):
@@ -58,8 +71,7 @@ def decode_rgb(data: bytes) -> Image.Image:
         BadImage: empty, foreign, damaged, tiny or oversized bytes.
     """
     with _refusals(data):
-        image = _load_upright(_open(data))
-    return _to_rgb(image)
+        return _to_rgb(_load_upright(_open(data)))
 
 
 def check_image(data: bytes) -> tuple[int, int]:
@@ -72,9 +84,9 @@ def check_image(data: bytes) -> tuple[int, int]:
         image = _open(data)
         if _surely_loads(image, data):
             return image.size
-        _load_upright(image)
-    _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
-    return image.size
+        image = _load_upright(image)
+        _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
+        return image.size
 
 
 @contextmanager
@@ -100,15 +112,26 @@ def _open(data: bytes) -> Image.Image:
 
 def _load_upright(image: Image.Image) -> Image.Image:
     image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how an image has to be turned, which damaged EXIF does not say: the pixels decide what is usable.
+
+    ``ImageOps.exif_transpose`` would write the EXIF anew, and fail on any tag in it of an unexpected type.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _DAMAGE:
+        return None
 
 
 def _surely_loads(image: Image.Image, data: bytes) -> bool:
     """Return whether an image that is open can be loaded, as RGB or grey, and is upright as it is."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not surely_decodes(data):
         return False
-    return bool(image.getexif().get(ExifTags.Base.Orientation, 1) == 1)
+    return _turn(image) is None
 
 
 def _check_size(image: Image.Image) -> None:

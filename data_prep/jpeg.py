@@ -21,6 +21,10 @@ _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
 """What ends the data of a scan: neither a stuffed byte nor a restart."""
 _MAX_SIDE, _MAX_BLOCKS, _MAX_SHIFT = 65_500, 10, 13
 """Limits of libjpeg: sides, blocks of an interleaved unit, bits that a progressive scan leaves to later ones."""
+_MAX_DIFFERENCE, _MAX_AREA = 11, 1 << 26
+"""Bits by which a first coefficient may differ from the one before (T.81, table F.1), and pixels of a frame. So many
+blocks cannot lead a coefficient of a progressive scan out of 32 bits, which libjpeg refuses.
+"""
 
 
 class _OtherError(Exception):
@@ -112,7 +116,7 @@ def _huffman(body: bytes, state: _State) -> None:
         which, counts = body[at], body[at + 1 : at + 17]
         _require(which in (0, 1, 2, 3, 16, 17, 18, 19) and _is_code(counts))
         symbols = body[at + 17 : at + 17 + sum(counts)]
-        _require(len(symbols) == sum(counts) and (which > 3 or max(symbols) < 16))
+        _require(len(symbols) == sum(counts) and (which > 3 or max(symbols) <= _MAX_DIFFERENCE))
         state.huffman.add(which)
         at += 17 + len(symbols)
 
@@ -128,6 +132,7 @@ def _frame(body: bytes, state: _State) -> None:
     height, width, count = int.from_bytes(body[1:3]), int.from_bytes(body[3:5]), body[5]
     _require(not state.components and body[0] == 8 and count in (1, 3) and len(body) == 6 + 3 * count)
     _require(0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE)
+    _require((height + 31) * (width + 31) <= _MAX_AREA)  # a unit is at most 32 x 32
     for name, sampling, table in zip(body[6::3], body[7::3], body[8::3], strict=True):
         _require(sampling >> 4 in (1, 2, 4) and sampling & 15 in (1, 2, 4) and table < 4)
         state.components[name] = _Component((sampling >> 4) * (sampling & 15), table)

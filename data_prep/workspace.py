@@ -40,7 +40,7 @@ from data_prep.text.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 10
+INGEST_VERSION = 11
 """Raised whenever the same raw sample would become other files: old units are then made again."""
 _HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 

@@ -1,6 +1,7 @@
 import io
 import pickle
 import random
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,20 @@ def rotated(kind: str = "JPEG") -> bytes:
     return encode(flat("RGB", (9, 9, 9)), kind, exif=exif)
 
 
+def turned_with(tag: int, kind: int, value: bytes) -> bytes:
+    """A JPEG to be turned by 90 degrees, with another EXIF tag behind."""
+    plain, entries = encode(flat("RGB", (9, 9, 9)), "JPEG"), ((0x0112, 3, b"\6\0\0\0"), (tag, kind, value))
+    exif = b"Exif\0\0II*\0\x08\0\0\0\2\0" + b"".join(struct.pack("<HHI4s", *one[:2], 1, one[2]) for one in entries)
+    return plain[:20] + b"\xff\xe1" + (len(exif) + 6).to_bytes(2) + exif + bytes(4) + plain[20:]
+
+
+def tiff_with_strips_at_a_fraction() -> bytes:
+    data = bytearray(encode(flat("RGB", (9, 9, 9)), "TIFF"))
+    entry = data.index(struct.pack("<HHI", 273, 4, 1))
+    data[entry + 2] = 11  # a float
+    return bytes(data)
+
+
 def animation(kind: str) -> bytes:
     frames = [flat("RGB", (255, 0, 0)), flat("RGB", (0, 0, 255))]
     return encode(
@@ -61,6 +76,9 @@ GOOD: dict[str, tuple[Callable[[], bytes], tuple[int, int, int], tuple[int, int]
     "palette with a hole": (palette_with_hole, (255, 255, 255), (W, H)),
     "cmyk": (lambda: encode(flat("CMYK", (0, 0, 0, 255)), "JPEG"), (0, 0, 0), (W, H)),
     "exif rotation": (rotated, (9, 9, 9), (H, W)),
+    "exif with a float for text": (lambda: turned_with(0x013B, 11, b"\0\0\xc0\x7f"), (9, 9, 9), (H, W)),
+    "exif with bytes for a fraction": (lambda: turned_with(0x011A, 7, b"\1\0\0\0"), (9, 9, 9), (H, W)),
+    "exif with a number below its range": (lambda: turned_with(0x011A, 9, b"\xff" * 4), (9, 9, 9), (H, W)),
     "rotated tiff": (lambda: rotated("TIFF"), (9, 9, 9), (H, W)),
     "gif first frame": (lambda: animation("GIF"), (255, 0, 0), (W, H)),
     "webp first frame": (lambda: animation("WEBP"), (255, 0, 0), (W, H)),
@@ -90,6 +108,7 @@ BAD: dict[str, tuple[Callable[[], bytes], str]] = {
     "postscript": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not-an-image"),
     "truncated jpeg": (lambda: noise("JPEG")[:-400], "broken-image"),
     "truncated png": (lambda: noise("PNG")[:-4000], "broken-image"),
+    "strips of a tiff at a fraction": (tiff_with_strips_at_a_fraction, "broken-image"),
     "one pixel": (lambda: encode(Image.new("RGB", (1, 1))), "tiny-image"),
     "float": (lambda: encode(flat("F", 0.5), "TIFF"), "odd-pixels"),
 }

@@ -97,6 +97,7 @@ UNUSUAL: dict[str, bytes] = {
     "scan with an unknown table": changed(SCAN, 6, 0x30),
     "scan of half the coefficients": changed(SCAN, 4 + 1 + 6 + 1, 31),
     "sequential scan with a shift": changed(SCAN, 4 + 1 + 6 + 2, 1),
+    "a first coefficient of 12 bits": changed(HUFFMAN, 4 + 17, 12),
 }
 
 
@@ -118,6 +119,28 @@ def test_progressive_scans_are_held_to_their_rules() -> None:
     assert len(starts) > 5 and refused == 4 * len(starts)
     first_only = whole[: starts[1]] + b"\xff\xd9"  # coarse, but every component has begun
     assert surely_decodes(first_only) and decode_rgb(first_only).size == (53, 41)
+
+
+def climbing(side: int, bits: int) -> bytes:
+    """A progressive square whose first coefficients grow, all by the most that ``bits`` hold."""
+
+    def part(marker: int, *body: int) -> bytes:
+        return bytes((0xFF, marker)) + (len(body) + 2).to_bytes(2) + bytes(body)
+
+    blocks = ((side + 7) // 8) ** 2
+    words = int(("0" + "1" * bits) * 8, 2).to_bytes(1 + bits) * (blocks // 8 + 1)
+    head = part(QUANTIZATION, 0, *[1] * 64) + part(HUFFMAN, 0, 1, *[0] * 15, bits)
+    frame = part(0xC2, 8, *side.to_bytes(2), *side.to_bytes(2), 1, 1, 0x11, 0)
+    scan = part(SCAN, 1, 1, 0, 0, 0, 0) + words.replace(b"\xff", b"\xff\x00")
+    return b"\xff\xd8" + head + frame + scan + b"\xff\xd9"
+
+
+@pytest.mark.parametrize(("side", "bits"), [(2100, 15), (9000, 11)])
+def test_coefficients_that_leave_32_bits_are_not_sure(side: int, bits: int) -> None:
+    assert surely_decodes(climbing(64, 11)) and decode_rgb(climbing(64, 11)).size == (64, 64)
+    assert not surely_decodes(climbing(side, bits))
+    with pytest.raises(BadImage, match="broken data stream"):
+        decode_rgb(climbing(side, bits))
 
 
 def flipped(data: bytearray, rng: random.Random) -> None:

@@ -137,14 +137,14 @@ def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], o
 
 def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Reporter], object]) -> None:
     """Run work on a recipe, while no other process writes to its output folder; shares of one step may."""
-    from data_prep.out_lock import hold
+    from data_prep.workspace import lock_of
 
     recipe = _load(arguments)
 
     def alone(team: Team, reporter: Reporter) -> None:
         with ExitStack() as held:
-            lock = hold(recipe.out_dir, reporter.say, shared=not team.does_all)
-            team.serial(lambda: held.enter_context(lock))
+            lock = lock_of(recipe.out_dir)
+            team.serial(lambda: held.enter_context(lock.hold(reporter.say, shared=not team.does_all)))
             work(recipe, team, reporter)
 
     _with_team(arguments, alone)

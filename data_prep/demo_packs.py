@@ -14,7 +14,6 @@ from data_prep.demo import write_world
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
 from data_prep.materialize import ROWS_VERSION
-from data_prep.out_lock import hold
 from data_prep.packs import Manifest, is_of_size, sha256_file, write_atomic
 from data_prep.plan import PLAN_VERSION
 from data_prep.progress import Reporter
@@ -22,7 +21,7 @@ from data_prep.recipe import SHIPPED, load_recipe
 from data_prep.recipe_tokenizer import TRAINING_VERSION
 from data_prep.steps import run
 from data_prep.workers import LocalTeam, Team
-from data_prep.workspace import INGEST_VERSION, digest
+from data_prep.workspace import INGEST_VERSION, digest, lock_of
 
 MARKER = "demo.json"
 """Written last: its settings are those of a complete demo."""
@@ -58,7 +57,7 @@ def make_demo(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
     Raises:
         UserError: ``out`` holds another world, or a size is out of range.
     """
-    with hold(out, reporter.say, wait=True) if team.talks else nullcontext():
+    with lock_of(out).hold(reporter.say, wait=True) if team.talks else nullcontext():
         if team.serial(lambda: _made(out) == demo):
             reporter.say(f"demo: {out} is complete")
         else:

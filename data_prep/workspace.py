@@ -8,7 +8,7 @@
     OUT/images/KEY/                              the sealed image store
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason; ``rejects.sha256`` its hash
-    OUT/.lock                                    held while a step writes here (``data_prep.out_lock``)
+    OUT/.lock                                    held while a step writes here (``data_prep.folder_lock``)
 
 A unit is made anew when its raw files change: annotation files, tars and the images it read, by name, size and time. A
 tokenizer that is trained on the corpora follows the annotation files and tars alone. The folder they lie in does not
@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.corpora import build_corpus
 from data_prep.errors import UserError
+from data_prep.folder_lock import FolderLock
 from data_prep.packs import FileEntry, is_of_size, write_atomic
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
@@ -300,6 +301,15 @@ class Workspace:
             for corpus in pack.corpora
         ]
         return list({intake.folder: intake for intake in every}.values())
+
+
+def lock_of(out: Path) -> FolderLock:
+    """Return the lock of an output folder: one writer at a time; shares of one step hold it together."""
+    return FolderLock(
+        out / ".lock",
+        busy="{folder} is being written by another mma-prep ({holder}): wait for it",
+        once="start one mma-prep at a time there",
+    )
 
 
 def _file_identity(path: Path) -> tuple[str, int, int]:

@@ -19,7 +19,7 @@ from pipeline.parallel.groups import device_of_rank
 from pipeline.parallel.topology import Topology
 from pipeline.training.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.lock import holder
+from pipeline.training.run.lock import lock_of
 from pipeline.training.run.logs import RankLog
 from pipeline.training.run.redact import redact
 from pipeline.training.watchdog.channel import listen
@@ -58,10 +58,11 @@ def all_share(folder: RunFolder) -> bool:
 
     A checkpoint in folders of several nodes, or of several working directories, would be none.
     """
-    taken = [holder(folder.path)]
+    lock = lock_of(folder.path)
+    taken = [lock.holder()]
     dist.broadcast_object_list(taken, 0)
     patience = time.monotonic() + SHOWN_S
-    while holder(folder.path) != taken[0]:
+    while lock.holder() != taken[0]:
         if time.monotonic() > patience:
             return all_can_start(
                 UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 from data_prep.cli import main
 from data_prep.demo_packs import Demo, ensure_demo
 from data_prep.errors import UserError
-from data_prep.out_lock import hold
 from data_prep.packs import PackReader
 from data_prep.workers import form_team
+from data_prep.workspace import lock_of
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
 
 
@@ -92,27 +91,16 @@ def test_every_step_is_a_command_of_its_own(made: Path, tmp_path: Path, capsys: 
 
 @pytest.mark.parametrize("step", ["run", "ingest", "plan", "plan --suggest-length", "materialize"])
 def test_one_writer_at_a_time_but_shares_of_a_step_together(
-    made: Path, capsys: pytest.CaptureFixture[str], step: str
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    command = [*step.split(), str(made / "recipe.yaml"), "--workers", "1"]
-    with hold(made / "out", print, shared=step == "ingest"):
+    monkeypatch.setattr("data_prep.folder_lock.HERE_S", 0.1)
+    lock, command = lock_of(made / "out"), [*step.split(), str(made / "recipe.yaml"), "--workers", "1"]
+    with lock.hold(print, shared=step == "ingest"):
         assert main(command) == 2
     said = capsys.readouterr().err
     assert f"{made / 'out'} is being written by another mma-prep (process " in said and said.count("\n") == 1
-    with hold(made / "out", print, shared=True):
+    with lock.hold(print, shared=True):
         assert step not in ("ingest", "materialize") or main([*command, "--shard", "0/2"]) == 0
-
-
-def test_where_a_file_system_knows_no_locks_work_goes_on_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr("fcntl.flock", no_locks)
-    said: list[str] = []
-    with hold(tmp_path / "out", said.append), hold(tmp_path / "out", said.append):
-        assert len(said) == 2 and "cannot be locked (No locks available)" in said[0]
 
 
 def test_help_teaches_and_loads_no_heavy_library() -> None:

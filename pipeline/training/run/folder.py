@@ -18,6 +18,7 @@ import json
 import tempfile
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,8 +26,8 @@ from data_prep.errors import UserError
 from data_prep.packs import write_atomic
 from pipeline.config import RunConfig
 from pipeline.recipe import to_yaml
-from pipeline.training.run import lock
 from pipeline.training.run.environment import environment
+from pipeline.training.run.lock import lock_of
 from pipeline.training.run.redact import redact
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -59,7 +60,7 @@ class RunFolder:
 
     def claim(self) -> None:
         """Keep other starts out for the life of this process; rank 0 only. Raises UserError naming who has it."""
-        self._lock = lock.hold(self.path)
+        self._lock = lock_of(self.path).hold(partial(print, flush=True))
 
     def record_start(self, config: RunConfig, *, world: int, steps: int = 0) -> None:
         """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only.

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_prep.errors import UserError
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.lock import is_running
+from pipeline.training.run.lock import lock_of
 
 _TAIL = 1 << 16
 
@@ -58,7 +58,7 @@ class RunState:
 def _state(path: Path, said: str) -> str:
     if said != "running":
         return said
-    return {True: "running", False: "killed", None: "running?"}[is_running(path)]
+    return {True: "running", False: "killed", None: "running?"}[lock_of(path).is_held()]
 
 
 def _last_line(path: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
-from pipeline.training.run.lock import is_running
+from pipeline.training.run.lock import lock_of
 from tests.launch import ROOT, Job, Launcher, kill, kill_one, start
 from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train, weights
 
@@ -139,7 +139,7 @@ class Chaos:
         for folder in checkpoint_folders(run_dir):
             assert Checkpoint(folder).faults() == [], what
         deadline = time.monotonic() + 60  # the last of its processes may be on its way out
-        while is_running(run_dir):
+        while lock_of(run_dir).is_held():
             assert time.monotonic() < deadline, f"{what}: the lock is not free"
             time.sleep(0.1)
 

@@ -192,7 +192,7 @@ def test_a_run_is_not_started_from_a_foreign_checkpoint_that_lies(
 def test_a_second_start_is_refused_in_one_line(
     small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.training.run.lock.HERE_S", 0.1)
+    monkeypatch.setattr("data_prep.folder_lock.HERE_S", 0.1)
     first = RunFolder(str(tmp_path / "run"))
     first.create()
     first.claim()
@@ -200,6 +200,15 @@ def test_a_second_start_is_refused_in_one_line(
     said = capsys.readouterr().err
     assert f"is being trained by process {os.getpid()} on " in said and said.count("\n") == 1
     assert first.status() == {}, "the first one's status is left alone"
+
+
+@pytest.mark.parametrize("name", ["lock", "metrics.jsonl", "status.json"])
+def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=f"{name} is a symbolic link"):
+        RunFolder(str(tmp_path / "run")).create()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 PLACES_OF_PICKLE = {

@@ -121,7 +121,10 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     from data_prep.recipe import load_recipe
 
     overrides = {key: getattr(arguments, key) for key in ("out", "root") if getattr(arguments, key) is not None}
-    return load_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, overrides)
+    if arguments.recipe == "demo" and not recipe.root_dir.is_dir():
+        raise UserError(f"the demo is not drawn yet: `mma-prep demo {recipe.out_dir}` draws it and makes its packs")
+    return recipe
 
 
 def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], object]) -> None:

@@ -89,6 +89,15 @@ def test_every_step_is_a_command_of_its_own(made: Path, tmp_path: Path, capsys: 
     assert same[0] == same[1]
 
 
+def test_the_demo_recipe_leads_to_the_demo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["run", "demo"]) == 2
+    assert "`mma-prep demo data/demo` draws it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("step", ["run", "ingest", "plan", "plan --suggest-length", "materialize"])
 def test_one_writer_at_a_time_but_shares_of_a_step_together(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str

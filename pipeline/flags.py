@@ -32,6 +32,8 @@ class Invocation:
     recipe: str
     deepspeed: str
     dry_run: bool
+    ranks: int
+    """Of a dry run: as if so many had been started; 0 stands for those that are."""
     print_config: bool
 
 
@@ -56,8 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", default=DEFAULT_RECIPE, help=f"shipped recipe or YAML file ({DEFAULT_RECIPE})")
     parser.add_argument("--deepspeed", default="ds_configs/zero3.json", help="DeepSpeed configuration file")
     parser.add_argument(
-        "--dry-run", action="store_true", default=False, help="check everything, print the plan, train nothing"
-    )
+        "--dry-run", nargs="?", type=int, const=0, default=None, metavar="RANKS",
+        help="check everything, print the plan (as if RANKS ranks were started), train nothing",
+    )  # fmt: skip
     parser.add_argument(
         "--print-config", action="store_true", default=False, help="print the resolved configuration and exit"
     )
@@ -84,7 +87,10 @@ def parse(argv: Sequence[str]) -> Invocation:
     overrides = [(key, value) for key, value in vars(options).items() if key in known_keys()]
     overrides += _free_overrides(rest)
     config = load_config(options.recipe, overrides)
-    return Invocation(config, options.recipe, options.deepspeed, options.dry_run, options.print_config)
+    dry_run, ranks = options.dry_run is not None, options.dry_run or 0
+    if ranks < 0:
+        raise UserError(f"--dry-run {ranks}: a number of ranks is positive")
+    return Invocation(config, options.recipe, options.deepspeed, dry_run, ranks, options.print_config)
 
 
 def _dashed(word: str) -> str:

@@ -47,7 +47,8 @@ def _run(invocation: Invocation, *, debug: bool) -> int:
 
     refuse_secrets(invocation.config.model_dump())
     fill_rank_variables()
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    world = invocation.ranks or int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"]) % world  # a dry run may be of fewer than have been started
     try:
         plan, folder = _prepare(invocation, rank, world)
     except UserError as error:

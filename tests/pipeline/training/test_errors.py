@@ -136,6 +136,21 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_dry_run_shows_the_plan_of_any_number_of_ranks(
+    small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*flags(small_demo, tmp_path / "run"), "--parallel.pp", "2"]
+    assert main([*command, "--dry-run", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "12 packs = 4 replicas x 3 micro-batches" in said and "8 = 2 stages x 4 replicas" in said
+    assert main([*command, "--dry-run", "7"]) == 2
+    assert "7 ranks" in capsys.readouterr().err
+    for wrong in ("-1", "many"):
+        assert main([*command, "--dry-run", wrong]) == 2
+        assert "--dry-run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -43,10 +43,13 @@ class ArrowWriter:
         self.entry = FileEntry(path.name, 0, "")
 
     def __enter__(self) -> Self:
-        self._context = atomic_path(self._path)
-        self._temporary = self._context.__enter__()
-        self._sink = pa.OSFile(str(self._temporary), "wb")
-        self._stream = pa.ipc.new_file(self._sink, self._schema)
+        with ExitStack() as stack:  # each part is closed even where one before cannot be: the disk may be full
+            self._temporary = stack.enter_context(atomic_path(self._path))
+            stack.push(self._describe)
+            sink = stack.enter_context(pa.OSFile(str(self._temporary), "wb"))
+            self._stream = stack.enter_context(pa.ipc.new_file(sink, self._schema))
+            stack.push(self._flush_rest)
+            self._stack = stack.pop_all()
         return self
 
     def append(self, row: tuple[Any, ...]) -> None:
@@ -64,17 +67,19 @@ class ArrowWriter:
         self._written += len(self._rows)
         self._rows.clear()
 
+    def _flush_rest(self, *failure: object) -> None:
+        if failure[0] is None and self._rows:
+            self._flush()
+
+    def _describe(self, *failure: object) -> None:
+        if failure[0] is None:
+            digest = sha256_file(self._temporary)
+            self.entry = FileEntry(self._path.name, self._temporary.stat().st_size, digest, self._written)
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None and self._rows:
-            self._flush()
-        self._stream.close()
-        self._sink.close()
-        if kind is None:
-            digest = sha256_file(self._temporary)
-            self.entry = FileEntry(self._path.name, self._temporary.stat().st_size, digest, self._written)
-        self._context.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
 
 
 def open_batches(path: Path) -> list[pa.RecordBatch]:

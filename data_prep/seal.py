@@ -18,7 +18,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,7 @@ from data_prep.digests import Digests
 from data_prep.errors import UserError
 from data_prep.images import IMAGE_SCHEMA, SHARD_BATCH_ROWS, STORE_FORMAT, STORE_VERSION, ImageStore
 from data_prep.packs import FileEntry, is_of_size, write_atomic
+from data_prep.verify import Hashed
 from data_prep.workers import Team
 from data_prep.workspace import Unit
 
@@ -153,13 +153,10 @@ def _rows(store: Path) -> Path:
 
 @contextmanager
 def _new_rows(store: Path, count: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the mapped rows of ``count`` images, to be written; they become the file when the block ends well.
-
-    Whoever has the file of an earlier attempt mapped keeps that one.
-    """
+    """Yield the mapped rows of ``count`` images, to be written; they become the file when the block ends well."""
     with atomic_path(_rows(store)) as temporary:
         allocate(temporary, 8 * count)
-        rows = _map(temporary, count, "r+")
+        rows = np.memmap(temporary, np.int64, "r+", shape=(count,)) if count else np.empty(0, np.int64)
         yield rows
         if isinstance(rows, np.memmap):
             rows.flush()  # other nodes read the file
@@ -178,11 +175,6 @@ def allocate(path: Path, size: int) -> None:
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
         raise UserError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}): free some there") from error
-
-
-def _map(path: Path, count: int, mode: Any) -> npt.NDArray[np.int64]:
-    """Map ``count`` numbers; an empty file cannot be mapped."""
-    return np.memmap(path, np.int64, mode, shape=(count,)) if count else np.empty(0, np.int64)
 
 
 def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
@@ -220,22 +212,23 @@ class _Context:
 
     units: list[Unit]
     starts: list[int]
-    rows: npt.NDArray[np.int64]
+    rows: Path
     listed: dict[str, FileEntry]
     """Shards of this store by its index, where it has been whole before; its name tells what they hold."""
 
     def rows_of(self, unit: int) -> npt.NDArray[np.int64]:
-        """Return the store rows of a unit's images."""
-        return self.rows[self.starts[unit] : self.starts[unit + 1]]
+        """Read the store rows of a unit's images; no map is kept: where a file is open, NFS removes no folder."""
+        start, stop = self.starts[unit : unit + 2]
+        return np.fromfile(self.rows, np.int64, stop - start, offset=8 * start)
 
 
 @functools.lru_cache(maxsize=1)
 def _context(store: Path) -> _Context:
     raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
     units = [Unit(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
-    rows = _map(_rows(store), raw["starts"][-1], "r")
     found = _opened(store)
-    return _Context(units, raw["starts"], rows, {entry.name: entry for entry in (found.shards if found else ())})
+    listed = {entry.name: entry for entry in (found.shards if found else ())}
+    return _Context(units, raw["starts"], _rows(store), listed)
 
 
 def _write_shard(job: ShardJob) -> None:
@@ -291,6 +284,7 @@ def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator
     if not unit.images.is_file():
         yield from _from_store(unit, wanted, stores)
         return
+    Hashed(unit.images, unit.report().pixels.sha256, unit.marker.name).check()
     start = 0
     for batch in open_batches(unit.images):
         inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
@@ -299,7 +293,11 @@ def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator
 
 
 def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
-    """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of."""
+    """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of.
+
+    Raises:
+        UserError: there is none, or an image is not what its hash says.
+    """
     key = unit.sealed_in(stores)
     if key is None:
         unit.marker.unlink(missing_ok=True)
@@ -309,7 +307,10 @@ def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iter
         )
     store = ImageStore(stores / key)
     for row in np.fromfile(unit.rows(key), dtype=np.int64)[wanted].tolist():
-        yield bytes.fromhex(store.sha256(row)), *store.size(row), store.read(row)
+        sha256, data = bytes.fromhex(store.sha256(row)), store.read(row)
+        if hashlib.sha256(data).digest() != sha256:
+            raise UserError(f"{store.directory}: image {row} is damaged; `mma-prep verify` names the file")
+        yield sha256, *store.size(row), data
 
 
 def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> None:
@@ -324,5 +325,7 @@ def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> Non
         write_atomic(unit.rows(store.name), context.rows_of(number).tobytes())
     for unit in units:
         unit.images.unlink(missing_ok=True)
+    for path in store.glob(".*.tmp"):  # of members that were killed
+        path.unlink(missing_ok=True)
     _context.cache_clear()
     shutil.rmtree(_work(store))

@@ -156,9 +156,10 @@ def _check_own_hash(path: Path) -> None:
 
 
 def find_units(directory: Path) -> list[Unit]:
-    """Return the done units of an output folder, of all settings that were ever used."""
+    """Return the done units of an output folder, of all settings that were ever used with this version of mma-prep."""
     markers = sorted(directory.glob("ingest/*/*/*.json"))
-    return [Unit(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers]
+    units = [Unit(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers]
+    return [unit for unit in units if not unit.is_outdated()]
 
 
 def check_unit(unit: Unit, stores: Path) -> None:

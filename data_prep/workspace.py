@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 INGEST_VERSION = 11
 """Raised whenever the same raw sample would become other files: old units are then made again."""
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged done-marker raises."""
 _HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 
 
@@ -109,6 +111,13 @@ class Unit:
         """Done-marker with the hash of the tokens; written last."""
         return self.folder / f"{self.shard}.json"
 
+    def is_outdated(self) -> bool:
+        """Return whether another version of mma-prep made the unit, so that no run builds on it."""
+        try:
+            return _read_marker(self.marker.read_text(encoding="utf-8")).get("version") != INGEST_VERSION
+        except (OSError, *_DAMAGED):
+            return False
+
     def rows(self, store: str) -> Path:
         """Store row of every distinct image (int64), for one sealed store."""
         return self.folder / f"{self.shard}.rows-{store}"
@@ -117,7 +126,7 @@ class Unit:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
             return UnitReport.from_json(self.marker.read_text(encoding="utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, *_DAMAGED) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
             ) from error
@@ -180,18 +189,24 @@ class UnitReport:
     @functools.lru_cache(1 << 12)  # a step asks for the same markers several times
     def from_json(cls, text: str) -> UnitReport:
         """Parse a done-marker. Raises ValueError, KeyError, TypeError or AttributeError where it is damaged."""
-        raw = json.loads(text)
-        if raw.pop("marker_sha256") != digest(raw):
-            raise ValueError("it differs from its own hash")
+        raw = _read_marker(text)
         tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
         return cls(raw["raw"], tally, FileEntry(**raw["pixels"]), raw["bytes"], *(raw[name] for name in _HASHES))
 
     def to_json(self) -> str:
         """Return the done-marker's text, which holds its own hash."""
-        fields = {"raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
+        fields = {"version": INGEST_VERSION, "raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
         fields |= {"repairs": dict(self.tally.repairs), "pixels": asdict(self.pixels), "bytes": self.size}
         whole = {**fields, **{name: getattr(self, name) for name in _HASHES}}
         return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
+
+
+def _read_marker(text: str) -> dict[str, Any]:
+    """Return what a done-marker of any version says. Raises ValueError, KeyError, TypeError or AttributeError."""
+    raw: dict[str, Any] = json.loads(text)
+    if raw.pop("marker_sha256") != digest(raw):
+        raise ValueError("it differs from its own hash")
+    return raw
 
 
 @dataclass(frozen=True)

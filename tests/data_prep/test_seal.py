@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import resource
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,23 +235,79 @@ def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_pat
     assert sorted(written) == list(range(10))
 
 
-def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_mapped(
+def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     units, _ = make_units(tmp_path, 3)
     store = tmp_path / "images" / seal.store_key(units)
     seal._prepare(units, store)
-    mapped = seal._context(store).rows
-    before = mapped.tolist()
+    written = (store / ".work" / "rows").read_bytes()
 
     def look(units: object, starts: object, owners: object) -> None:
-        assert mapped.tolist() == before
+        assert (store / ".work" / "rows").read_bytes() == written
         raise Killed
 
     monkeypatch.setattr(seal, "_find_owners", look)
     with pytest.raises(Killed):
         seal._prepare(units, store)
-    assert mapped.tolist() == before and [path.name for path in (store / ".work").glob(".*")] == []
+    assert (store / ".work" / "rows").read_bytes() == written
+    assert [path.name for path in (store / ".work").glob(".*")] == []
+
+
+def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps an open file under another name, so that its folder cannot be removed."""
+    units, contents = make_units(tmp_path, 3)
+    seen, remove = list[str](), shutil.rmtree
+
+    def look(folder: Path) -> None:
+        seen.extend(line for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line)
+        seen.extend(str(path) for path in Path("/proc/self/fd").iterdir() if str(folder) in str(path.resolve()))
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", ALONE)))
+    assert seen == []
+
+
+def test_what_a_killed_member_left_in_the_store_is_removed(tmp_path: Path) -> None:
+    units, contents = make_units(tmp_path, 3)
+    store = tmp_path / "images" / seal.store_key(units)
+    store.mkdir(parents=True)
+    (store / ".images-00000.arrow.12345678.tmp").touch()
+    check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", ALONE)))
+    assert [path.name for path in store.glob(".*")] == []
+
+
+def replaced(path: Path, old: bytes, new: bytes) -> None:
+    data = path.read_bytes()
+    assert len(old) == len(new) and data.count(old) == 1
+    path.write_bytes(data.replace(old, new))
+
+
+def test_damaged_images_are_not_copied_into_a_store(tmp_path: Path) -> None:
+    units, contents = disjoint_units(tmp_path, 2)
+    make_unit(units[1], [contents[0][3], *contents[1]])
+    first = seal.seal_store(units[:1], tmp_path / "images", ALONE)
+    whole = units[1].images.read_bytes()
+    replaced(units[1].images, b"1 33", b"1 34")
+    with pytest.raises(UserError, match=rf"^{units[1].images}: differs from 001.json .* delete it and run"):
+        seal.seal_store(units, tmp_path / "images", ALONE)
+    units[1].images.write_bytes(whole)
+    replaced(shards_of(first)[0], b"0 33", b"0 34")
+    with pytest.raises(UserError, match=rf"^{first}: image 33 is damaged; `mma-prep verify` names the file"):
+        seal.seal_store(units[::-1], tmp_path / "images", ALONE)
+
+
+def test_a_full_disk_is_not_left_full(tmp_path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, limits[1]))
+    try:
+        with pytest.raises(OSError), ArrowWriter(tmp_path / "images", IMAGE_SCHEMA) as writer:
+            for _ in range(3000):
+                writer.append((bytes(32), 3, 3, bytes(100)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path) -> None:

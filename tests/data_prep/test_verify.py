@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -13,12 +14,13 @@ import pytest
 from data_prep.errors import UserError
 from data_prep.images import ImageStore
 from data_prep.materialize import materialize, pack_row
-from data_prep.packs import Manifest, Source
+from data_prep.packs import Manifest, Source, write_atomic
 from data_prep.plan import Plan
 from data_prep.progress import Reporter
 from data_prep.samples import Sample
 from data_prep.verify import verify, verify_part
 from data_prep.workers import ALONE, LocalTeam
+from data_prep.workspace import digest
 from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
 
 KINDS = {
@@ -169,6 +171,18 @@ def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path
     images.write_bytes(shard.read_bytes().replace(png(1), png(1)[:-1] + b"\0"))
     with pytest.raises(UserError, match=r"00000.images: differs from captions%2F00000.json"):
         list(verify(tmp_path / "out"))
+
+
+def test_units_of_another_version_are_left_alone(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
+    whole = list(verify(tmp_path / "out"))
+    marker = next((tmp_path / "out").glob("ingest/captions/*/*00000.json"))
+    old = {"raw": "", "kept": 3}  # no version, and other fields
+    other = marker.parent.with_name("earlier") / marker.name
+    write_atomic(other, json.dumps({**old, "marker_sha256": digest(old)}).encode())
+    assert list(verify(tmp_path / "out")) == whole
+    other.write_bytes(other.read_bytes().replace(b'"kept": 3', b'"kept": 4'))
+    assert named_by_verify(tmp_path / "out") == other
 
 
 def test_damaged_markers_of_row_files_are_made_again(out: Path, tmp_path: Path) -> None:

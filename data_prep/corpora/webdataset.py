@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
+import math
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Annotated, NamedTuple
@@ -21,6 +26,8 @@ from data_prep.quarantine import BadSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
+_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
+"""What reading a damaged tar raises, besides an OSError without a number."""
 
 
 class DamagedTarError(Exception):
@@ -135,7 +142,7 @@ def read_image(path: Path, name: str) -> bytes:
             for info in tar:
                 if info.isreg() and ".".join(_key_and_suffix(info.name)) == name:
                     return _read(tar, info, "", "").data
-    except (tarfile.TarError, EOFError, zlib.error) as problem:
+    except _DAMAGE as problem:
         raise OSError(f"{path}: damaged tar ({one_line(problem)})") from problem
     raise KeyError(f"{path} has no member {name}")
 
@@ -177,24 +184,45 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 def _members(path: Path) -> Iterator[Member]:
     """Stream the members that make up samples. Raises DamagedTarError where what the tar holds cannot be read on."""
     try:
-        with _open(path) as tar:
+        with _opened(path) as (tar, size):
             for info in tar:
+                if not info.offset_data <= tar.offset < size + tarfile.BLOCKSIZE:
+                    raise tarfile.ReadError("unexpected end of data")
                 key, suffix = _key_and_suffix(info.name)
                 if not info.isdir() and key and suffix in IMAGE_SUFFIXES + TEXT_SUFFIXES:
                     yield _read(tar, info, key, suffix)
                 tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as problem:
+    except (OSError, *_DAMAGE) as problem:
         if isinstance(problem, OSError) and problem.errno:  # of the file system, not of what the file holds
             raise UserError(f"{path}: cannot be read ({one_line(problem)})") from None
         raise DamagedTarError(f"{path}: {one_line(problem)}; download it again, then run the same command") from None
 
 
-def _open(path: Path) -> tarfile.TarFile:
-    """Open a tar for one walk through it; where it is not compressed, by seeks, which take less than a stream does."""
-    try:
-        return tarfile.open(path, "r:")
-    except tarfile.ReadError:
-        return tarfile.open(path, "r|*")
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, float]]:
+    """Open a tar for one walk through it; yield it with its size in bytes, where that is known.
+
+    Where it is not compressed it is read by seeks, which take less than a stream does.
+    """
+    with ExitStack() as stack:
+        file = stack.enter_context(_File(path))
+        try:
+            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r:")), float(file.size)
+        except tarfile.ReadError:
+            file.seek(0)
+            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r|*")), math.inf
+        yield tar, size
+
+
+class _File(io.BufferedReader):
+    """A file in which a number that is damaged asks for no more memory than the file is large."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self.size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size if size is None or size < 0 else min(size, max(0, self.size - self.tell())))
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:

@@ -217,6 +217,21 @@ def test_a_file_that_is_bad_as_a_whole_is_named(
     assert str(bad) in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["0", "x", "L"], ids=["file", "pax header", "long name"])
+@pytest.mark.parametrize("size", [-3072, -512, 1 << 40, (1 << 63) - 5000, 1 << 70])
+def test_a_damaged_size_in_a_tar_is_named(tmp_path: Path, size: int, kind: str) -> None:
+    write_tar(tmp_path / "00000.tar", {f"{key}": (png(key), "a caption") for key in range(3)})
+    data = bytearray((tmp_path / "00000.tar").read_bytes())
+    header = data.index(b"1.txt")
+    data[header + 124 : header + 136] = (size % (1 << 96)).to_bytes(12) if size < 0 else b"\x80" + size.to_bytes(11)
+    data[header + 156] = ord(kind)
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    (tmp_path / "00000.tar").write_bytes(data)
+    first, *_, last = outcomes(build_corpus("webdataset", {}, tmp_path))
+    assert isinstance(first, Example) and isinstance(last, Reject) and last.code == "damaged-tar"
+
+
 def test_a_damaged_tar_gives_what_comes_before_the_damage_and_is_named(tmp_path: Path) -> None:
     whole = (FIXTURES / "webdataset/cc12m/00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole)

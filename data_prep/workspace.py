@@ -145,12 +145,16 @@ class Unit:
 
     def sealed_in(self, stores: Path) -> str | None:
         """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""
-        names = sorted(path.name.rpartition("-")[2] for path in self.row_files())
-        return next((name for name in names if (stores / name / "store.json").is_file()), None)
+        names = sorted(index.parent.name for index in stores.glob("*/store.json"))  # few, where units are many
+        return next((name for name in names if self.rows(name).is_file()), None)
 
     def forget(self) -> None:
-        """Remove the marker and the rows of sealed stores: the unit is about to be made anew."""
-        for path in (self.marker, *self.row_files()):
+        """Remove the marker, the rows of sealed stores and what a killed attempt left: the unit is made anew."""
+        files = (self.tokens, self.facts, self.images, self.digests, self.sources, self.rejects, self.marker)
+        names = {path.name for path in files}  # another unit's may begin as this one's do
+        begun = self.folder.glob(f".{glob.escape(self.shard)}.*.tmp")
+        unfinished = [path for path in begun if path.name[1:].rsplit(".", 2)[0] in names]
+        for path in (self.marker, *self.row_files(), *unfinished):
             path.unlink(missing_ok=True)
 
     def row_files(self) -> list[Path]:

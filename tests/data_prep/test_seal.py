@@ -19,7 +19,7 @@ from data_prep import images as images_module
 from data_prep.arrow_files import ArrowWriter
 from data_prep.errors import UserError
 from data_prep.images import IMAGE_SCHEMA, ImageStore
-from data_prep.packs import sha256_file, write_atomic
+from data_prep.packs import sha256_file, temporary_beside, write_atomic
 from data_prep.quarantine import Tally
 from data_prep.workers import ALONE, LocalTeam
 from data_prep.workspace import Unit, UnitReport
@@ -168,6 +168,16 @@ def test_a_cut_copy_of_a_units_images_is_made_anew(tmp_path: Path) -> None:
     with unit.images.open("rb+") as file:
         file.truncate(100)
     assert unit.done() is None
+
+
+def test_what_a_killed_attempt_left_goes_when_its_unit_is_made_anew(tmp_path: Path) -> None:
+    (unit, *_), _ = disjoint_units(tmp_path)
+    other = Unit(unit.corpus, f"{unit.shard}.seg", unit.folder, "")
+    left = [temporary_beside(path) for path in (unit.images, unit.tokens, unit.marker, other.images, other.marker)]
+    for path in left:
+        path.touch()
+    unit.forget()
+    assert [path.exists() for path in left] == [False, False, False, True, True]
 
 
 def test_many_threads_read_one_store(tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 STORE_FORMAT, STORE_VERSION = "mma-images", 2
 SHARD_BATCH_ROWS = 64
 """Rows of every record batch but the last of a shard: what is held in memory while one is written."""
+OPEN_SHARDS = 1 << 14
+"""Shards that are held open at most: each takes one of the maps that a process may have (65,530 by default)."""
 IMAGE_SCHEMA = pa.schema(
     [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
 )
@@ -258,9 +260,12 @@ class ImageStore:
         return self._shard(which).get_batch(batch).column(column)[place]
 
     def _shard(self, which: int) -> pa.ipc.RecordBatchFileReader:
-        if which not in self._open_shards:
-            self._open_shards[which] = self._open(self.shards[which])
-        return self._open_shards[which]
+        reader = self._open_shards.get(which)
+        if reader is None:
+            if len(self._open_shards) >= OPEN_SHARDS:
+                self._open_shards.clear()  # whoever reads one now keeps it
+            reader = self._open_shards[which] = self._open(self.shards[which])
+        return reader
 
     def _open(self, entry: FileEntry) -> pa.ipc.RecordBatchFileReader:
         path = self.directory / entry.name

@@ -180,13 +180,18 @@ def test_what_a_killed_attempt_left_goes_when_its_unit_is_made_anew(tmp_path: Pa
     assert [path.exists() for path in left] == [False, False, False, True, True]
 
 
-def test_many_threads_read_one_store(tmp_path: Path) -> None:
+def test_many_threads_read_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images_module, "OPEN_SHARDS", 3)
     units, contents = disjoint_units(tmp_path)
     store = ImageStore(seal.seal_store(units, tmp_path / "images", ALONE))
     rows = np.random.default_rng(0).integers(len(store), size=2000).tolist()
     whole = [data for images in contents for data in images]
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(store.read, rows)) == [whole[row] for row in rows]
+    store = ImageStore(store.directory)
+    for row in rows:
+        store.read(row)
+        assert 0 < len(store._open_shards) <= 3
 
 
 class Killed(Exception):  # noqa: N818 - stands for kill -9

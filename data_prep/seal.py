@@ -32,8 +32,8 @@ from data_prep.verify import Hashed
 from data_prep.workers import Team
 from data_prep.workspace import Unit
 
-RANGE_IMAGES = 1 << 17
-"""Hashes that are compared at a time."""
+RANGE_IMAGES = 1 << 20
+"""Hashes that are compared at a time, in about 150 MB; every unit is looked at once for each such range."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def set_sizes(monkeypatch: pytest.MonkeyPatch, range_images: int, batch_rows: in
         monkeypatch.setattr(module, "SHARD_BATCH_ROWS", batch_rows)
 
 
-@pytest.fixture(params=[(1 << 17, 64), (7, 5), (1, 1)], ids=["as shipped", "small", "single"])
+@pytest.fixture(params=[(1 << 20, 64), (7, 5), (1, 1)], ids=["as shipped", "small", "single"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     set_sizes(monkeypatch, *request.param)
 

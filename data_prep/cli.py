@@ -146,8 +146,11 @@ def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Re
 
     def alone(team: Team, reporter: Reporter) -> None:
         with ExitStack() as held:
-            lock = lock_of(recipe.out_dir)
-            team.serial(lambda: held.enter_context(lock.hold(reporter.say, shared=not team.does_all)))
+
+            def take() -> None:  # what it returned would be sent to the other ranks
+                held.enter_context(lock_of(recipe.out_dir).hold(reporter.say, shared=not team.does_all))
+
+            team.serial(take)
             work(recipe, team, reporter)
 
     _with_team(arguments, alone)

@@ -32,8 +32,10 @@ from data_prep.verify import Hashed
 from data_prep.workers import Team
 from data_prep.workspace import Unit
 
-RANGE_IMAGES = 1 << 20
-"""Hashes that are compared at a time, in about 150 MB; every unit is looked at once for each such range."""
+RANGE_IMAGES = 1 << 17
+"""Hashes that are compared at a time, at least."""
+RANGE_SHARE = 1 << 6
+"""Hashes of each unit that are compared at a time, at least: every unit is opened once a range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +181,7 @@ def allocate(path: Path, size: int) -> None:
 
 def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
     """Write, for every image of every unit, the number of the first image with its content."""
-    for first, stop in itertools.pairwise(_ranges(len(owners))):
+    for first, stop in itertools.pairwise(_ranges(len(owners), len(units))):
         parts = [Digests.open(unit.digests).between(first, stop) for unit in units]
         numbers = np.concatenate([part.index + start for part, start in zip(parts, starts[:-1], strict=True)])
         sha256 = np.concatenate([part.sha256 for part in parts])
@@ -187,9 +189,9 @@ def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: n
         owners[numbers] = numbers[uses][which]
 
 
-def _ranges(images: int) -> list[bytes]:
-    """Return the bounds of equal ranges of hashes with about ``RANGE_IMAGES`` images each; the outermost are open."""
-    count = -(-images // RANGE_IMAGES)
+def _ranges(images: int, units: int) -> list[bytes]:
+    """Return the bounds of equal ranges of hashes, to be compared one after the other; the outermost are open."""
+    count = -(-images // max(RANGE_IMAGES, RANGE_SHARE * units))
     if count == 0:
         return []
     return [b"", *((number * (1 << 64) // count).to_bytes(8) for number in range(1, count)), b""]

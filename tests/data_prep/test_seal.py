@@ -52,11 +52,12 @@ def make_units(root: Path, seed: int, count: int = 9) -> Made:
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, range_images: int, batch_rows: int) -> None:
     monkeypatch.setattr(seal, "RANGE_IMAGES", range_images)
+    monkeypatch.setattr(seal, "RANGE_SHARE", 0)
     for module in (seal, images_module):
         monkeypatch.setattr(module, "SHARD_BATCH_ROWS", batch_rows)
 
 
-@pytest.fixture(params=[(1 << 20, 64), (7, 5), (1, 1)], ids=["as shipped", "small", "single"])
+@pytest.fixture(params=[(1 << 17, 64), (7, 5), (1, 1)], ids=["as shipped", "small", "single"])
 def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     set_sizes(monkeypatch, *request.param)
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 from urllib.parse import quote
 
 from pydantic import Field
@@ -192,6 +192,7 @@ def _members(path: Path) -> Iterator[Member]:
                 if not info.isdir() and key and suffix in IMAGE_SUFFIXES + TEXT_SUFFIXES:
                     yield _read(tar, info, key, suffix)
                 tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
+            _check_end(tar)
     except (OSError, *_DAMAGE) as problem:
         if isinstance(problem, OSError) and problem.errno:  # of the file system, not of what the file holds
             raise UserError(f"{path}: cannot be read ({one_line(problem)})") from None
@@ -207,11 +208,30 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, float]]:
     with ExitStack() as stack:
         file = stack.enter_context(_File(path))
         try:
-            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r:")), float(file.size)
+            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r:", tarinfo=_Info)), float(file.size)
         except tarfile.ReadError:
             file.seek(0)
-            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r|*")), math.inf
+            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r|*", tarinfo=_Info)), math.inf
         yield tar, size
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError where more than zeros follow what ends a tar: a hole, or another tar."""
+    assert tar.fileobj is not None
+    while block := tar.fileobj.read(1 << 16):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(f"more data after its end at byte {tar.offset:,}")
+
+
+class _Info(tarfile.TarInfo):
+    """A member whose header has to be whole: at one that is damaged, ``tarfile`` takes the tar to have ended."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:  # type: ignore[override]  # it is only called by position
+        try:
+            return super().fromtarfile(tar)
+        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as problem:  # type: ignore[attr-defined]
+            raise tarfile.ReadError(f"{problem} at byte {tar.offset:,}") from None
 
 
 class _File(io.BufferedReader):

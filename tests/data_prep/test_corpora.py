@@ -5,6 +5,7 @@ After an intended change, print the new lines with ``render`` and read them befo
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -230,6 +231,31 @@ def test_a_damaged_size_in_a_tar_is_named(tmp_path: Path, size: int, kind: str) 
     (tmp_path / "00000.tar").write_bytes(data)
     first, *_, last = outcomes(build_corpus("webdataset", {}, tmp_path))
     assert isinstance(first, Example) and isinstance(last, Reject) and last.code == "damaged-tar"
+
+
+def rewritten(data: bytes, how: str) -> bytes:
+    return {"": lambda whole: whole, "gz": gzip.compress}[how](data)
+
+
+@pytest.mark.parametrize("how", ["", "gz"])
+@pytest.mark.parametrize("damage", ["header", "hole", "another tar", "no end"])
+def test_a_tar_never_ends_early_without_a_word(tmp_path: Path, damage: str, how: str) -> None:
+    write_tar(tmp_path / "00000.tar", {f"{key}": (png(key), "a caption") for key in range(4)})
+    whole = (tmp_path / "00000.tar").read_bytes()
+    at, end = whole.index(b"2.png"), len(whole.rstrip(b"\0")) // 512 * 512 + 512
+    harmless = damage == "no end"  # some writers leave the blocks of zeros out: nothing is lost
+    cases = {
+        "header": [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(at, at + 512, 3)],
+        "hole": [whole[:at] + bytes(512) + whole[at + 512 :]],
+        "another tar": [whole + whole],
+        "no end": [whole[:end]],
+    }[damage]
+    for data in cases:
+        (tmp_path / "00000.tar").write_bytes(rewritten(data, how))
+        *kept, last = outcomes(build_corpus("webdataset", {}, tmp_path))
+        assert isinstance(last, Example) if harmless else isinstance(last, Reject) and last.code == "damaged-tar"
+        before = {"header": 2, "hole": 2, "another tar": 4, "no end": 4}[damage]
+        assert len(kept) == before - 1  # the last sample before the damage may have had more members
 
 
 def test_a_damaged_tar_gives_what_comes_before_the_damage_and_is_named(tmp_path: Path) -> None:

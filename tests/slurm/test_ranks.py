@@ -92,11 +92,14 @@ def _wait_for(path: Path, nodes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _ranks_of(session: int) -> list[dict[str, str]]:
     """The environments of a launcher's training processes, by rank."""
-    found = []
+    found = {}
     for pid in session_processes(session):
-        variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        try:
+            variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        except (FileNotFoundError, ProcessLookupError):  # a command that a rank ran, and that is done
+            continue
         named = dict(line.partition("=")[::2] for line in variables if "=" in line)
-        command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
         if "RANK" in named and any(word.endswith("pipeline/train.py") for word in command):
-            found.append(named)
-    return sorted(found, key=lambda one: int(one["RANK"]))
+            found[int(named["RANK"])] = named  # once, even beside a copy of it that is about to run a command
+    return [named for _, named in sorted(found.items())]

@@ -17,11 +17,12 @@ from data_prep.workers import MpiTeam, parse_share
 from tests.launch import ROOT
 
 _SCRIPT = """\
-import sys
+import signal, sys
 from data_prep.workers import LocalTeam
 from tests.data_prep.test_workers import begin_and_wait
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
     try:
         LocalTeam(2).map(begin_and_wait, sys.argv[1:], print)
     except KeyboardInterrupt:

@@ -41,8 +41,12 @@ def set_state(run_dir: Path, **change: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_healthy_place_is_all_well(run_dir: Path, small_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = ["--recipe", "demo_sft", "--ranks", "2", "--data.packs", str(small_demo / "packs/sft")]
+def test_a_healthy_place_is_all_well(
+    run_dir: Path, small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The shipped recipe's own run folder may hold a run of this checkout, on other packs.
+    (tmp_path / "demo_sft.yaml").write_text(f"extends: demo_sft\nrun_dir: {tmp_path / 'new'}\n")
+    recipe = ["--recipe", str(tmp_path / "demo_sft.yaml"), "--ranks", "2", "--data.packs", str(small_demo / "packs/sft")]
     words = ["doctor", "--data", str(small_demo), "--checkpoint", str(run_dir), "--run-dir", str(run_dir), *recipe]
     code = main(words)
     output = capsys.readouterr().out

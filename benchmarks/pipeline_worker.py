@@ -24,20 +24,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.attention import Plan, build_plan
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.groups import create_groups, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.partition import split_layers
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import StepTraffic, Traffic
 from pipeline.parallel.zero3 import Zero3Stage, _count_collectives, sharder
-from pipeline.training.trainer import parameter_groups
+from pipeline.training.engine import parameter_groups
 
 LAYERS, WIDTH, VOCAB, TOKENS = 8, 128, 1024, 256
 WARM_UP = 2

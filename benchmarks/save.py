@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.training.blueprint import Blueprint
+    from pipeline.planning.run_plan import Blueprint
     from pipeline.training.saving import Saver
     from pipeline.training.trainer import Trainer
 
@@ -59,17 +59,16 @@ class Measured:
 
 def measure(words: Sequence[str], blocks: int) -> Measured:
     """Train in blocks; on every rank of a launched job."""
-    from pipeline.flags import parse
-    from pipeline.parallel.groups import fill_rank_variables, start_processes, stop_processes
-    from pipeline.training.blueprint import Blueprint
-    from pipeline.training.checkpoints.checkpoint import load, newest_whole
-    from pipeline.training.libraries import settle_libraries
+    from pipeline.checkpoints.checkpoint import load, newest_whole
+    from pipeline.config.flags import parse
+    from pipeline.parallel.launch import configure_libraries, fill_rank_variables, start_processes, stop_processes
+    from pipeline.planning.run_plan import Blueprint
     from pipeline.training.run.folder import RunFolder
     from pipeline.training.saving import Saver
     from pipeline.training.trainer import Trainer
-    from pipeline.training.watchdog.activity import Activity
+    from pipeline.watchdog.heartbeat import Activity
 
-    settle_libraries()
+    configure_libraries()
     fill_rank_variables()
     plan = Blueprint.draw(parse(list(words)), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
     folder = RunFolder(plan.config.run_dir)

@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.rows import IMAGE_TOKENS, make_row
 from pipeline.attention import build_plan
 from pipeline.attention.hf import NAME
-from pipeline.config import ModelConfig, RunConfig
-from pipeline.estimate_command import draw_load
+from pipeline.commands.estimate import draw_load
+from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.masks import Sidecars, dense_mask, position_ids
 from pipeline.model.build import build_stage
 from pipeline.model.counts import Counts
@@ -34,11 +34,12 @@ from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.groups import create_groups, device_of_rank, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import device_of_rank, fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
+from pipeline.training.engine import parameter_groups
 from pipeline.training.metrics import peak_flops
-from pipeline.training.trainer import parameter_groups
 
 BATCH, SLOTS = 4, 656
 POLICY = "mma"

@@ -13,13 +13,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.command_line import OneLineParser
-from data_prep.errors import UserError
+from data_prep.common.command_line import OneLineParser
+from data_prep.common.errors import UserError
 
 if TYPE_CHECKING:
+    from data_prep.common.workers import Team
     from data_prep.progress import Reporter
     from data_prep.recipe import Recipe
-    from data_prep.workers import Team
 
 _OVERVIEW = """\
 Turn raw image-text corpora into packed rows for training.
@@ -129,8 +129,8 @@ def _load(arguments: argparse.Namespace) -> Recipe:
 
 def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], object]) -> None:
     """Run work with the processes the user asked for; only one process of a team reports."""
+    from data_prep.common.workers import form_team
     from data_prep.progress import Reporter
-    from data_prep.workers import form_team
 
     reporter = Reporter()
     team = form_team(arguments.workers, getattr(arguments, "shard", None), reporter.say)
@@ -140,7 +140,7 @@ def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], o
 
 def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Reporter], object]) -> None:
     """Run work on a recipe, while no other process writes to its output folder; shares of one step may."""
-    from data_prep.workspace import lock_of
+    from data_prep.ingest.workspace import lock_of
 
     recipe = _load(arguments)
 
@@ -157,7 +157,7 @@ def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Re
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from data_prep.demo_packs import Demo, make_demo
+    from data_prep.demo.packs import Demo, make_demo
 
     demo = Demo(arguments.scenes, arguments.held_out, arguments.seed)
     _with_team(arguments, lambda team, reporter: make_demo(arguments.out, demo, team, reporter))
@@ -170,13 +170,13 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _ingest(arguments: argparse.Namespace) -> None:
-    from data_prep.ingest import ingest
+    from data_prep.ingest.step import ingest
 
     _with_recipe(arguments, ingest)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from data_prep.plan import lengths_by_fullness, plan
+    from data_prep.planning.step import lengths_by_fullness, plan
 
     def suggest(recipe: Recipe) -> None:
         from data_prep.show.stats import show_lengths

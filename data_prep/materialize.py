@@ -16,34 +16,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.errors import UserError
-from data_prep.images import ImageStore
-from data_prep.ingest import Ingested, pack_units, require_ingested, tallies_by_corpus
-from data_prep.packs import (
-    IMAGE,
-    TEXT,
-    CorpusStats,
-    FileEntry,
-    Manifest,
-    PackRow,
-    Source,
-    count_targets,
-    sha256_file,
-    sha256_line,
-    write_atomic,
-    write_rows,
-)
-from data_prep.plan import Plan, pack_intakes, plan_path, require_plan
+from data_prep.common.errors import UserError
+from data_prep.common.files import FileEntry, digest, sha256_file, sha256_line, write_atomic
+from data_prep.common.workers import Team
+from data_prep.images.augment import Augment, Views, draw_views
+from data_prep.images.store import ImageStore
+from data_prep.ingest.prompts import insert_prompt, prompt_ids
+from data_prep.ingest.samples import Sample, SampleReader
+from data_prep.ingest.step import Ingested, pack_units, require_ingested, tallies_by_corpus
+from data_prep.ingest.workspace import Unit, Workspace
+from data_prep.packs import IMAGE, TEXT, CorpusStats, Manifest, PackRow, Source, count_targets, write_rows
+from data_prep.planning.step import Plan, pack_intakes, plan_path, require_plan
 from data_prep.progress import Reporter
-from data_prep.prompts import insert_prompt, prompt_ids
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
-from data_prep.samples import Sample, SampleReader
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import check_tokens
-from data_prep.views import Augment, Views, draw_views
-from data_prep.workers import Team
-from data_prep.workspace import Unit, Workspace, digest
 
 ROWS_VERSION = 2
 """Raised whenever the same plan would become other rows or markers."""

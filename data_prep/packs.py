@@ -8,7 +8,7 @@ A pack folder holds::
     tokenizer/                the tokenizer the rows were made with
     plan.arrow                the plan the rows follow (its hash is the folder's identity)
 
-and names an image store (``data_prep.images``) whose row ids appear in ``image_row``.
+and names an image store (``data_prep.images.store``) whose row ids appear in ``image_row``.
 
 Row (``L`` = ``manifest.length`` tokens):
 
@@ -20,7 +20,7 @@ Row (``L`` = ``manifest.length`` tokens):
     image_row  list<int64>  image store rows, in order of instance
     n_target   int32      supervised tokens: generated, and not the first token of their segment
     source     list<struct<dataset, sample, draw, family>>  one per segment, in order
-    view       list<int16>  only in packs with augmented corpora: five numbers an image (data_prep.views)
+    view       list<int16>  only in packs with augmented corpora: five numbers an image (data_prep.images.augment)
 
 Positions, commit indices, labels and cu_seqlens are derived, never stored.
 """
@@ -29,8 +29,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -40,7 +38,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
+from data_prep.common.files import FileEntry, sha256_file, write_atomic
 
 FORMAT = "mma-pack"
 VERSION = 1
@@ -87,23 +86,13 @@ class PackRow:
     n_target: int
     source: tuple[Source, ...]
     view: npt.NDArray[np.int16] | None = None
-    """int16[images, 5], see ``data_prep.views``; None where images are shown as they are."""
+    """int16[images, 5], see ``data_prep.images.augment``; None where images are shown as they are."""
 
 
 def count_targets(segment: npt.NDArray[np.int32], generated: npt.NDArray[np.uint8]) -> int:
     """Count supervised tokens of a row: generated, and not the first token of their segment."""
     follows = segment[1:] == segment[:-1]
     return int(np.count_nonzero(generated[1:].astype(bool) & follows & (segment[1:] > 0)))
-
-
-@dataclass(frozen=True, slots=True)
-class FileEntry:
-    """One file of the folder: path relative to it, size in bytes, sha256, and rows for row files."""
-
-    name: str
-    bytes: int
-    sha256: str
-    rows: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,44 +176,6 @@ class Manifest:
             return cls(**raw)
         except (TypeError, KeyError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: malformed manifest ({error}); run mma-prep again") from error
-
-
-def sha256_line(sha256: str, name: str) -> bytes:
-    """Return what ``sha256sum`` writes, and checks, of a file."""
-    return f"{sha256}  {name}\n".encode()
-
-
-def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def is_of_size(path: Path, size: int) -> bool:
-    """Return whether there is a file of ``size`` bytes."""
-    try:
-        return path.stat().st_size == size
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-
-
-def temporary_beside(path: Path) -> Path:
-    """Return a name for what is to become ``path``, in its folder; no other process, of any host, has the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-
-
-def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
-    temporary = temporary_beside(path)
-    with temporary.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
 
 
 def rows_to_batch(rows: Sequence[PackRow], length: int) -> pa.RecordBatch:

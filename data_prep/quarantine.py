@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 
 CODES: Mapping[str, str] = {
     "bad-json": "the line or member is not JSON",

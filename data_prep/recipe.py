@@ -15,11 +15,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data_prep.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.yaml_files import expand, read_mapping
+from data_prep.images.augment import Augment, allowed
 from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
 from data_prep.text.turns import Turns
-from data_prep.views import Augment, allowed
-from data_prep.yaml_files import expand, read_mapping
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -60,7 +60,7 @@ class CorpusConfig(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
     type: str
     augment: Augment | None = None
-    """Mirror or crop images at training time, where the text of a sample allows it (``data_prep.views``)."""
+    """Mirror or crop images at training time, where the text of a sample allows it (``data_prep.images.augment``)."""
 
     @property
     def options(self) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from data_prep.ingest import ingest
+from data_prep.common.workers import Team
+from data_prep.ingest.step import ingest
 from data_prep.materialize import materialize
-from data_prep.plan import plan
+from data_prep.planning.step import plan
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe
-from data_prep.workers import Team
 
 
 def run(recipe: Recipe, team: Team, reporter: Reporter) -> None:

@@ -12,37 +12,17 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from data_prep.digests import Digests
-from data_prep.errors import UserError
-from data_prep.images import ImageStore
-from data_prep.packs import Manifest, sha256_file, sha256_line
-from data_prep.workspace import Unit, read_sealed
-
-_MAKE = "run mma-prep again"
-_MAKE_ANEW = "delete it and run mma-prep again"  # of most files it asks only whether they are there, and how large
-
-
-@dataclass(frozen=True, slots=True)
-class Hashed:
-    """A file and the hash it must have."""
-
-    path: Path
-    sha256: str
-    listing: str
-    """The file that lists it."""
-
-    def check(self) -> None:
-        """Raise UserError when the file is missing or altered."""
-        if not self.path.is_file():
-            raise UserError(f"{self.path}: listed in {self.listing} but missing; {_MAKE}")
-        if sha256_file(self.path) != self.sha256:
-            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {_MAKE_ANEW}")
+from data_prep.common.errors import UserError
+from data_prep.common.files import REBUILD, RERUN, Hashed, read_sealed, sha256_file, sha256_line
+from data_prep.images.store import ImageStore
+from data_prep.ingest.digests import Digests
+from data_prep.ingest.workspace import Unit
+from data_prep.packs import Manifest
 
 
 def pack_folders(directory: Path) -> list[Path]:
@@ -122,9 +102,9 @@ def _check_sums(path: Path) -> None:
     sums = path.with_suffix(".sha256")
     for file in (path, sums):
         if not file.is_file():
-            raise UserError(f"{file}: missing; {_MAKE}")
+            raise UserError(f"{file}: missing; {RERUN}")
     if sums.read_bytes() != sha256_line(sha256_file(path), path.name):
-        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {_MAKE}")
+        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {RERUN}")
 
 
 def _check_all(checks: Sequence[Callable[[], None]]) -> None:
@@ -142,7 +122,7 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
     for name in sorted({entry.name for entry in copies}):
         path = folder.parent / name
         if not path.is_file() or sha256_file(path) not in {entry.sha256 for entry in copies if entry.name == name}:
-            raise UserError(f"{path}: not the tokenizer that the packs were made with; {_MAKE_ANEW}")
+            raise UserError(f"{path}: not the tokenizer that the packs were made with; {REBUILD}")
     _check_own_hash(folder / "origin.json")
     trained = folder / "trained.model"
     if trained.is_file() and sha256_file(trained) != sha256_file(folder / "tokenizer.model"):
@@ -152,7 +132,7 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
 def _check_own_hash(path: Path) -> None:
     """Check a file made by ``workspace.sealed``."""
     if read_sealed(path) is None:
-        raise UserError(f"{path}: missing or damaged; {_MAKE_ANEW}")
+        raise UserError(f"{path}: missing or damaged; {REBUILD}")
 
 
 def find_units(directory: Path) -> list[Unit]:
@@ -201,4 +181,4 @@ def _check_rows(unit: Unit, path: Path, store: ImageStore) -> None:
         found = store.hashes(rows[digests.index])
         wrong = bool((found != digests.sha256).any())
     if wrong:
-        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; {_MAKE_ANEW}")
+        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; {REBUILD}")

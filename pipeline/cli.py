@@ -9,15 +9,14 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.command_line import OneLineParser
-from data_prep.errors import UserError
+from data_prep.common.command_line import OneLineParser
+from data_prep.common.errors import UserError
+from pipeline.commands.model import add_evaluate, add_export, add_generate
 
 if TYPE_CHECKING:
-    from pipeline.serving.evaluate import Answer
-    from pipeline.serving.model import MultimodalModel
+    pass
 
 _OVERVIEW = """\
 Look at attention masks, and put trained models to work.
@@ -73,49 +72,49 @@ def _run(words: list[str]) -> int:
 
 
 def _mask(words: Sequence[str]) -> int:
-    from pipeline.masks.commands import mask_command
+    from pipeline.commands.masks import mask_command
 
     return mask_command(words)
 
 
 def _inspect(words: Sequence[str]) -> int:
-    from pipeline.masks.inspect_command import inspect_command
+    from pipeline.commands.inspect import inspect_command
 
     return inspect_command(words)
 
 
 def _prove(words: Sequence[str]) -> int:
-    from pipeline.masks.commands import prove_command
+    from pipeline.commands.masks import prove_command
 
     return prove_command(words)
 
 
 def _demo(words: Sequence[str]) -> int:
-    from pipeline.demo import demo_command
+    from pipeline.commands.demo import demo_command
 
     return demo_command(words)
 
 
 def _estimate(words: Sequence[str]) -> int:
-    from pipeline.estimate_command import estimate_command
+    from pipeline.commands.estimate import estimate_command
 
     return estimate_command(words)
 
 
 def _doctor(words: Sequence[str]) -> int:
-    from pipeline.doctor import doctor_command
+    from pipeline.commands.doctor import doctor_command
 
     return doctor_command(words)
 
 
 def _status(words: Sequence[str]) -> int:
-    from pipeline.status_command import status_command
+    from pipeline.commands.status import status_command
 
     return status_command(words)
 
 
 def _schedule(words: Sequence[str]) -> int:
-    from pipeline.schedule_command import schedule_command
+    from pipeline.commands.schedule import schedule_command
 
     return schedule_command(words)
 
@@ -130,61 +129,6 @@ _OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
     "schedule": _schedule,
     "status": _status,
 }
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from pipeline.serving.export import export_run
-
-    print(f"exported to {export_run(arguments.run, arguments.out, dtype=arguments.dtype)}")
-
-
-def _generate(arguments: argparse.Namespace) -> None:
-    from data_prep.example import ImageRef, Turn
-
-    model = _load(arguments.model, arguments.device)
-    images = [ImageRef(name, path=Path(name)) for name in arguments.images]
-    turns = [Turn("user", (*images, arguments.question))]
-    if arguments.system:
-        turns.insert(0, Turn("system", (arguments.system,)))
-    answers = model.generate([model.prompt(turns)], max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams)
-    print(answers[0])
-
-
-def _evaluate(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
-    from data_prep.packs import PackReader
-    from pipeline.serving.evaluate import evaluate, save, show
-
-    if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
-        raise UserError(f"--compare {arguments.compare} is the model itself: name another export")
-    packs = PackReader(arguments.packs)
-    results: dict[str, list[Answer]] = {}
-    for folder in filter(None, (arguments.model, arguments.compare)):
-        model = _load(folder, arguments.device)
-        results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
-    show(results, Console())
-    path = Path(arguments.json or Path(arguments.model) / "evaluation.json")
-    save(results, path)
-    print(f"scores and answers: {path}")
-
-
-def _load(folder: str, device: str) -> MultimodalModel:
-    import torch
-
-    from pipeline.serving.model import load_model
-
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu")
-    return load_model(folder, device=device)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -204,41 +148,12 @@ def _parser() -> argparse.ArgumentParser:
         ("schedule", "draw what the stages of a pipeline do in a step"),
     ):
         commands.add_parser(name, help=words, add_help=False)
-    _add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))
+    add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))
     device = OneLineParser(add_help=False, parents=[common])
     device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU where there is one")
-    _add_generate(commands.add_parser("generate", parents=[device], help="ask a model about images"))
-    _add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))
+    add_generate(commands.add_parser("generate", parents=[device], help="ask a model about images"))
+    add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))
     return parser
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint), or one checkpoint folder")
-    parser.add_argument("out", metavar="OUT", help="model folder to make; must not exist")
-    parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of the weights; auto: as trained"
-    )
-    parser.set_defaults(command=_export)
-
-
-def _add_generate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, in reading order; none for text only")
-    parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system turn; default: the template's")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    parser.add_argument("--beams", type=_positive, default=1, metavar="N", help="beam search; 1: greedy")
-    parser.set_defaults(command=_generate)
-
-
-def _add_evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
-    parser.add_argument("--packs", required=True, metavar="DIR", help="held-out pack folder")
-    parser.add_argument("--compare", metavar="DIR", help="second model folder, shown beside the first")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="questions asked together")
-    parser.add_argument("--json", metavar="FILE", help="where scores and answers go; default: DIR/evaluation.json")
-    parser.set_defaults(command=_evaluate)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.recipe import load_recipe
 
 

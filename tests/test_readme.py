@@ -9,9 +9,9 @@ import pytest
 
 from data_prep.corpora import CORPORA
 from data_prep.recipe import shipped_recipes
-from pipeline.flags import build_parser
+from pipeline.config.flags import build_parser
+from pipeline.config.recipes import RECIPES
 from pipeline.parallel.ds_config import read_ds_config
-from pipeline.recipe import RECIPES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -183,12 +183,12 @@ def wait(ranks: list[int]) -> int:
 def preload() -> None:
     """Import what a rank of training imports, and nothing that starts a thread."""
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # the folder of this file has rooms of the same names
-    from pipeline.training.libraries import settle_libraries
+    from pipeline.parallel.launch import configure_libraries
 
-    settle_libraries()
-    import pipeline.training.blueprint
+    configure_libraries()
+    import pipeline.planning.dry_run
+    import pipeline.planning.run_plan
     import pipeline.training.demo_data
-    import pipeline.training.dry_run
     import pipeline.training.supervise
     import pipeline.training.trainer  # noqa: F401
 

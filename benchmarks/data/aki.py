@@ -16,14 +16,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import yaml
 
-from data_prep.packs import FileEntry, sha256_file, write_atomic
+from data_prep.common.files import FileEntry, sha256_file, write_atomic
+from data_prep.ingest.samples import FACTS, SAMPLE_SCHEMA
+from data_prep.ingest.train_tokenizer import prepare_tokenizer
+from data_prep.ingest.workspace import Intake, Unit, UnitReport, Workspace
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe, load_recipe
-from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.samples import FACTS, SAMPLE_SCHEMA
 from data_prep.text.tokenizer import train_sentencepiece
-from data_prep.workspace import Intake, Unit, UnitReport, Workspace
 
 Ints = npt.NDArray[np.int64]
 IMAGE_TOKENS, FRAME_TOKENS, MOST_TEXT_TOKENS = 144, 45, 512

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.aki import Ints, make_workspace
-from data_prep.ingest import require_ingested
-from data_prep.packing import fullness, pack_in_order, pack_windows
-from data_prep.plan import Plan, plan, plan_path
+from data_prep.ingest.samples import read_facts
+from data_prep.ingest.step import require_ingested
+from data_prep.ingest.workspace import Workspace
+from data_prep.planning.packing import fullness, pack_in_order, pack_windows
+from data_prep.planning.step import Plan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe
-from data_prep.samples import read_facts
-from data_prep.workspace import Workspace
 
 DRAWS = 1_600_000
 

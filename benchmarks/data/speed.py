@@ -19,18 +19,18 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from data_prep.common.workers import ALONE
 from data_prep.corpora import build_corpus
 from data_prep.example import Example
-from data_prep.images import decode_rgb
+from data_prep.images.store import decode_rgb
+from data_prep.ingest.image_store_build import seal_store
+from data_prep.ingest.train_tokenizer import prepare_tokenizer
+from data_prep.ingest.unit_writer import UnitJob, ingest_unit
+from data_prep.ingest.workspace import Intake, UnitReport, Workspace
 from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
-from data_prep.recipe_tokenizer import prepare_tokenizer
-from data_prep.seal import seal_store
 from data_prep.text.tokenizer import Encoded, Tokenizer
-from data_prep.units import UnitJob, ingest_unit
-from data_prep.workers import ALONE
-from data_prep.workspace import Intake, UnitReport, Workspace
 
 QUIET = Reporter(quiet=True)
 _Bare = Callable[[Path, Path], tuple[list[str], dict[str, float]]]
@@ -154,9 +154,9 @@ def _reader_table(recipe: Recipe, folder: Path) -> Iterator[str]:
     """Rows in random order from packs, and the same rows saved by ``datasets``."""
     from datasets import Dataset
 
-    from data_prep.ingest import ingest
+    from data_prep.ingest.step import ingest
     from data_prep.materialize import materialize
-    from data_prep.plan import plan
+    from data_prep.planning.step import plan
 
     ingest(recipe, ALONE, QUIET)
     plan(recipe, QUIET)

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from data_prep.common.errors import UserError, did_you_mean
 from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
 from data_prep.corpora.captions import Captions
@@ -24,7 +25,6 @@ from data_prep.corpora.visual_genome import VisualGenome
 from data_prep.corpora.vqav2 import VQAv2
 from data_prep.corpora.vsr import VSR
 from data_prep.corpora.webdataset import WebDataset
-from data_prep.errors import UserError, did_you_mean
 
 __all__ = ["CORPORA", "Corpus", "build_corpus"]
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, NamedTuple, TypeAlias
 
 from pydantic import AfterValidator
 
+from data_prep.common.errors import UserError
 from data_prep.corpora.base import Row, as_row
-from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.common.errors import UserError, did_you_mean, one_line
 from data_prep.corpora.base import Malformed
 from data_prep.corpora.tables import Rows
-from data_prep.errors import UserError, did_you_mean, one_line
 
 
 class ParquetRows(Rows):

@@ -15,8 +15,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, overload
 
+from data_prep.common.errors import UserError, one_line
 from data_prep.corpora.base import Malformed
-from data_prep.errors import UserError, one_line
 
 CHUNK_BYTES = 1 << 20
 _BEFORE = re.compile(r"(?:\xef\xbb\xbf)?[ \t\r\n]*")  # a byte order mark, as latin-1 reads it

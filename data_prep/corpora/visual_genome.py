@@ -9,11 +9,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, ClassVar
 from urllib.parse import urlsplit
 
+from data_prep.common.errors import UserError
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, as_row, attempt
 from data_prep.corpora.fields import ask, find_image, key_text, normalised_box, require, slot, text
 from data_prep.corpora.refcoco import DESCRIBE_REGION
 from data_prep.corpora.tables import json_array
-from data_prep.errors import UserError
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import BadSample
 

@@ -18,9 +18,9 @@ from urllib.parse import quote
 
 from pydantic import Field
 
+from data_prep.common.errors import UserError, one_line
 from data_prep.corpora.base import Corpus, Malformed, as_row
 from data_prep.corpora.fields import Pattern, clean, matching_files, text
-from data_prep.errors import UserError, one_line
 from data_prep.example import Example, ImageRef, Reject, Turn
 from data_prep.quarantine import BadSample
 

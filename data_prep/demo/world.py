@@ -23,9 +23,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from data_prep.common.errors import UserError
 from data_prep.demo import raw
 from data_prep.demo.scenes import Scene, draw_scenes
-from data_prep.errors import UserError
 
 FORMAT_VERSION = 1
 SCENES_PER_TAR = 1000

@@ -13,12 +13,12 @@ from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
-from data_prep.errors import UserError
-from data_prep.images import ImageStore, decode_rgb
+from data_prep.common.errors import UserError
+from data_prep.images.augment import apply_view, describe_view
+from data_prep.images.store import ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
-from data_prep.views import apply_view, describe_view
 
 GIVEN, GENERATED, SHOWN, MARK = "", "bold green", "cyan", "magenta"
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")

@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data_prep.images import BadImage
-from data_prep.packs import PackRow, Source, write_atomic
+from data_prep.common.files import write_atomic
+from data_prep.images.store import BadImage
+from data_prep.packs import PackRow, Source
 from data_prep.show.inspect import PackFolder, Stretch, chosen_rows
 from data_prep.show.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
 from data_prep.show.web_page import Html, el, embedded, histogram_svg, join, page, picture, table, tiles

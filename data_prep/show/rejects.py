@@ -12,10 +12,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomic
 from data_prep.corpora.webdataset import read_image
-from data_prep.errors import UserError
-from data_prep.images import BadImage, decode_rgb
-from data_prep.packs import write_atomic
+from data_prep.images.store import BadImage, decode_rgb
 from data_prep.quarantine import CODES
 from data_prep.show.web_page import Html, el, page, picture, table, tiles
 

@@ -10,11 +10,11 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Column, Table
 
-from data_prep.audit import turn_notes
+from data_prep.images.augment import UNIT
 from data_prep.packs import Manifest, PackReader
+from data_prep.planning.audit import turn_notes
 from data_prep.quarantine import REPAIRS
 from data_prep.verify import pack_folders
-from data_prep.views import UNIT
 
 CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
 _BAR = 40

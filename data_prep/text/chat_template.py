@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.example import Example, Role, Turn
 from data_prep.text.template import OWN, Special, Template, Text
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Literal, TypeAlias, get_args
 
-from data_prep.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError, did_you_mean
 from data_prep.example import Example, Part, Role, Turn
 from data_prep.packs import Manifest
 from data_prep.quarantine import BadSample

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from data_prep.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError, did_you_mean
 from pipeline.attention import loops, varlen
 from pipeline.attention.flex import attend_flex
 from pipeline.attention.gather import gather_rows

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention.runs import QueryRuns, query_runs
 from pipeline.masks.atoms import expand
 from pipeline.masks.policies import Policy

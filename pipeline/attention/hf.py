@@ -19,7 +19,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention.backends import attend
 from pipeline.attention.pieces import sdpa
 from pipeline.attention.plan import Plan

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention.gather import scatter_sum
 from pipeline.attention.runs import Gather, Part, QueryRuns
 from pipeline.masks.atoms import expand

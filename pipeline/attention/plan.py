@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.nn.attention.flex_attention import BlockMask
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention.flex import build_block_mask
 from pipeline.attention.lse import Rectangles, build_rectangles
 from pipeline.attention.runs import PADDING_CHUNK, QueryRuns, RunSplit, query_runs, split_runs

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.errors import UserError
-from data_prep.images import BadImage, ImageStore, decode_rgb
+from data_prep.common.errors import UserError
+from data_prep.images.augment import apply_view
+from data_prep.images.store import BadImage, ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
-from data_prep.views import apply_view
 from pipeline.attention import build_plan
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, Sidecars, position_ids

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks.sidecars import Sidecars
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from rich.style import Style
 from rich.text import Text
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks.layout import LETTERS
 from pipeline.masks.policies import Policy, dense_mask, get_policy
 from pipeline.masks.sidecars import IntArray, Sidecars, TokenTable, run_starts, token_table

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import numpy as np
 import torch
 
-from data_prep.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError, did_you_mean
 from pipeline.masks.sidecars import IMAGE, TEXT, BoolArray, Sidecars, TokenTable, token_table
 
 Unlock: TypeAlias = Callable[[TokenTable, TokenTable], BoolArray]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks.atoms import Atoms, causal_order, cut_atoms
 from pipeline.masks.policies import Policy, get_policy
 from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_starts

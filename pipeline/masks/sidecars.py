@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 
 if TYPE_CHECKING:  # pyarrow stays optional for whoever only computes masks
     from data_prep.packs import PackRow

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config import ConnectorConfig
+from pipeline.config.schema import ConnectorConfig
 
 
 class PerceiverAttention(nn.Module):

@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 
-from data_prep.errors import did_you_mean
-from pipeline.config import ConfigError, LlmConfig, VisionConfig
+from data_prep.common.errors import did_you_mean
+from pipeline.config.schema import ConfigError, LlmConfig, VisionConfig
 
 LLM_FAMILIES = (
     "gemma",

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Preprocess:
     """Squash to a square, scale to 0..1, normalise: what the tower saw when it was trained.
 
     The whole image is squashed, never cropped: crops and flips would change positions, counts and written words that
-    questions ask about. Where a sample's text allows one, its pack says so (``data_prep.views``).
+    questions ask about. Where a sample's text allows one, its pack says so (``data_prep.images.augment``).
     """
 
     size_px: int

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from pipeline.config import ConfigError, ConnectorConfig, ModelConfig
+from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.connector import build_connector
 from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
 from pipeline.model.preprocess import Preprocess

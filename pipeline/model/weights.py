@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.model.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.errors import did_you_mean
-from pipeline.config import ConfigError, ParallelConfig, RunConfig
+from data_prep.common.errors import did_you_mean
+from pipeline.config.schema import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
     "train_batch_size": "train.batch_packs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise, permutations
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 Chunks = tuple[range, ...]
 """Decoder layers of a stage, chunk by chunk."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 
 @dataclass(frozen=True)

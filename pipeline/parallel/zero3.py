@@ -35,7 +35,8 @@ from deepspeed.runtime.zero.utils import apply_to_tensors_only
 from deepspeed.utils import set_z3_leaf_module
 from torch import nn
 
-from pipeline.parallel.groups import Groups, share_of_cores
+from pipeline.parallel.groups import Groups
+from pipeline.parallel.launch import share_of_cores
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import Traffic
 

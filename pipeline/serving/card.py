@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
 

@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from data_prep.errors import UserError
-from data_prep.images import ImageStore
-from data_prep.packs import PackReader, PackRow, write_atomic
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomic
+from data_prep.images.store import ImageStore
+from data_prep.packs import PackReader, PackRow
 from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.serving.model import MultimodalModel, Prompt, decode_image
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import save_file
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.model.weights import INDEX, global_shapes
 from pipeline.serving.card import CONFIG, ModelCard
@@ -40,10 +40,10 @@ class SavedModel(Protocol):
 
 def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
     """Export the newest checkpoint of a run folder, or one checkpoint folder, once it is whole; see :func:`export`."""
-    from pipeline.training.libraries import settle_libraries
+    from pipeline.parallel.launch import configure_libraries
 
-    settle_libraries()  # checkpoints are read by the training room, which loads DeepSpeed
-    from pipeline.training.checkpoints.checkpoint import open_checkpoint
+    configure_libraries()  # checkpoints are read by the training room, which loads DeepSpeed
+    from pipeline.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run)
     if faults := checkpoint.faults():

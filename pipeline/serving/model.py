@@ -13,9 +13,9 @@ from PIL import Image
 from torch import nn
 from transformers import PreTrainedModel
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.example import ImageRef, Turn
-from data_prep.images import BadImage, decode_rgb
+from data_prep.images.store import BadImage, decode_rgb
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.attention import build_plan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from data_prep.errors import UserError
-from pipeline.config import RunConfig
+from data_prep.common.errors import UserError
+from pipeline.config.schema import RunConfig
 
 
 def prepare_demo(config: RunConfig, *, rank: int, dry_run: bool = False) -> None:
@@ -20,6 +20,6 @@ def prepare_demo(config: RunConfig, *, rank: int, dry_run: bool = False) -> None
         raise UserError(
             f"{packs} is not there yet, and a dry run makes no data: mma-prep demo {demo} makes it, as training would"
         )
-    from data_prep.demo_packs import ensure_demo
+    from data_prep.demo.packs import ensure_demo
 
     ensure_demo(Path(demo), quiet=rank > 0)

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.packs import Source
 from pipeline.data.batches import StepBatch
 from pipeline.parallel.zero3 import StepResult
-from pipeline.training.blueprint import Blueprint
+from pipeline.planning.run_plan import Blueprint
 from pipeline.training.metrics import recent_losses
 from pipeline.training.run.folder import RunFolder
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 import xxhash
 
-from data_prep.errors import UserError
-from data_prep.packs import PackReader, write_atomic
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomic
+from data_prep.packs import PackReader
 from pipeline.parallel.traffic import StepTraffic
-from pipeline.training.durations import clock
+from pipeline.training.run.state import clock
 
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
 PEAK_TFLOPS: Mapping[str, float] = {

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.text.template import template_of
+from pipeline.checkpoints.checkpoint import prune, remove_unfinished
+from pipeline.checkpoints.manifest import CheckpointManifest
+from pipeline.checkpoints.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
 from pipeline.parallel.zero3 import Zero3Stage
-from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoints.checkpoint import prune, remove_unfinished
-from pipeline.training.checkpoints.manifest import CheckpointManifest
-from pipeline.training.checkpoints.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
+from pipeline.planning.run_plan import Blueprint
 from pipeline.training.run.folder import RunFolder
 
 

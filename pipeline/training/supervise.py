@@ -14,19 +14,18 @@ import torch
 import torch.distributed as dist
 from pydantic import ValidationError
 
-from data_prep.errors import UserError
-from pipeline.parallel.groups import device_of_rank
+from data_prep.common.errors import UserError
+from pipeline.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
+from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.topology import Topology
-from pipeline.training.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
-from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.lock import lock_of
+from pipeline.training.run.folder import RunFolder, lock_of
 from pipeline.training.run.logs import RankLog
 from pipeline.training.run.redact import redact
-from pipeline.training.watchdog.channel import listen
-from pipeline.training.watchdog.follower import Follower
-from pipeline.training.watchdog.lead import Lead
-from pipeline.training.watchdog.monitor import Verdict
-from pipeline.training.watchdog.watch import Watch
+from pipeline.watchdog.channel import listen
+from pipeline.watchdog.coordinator import Lead
+from pipeline.watchdog.monitor import Verdict
+from pipeline.watchdog.watchdog import Watch
+from pipeline.watchdog.worker import Follower
 
 SLACK_S = 60
 

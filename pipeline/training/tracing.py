@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from data_prep.packs import write_atomic
+from data_prep.common.files import write_atomic
 from pipeline.parallel.trace import Recorder, Span, chrome_trace, measured_bubble
-from pipeline.training.blueprint import Blueprint
-from pipeline.training.estimate import GIB, Load
+from pipeline.planning.estimate import GIB, Load
+from pipeline.planning.run_plan import Blueprint
 from pipeline.training.run.folder import RunFolder
 
 

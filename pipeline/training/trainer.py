@@ -11,20 +11,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
-from pipeline.config import TrainSection
+from data_prep.common.errors import UserError
+from pipeline.checkpoints import checkpoint
+from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.data.batches import BatchSource, StepBatch
-from pipeline.model.build import build_stage
-from pipeline.model.weights import WeightSource
-from pipeline.parallel.groups import Groups, create_groups, device_of_rank
-from pipeline.parallel.partition import joined
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
-from pipeline.parallel.zero3 import StepResult, Zero3Stage, check_version, sharder
-from pipeline.training.blueprint import Blueprint
-from pipeline.training.checkpoints import checkpoint
-from pipeline.training.checkpoints.checkpoint import Checkpoint
+from pipeline.parallel.zero3 import StepResult
+from pipeline.planning.compatibility import changed_settings, is_export
+from pipeline.planning.run_plan import Blueprint
+from pipeline.training.engine import build_engine
 from pipeline.training.incidents import Incidents, Outcome
+from pipeline.training.lr_schedule import learning_rate
 from pipeline.training.metrics import (
     Console,
     MetricsFile,
@@ -34,13 +34,11 @@ from pipeline.training.metrics import (
     peak_flops,
     samples_digest,
 )
-from pipeline.training.origins import changed_settings, is_export
 from pipeline.training.run.folder import RunFolder, State
 from pipeline.training.saving import Saver
-from pipeline.training.schedule import learning_rate
 from pipeline.training.supervise import collective_limit
 from pipeline.training.tracing import StepTimer, memory_line
-from pipeline.training.watchdog.activity import Activity
+from pipeline.watchdog.heartbeat import Activity
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ class Trainer:
         groups = create_groups(plan.topology, limit_s, chunked=len(plan.chunks) > 1)
         own = self._own_checkpoint()
         given = None if own else self._given_checkpoint()
-        self._stage = _build_engine(plan, groups, self._device, activity, empty=own is not None or given is not None)
+        self._stage = build_engine(plan, groups, self._device, activity, empty=own is not None or given is not None)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
             schedule=plan.config.parallel.schedule, chunks=plan.chunks, doing=activity.doing,
@@ -252,51 +250,3 @@ class Trainer:
             return None
         trained, frozen = plan.stage_parameters(plan.topology.stage)
         return StepTraffic.of(self._stage.traffic.take(), trained=trained, frozen=frozen, size=plan.dtype.itemsize)
-
-
-def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:
-    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not."""
-    trained = [param for param in stage.parameters() if param.requires_grad]
-    matrices = [param for param in trained if len(Zero3Stage.full_shape(param)) > 1]
-    vectors = [param for param in trained if len(Zero3Stage.full_shape(param)) <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def _build_engine(
-    plan: Blueprint, groups: Groups, device: torch.device, activity: Activity, *, empty: bool
-) -> Zero3Stage:
-    """Build this rank's stage; ``empty`` where a checkpoint will fill all of it, so that nothing is read or drawn."""
-    topology, config = plan.topology, plan.config
-    share = sharder(topology, groups, plan.ds_config)
-
-    def shard(unit: torch.nn.Module) -> None:
-        activity.doing("building the stage")  # anew for each unit: large ones take minutes to read
-        share(unit)
-
-    warning = check_version()
-    if warning and topology.rank == 0:
-        print(f"warning: {warning}", flush=True)
-    module = build_stage(
-        plan.spec, layers=joined(plan.chunks),
-        first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
-        seed=config.train.seed, source=None if empty else _pretrained(plan),
-        reads=topology.replica == 0 and not empty, shard=shard,
-        gradient_checkpointing=config.train.gradient_checkpointing,
-    )  # fmt: skip
-    train = config.train
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, train), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
-        fused=device.type == "cuda",
-    )  # fmt: skip
-    return Zero3Stage(
-        module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
-        resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
-        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=activity.doing,
-    )  # fmt: skip
-
-
-def _pretrained(plan: Blueprint) -> WeightSource | None:
-    """Open the folders a new run's weights are read from; None where everything starts from scratch."""
-    source = plan.config.init_from
-    return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from PIL import Image
 
+from data_prep.common.workers import LocalTeam
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
 from data_prep.steps import run
-from data_prep.workers import LocalTeam
 
 
 def png(seed: int, size: tuple[int, int] = (8, 6)) -> bytes:

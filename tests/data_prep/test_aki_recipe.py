@@ -19,8 +19,8 @@ from data_prep.text.tokenizer import Tokenizer
 from data_prep.text.turns import excerpts
 from data_prep.verify import verify
 from tests.data_prep.raw import make_recipe, prepare
-from tests.data_prep.test_template import spell
-from tests.data_prep.test_tokenizer import byte_bpe
+from tests.data_prep.text.test_template import spell
+from tests.data_prep.text.test_tokenizer import byte_bpe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 DRAWS = 400

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.demo_packs import Demo, ensure_demo
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
+from data_prep.common.workers import form_team
+from data_prep.demo.packs import Demo, ensure_demo
+from data_prep.ingest.workspace import lock_of
 from data_prep.packs import PackReader
-from data_prep.workers import form_team
-from data_prep.workspace import lock_of
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
 
 
@@ -102,7 +102,7 @@ def test_the_demo_recipe_leads_to_the_demo(
 def test_one_writer_at_a_time_but_shares_of_a_step_together(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr("data_prep.folder_lock.HERE_S", 0.1)
+    monkeypatch.setattr("data_prep.common.folder_lock.HERE_S", 0.1)
     lock, command = lock_of(made / "out"), [*step.split(), str(made / "recipe.yaml"), "--workers", "1"]
     with lock.hold(print, shared=step == "ingest"):
         assert main(command) == 2
@@ -137,7 +137,7 @@ def test_the_demo_is_made_once_also_when_two_ask_at_the_same_time(
 ) -> None:
     out = tmp_path / "demo"
     call = (
-        "import sys, pathlib; from data_prep.demo_packs import Demo, ensure_demo; "
+        "import sys, pathlib; from data_prep.demo.packs import Demo, ensure_demo; "
         "ensure_demo(pathlib.Path(sys.argv[1]), Demo(scenes=300, held_out=20))"
     )
     asking = [

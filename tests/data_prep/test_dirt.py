@@ -19,16 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_prep.errors import UserError
-from data_prep.images import ImageStore, decode_rgb
-from data_prep.ingest import ingest
+from data_prep.common.errors import UserError
+from data_prep.common.workers import ALONE
+from data_prep.images.store import ImageStore, decode_rgb
+from data_prep.ingest.step import ingest
 from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.quarantine import CODES
 from data_prep.recipe import load_recipe
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import verify
-from data_prep.workers import ALONE
 from tests.data_prep.raw import png, prepare, write_recipe
 from tests.data_prep.raw import write_tar as write_webdataset
 

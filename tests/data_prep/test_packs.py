@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.packs import Manifest, PackReader, PackRow, Source, count_targets, write_rows
 
 LENGTH = 16

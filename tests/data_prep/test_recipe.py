@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
+from data_prep.common.yaml_files import read_yaml
 from data_prep.recipe import load_recipe, shipped_recipes
 from data_prep.text.template import Template
-from data_prep.yaml_files import read_yaml
 from tests.data_prep.raw import recipe_dict, write_recipe
 
 VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")

@@ -18,25 +18,25 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep import units
+from data_prep.common.errors import UserError
+from data_prep.common.workers import ALONE, LocalTeam, Team
 from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Corpus
 from data_prep.corpora.llava import LLaVA
-from data_prep.errors import UserError
 from data_prep.example import ImageRef
-from data_prep.images import ImageStore
-from data_prep.ingest import ingest
+from data_prep.images.store import ImageStore
+from data_prep.ingest import unit_writer as units
+from data_prep.ingest.step import ingest
+from data_prep.ingest.unit_writer import check_annotated_size
+from data_prep.ingest.workspace import Workspace
 from data_prep.materialize import materialize
 from data_prep.packs import Manifest, PackReader
-from data_prep.plan import plan
+from data_prep.planning.step import plan
 from data_prep.progress import Reporter
 from data_prep.quarantine import BadSample
 from data_prep.text.template import template_of
 from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
-from data_prep.units import check_annotated_size
 from data_prep.verify import verify
-from data_prep.workers import ALONE, LocalTeam, Team
-from data_prep.workspace import Workspace
 from tests.data_prep.raw import (
     make_recipe,
     png,
@@ -454,7 +454,7 @@ def test_a_rank_that_dies_takes_the_others_with_it(tmp_path: Path) -> None:
     launcher = mpiexec()
     script = tmp_path / "crash.py"
     script.write_text(
-        "from data_prep.workers import form_team\n"
+        "from data_prep.common.workers import form_team\n"
         "team = form_team(None, None, print)\n"
         "team.map(lambda n: 1 // (1 - n), team.share([0, 1]), print)\n"
     )

@@ -11,16 +11,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep.errors import UserError
-from data_prep.images import ImageStore
+from data_prep.common.errors import UserError
+from data_prep.common.files import digest, write_atomic
+from data_prep.common.workers import ALONE, LocalTeam
+from data_prep.images.store import ImageStore
+from data_prep.ingest.samples import Sample
 from data_prep.materialize import materialize, pack_row
-from data_prep.packs import Manifest, Source, write_atomic
-from data_prep.plan import Plan
+from data_prep.packs import Manifest, Source
+from data_prep.planning.step import Plan
 from data_prep.progress import Reporter
-from data_prep.samples import Sample
 from data_prep.verify import verify, verify_part
-from data_prep.workers import ALONE, LocalTeam
-from data_prep.workspace import digest
 from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
 
 KINDS = {

@@ -7,8 +7,8 @@ runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
 runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
-runs/NAME/checkpoints/    see `pipeline.training.checkpoints.checkpoint`
-runs/NAME/lock            held while the run is trained, see `pipeline.training.run.lock`
+runs/NAME/checkpoints/    see `pipeline.checkpoints.checkpoint`
+runs/NAME/lock            held while the run is trained, see `pipeline.training.run.folder`
 runs/NAME/STOP            made by the user or the batch script: end after this step, saved
 """
 
@@ -22,12 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
-from data_prep.errors import UserError
-from data_prep.packs import write_atomic
-from pipeline.config import RunConfig
-from pipeline.recipe import to_yaml
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomic
+from data_prep.common.folder_lock import FolderLock
+from pipeline.config.recipes import to_yaml
+from pipeline.config.schema import RunConfig
 from pipeline.training.run.environment import environment
-from pipeline.training.run.lock import lock_of
 from pipeline.training.run.redact import redact
 
 State = Literal["running", "done", "stopped", "failed"]
@@ -125,3 +125,12 @@ class RunFolder:
 def timestamp() -> str:
     """Return the time of day, as run folders write it."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
+
+
+def lock_of(run_dir: Path | str) -> FolderLock:
+    """Return the lock of a run folder. A run whose status.json says "running" while it is not held was killed."""
+    return FolderLock(
+        Path(run_dir) / "lock",
+        busy="{folder} is being trained by {holder}: stop it first, or choose another --run-dir",
+        once="start this run only once",
+    )

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from pipeline.config import ConfigError
+from pipeline.config.schema import ConfigError
 
 HIDDEN = "***"
 _ENDINGS = {"TOKEN", "KEY", "APIKEY", "JWT", "PASSPHRASE", "CREDENTIAL", "CREDENTIALS"}

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import UserError
-from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.lock import lock_of
+from data_prep.common.errors import UserError
+from pipeline.training.run.folder import RunFolder, lock_of
 
 _TAIL = 1 << 16
 
@@ -70,3 +69,11 @@ def _last_line(path: Path) -> dict[str, Any]:
         return dict(json.loads(whole.rpartition(b"\n")[2]))
     except (OSError, ValueError):
         return {}
+
+
+def clock(seconds: float) -> str:
+    """Return a duration as ``42s``, ``3m07s`` or ``5h12m``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"

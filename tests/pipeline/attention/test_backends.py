@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention import attend, build_plan
 from pipeline.attention.backends import _flash_fits, choose_backend
 from pipeline.masks import POLICIES, Sidecars, dense_mask, get_policy, parse_layout

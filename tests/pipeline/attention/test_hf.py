@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.attention import Plan, build_plan, register
 from pipeline.masks import Policy, Sidecars, commit_index, dense_mask, get_policy, parse_layout, position_ids, prove
 

@@ -11,8 +11,8 @@ import pytest
 
 from data_prep.packs import PackReader, PackRow
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.commands.masks import prove_command
 from pipeline.masks import Sidecars, dense_mask, prove
-from pipeline.masks.commands import prove_command
 from tests.data_prep.raw import make_recipe, png, prepare, write_llava, write_tar
 
 LAYERS = 6

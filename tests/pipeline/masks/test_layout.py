@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks import parse_layout
 
 

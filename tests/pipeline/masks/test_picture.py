@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks import get_policy, parse_layout
 from pipeline.masks.picture import CELLS, Cell, cells, draw_png, plain, runs_of, terminal, terminal_legend
 

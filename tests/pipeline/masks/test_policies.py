@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.masks import POLICIES, Sidecars, commit_index, dense_mask, get_policy, parse_layout
 from tests.pipeline.masks.rows import GRID, PlainRow, rows
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.packs import PackRow
 from pipeline.masks import Sidecars, commit_index, dense_mask, parse_layout, position_ids
 from tests.pipeline.masks.rows import PlainRow, rows

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.attention import build_plan
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.masks import Sidecars, dense_mask, position_ids
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import SiglipConfig, SiglipModel
 
-from data_prep.errors import UserError
-from pipeline.config import ModelConfig
+from data_prep.common.errors import UserError
+from pipeline.config.schema import ModelConfig
 from pipeline.model.build import build_stage
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage

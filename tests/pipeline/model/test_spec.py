@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError, ModelConfig
+from pipeline.config.schema import ConfigError, ModelConfig
 from pipeline.model.counts import Counts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec

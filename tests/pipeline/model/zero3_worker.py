@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config import RunConfig
+from pipeline.config.schema import RunConfig
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
-from pipeline.parallel.groups import create_groups, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder

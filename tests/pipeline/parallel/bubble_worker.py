@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.groups import Groups, create_groups
+from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.trace import Span, chrome_trace, measured_bubble
 from tests.pipeline.parallel.grid_worker import LR, RANKS, Case, Job, micro_batch, number_from_zero

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoints import writing
+from pipeline.checkpoints.manifest import rank_file
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.train import leave, main
-from pipeline.training.checkpoints import writing
-from pipeline.training.checkpoints.manifest import rank_file
 from pipeline.training.trainer import Trainer
 
 

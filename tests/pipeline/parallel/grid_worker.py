@@ -18,19 +18,20 @@ import torch.distributed as dist
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3, utils
 from pytest import MonkeyPatch
 
-from pipeline.config import RunConfig, TrainSection
+from pipeline.config.schema import RunConfig, TrainSection
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel import zero3
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.groups import Groups, create_groups, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.groups import Groups, create_groups
+from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.partition import split_stages
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
-from pipeline.training.trainer import parameter_groups
+from pipeline.training.engine import parameter_groups
 from tests.pipeline.model.helpers import IMAGE_TOKENS, random_sidecars, stage_inputs, tiny_spec
 
 RANKS = 4

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.parallel.groups import create_groups, fill_rank_variables, start_processes
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import fill_rank_variables, start_processes
 from pipeline.parallel.topology import Topology
 
 LIMIT_S = 2

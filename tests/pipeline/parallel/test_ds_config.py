@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from data_prep.errors import UserError
-from pipeline.config import ParallelConfig, RunConfig
+from data_prep.common.errors import UserError
+from pipeline.config.schema import ParallelConfig, RunConfig
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from tests.launch import ROOT
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoints.checkpoint import checkpoint_folders, open_checkpoint
+from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint
 from tests.launch import ROOT, Finished, Launcher, run
 from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, weights
 

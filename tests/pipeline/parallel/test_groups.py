@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import UserError
-from pipeline.parallel.groups import device_of_rank, fill_rank_variables, refuse_shared_gpu, share_of_cores
+from data_prep.common.errors import UserError
+from pipeline.parallel.launch import device_of_rank, fill_rank_variables, refuse_shared_gpu, share_of_cores
 from tests.launch import ROOT, run
 
 

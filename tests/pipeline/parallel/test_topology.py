@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.data.order import BatchOrder
 from pipeline.model.counts import Counts
 from pipeline.parallel.partition import split_layers, split_stages

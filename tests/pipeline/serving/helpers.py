@@ -14,7 +14,7 @@ from PIL import Image
 from data_prep.example import ImageRef, Turn
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
-from pipeline.config import ConnectorConfig
+from pipeline.config.schema import ConnectorConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.serving.export import export

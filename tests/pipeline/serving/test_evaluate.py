@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 
 from data_prep.cli import main as prepare
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.example import ImageRef, Turn
 from data_prep.packs import PackReader
 from data_prep.text.template import template_of
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.config import ModelConfig
+from pipeline.config.schema import ModelConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.serving.evaluate import Answer, Score, evaluate, normal, questions, save, scores, show
 from pipeline.serving.export import export

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from pipeline.model.weights import WeightSource
 from pipeline.serving import export as export_module
 from pipeline.serving.card import ModelCard

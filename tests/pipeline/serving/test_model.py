@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.example import ImageRef
 from data_prep.text.tokenizer import Encoded
 from pipeline.serving.model import MultimodalModel, Prompt, load_model

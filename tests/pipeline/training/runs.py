@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.training.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.checkpoint import open_checkpoint
 from tests.launch import ROOT, Finished, Launcher, run
 
 STEPS = 6

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoints.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
-from pipeline.training.run.lock import lock_of
+from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
+from pipeline.training.run.folder import lock_of
 from tests.launch import ROOT, Job, Launcher, kill, kill_one, start
 from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train, weights
 

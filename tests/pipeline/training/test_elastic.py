@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.training.checkpoints.checkpoint import open_checkpoint
+from pipeline.checkpoints.checkpoint import open_checkpoint
 from tests.pipeline.training.runs import furthest, metrics, train, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

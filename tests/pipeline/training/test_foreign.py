@@ -14,12 +14,12 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from data_prep import yaml_files
-from data_prep.errors import UserError
+from data_prep.common import yaml_files
+from data_prep.common.errors import UserError
+from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_whole
+from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
+from pipeline.checkpoints.writing import Target, parts_of_save
 from pipeline.train import main
-from pipeline.training.checkpoints.checkpoint import Checkpoint, hash_file, newest_whole
-from pipeline.training.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
-from pipeline.training.checkpoints.writing import Target, parts_of_save
 from pipeline.training.run.folder import RunFolder
 from tests.launch import ROOT
 from tests.pipeline.training.runs import flags
@@ -192,7 +192,7 @@ def test_a_run_is_not_started_from_a_foreign_checkpoint_that_lies(
 def test_a_second_start_is_refused_in_one_line(
     small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data_prep.folder_lock.HERE_S", 0.1)
+    monkeypatch.setattr("data_prep.common.folder_lock.HERE_S", 0.1)
     first = RunFolder(str(tmp_path / "run"))
     first.create()
     first.claim()
@@ -213,16 +213,16 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
 
 PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
-    ("pipeline/training/checkpoints/writing.py", "all_gather_object"),
+    ("pipeline/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/saving.py", "all_gather_object"),
-    ("pipeline/doctor.py", "broadcast_object_list"),
-    ("pipeline/doctor.py", "all_gather_object"),
+    ("pipeline/commands/doctor.py", "broadcast_object_list"),
+    ("pipeline/commands/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "broadcast_object_list"),
-    ("pipeline/training/checkpoints/checkpoint.py", "all_gather_object"),
-    ("pipeline/training/checkpoints/checkpoint.py", "broadcast_object_list"),
-    ("pipeline/parallel/groups.py", "all_gather_object"),
+    ("pipeline/checkpoints/checkpoint.py", "all_gather_object"),
+    ("pipeline/checkpoints/checkpoint.py", "broadcast_object_list"),
+    ("pipeline/parallel/launch.py", "all_gather_object"),
 }
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
 FORBIDDEN_CALLS = {

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from data_prep.cli import main as mma_prep
-from data_prep.errors import UserError
+from data_prep.common.errors import UserError
 from data_prep.packs import PackReader, PackRow, Source, write_rows
 from pipeline.data.order import BatchOrder
 from pipeline.parallel.zero3 import StepResult

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from data_prep.packs import PackReader
-from pipeline.config import TrainSection
+from pipeline.config.schema import TrainSection
+from pipeline.training.lr_schedule import learning_rate
 from pipeline.training.metrics import MetricsFile, StepStats, clock, forget_events_from, known_peak, samples_digest
-from pipeline.training.schedule import learning_rate
 
 STATS = StepStats(
     step=1, loss=2.5, lr=1e-3, grad_norm=0.5, applied=True, targets=3, tokens=8, images=1, consumed_packs=4,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.cli import main as mma
-from pipeline.demo import same_answers
+from pipeline.commands.demo import same_answers
 from tests.pipeline.training.runs import furthest, metrics, train, weights
 
 pytestmark = pytest.mark.slow

@@ -15,16 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from data_prep.errors import UserError
-from pipeline.config import CheckpointConfig
+from data_prep.common.errors import UserError
+from pipeline.checkpoints import writing
+from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
+from pipeline.config.schema import CheckpointConfig
 from pipeline.parallel.topology import Topology
 from pipeline.training import saving
-from pipeline.training.checkpoints import writing
-from pipeline.training.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.saving import Saver
 from pipeline.training.trainer import Trainer
-from pipeline.training.watchdog.activity import Activity
+from pipeline.watchdog.heartbeat import Activity
 
 
 class OneRank:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.estimate_command import image_tokens
-from pipeline.flags import parse
+from pipeline.commands.estimate import image_tokens
+from pipeline.config.flags import parse
 from pipeline.model.build import build_stage
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import plain_llm

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from data_prep.errors import UserError
-from pipeline.config import ModelConfig
-from pipeline.flags import parse
+from data_prep.common.errors import UserError
+from pipeline.config.flags import parse
+from pipeline.config.schema import ModelConfig
 from pipeline.model.spec import ModelSpec
+from pipeline.planning.compatibility import check_same_model
 from pipeline.training import supervise
-from pipeline.training.origins import check_same_model
 from pipeline.training.run.folder import RunFolder
 
 

@@ -1,0 +1,1 @@
+"""What every room of data preparation may use."""

@@ -1,0 +1,39 @@
+"""Command lines whose mistakes are one line, with the closest word that is known."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any, NoReturn
+
+from data_prep.common.errors import did_you_mean
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argparse parser that prints one line, not its usage too, and exits with code 2."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but look at the command first."""
+        words = list(sys.argv[1:] if args is None else args)
+        known = self._commands()
+        if known and words and not words[0].startswith("-") and words[0] not in known:
+            self.error(f"unknown command '{words[0]}'{did_you_mean(words[0], known)}; known: {', '.join(known)}")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with code 2."""
+        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        flag = word.partition("=")[0]
+        hint = did_you_mean(word, self.flags()) if word.startswith("-") else ""
+        if message.startswith("unrecognized"):
+            owners = [name for name, command in self._commands().items() if flag in command.flags()]
+            hint = f" ({flag} is for {', '.join(owners)})" if owners else hint
+        self.exit(2, f"{self.prog.split()[0]}: {message}{hint}; {self.prog} --help shows all\n")
+
+    def flags(self) -> set[str]:
+        """Return the flags of all commands."""
+        return set(self._option_string_actions).union(*(parser.flags() for parser in self._commands().values()))
+
+    def _commands(self) -> dict[str, OneLineParser]:
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(found[0]) if found else {}

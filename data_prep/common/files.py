@@ -1,0 +1,100 @@
+"""Files that are written atomically, hashed, and named with their hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import UserError
+
+RERUN = "run mma-prep again"
+REBUILD = "delete it and run mma-prep again"  # a step only looks whether most files exist, and at their size
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of the folder: path relative to it, size in bytes, sha256, and rows for row files."""
+
+    name: str
+    bytes: int
+    sha256: str
+    rows: int = 0
+
+
+def sha256_line(sha256: str, name: str) -> bytes:
+    """Return what ``sha256sum`` writes, and checks, of a file."""
+    return f"{sha256}  {name}\n".encode()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex sha256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def is_of_size(path: Path, size: int) -> bool:
+    """Return whether there is a file of ``size`` bytes."""
+    try:
+        return path.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def temporary_beside(path: Path) -> Path:
+    """Return a name for what is to become ``path``, in its folder; no other process, of any host, has the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
+    temporary = temporary_beside(path)
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def sealed(value: Any) -> bytes:
+    """Return a JSON-able value with its own hash, as the content of a file."""
+    return json.dumps({"value": value, "sha256": digest(value)}).encode() + b"\n"
+
+
+def read_sealed(path: Path) -> Any:
+    """Return the value of a file made by ``sealed``, or None where there is none, or it was damaged."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        return raw["value"] if raw["sha256"] == digest(raw["value"]) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Hashed:
+    """A file and the hash it must have."""
+
+    path: Path
+    sha256: str
+    listing: str
+    """The file that lists it."""
+
+    def check(self) -> None:
+        """Raise UserError when the file is missing or altered."""
+        if not self.path.is_file():
+            raise UserError(f"{self.path}: listed in {self.listing} but missing; {RERUN}")
+        if sha256_file(self.path) != self.sha256:
+            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {REBUILD}")

@@ -1,0 +1,198 @@
+"""Who does the work: local processes, one share of a Slurm array, or MPI ranks.
+
+The work is a list of independent units whose outputs are files, so who does a unit never changes a byte.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from typing import Any, TypeVar
+
+from data_prep.common.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+_RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
+"""Set by mpiexec for each rank: MPICH and Intel MPI, PMIx, Open MPI."""
+
+
+class Team(ABC):
+    """Runs tasks over units."""
+
+    description: str
+
+    @abstractmethod
+    def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
+        """Run ``task`` on the items; ``done`` gets each result as it comes, in any order."""
+
+    @abstractmethod
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items this process answers for.
+
+        Always divide the whole list: what is left to do differs from one member to the next.
+        """
+
+    def serial(self, task: Callable[[], R]) -> R:
+        """Run a task that must run once; every member of the team returns its result."""
+        return task()
+
+    @property
+    def talks(self) -> bool:
+        """Whether this process reports to the user."""
+        return True
+
+    @property
+    def does_all(self) -> bool:
+        """Whether the team does all of the work, not a share beside other jobs."""
+        return True
+
+
+class LocalTeam(Team):
+    """``workers`` processes on this machine, over share ``index`` of ``count`` (a Slurm array's task)."""
+
+    def __init__(self, workers: int, index: int = 0, count: int = 1) -> None:
+        self.workers, self.index, self.count = workers, index, count
+        part = f", share {index} of {count}" if count > 1 else ""
+        self.description = f"{workers} process{'es' * (workers > 1)}{part}"
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items this process answers for."""
+        return items[self.index :: self.count]
+
+    @property
+    def does_all(self) -> bool:
+        """False for one of several shares."""
+        return self.count == 1
+
+    def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
+        """Spread the items over the processes."""
+        results = map(task, items) if min(self.workers, len(items)) <= 1 else self._spread(task, items)
+        for result in results:
+            done(result)
+
+    def _spread(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
+        # "spawn" starts clean interpreters: forking would copy open files and threads of whoever calls us.
+        # Ctrl-C reaches every process: the workers die of it without a word, and what stopped is said here.
+        workers, interrupt = min(self.workers, len(items)), (signal.SIGINT, signal.SIG_DFL)
+        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, interrupt) as pool:
+            futures = [pool.submit(task, item) for item in items]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    "a worker process was killed (out of memory?): run the same command again, finished units are "
+                    "kept; use fewer --workers if it repeats"
+                ) from error
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+ALONE = LocalTeam(1)
+"""This process does everything."""
+
+
+class MpiTeam(Team):
+    """The ranks of an MPI launch; unit ``k`` belongs to rank ``k % size``."""
+
+    def __init__(self, comm: Any) -> None:
+        self._comm = comm
+        self.description = f"{comm.Get_size()} MPI ranks"
+
+    @property
+    def talks(self) -> bool:
+        """Only rank 0 talks."""
+        return bool(self._comm.Get_rank() == 0)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """Return the items this process answers for."""
+        return items[self._comm.Get_rank() :: self._comm.Get_size()]
+
+    def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
+        """Run this rank's items, then wait for the other ranks; an error a user can mend is raised on all."""
+
+        def work() -> None:
+            for item in items:
+                done(task(item))
+
+        _, problem = self._attempt(work)
+        problems = [message for message in self._comm.allgather(problem) if message]
+        if problems:
+            raise UserError(problems[0])
+
+    def serial(self, task: Callable[[], R]) -> R:
+        """Run the task on rank 0; an error a user can mend is raised on every rank."""
+        result, problem = self._comm.bcast(self._attempt(task) if self.talks else None, root=0)
+        if problem:
+            raise UserError(problem)
+        returned: R = result
+        return returned
+
+    def _attempt(self, task: Callable[[], R]) -> tuple[R | None, str]:
+        """Return the task's result, or the words of what a user can mend: a UserError, a folder without permission.
+
+        Any other failure ends all ranks, which would wait.
+        """
+        try:
+            return task(), ""
+        except (UserError, OSError) as error:
+            return None, str(error)
+        except BaseException:
+            traceback.print_exc()
+            self._comm.Abort(1)
+            raise
+
+
+def parse_share(text: str) -> tuple[int, int]:
+    """Parse ``i/n`` (0-based). Raises UserError when it is not one."""
+    index, slash, count = text.partition("/")
+    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+        return int(index), int(count)
+    raise UserError(
+        f"--shard {text}: give i/n with 0 <= i < n, e.g. --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"
+    )
+
+
+def form_team(workers: int | None, share: str | None, say: Callable[[str], None]) -> Team | None:
+    """Return who does the work: MPI ranks under mpiexec, else local processes (default: one per core).
+
+    Returns None for a process that has nothing to do: rank > 0 of an mpiexec launch without an MPI library.
+
+    Raises:
+        UserError: ``workers`` or ``share`` is malformed, or ``share`` is combined with MPI.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: give 1 or more")
+    rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
+    if rank is not None:
+        comm = _world(say if rank == "0" else lambda line: None)
+        if comm is None and rank != "0":
+            return None
+        if comm is not None and comm.Get_size() > 1:
+            if share:
+                raise UserError("--shard divides work between separate jobs; under mpiexec leave it out")
+            return MpiTeam(comm)
+    index, count = parse_share(share) if share else (0, 1)
+    return LocalTeam(workers or _cores(), index, count)
+
+
+def _world(say: Callable[[str], None]) -> Any:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
+        reason = str(error).splitlines()[0]
+        say(f"launched by mpiexec, but MPI cannot be loaded ({reason}): using local processes on rank 0")
+        return None
+    return MPI.COMM_WORLD
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,281 @@
+"""Images: safe decoding, and the content-addressed store whose row ids the packs hold.
+
+A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files,
+memory mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; decoding happens where
+the pixels are needed, with ``decode_rgb``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from data_prep.common.errors import UserError
+from data_prep.common.files import FileEntry, is_of_size, sha256_file
+from data_prep.images.jpeg import surely_decodes
+from data_prep.quarantine import BadSample
+
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
+"""Formats that are read; others (EPS runs an interpreter) are never even tried."""
+STORE_FORMAT, STORE_VERSION = "mma-images", 2
+SHARD_BATCH_ROWS = 64
+"""Rows of every record batch but the last of a shard: what is held in memory while one is written."""
+OPEN_SHARDS = 1 << 14
+"""Shards that are held open at most: each takes one of the maps that a process may have (65,530 by default)."""
+IMAGE_SCHEMA = pa.schema(
+    [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
+)
+Image.init()  # Pillow registers some of these formats only on demand, and `open` looks them up by name
+# Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
+_DAMAGE = (
+    *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, struct.error, zlib.error),
+    *(TypeError, AttributeError, AssertionError, RuntimeError),  # of a value that Pillow expects to be of another type
+)
+_TURNS: dict[object, Image.Transpose] = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""How to make an image upright, by its EXIF orientation."""
+
+
+class BadImage(BadSample):
+    """The bytes are not a usable image; ``code`` and ``detail`` say why."""
+
+
+def decode_rgb(data: bytes) -> Image.Image:
+    """Decode any usable image to 8-bit RGB, upright.
+
+    The first frame of animations is taken, EXIF rotation is applied, transparency is composited on white and 16-bit
+    samples are scaled. Pillow's decompression-bomb limit stays in force and truncated files are refused.
+
+    Raises:
+        BadImage: empty, foreign, damaged, tiny or oversized bytes.
+    """
+    with _refusals(data):
+        return _to_rgb(_load_upright(_open(data)))
+
+
+def check_image(data: bytes) -> tuple[int, int]:
+    """Return (width, height), upright, of what ``decode_rgb`` decodes. Most JPEGs are not decoded for it.
+
+    Raises:
+        BadImage: exactly where ``decode_rgb`` does.
+    """
+    with _refusals(data):
+        image = _open(data)
+        if _surely_loads(image, data):
+            return image.size
+        image = _load_upright(image)
+        _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
+        return image.size
+
+
+@contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Turn what Pillow raises into BadImage."""
+    try:
+        yield
+    except Image.DecompressionBombError as error:
+        raise BadImage("image-bomb", str(error)) from error
+    except UnidentifiedImageError as error:
+        raise BadImage("not-an-image", f"{len(data)} bytes beginning with {data[:12]!r}") from error
+    except _DAMAGE as error:
+        raise BadImage("broken-image", f"{type(error).__name__}: {error}") from error
+
+
+def _open(data: bytes) -> Image.Image:
+    if not data:
+        raise BadImage("empty-file", "0 bytes")
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    _check_size(image)
+    return image
+
+
+def _load_upright(image: Image.Image) -> Image.Image:
+    image.load()
+    turn = _turn(image)
+    return image if turn is None else image.transpose(turn)
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """Return how an image has to be turned, which damaged EXIF does not say: the pixels decide what is usable.
+
+    ``ImageOps.exif_transpose`` would write the EXIF anew, and fail on any tag in it of an unexpected type.
+    """
+    try:
+        return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _DAMAGE:
+        return None
+
+
+def _surely_loads(image: Image.Image, data: bytes) -> bool:
+    """Return whether an image that is open can be loaded, as RGB or grey, and is upright as it is."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L") or not surely_decodes(data):
+        return False
+    return _turn(image) is None
+
+
+def _check_size(image: Image.Image) -> None:
+    size = f"{image.width} x {image.height} pixels"
+    if min(image.size) < 2:
+        raise BadImage("tiny-image", size)
+    if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        raise BadImage("image-bomb", f"{size}, the limit is {Image.MAX_IMAGE_PIXELS}")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # `convert` would clip 16-bit samples to white
+        samples = np.asarray(image, dtype=np.int64)
+        return Image.fromarray((samples.clip(0, 65535) // 257).astype(np.uint8), "L").convert("RGB")
+    if image.mode == "F":
+        raise BadImage("odd-pixels", "floating-point samples have no known white")
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def misnamed(data: bytes, name: str) -> bool:
+    """Return whether a file name's suffix says another format than its bytes do (a GIF named .jpg)."""
+    said, found = _SUFFIXES.get(PurePath(name).suffix.lower()), next((one for sign, one in _SIGNS if sign(data)), None)
+    return said is not None and found is not None and said != found
+
+
+_SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP"}
+_SIGNS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+    (lambda data: data.startswith(b"\xff\xd8\xff"), "JPEG"),
+    (lambda data: data.startswith(b"\x89PNG"), "PNG"),
+    (lambda data: data.startswith(b"GIF8"), "GIF"),
+    (lambda data: data.startswith(b"RIFF") and data[8:12] == b"WEBP", "WEBP"),
+    (lambda data: data.startswith(b"BM"), "BMP"),
+)
+
+
+class ImageStore:
+    """Random access to the images of a store folder; memory-mapped, lazily opened, safe to pickle to workers."""
+
+    def __init__(self, directory: Path | str) -> None:
+        """Open a store. Raises UserError when ``store.json`` is absent, foreign or malformed."""
+        self.directory = Path(directory)
+        path = self.directory / "store.json"
+        if not path.is_file():
+            raise UserError(f"{self.directory}: no image store here (store.json is missing); run mma-prep again")
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            if (raw["format"], raw["version"]) != (STORE_FORMAT, STORE_VERSION):
+                raise UserError(f"{path}: not a {STORE_FORMAT} index of version {STORE_VERSION}; run mma-prep again")
+            self.shards = tuple(FileEntry(**entry) for entry in raw["shards"])
+        except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error
+        self._starts = np.cumsum([0] + [entry.rows for entry in self.shards])
+        self._open_shards: dict[int, pa.ipc.RecordBatchFileReader] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open_shards": {}}
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    @property
+    def identity(self) -> str:
+        """Sha256 of the index, which holds the sha256 of every shard: what packs remember of their store."""
+        return hashlib.sha256((self.directory / "store.json").read_bytes()).hexdigest()
+
+    def read(self, row: int) -> bytes:
+        """Return the encoded bytes of an image, as they were found. Raises IndexError outside the store."""
+        return bytes(self._cell("data", row).as_buffer())
+
+    def sha256(self, row: int) -> str:
+        """Return the hex sha256 of an image's encoded bytes."""
+        return bytes(self._cell("sha256", row).as_py()).hex()
+
+    def hashes(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
+        """Return the raw sha256 (``S32``) of images. Raises IndexError outside the store."""
+        if len(rows) and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"images {rows.min()} to {rows.max()} of {len(self)} in {self.directory}")
+        found = np.empty(len(rows), dtype="S32")
+        shards = np.searchsorted(self._starts, rows, side="right") - 1
+        batches, places = np.divmod(rows - self._starts[shards], SHARD_BATCH_ROWS)
+        order = np.lexsort((batches, shards))  # every batch is looked at once
+        changes = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(batches[order]) != 0)) + 1
+        for here in np.split(order, changes) if len(order) else ():
+            column = self._shard(int(shards[here[0]])).get_batch(int(batches[here[0]])).column("sha256")
+            found[here] = np.frombuffer(column.buffers()[1], dtype="S32", count=len(column))[places[here]]
+        return found
+
+    def size(self, row: int) -> tuple[int, int]:
+        """Return (width, height) in pixels, upright."""
+        return self._cell("width", row).as_py(), self._cell("height", row).as_py()
+
+    def verify(self) -> None:
+        """Hash every shard. Raises UserError naming the first missing or altered one."""
+        for entry in self.shards:
+            path = self.directory / entry.name
+            if not path.is_file():
+                raise UserError(f"{path}: listed in store.json but missing; run mma-prep again")
+            if path.stat().st_size != entry.bytes or sha256_file(path) != entry.sha256:
+                raise UserError(
+                    f"{path}: differs from store.json (damaged or edited); delete it and run mma-prep again"
+                )
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Return the rows ``[start, stop)`` of every shard that is not there, or has another size."""
+        ranges = zip(self.shards, itertools.pairwise(self._starts.tolist()), strict=True)
+        return [rows for entry, rows in ranges if not is_of_size(self.directory / entry.name, entry.bytes)]
+
+    def shard_of(self, start: int, stop: int) -> FileEntry | None:
+        """Return the shard that holds the rows ``[start, stop)`` and no others, or None."""
+        which = int(np.searchsorted(self._starts, start))
+        return self.shards[which] if self._starts[which : which + 2].tolist() == [start, stop] else None
+
+    def _cell(self, column: str, row: int) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(f"image {row} of {len(self)} in {self.directory}")
+        which = int(np.searchsorted(self._starts, row, side="right")) - 1
+        batch, place = divmod(row - int(self._starts[which]), SHARD_BATCH_ROWS)
+        return self._shard(which).get_batch(batch).column(column)[place]
+
+    def _shard(self, which: int) -> pa.ipc.RecordBatchFileReader:
+        reader = self._open_shards.get(which)
+        if reader is None:
+            if len(self._open_shards) >= OPEN_SHARDS:
+                self._open_shards.clear()  # whoever reads one now keeps it
+            reader = self._open_shards[which] = self._open(self.shards[which])
+        return reader
+
+    def _open(self, entry: FileEntry) -> pa.ipc.RecordBatchFileReader:
+        path = self.directory / entry.name
+        try:
+            with pa.memory_map(str(path)) as file:  # the buffer keeps the map: a store may have more shards than files
+                reader = pa.ipc.open_file(file.read_buffer())  # may be open
+            batches = reader.num_record_batches
+            rows = (batches - 1) * SHARD_BATCH_ROWS + reader.get_batch(batches - 1).num_rows if batches else 0
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: cannot be read ({error}); delete what is there and run mma-prep again") from error
+        if rows != entry.rows or reader.schema != IMAGE_SCHEMA:
+            raise UserError(f"{path}: not the images that store.json lists; delete it and run mma-prep again")
+        return reader

@@ -1,0 +1,1 @@
+"""First step: raw shards become tokenised samples and images."""

@@ -1,0 +1,332 @@
+"""Sealing the image store: the distinct images of all units, gathered in order of first use.
+
+A shard holds the images that one unit is the first to use. Where these are all that the unit has, its file becomes the
+shard as it is, by a hard link; others are copied without the images of earlier units. Hashes are compared range by
+range, so memory does not grow with the corpus; what grows is a mapped file with 8 bytes for every image of every unit.
+Any process may write any shard.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.common.arrow_files import ArrowWriter, atomic_path, open_batches
+from data_prep.common.errors import UserError
+from data_prep.common.files import FileEntry, Hashed, is_of_size, write_atomic
+from data_prep.common.workers import Team
+from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, STORE_FORMAT, STORE_VERSION, ImageStore
+from data_prep.ingest.digests import Digests
+from data_prep.ingest.workspace import Unit
+
+RANGE_IMAGES = 1 << 17
+"""Hashes that are compared at a time, at least."""
+RANGE_SHARE = 1 << 6
+"""Hashes of each unit that are compared at a time, at least: every unit is opened once a range."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """One shard to be written: rows ``[start, stop)`` of the store, new images of one unit."""
+
+    store: Path
+    number: int
+    unit: int
+    start: int
+    stop: int
+
+    @property
+    def path(self) -> Path:
+        """The shard."""
+        return self.store / f"images-{self.number:05d}.arrow"
+
+    @property
+    def marker(self) -> Path:
+        """Its done-marker: its entry in the index."""
+        return _work(self.store) / f"images-{self.number:05d}.json"
+
+    def is_done(self) -> bool:
+        """Return whether the shard is whole. Its contents follow from the store's name."""
+        return self.marker.is_file() and self.path.is_file()
+
+
+def seal_store(units: Sequence[Unit], directory: Path, team: Team) -> Path:
+    """Build ``directory/KEY`` from the units' images, unless it is there; return it.
+
+    ``KEY`` names the contents, so packs that were made with another store keep theirs. The order of rows depends on the
+    units' order only. The units' own copies are removed once the store is complete.
+
+    Raises:
+        UserError: the images of a unit are neither beside it nor in an earlier store.
+    """
+    store = directory / store_key(units)
+    if team.serial(lambda: _is_sealed(units, store)):
+        return store
+    whole, jobs = team.serial(lambda: (_is_whole(store), _prepare(units, store)))
+    team.map(_write_shard, [] if whole else to_write(jobs, team), _nothing)
+    team.serial(lambda: _finish(units, store, jobs))
+    return store
+
+
+def to_write(jobs: Sequence[ShardJob], team: Team) -> list[ShardJob]:
+    """Return the shards this member writes: what is done already differs from one member's look to the next one's."""
+    return [job for job in team.share(jobs) if not job.is_done()]
+
+
+def store_key(units: Sequence[Unit]) -> str:
+    """Return the name of the store that holds exactly the units' images, in their order."""
+    return hashlib.sha256("".join(unit.report().images_sha256 for unit in units).encode()).hexdigest()[:12]
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+def _work(store: Path) -> Path:
+    return store / ".work"
+
+
+def _is_sealed(units: Sequence[Unit], store: Path) -> bool:
+    return _is_whole(store) and not _work(store).is_dir() and all(unit.rows(store.name).is_file() for unit in units)
+
+
+def _is_whole(store: Path) -> bool:
+    found = _opened(store)
+    return found is not None and not found.missing()
+
+
+def _opened(store: Path) -> ImageStore | None:
+    try:
+        return ImageStore(store)
+    except UserError:
+        return None
+
+
+def forget_damaged(out: Path) -> None:
+    """Make the units of an output folder forget what a store misses of their images: they are read anew."""
+    for index in out.glob("images/*/store.json"):
+        store = _opened(index.parent)
+        if store is None:
+            index.unlink(missing_ok=True)
+        elif missing := store.missing():
+            _forget(out, store.directory.name, missing)
+
+
+def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
+    bounds = np.array(missing).ravel()  # ascending, so a row lies in a missing range where it passes an odd number
+    for path in out.glob(f"ingest/*/*/*.rows-{store}"):
+        rows = np.fromfile(path, dtype=np.int64)
+        if (np.searchsorted(bounds, rows, side="right") % 2).any():
+            path.unlink(missing_ok=True)
+
+
+def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
+    """Find the row of every image and the bounds of the shards, and write down what workers need to know."""
+    starts = np.cumsum([0, *(unit.report().images for unit in units)])
+    with _new_rows(store, int(starts[-1])) as rows:
+        _find_owners(units, starts, rows)
+        bounds = _number_rows(starts, rows)
+    context = {
+        "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
+        "starts": starts.tolist(),
+    }
+    write_atomic(_work(store) / "context.json", json.dumps(context).encode())
+    new = [(unit, *ends) for unit, ends in enumerate(itertools.pairwise(bounds)) if ends[0] < ends[1]]
+    return [ShardJob(store, number, *which) for number, which in enumerate(new)]
+
+
+def _rows(store: Path) -> Path:
+    """Return the file with the store row of every image of every unit."""
+    return _work(store) / "rows"
+
+
+@contextmanager
+def _new_rows(store: Path, count: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Yield the mapped rows of ``count`` images, to be written; they become the file when the block ends well."""
+    with atomic_path(_rows(store)) as temporary:
+        allocate(temporary, 8 * count)
+        rows = np.memmap(temporary, np.int64, "r+", shape=(count,)) if count else np.empty(0, np.int64)
+        yield rows
+        if isinstance(rows, np.memmap):
+            rows.flush()  # other nodes read the file
+
+
+def allocate(path: Path, size: int) -> None:
+    """Make a file of ``size`` bytes on the disk: writing to a mapped page that finds no room kills the process.
+
+    Raises:
+        UserError: there is no room.
+    """
+    try:
+        with path.open("wb") as file:
+            file.truncate(size)
+            if size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        raise UserError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}): free some there") from error
+
+
+def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
+    """Write, for every image of every unit, the number of the first image with its content."""
+    for first, stop in itertools.pairwise(_ranges(len(owners), len(units))):
+        parts = [Digests.open(unit.digests).between(first, stop) for unit in units]
+        numbers = np.concatenate([part.index + start for part, start in zip(parts, starts[:-1], strict=True)])
+        sha256 = np.concatenate([part.sha256 for part in parts])
+        _, uses, which = np.unique(sha256, return_index=True, return_inverse=True)
+        owners[numbers] = numbers[uses][which]
+
+
+def _ranges(images: int, units: int) -> list[bytes]:
+    """Return the bounds of equal ranges of hashes, to be compared one after the other; the outermost are open."""
+    count = -(-images // max(RANGE_IMAGES, RANGE_SHARE * units))
+    if count == 0:
+        return []
+    return [b"", *((number * (1 << 64) // count).to_bytes(8) for number in range(1, count)), b""]
+
+
+def _number_rows(starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> list[int]:
+    """Turn owners into store rows, unit by unit; return each unit's first new row and, last, the number of rows."""
+    bounds = [0]
+    for start, stop in itertools.pairwise(starts.tolist()):
+        owners = rows[start:stop].copy()
+        new = owners == np.arange(start, stop)
+        rows[start:stop] = np.where(new, bounds[-1] + np.cumsum(new) - 1, rows[owners])
+        bounds.append(bounds[-1] + int(new.sum()))
+    return bounds
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What a worker process keeps between the shards of one store."""
+
+    units: list[Unit]
+    starts: list[int]
+    rows: Path
+    listed: dict[str, FileEntry]
+    """Shards of this store by its index, where it has been whole before; its name tells what they hold."""
+
+    def rows_of(self, unit: int) -> npt.NDArray[np.int64]:
+        """Read the store rows of a unit's images; no map is kept: where a file is open, NFS removes no folder."""
+        start, stop = self.starts[unit : unit + 2]
+        return np.fromfile(self.rows, np.int64, stop - start, offset=8 * start)
+
+
+@functools.lru_cache(maxsize=1)
+def _context(store: Path) -> _Context:
+    raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
+    units = [Unit(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
+    found = _opened(store)
+    listed = {entry.name: entry for entry in (found.shards if found else ())}
+    return _Context(units, raw["starts"], _rows(store), listed)
+
+
+def _write_shard(job: ShardJob) -> None:
+    """Make one shard of the images that its unit is the first to use, unless it is still there, and its marker."""
+    entry = _context(job.store).listed.get(job.path.name)
+    if entry is None or not is_of_size(job.path, entry.bytes):
+        entry = _make_shard(job)
+    write_atomic(job.marker, json.dumps(asdict(entry)).encode())
+
+
+def _make_shard(job: ShardJob) -> FileEntry:
+    context, stores = _context(job.store), job.store.parent
+    unit, rows = context.units[job.unit], context.rows_of(job.unit)
+    wanted = np.flatnonzero((rows >= job.start) & (rows < job.stop))
+    whole = _whole_file(unit, stores) if len(wanted) == len(rows) else None
+    if whole is None:
+        return _copy_images(_images(unit, wanted, stores), job.path)
+    with atomic_path(job.path) as temporary:
+        link_or_copy(whole[0], temporary)
+    return replace(whole[1], name=job.path.name)
+
+
+def _whole_file(unit: Unit, stores: Path) -> tuple[Path, FileEntry] | None:
+    """Return a file with all images of a unit and no others, or None: its own, or a shard of an earlier store."""
+    report = unit.report()
+    if unit.images.is_file():
+        return unit.images, report.pixels
+    key = unit.sealed_in(stores)
+    if key is None:
+        return None
+    store, rows = ImageStore(stores / key), np.fromfile(unit.rows(key), dtype=np.int64)
+    shard = store.shard_of(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else None
+    return (store.directory / shard.name, shard) if shard is not None else None
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Give a file a second name; on a file system that cannot, copy it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def _copy_images(images: Iterable[tuple[bytes, int, int, bytes]], path: Path) -> FileEntry:
+    with ArrowWriter(path, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS) as file:
+        for image in images:
+            file.append(image)
+    return file.entry
+
+
+def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """Yield (sha256, width, height, bytes) of the images with the given places in a unit, in their order."""
+    if not unit.images.is_file():
+        yield from _from_store(unit, wanted, stores)
+        return
+    Hashed(unit.images, unit.report().pixels.sha256, unit.marker.name).check()
+    start = 0
+    for batch in open_batches(unit.images):
+        inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
+        yield from zip(*(column.to_pylist() for column in batch.take(pa.array(inside)).columns), strict=True)
+        start += batch.num_rows
+
+
+def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+    """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of.
+
+    Raises:
+        UserError: there is none, or an image is not what its hash says.
+    """
+    key = unit.sealed_in(stores)
+    if key is None:
+        unit.marker.unlink(missing_ok=True)
+        raise UserError(
+            f"{unit.corpus}/{unit.shard}: its images are in no store any more (was one deleted?); "
+            "run ingest again to read them anew"
+        )
+    store = ImageStore(stores / key)
+    for row in np.fromfile(unit.rows(key), dtype=np.int64)[wanted].tolist():
+        sha256, data = bytes.fromhex(store.sha256(row)), store.read(row)
+        if hashlib.sha256(data).digest() != sha256:
+            raise UserError(f"{store.directory}: image {row} is damaged; `mma-prep verify` names the file")
+        yield sha256, *store.size(row), data
+
+
+def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> None:
+    """Write the index, then each unit's rows, and only then remove what the store holds now."""
+    if not _is_whole(store):
+        shards = [json.loads(job.marker.read_text(encoding="utf-8")) for job in jobs]
+        assert all(shard["rows"] == job.stop - job.start for shard, job in zip(shards, jobs, strict=True))
+        index = {"format": STORE_FORMAT, "version": STORE_VERSION, "shards": shards}
+        write_atomic(store / "store.json", json.dumps(index, indent=1, sort_keys=True).encode() + b"\n")
+    context = _context(store)
+    for number, unit in enumerate(units):
+        write_atomic(unit.rows(store.name), context.rows_of(number).tobytes())
+    for unit in units:
+        unit.images.unlink(missing_ok=True)
+    for path in store.glob(".*.tmp"):  # of members that were killed
+        path.unlink(missing_ok=True)
+    _context.cache_clear()
+    shutil.rmtree(_work(store))

@@ -1,0 +1,95 @@
+"""The tokenizer of a recipe: an existing one with the templates' special tokens, or one trained on the corpora."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_prep.common.errors import UserError
+from data_prep.common.files import digest, sealed, sha256_file, write_atomic
+from data_prep.example import Example, Reject
+from data_prep.ingest.workspace import Workspace
+from data_prep.progress import Reporter
+from data_prep.text.tokenizer import Tokenizer, tokenizer_files, train_sentencepiece
+
+if TYPE_CHECKING:
+    from data_prep.corpora.base import Corpus
+
+TRAINING_VERSION = 2
+"""Raised whenever the same texts would give another tokenizer."""
+
+
+def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
+    """Make sure that the output folder has the recipe's tokenizer, training it if asked; return its sha256."""
+    recipe, config = space.recipe, space.recipe.tokenizer
+    marker = _marker(space)
+    source = recipe.root_dir / config.path if config.path else None
+    raw = _raw_texts(space) if source is None else _source_hashes(source)
+    origin = sealed(digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
+    if marker.is_file() and marker.read_bytes() == origin:
+        with suppress(UserError):  # a file of it is gone: it is made anew
+            return Tokenizer.load(space.tokenizer).sha256
+    if source is None:
+        assert config.train is not None
+        reporter.say(f"tokenizer: training SentencePiece on up to {config.train.samples:,} samples")
+        source = space.tokenizer / "trained.model"
+        texts = _training_texts(space.corpora, config.train.samples)
+        train_sentencepiece(texts, config.train.vocab_size, recipe.specials(), source)
+    tokenizer = Tokenizer.open(source, recipe.specials())
+    tokenizer.save(space.tokenizer)
+    write_atomic(marker, origin)
+    reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
+    return tokenizer.sha256
+
+
+def has_tokenizer(space: Workspace) -> bool:
+    """Return whether ingest has begun: it makes the tokenizer first."""
+    return _marker(space).is_file()
+
+
+def _marker(space: Workspace) -> Path:
+    return space.tokenizer / "origin.json"
+
+
+def _raw_texts(space: Workspace) -> dict[str, object]:
+    """What a trained tokenizer depends on: readers, their options and the raw files."""
+    return {
+        name: [space.recipe.corpora[name].model_dump(exclude={"augment"}), shards]
+        for name, shards in space.shards.items()
+    }
+
+
+def _source_hashes(path: Path) -> dict[str, str]:
+    """What an existing tokenizer depends on: the files that are read of its folder, not the weights beside them."""
+    return {file.name: sha256_file(file) for file in tokenizer_files(path)}
+
+
+def _training_texts(corpora: Mapping[str, Corpus], samples: int) -> Iterator[str]:
+    """Return the texts to train on. Raises UserError where there are none, with the reason of the first reject."""
+    texts = corpus_texts(list(corpora.values()), samples)
+    first = next(texts, None)
+    if first is not None:
+        return itertools.chain([first], texts)
+    rejects = (
+        f"corpora.{name}: {item.sample} is rejected for {item.code} ({item.detail})"
+        for name, corpus in corpora.items()
+        for shard in corpus.shards()
+        for item in corpus.examples(shard)
+        if isinstance(item, Reject)
+    )
+    why = next(rejects, "there is no sample; mend their paths")
+    raise UserError(f"tokenizer.train: the corpora hold no text to train on: {why}")
+
+
+def corpus_texts(corpora: list[Corpus], samples: int) -> Iterator[str]:
+    """Yield the texts of about ``samples`` samples, evenly over the corpora and over each corpus's shards."""
+    for corpus in corpora:
+        shards = corpus.shards()
+        quota = -(-samples // (len(corpora) * max(1, len(shards))))
+        for shard in shards:
+            kept = (item for item in corpus.examples(shard) if isinstance(item, Example))
+            for example in itertools.islice(kept, quota):
+                yield from (part for turn in example.turns for part in turn.parts if isinstance(part, str))

@@ -1,0 +1,324 @@
+"""One unit of ingest: a raw shard is read, templated, tokenised and its images validated, in constant memory."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, TextIO
+
+import numpy as np
+
+from data_prep.common.arrow_files import ArrowWriter, atomic_path
+from data_prep.common.files import sha256_file, write_atomic
+from data_prep.corpora import build_corpus
+from data_prep.corpora.base import Input
+from data_prep.example import Example, ImageRef, Reject
+from data_prep.images.augment import allowed_by
+from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, check_image, misnamed
+from data_prep.ingest import digests, sources
+from data_prep.ingest.prompts import NO_PROMPT, prompt_ids
+from data_prep.ingest.samples import FACTS, SAMPLE_SCHEMA
+from data_prep.ingest.workspace import Intake, Unit, UnitReport, Writing
+from data_prep.packs import IMAGE
+from data_prep.quarantine import CODES, BadSample, Tally
+from data_prep.text.documents import Room, Size, fitting, without_images
+from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.turns import Excerpt, excerpts
+
+if TYPE_CHECKING:
+    from data_prep.corpora.base import Corpus
+
+_SHAPE_TOLERANCE = 0.02  # rounding of the sides of scaled copies
+_RAW_CHARACTERS = 400  # of a rejected sample, in its list
+
+
+@dataclass(frozen=True, slots=True)
+class UnitJob:
+    """One unit to be made, with all a worker process needs to know."""
+
+    unit: Unit
+    intake: Intake
+
+
+@functools.lru_cache(maxsize=4)
+def _reader(kind: str, options: str, root: str, raw: str) -> Corpus:
+    """Build a reader once per process: it lists all raw files; ``raw`` tells when one of them changed."""
+    return build_corpus(kind, json.loads(options), Path(root))
+
+
+@functools.lru_cache(maxsize=1)
+def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
+    """Load the tokenizer once per process; ``origin`` tells a new one in the same folder."""
+    return Tokenizer.load(folder)
+
+
+def ingest_unit(job: UnitJob) -> UnitReport:
+    """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
+    intake, unit = job.intake, job.unit
+    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), intake.raw)
+    tokenizer = _tokenizer(str(intake.tokenizer), (intake.tokenizer / "origin.json").read_bytes())
+    unit.forget()
+    with UnitWriter(unit, intake.writing, tokenizer) as writer:
+        for item in corpus.examples(unit.shard):
+            writer.take(item)
+    folders = [path for kind, path in corpus.inputs().values() if kind is Input.FOLDER] if writer.misses_images else []
+    write_atomic(unit.sources, sources.describe([*writer.files, *sources.watched(folders)], intake.root))
+    report = writer.report()
+    write_atomic(unit.marker, report.to_json().encode())
+    return report
+
+
+class UnitWriter:
+    """Writes the files of one unit in constant memory."""
+
+    def __init__(self, unit: Unit, writing: Writing, tokenizer: Tokenizer) -> None:
+        self._unit, self._writing, self._tokenizer = unit, writing, tokenizer
+        self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
+        self._prompt_room = max(map(len, prompt_ids(tokenizer, writing.template.prompts)), default=0)
+        self._images: dict[bytes, int] = {}
+        self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
+        self._codes: Counter[str] = Counter()
+        self._repairs: Counter[str] = Counter()
+        self._kept = 0
+        self.files: set[Path] = set()
+        """Image files that were read, or would have been, were they there."""
+
+    def __enter__(self) -> UnitWriter:
+        with ExitStack() as stack:
+            self._samples = stack.enter_context(ArrowWriter(self._unit.tokens, SAMPLE_SCHEMA))
+            self._pixels = stack.enter_context(
+                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS)
+            )
+            facts = stack.enter_context(atomic_path(self._unit.facts))
+            self._facts: BinaryIO = stack.enter_context(facts.open("wb"))
+            rejects = stack.enter_context(atomic_path(self._unit.rejects))
+            self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._stack.__exit__(*failure)  # type: ignore[arg-type]
+        if failure[0] is None:
+            write_atomic(self._unit.digests, digests.to_bytes(self._images))
+
+    def report(self) -> UnitReport:
+        """Return what the unit holds, once it is closed."""
+        entry, tally = self._samples.entry, self._tally()
+        others = (self._unit.facts, self._unit.digests, self._unit.rejects, self._unit.sources)
+        return UnitReport(
+            self._unit.raw, tally, self._pixels.entry, entry.bytes, entry.sha256, *map(sha256_file, others)
+        )
+
+    @property
+    def misses_images(self) -> bool:
+        """Whether a sample was rejected, or lost an image, because a file was not there."""
+        return bool(self._codes["missing-image"] or self._repairs["image-dropped"])
+
+    def take(self, item: Example | Reject) -> None:
+        """Keep what a raw sample gives, or list why it cannot be used."""
+        if isinstance(item, Reject):
+            self.reject(item)
+            return
+        try:
+            whole = self._usable(item)
+        except BadSample as problem:
+            self.reject(rejected(item, problem))
+            return
+        for excerpt in self._excerpts(whole):
+            try:
+                self.keep(excerpt)
+            except BadSample as problem:
+                self.reject(rejected(excerpt.example, problem))
+
+    def _usable(self, example: Example) -> Example:
+        """Return an example without those optional images that cannot be used. Raises BadSample where none is left."""
+        dropped = [image for image in example.images if image.optional and not self._opens(image)]
+        if not dropped:
+            return example
+        if len(dropped) == len(example.images):
+            raise BadSample(
+                "missing-image", f"none of {len(dropped)} images can be used, the first is {dropped[0].name}"
+            )
+        self._repairs["image-dropped"] += len(dropped)
+        return without_images(example, dropped)
+
+    def _opens(self, image: ImageRef) -> bool:
+        try:
+            self._validated_image(image)
+        except BadSample:
+            return False
+        return True
+
+    def _excerpts(self, example: Example) -> Iterator[Excerpt]:
+        """Yield the samples that an example becomes: parts of a conversation or of a long document."""
+        if example.kind == "chat":
+            yield from excerpts(example, self._writing.template.turns)
+            return
+        writing = self._writing
+        room = Room(writing.length, writing.max_text_tokens, writing.max_images)
+        yield from map(Excerpt, fitting(example, room, self._measure))
+
+    def _measure(self, example: Example) -> Size:
+        tokens = len(self._tokenizer.encode(self._writing.template.pieces(example), self._writing.image_tokens))
+        return Size(tokens, len(example.images), self._writing.image_tokens)
+
+    def _tally(self) -> Tally:
+        repairs = {code: count for code, count in sorted(self._repairs.items()) if count}
+        return Tally(self._kept, dict(sorted(self._codes.items())), repairs)
+
+    def reject(self, item: Reject) -> None:
+        """Count and list a sample that cannot be used."""
+        assert item.code in CODES, item.code
+        self._codes[item.code] += 1
+        if item.sought is not None:
+            self.files.add(item.sought)
+        place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": item.sample}
+        self._rejects.write(json.dumps({**place, "code": item.code, "detail": item.detail, **shown(item)}) + "\n")
+
+    def keep(self, excerpt: Excerpt) -> None:
+        """Add a sample with its images. Raises BadSample when it cannot be used; nothing is added then."""
+        example = excerpt.example
+        check_text(example)
+        encoded, truncated = self._encode(example)
+        images = [self._register(*image) for image in self._validated(example)]
+        supervised = np.flatnonzero(encoded.generated[1:])
+        ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
+        prompt_at = self._prompt_at(example, encoded)
+        arrays = (encoded.ids, encoded.generated, images)
+        self._samples.append((example.id, example.family, *arrays, prompt_at, allowed_by(example)))
+        counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
+        facts = np.zeros((), dtype=FACTS)  # zeros: bytes between the fields are written too
+        facts[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
+        self._facts.write(facts.tobytes())
+        self._kept += 1
+
+    def _repeated(self, excerpt: Excerpt) -> int:
+        """Return the tokens of the turns that the excerpt before holds too."""
+        if not excerpt.repeated:
+            return 0
+        before = replace(excerpt.example, turns=excerpt.example.turns[: excerpt.repeated])
+        return len(self._tokenizer.encode(self._writing.template.pieces(before), self._writing.image_tokens))
+
+    def _prompt_at(self, example: Example, encoded: Encoded) -> int:
+        """Return where a prompt is to stand: where the template writes it, before or behind what is given."""
+        template = self._writing.template
+        if not template.takes_prompt(example):
+            return NO_PROMPT
+        return 0 if template.order == "text_first" else int(np.argmax(encoded.generated))
+
+    def _encode(self, example: Example) -> tuple[Encoded, bool]:
+        writing, count = self._writing, len(example.images)
+        if writing.max_images is not None and count > writing.max_images:
+            raise BadSample("too-many-images", f"{count} images, max_images={writing.max_images}")
+        encoded = self._tokenizer.encode(writing.template.pieces(example), writing.image_tokens)
+        if not encoded.generated[1:].any():
+            raise BadSample("no-target", "no generated token after the first")
+        limit = writing.length
+        if writing.max_text_tokens is not None:
+            limit = min(limit, writing.max_text_tokens + count * writing.image_tokens)
+        if writing.template.takes_prompt(example):
+            limit -= self._prompt_room  # whichever prompt is drawn, it fits
+        if len(encoded) <= limit:
+            return encoded, False
+        if writing.too_long == "reject":
+            raise BadSample("too-long", f"{len(encoded)} tokens with {count} images, {limit} fit")
+        return cut_tail(encoded, limit), True
+
+    def _validated(self, example: Example) -> list[tuple[bytes, bytes, tuple[int, int]]]:
+        """Return (sha256, bytes, upright size) of the images, decoding what this unit has not seen yet."""
+        return [self._validated_image(image) for image in example.images]
+
+    def _validated_image(self, image: ImageRef) -> tuple[bytes, bytes, tuple[int, int]]:
+        if image.path is not None:
+            self.files.add(image.path)
+        try:
+            data = image.read()
+        except OSError as error:
+            raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
+        key = hashlib.sha256(data).digest()
+        size = self._size(key, data, image.name)
+        check_annotated_size(image, size)
+        return key, data, size
+
+    def _size(self, key: bytes, data: bytes, name: str) -> tuple[int, int]:
+        """Return the upright size of an image, decoding what this unit has not seen yet. Raises BadSample."""
+        if key not in self._outcomes:
+            try:
+                self._outcomes[key] = check_image(data)
+                self._repairs["misnamed-image"] += misnamed(data, name)
+            except BadSample as problem:
+                self._outcomes[key] = (problem.code, problem.detail)
+        outcome = self._outcomes[key]
+        if isinstance(outcome[0], str):
+            raise BadSample(outcome[0], f"{name}: {outcome[1]}")
+        return outcome[0], int(outcome[1])
+
+    def _register(self, key: bytes, data: bytes, size: tuple[int, int]) -> int:
+        if key not in self._images:
+            self._images[key] = len(self._images)
+            self._pixels.append((key, *size, data))
+        return self._images[key]
+
+
+def rejected(example: Example, problem: BadSample) -> Reject:
+    """Return why an example cannot be used, with what it says and its first image."""
+    said = (f"{turn.role}: {part}" for turn in example.turns for part in turn.parts if isinstance(part, str))
+    return Reject(example.id, problem.code, problem.detail, "\n".join(said), next(iter(example.images), None))
+
+
+def shown(item: Reject) -> dict[str, str]:
+    """Return what ``mma-prep rejects`` shows of a sample: the beginning of its text, and where its image lies."""
+    image, raw = item.image, item.raw[:_RAW_CHARACTERS].encode(errors="backslashreplace").decode()
+    if image is None or image.path is None:
+        return {"raw": raw}
+    member = image.name if image.data is not None else ""
+    return {"raw": raw, "image": str(image.path), "member": member.partition("/")[2]}
+
+
+def check_annotated_size(image: ImageRef, size: tuple[int, int]) -> None:
+    """Raise BadSample when annotations were drawn on another shape than the upright image (EXIF rotation, a crop).
+
+    Copies that were only scaled pass, because positions are fractions of the image.
+    """
+    if image.annotated_size is None:
+        return
+    width, height = image.annotated_size
+    if abs(width * size[1] - height * size[0]) > _SHAPE_TOLERANCE * width * size[1]:
+        drawn, found = f"{width:g} x {height:g}", f"{size[0]} x {size[1]}"
+        raise BadSample("bad-box", f"{image.name}: annotated as {drawn} pixels, the upright image has {found}")
+
+
+def check_text(example: Example) -> None:
+    """Raise BadSample when a text holds NUL or a lone surrogate, which no tokenizer should meet."""
+    for turn in example.turns:
+        for part in turn.parts:
+            if isinstance(part, str) and ("\x00" in part or (not part.isascii() and _has_surrogate(part))):
+                raise BadSample("bad-encoding", f"NUL or lone surrogate in a {turn.role} turn")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def cut_tail(encoded: Encoded, limit: int) -> Encoded:
+    """Cut a sample to ``limit`` tokens, back to its last generated one; its end token is gone, as it must be.
+
+    Raises:
+        BadSample: an image would be cut, or no supervised token would be left.
+    """
+    if (encoded.modality[limit:] == IMAGE).any():
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose an image")
+    supervised = np.flatnonzero(encoded.generated[1:limit])
+    if not len(supervised):
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose every target")
+    return encoded.cut(int(supervised[-1]) + 2)

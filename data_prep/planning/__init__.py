@@ -1,0 +1,1 @@
+"""Second step: which samples go into which rows."""

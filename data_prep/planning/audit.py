@@ -1,0 +1,106 @@
+"""The supervision audit: does every corpus teach something? Counted over the draws of a plan, before packs are made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.common.errors import UserError
+from data_prep.ingest.samples import Chosen
+from data_prep.packs import CorpusStats
+
+
+@dataclass(frozen=True, slots=True)
+class CorpusAudit:
+    """What one corpus gives to a pack set, over its draws in the plan."""
+
+    draws: int
+    samples: int
+    """Distinct samples that the corpus holds."""
+    tokens: int
+    targets: int
+    """Supervised tokens."""
+    without_target: int
+    """Draws in which no token is supervised."""
+    truncated: int
+    """Draws whose answer was cut."""
+    unended: int
+    """Draws whose last target does not end the turn (the model would not learn to stop)."""
+    repeated: int
+    """Tokens of earlier turns that other samples hold too (turns: expand)."""
+    left_out: int
+    """Later answers of the drawn conversations that no sample holds (turns: first)."""
+
+    @property
+    def epochs(self) -> float:
+        """Times each sample is drawn, on average."""
+        return self.draws / self.samples
+
+    @property
+    def target_share(self) -> float:
+        """Supervised tokens as a share of all tokens."""
+        return self.targets / max(1, self.tokens)
+
+
+def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
+    """Count what draws supervise.
+
+    Args:
+        draws: the drawn samples of one corpus, with repeats.
+        samples: distinct samples that the corpus holds.
+        n_tokens: tokens of each draw, with its prompt.
+    """
+    facts = draws.facts
+    return CorpusAudit(
+        draws=len(draws),
+        samples=samples,
+        tokens=int(n_tokens.sum()),
+        targets=int(facts["targets"].sum()),
+        without_target=int(np.count_nonzero(facts["targets"] == 0)),
+        truncated=int(np.count_nonzero(facts["truncated"])),
+        unended=int(np.count_nonzero(~facts["ended"])),
+        repeated=int(facts["repeated"].sum()),
+        left_out=int(facts["left_out"].sum()),
+    )
+
+
+def check_audit(name: str, audits: Mapping[str, CorpusAudit]) -> None:
+    """Refuse a pack set that would train nothing, or never teach a corpus's answers to end.
+
+    Raises:
+        UserError: no token of the set is supervised, or no draw of a corpus supervises its end of turn.
+    """
+    if sum(audit.targets for audit in audits.values()) == 0:
+        raise UserError(f"packs.{name}: no token would be supervised, so the loss would be 0; mend template or corpora")
+    for corpus, audit in audits.items():
+        if audit.draws and audit.unended == audit.draws:
+            raise UserError(
+                f"packs.{name}.corpora.{corpus}: no draw supervises its end of turn "
+                f"({audit.truncated} of {audit.draws} are cut): raise max_text_tokens or length"
+            )
+
+
+def warnings(name: str, audits: Mapping[str, CorpusAudit]) -> list[str]:
+    """Return lines about what is allowed but worth a look: what is cut, left out or repeated."""
+    lines = []
+    for corpus, audit in audits.items():
+        place = f"note: packs.{name}.corpora.{corpus}"
+        lines += [f"{place}: {line}" for line in turn_notes(audit)]
+        for count, what in ((audit.truncated, "cut answers"), (audit.without_target, "no target")):
+            if count:
+                lines.append(f"{place}: {count:,} of {audit.draws:,} draws have {what}")
+    return lines
+
+
+def turn_notes(counts: CorpusAudit | CorpusStats) -> list[str]:
+    """Return lines about what a set's ``turns`` repeats or leaves out of a corpus; none where it does neither."""
+    lines = []
+    if counts.repeated:
+        growth = counts.tokens / (counts.tokens - counts.repeated)
+        lines.append(f"{counts.repeated:,} tokens repeat earlier turns ({growth:.2f} x the tokens of turns: every)")
+    if counts.left_out:
+        lines.append(f"{counts.left_out:,} later answers are left out (turns: first)")
+    return lines

@@ -1,0 +1,328 @@
+"""The arithmetic of a plan: how often each corpus is drawn, in which order, and which samples share a row.
+
+Pure functions of arrays and a seed; 1.6 million draws take about a second.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.common.seeding import seeded
+
+Ints = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32] | Ints
+LONG_SHARE = 4
+"""Samples longer than a row's ``1 / LONG_SHARE`` are placed first, longest first."""
+RESERVE_SHARE = 5
+"""The others fill rows as they come, up to the last ``1 / RESERVE_SHARE``; what is left is placed where it fits best.
+
+Looking for the best place costs ten times as much as taking the next one, and these samples find as good a fit.
+"""
+FILLER_SHARE = 10
+"""The shortest ``1 / FILLER_SHARE`` of the others are kept for the end: they fit where nothing else does."""
+WINDOW_DRAWS = 1 << 15
+"""Samples that are packed together: large enough to fill rows, small beside a run, so the blend stays even."""
+_JUDGED_DRAWS = 1 << 13
+_SCATTER = 0x9E3779B1  # 2 ** 32 by the golden ratio: multiples of it are spread evenly
+
+
+def exact_draws(weights: Sequence[float], total: int) -> list[int]:
+    """Split ``total`` draws in proportion to ``weights`` by largest remainder; ties go to the earlier corpus.
+
+    The result sums to ``total`` and each part is within one of ``total * weight / sum(weights)``.
+    """
+    exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * total
+    counts = np.floor(exact).astype(np.int64)
+    left = total - int(counts.sum())
+    counts[np.argsort(counts - exact, kind="stable")[:left]] += 1
+    return [int(count) for count in counts]
+
+
+def sample_order(samples: int, draws: int, seed: int, corpus: str) -> Ints:
+    """Return ``draws`` sample numbers: concatenated seeded permutations, so each epoch holds every sample once."""
+    whole, rest = divmod(draws, samples)
+    orders = [_permutation(seeded(seed, corpus, epoch), samples, samples) for epoch in range(whole)]
+    return np.concatenate([*orders, _permutation(seeded(seed, corpus, whole), samples, rest)])
+
+
+def _permutation(generator: np.random.Generator, size: int, count: int) -> Ints:
+    """Return the first ``count`` numbers of a permutation of ``size``: sorted by random keys, as far as needed.
+
+    A number stands in the low bits of its key, so keys differ and any sort gives the same order.
+    """
+    bits = size.bit_length()
+    keys = generator.integers(0, 1 << 63 - bits, size, dtype=np.int64)
+    keys <<= bits
+    keys |= np.arange(size)
+    if count < size:
+        keys.partition(count)
+        keys = keys[:count].copy()
+    keys.sort()
+    return keys & ((1 << bits) - 1)
+
+
+def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
+    """Return the corpus number of every draw, spread evenly.
+
+    The k-th draw of a corpus comes at time ``(k + 1/2) / draws``; after any ``n`` draws of all corpora, corpus ``i`` of
+    ``C`` has been drawn ``n * draws[i] / sum(draws)`` times to within ``(1 + C) / 2``.
+    """
+    times = [(np.arange(count) + 0.5) / count for count in draws if count]
+    corpora = [np.full(count, index, dtype=np.int16) for index, count in enumerate(draws) if count]
+    if not times:
+        return np.empty(0, dtype=np.int16)
+    return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")]
+
+
+def pack_in_order(lengths: Counts, images: Counts, length: int, max_images: int | None) -> Ints:
+    """Return the row of each sample when rows are filled in the given order and none is reordered."""
+    rows = np.empty(len(lengths), dtype=np.int64)
+    cap = max_images if max_images is not None else int(images.sum())
+    row, used, held = 0, 0, 0
+    for index, (tokens, count) in enumerate(zip(lengths.tolist(), images.tolist(), strict=True)):
+        if used + tokens > length or held + count > cap:
+            row, used, held = row + 1, 0, 0
+        rows[index] = row
+        used, held = used + tokens, held + count
+    return rows
+
+
+def pack_windows(
+    lengths: Counts, images: Counts, length: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS
+) -> Ints:
+    """Return the row of each sample: best fit inside windows of draws, rows shuffled within each window.
+
+    Long samples go first, by decreasing length, because they are hard to place; most short ones keep their drawn order,
+    or every row would hold samples of one length, that is of one task. On lengths as in AKI's mixture (200 to 650
+    tokens) rows of 4096 come out 98 to 99.7 % full, as with all samples sorted.
+
+    Args:
+        lengths: tokens of each sample in draw order, none above ``length``.
+        images: images of each sample, none above ``max_images``.
+        length: tokens a row holds.
+        max_images: most images a row holds; None for as many as fit.
+        seed: of the rows' order inside a window.
+        window: samples packed together.
+    """
+    rows = np.empty(len(lengths), dtype=np.int64)
+    first, more = 0, None
+    for number, start in enumerate(range(0, len(lengths), window)):
+        part = slice(start, start + window)
+        known = more if start + window <= len(lengths) else None  # whole windows hold the same blend
+        local, count, more = _pack_window(lengths[part], images[part], length, max_images, known)
+        rows[part] = first + seeded(seed, "rows", number).permutation(count)[local]
+        first += count
+    return rows
+
+
+def better_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[int, float]:
+    """Return the row length near ``length`` that packs fullest, and how full; nearer lengths win ties."""
+    full = fullness_by_length(lengths, images, length, max_images)
+    best = max(full, key=lambda size: (round(full[size], 3), -abs(size - length)), default=length)
+    return best, full.get(best, 0.0)
+
+
+def fullness_by_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> dict[int, float]:
+    """Return how full rows of each length near ``length`` would be: half to twice, multiples of 64, and itself.
+
+    Judged on the first draws; lengths that cannot hold the longest sample are left out.
+    """
+    lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
+    nearby = sorted({length, *range(max(64, length // 128 * 64), 2 * length + 1, 64)})
+    rows = {size: pack_windows(lengths, images, size, max_images, 0) for size in nearby if size >= lengths.max()}
+    return {size: fullness(lengths, placed, size) for size, placed in rows.items()}
+
+
+def fullness(lengths: Counts, rows: Ints, length: int) -> float:
+    """Return the share of a row's positions that hold tokens, over all rows."""
+    return float(lengths.sum() / (int(rows.max()) + 1) / length)
+
+
+class _OpenRows:
+    """The rows of a window that have room left.
+
+    By image slots left and tokens left, ``rows`` holds stacks of rows; ``frees`` lists in order the tokens left that
+    have one, so the fullest row that a sample fits is found by bisection. Rows without room for ``least`` tokens go.
+    """
+
+    def __init__(self, length: int, slots: int, least: int) -> None:
+        self._length, self._slots, self._least = length, slots, least
+        self._rows: list[dict[int, list[int]]] = [{} for _ in range(slots + 1)]
+        self._frees: list[list[int]] = [[] for _ in range(slots + 1)]
+        self.count = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that would fill all rows."""
+        return sum(free * len(rows) for stacks in self._rows for free, rows in stacks.items())
+
+    def open(self, tokens: Counts, images: Counts) -> None:
+        """Add rows that hold so much."""
+        frees, slots = self._length - tokens, self._slots - images
+        order = np.lexsort((frees, slots))
+        rows = iter((self.count + order).tolist())
+        for free, left, count in _runs(frees[order], slots[order]):
+            self._keep(list(islice(rows, count)), free, left)
+        self.count += len(tokens)
+
+    def place(self, tokens: Counts, images: Counts) -> list[int]:
+        """Return the row of each sample in turn: the one it fits best, or a new one where it fits none.
+
+        Equal samples in succession are placed together: a row that is the best for one of them is so for the next,
+        until it is full; then comes another row with as much room as it had.
+        """
+        found: list[int] = []
+        for size, need, left in _runs(tokens, images):
+            while left:
+                free, slots = self._best(size, need)
+                each = min(free // size, slots // need) if need else free // size
+                rows = self._take(free, slots, -(-left // each))
+                placed = min(left, len(rows) * each)
+                found += rows if each == 1 else [row for row in rows for _ in range(each)][:placed]
+                whole, rest = divmod(placed, each)
+                self._keep(rows[:whole], free - each * size, slots - each * need)
+                if rest:
+                    self._keep(rows[whole:], free - rest * size, slots - rest * need)
+                left -= placed
+        return found
+
+    def _best(self, size: int, need: int) -> tuple[int, int]:
+        """Return the tokens and image slots left of the fullest rows that a sample fits; those of new rows for none."""
+        best, slots = self._length + 1, -1
+        for more in range(need, self._slots + 1):
+            frees = self._frees[more]
+            at = bisect_left(frees, size)
+            if at < len(frees) and frees[at] < best:
+                best, slots = frees[at], more
+        return (self._length, self._slots) if slots < 0 else (best, slots)
+
+    def _take(self, free: int, slots: int, most: int) -> list[int]:
+        """Take up to ``most`` rows with so much left, the latest first; new rows where there are none."""
+        stack = self._rows[slots].get(free)
+        if stack is None:
+            self.count += most
+            return list(range(self.count - most, self.count))
+        rows = stack[: -most - 1 : -1]
+        del stack[-most:]
+        if not stack:
+            del self._rows[slots][free], self._frees[slots][bisect_left(self._frees[slots], free)]
+        return rows
+
+    def _keep(self, rows: list[int], free: int, slots: int) -> None:
+        if free < self._least or not rows:
+            return
+        stack = self._rows[slots].get(free)
+        if stack:
+            stack += rows
+        else:
+            self._rows[slots][free] = rows
+            insort(self._frees[slots], free)
+
+
+def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
+    """Yield tokens, images and number of equal samples in succession."""
+    changes = np.flatnonzero((np.diff(tokens) != 0) | (np.diff(images) != 0)) + 1
+    starts = np.concatenate([[0], changes]) if len(tokens) else changes
+    counts = np.diff(np.append(starts, len(tokens)))
+    yield from zip(tokens[starts].tolist(), images[starts].tolist(), counts.tolist(), strict=True)
+
+
+def _pack_window(
+    lengths: Counts, images: Counts, length: int, max_images: int | None, more: int | None
+) -> tuple[Ints, int, int]:
+    """Return the rows of one window's samples, the number of rows, and ``more``.
+
+    Args:
+        lengths: see ``pack_windows``.
+        images: see there.
+        length: see there.
+        max_images: see there.
+        more: rows to fill in order beyond those that would do without a gap; None to find out.
+    """
+    slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
+    window = _Window(lengths, needs, length, slots)
+    rows, count, left_over = window.pack(more or 0)
+    if more is None and left_over > 1:  # lengths that leave gaps: so many rows are filled in order as well
+        again, fewer, _ = window.pack(left_over)
+        if fewer <= count:
+            return again, fewer, left_over
+    return rows, count, more or 0
+
+
+class _Window:
+    """The samples of one window: the long ones, those that fill rows as they come, and those kept for the end."""
+
+    def __init__(self, lengths: Counts, needs: Counts, length: int, slots: int) -> None:
+        self._lengths, self._needs, self._length, self._slots = lengths, needs, length, slots
+        long = (lengths * LONG_SHARE > length) | (needs > slots - slots // RESERVE_SHARE)
+        self._longs = _longest_first(np.flatnonzero(long), lengths)
+        self._ordered, self._fillers = _split_fillers(np.flatnonzero(~long), lengths)
+        self._tokens, self._images = (np.cumsum(np.append(0, values[self._ordered])) for values in (lengths, needs))
+        self._bounds = np.array(_bounds(self._tokens, self._images, length, slots))
+
+    def pack(self, more: int) -> tuple[Ints, int, int]:
+        """Return the row of each sample, the number of rows, and how many of them had to be opened at the end.
+
+        ``more`` rows are filled in order beyond those that would do if none of them had a gap.
+        """
+        rows = np.empty(len(self._lengths), dtype=np.int64)
+        open_rows = _OpenRows(self._length, self._slots, int(self._lengths.min()))
+        rows[self._longs] = open_rows.place(self._lengths[self._longs], self._needs[self._longs])
+        bounds = self._bounds[: 1 + self._filled_in_order(open_rows.room, more)]
+        rows[self._ordered[: bounds[-1]]] = np.repeat(np.arange(len(bounds) - 1) + open_rows.count, np.diff(bounds))
+        open_rows.open(np.diff(self._tokens[bounds]), np.diff(self._images[bounds]))
+        left = _longest_first(np.append(self._ordered[bounds[-1] :], self._fillers), self._lengths)
+        before = open_rows.count
+        rows[left] = open_rows.place(self._lengths[left], self._needs[left])
+        return rows, open_rows.count, open_rows.count - before
+
+    def _filled_in_order(self, room: int, more: int) -> int:
+        """Return how many rows to fill in order: as many as would be full of what does not fit into ``room``."""
+        tokens = int(self._tokens[-1] + self._lengths[self._fillers].sum()) - room
+        return max(0, tokens // self._length + more, int(self._images[-1]) // self._slots if self._slots else 0)
+
+
+def _longest_first(samples: Ints, lengths: Counts) -> Ints:
+    """Return samples by decreasing length, equal ones as they come."""
+    sizes = lengths[samples]
+    longest = int(sizes.max(initial=0))
+    return samples[np.argsort((longest - sizes).astype(np.min_scalar_type(longest)), kind="stable")]  # by radix
+
+
+def _split_fillers(samples: Ints, lengths: Counts) -> tuple[Ints, Ints]:
+    """Return the short samples that fill rows in order, and the shortest ones, which are kept for the end.
+
+    Of equal samples, those that are kept are scattered over the window.
+    """
+    count = len(samples) // FILLER_SHARE
+    keys = lengths[samples].astype(np.int64) << 32 | np.arange(len(samples)) * _SCATTER & 0xFFFFFFFF
+    fillers = np.argpartition(keys, count)[:count] if count else np.empty(0, dtype=np.int64)
+    fillers = fillers[np.argsort(keys[fillers])]
+    return np.delete(samples, fillers), samples[fillers]
+
+
+def _bounds(tokens: Counts, images: Counts, length: int, slots: int) -> list[int]:
+    """Return where rows begin and end when samples fill all but their reserve in the given order.
+
+    None of them is longer, or holds more images, than what is left of a row beside its reserve.
+
+    Args:
+        tokens: of all samples before each one and, last, of all; so are ``images``.
+        images: see there.
+        length: tokens a row holds.
+        slots: images a row holds.
+    """
+    fitting = np.searchsorted(tokens, tokens + (length - length // RESERVE_SHARE), side="right")
+    if slots:
+        most = images + (slots - slots // RESERVE_SHARE)
+        fitting = np.minimum(fitting, np.searchsorted(images, most, side="right"))
+    following = (fitting - 1).tolist()
+    bounds = [0]
+    while bounds[-1] < len(tokens) - 1:
+        bounds.append(following[bounds[-1]])
+    return bounds

@@ -1,0 +1,338 @@
+"""Step 2: which sample goes to which row, for the whole run. The order of rows is the order of training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from data_prep.common.arrow_files import atomic_path
+from data_prep.common.errors import UserError
+from data_prep.common.files import sha256_file
+from data_prep.ingest.prompts import draw_prompts, prompt_ids
+from data_prep.ingest.samples import read_facts
+from data_prep.ingest.step import require_ingested
+from data_prep.ingest.workspace import Intake, Unit, UnitReport, Workspace
+from data_prep.packs import Manifest
+from data_prep.planning.audit import CorpusAudit, audit_corpus, check_audit, warnings
+from data_prep.planning.packing import (
+    Ints,
+    better_length,
+    exact_draws,
+    fullness,
+    fullness_by_length,
+    interleave,
+    pack_in_order,
+    pack_windows,
+    sample_order,
+)
+from data_prep.progress import Reporter
+from data_prep.recipe import PackConfig, Recipe
+from data_prep.text.tokenizer import Tokenizer
+
+PLAN_VERSION = 7
+_WASTE_WORTH_A_WORD = 0.06
+_FEW_SAMPLES = 1000
+_PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
+PLAN_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("corpus", pa.int16()),
+        ("unit", pa.int32()),
+        ("index", pa.int32()),
+        ("draw", pa.int64()),
+        ("prompt", pa.int16()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One entry per draw, sorted by row; arrays of one length, mapped from the file."""
+
+    row: Ints
+    corpus: npt.NDArray[np.int16]
+    unit: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    draw: Ints
+    """Number of the draw in the blended order."""
+    prompt: npt.NDArray[np.int16]
+    """Which of the set's prompts it gets, or -1."""
+    names: tuple[str, ...]
+    """Corpus names."""
+    audits: dict[str, CorpusAudit]
+    sha256: str
+
+    @property
+    def rows(self) -> int:
+        """Number of packed rows."""
+        return int(self.row[-1]) + 1 if len(self.row) else 0
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan. Raises UserError when it is absent or damaged."""
+        try:
+            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            columns = {name: table.column(name).to_numpy() for name in PLAN_SCHEMA.names}
+            meta = json.loads(table.schema.metadata[b"plan"])
+        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
+            raise UserError(f"{path}: no readable plan ({error}); run the plan step first") from error
+        audits = {name: CorpusAudit(**meta["audits"][name]) for name in meta["corpora"]}
+        return cls(**columns, names=tuple(meta["corpora"]), audits=audits, sha256=sha256_file(path))
+
+
+def plan_path(folder: Path) -> Path:
+    """Return the plan of a pack folder."""
+    return folder / "plan.arrow"
+
+
+def pack_intakes(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[Intake]:
+    """Return the intakes of one pack set in recipe order."""
+    return [space.intake(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
+
+
+def plan(recipe: Recipe, reporter: Reporter) -> None:
+    """Plan every pack set whose inputs changed.
+
+    Raises:
+        UserError: ingest is incomplete, or a pack set would supervise nothing.
+    """
+    space = Workspace(recipe)
+    ready = require_ingested(space)
+    for name, pack in recipe.packs.items():
+        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
+        path = plan_path(space.packs(name))
+        settings = _settings(recipe, pack, sources)
+        if not _is_current(path, settings):
+            made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer))
+            for line in made.advice:
+                reporter.say(line)
+            _write(path, made, settings)
+        reporter.say(describe(name, pack, Plan.load(path)))
+
+
+def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> Plan:
+    """Return the plan of a pack set. Raises UserError when there is none, or one of other settings or samples."""
+    pack, path = space.recipe.packs[name], plan_path(space.packs(name))
+    made = Plan.load(path)
+    if _settings_of(path) != _settings(space.recipe, pack, _read_sources(pack_intakes(space, pack, tokenizer_sha256))):
+        raise UserError(f"packs.{name}: its plan is of other settings or samples; run `mma-prep plan` with this recipe")
+    return made
+
+
+def describe(name: str, pack: PackConfig, made: Plan) -> str:
+    """Return one line: rows, packing efficiency and epochs per corpus."""
+    tokens = sum(audit.tokens for audit in made.audits.values())
+    epochs = ", ".join(f"{corpus} {audit.epochs:.2f}" for corpus, audit in made.audits.items())
+    full = tokens / max(1, made.rows * pack.length)
+    rows = f"{len(made.row):,} draws in {made.rows:,} rows of {pack.length}"
+    return f"plan {name}: {rows}, {full:.1%} full; epochs: {epochs}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A corpus that a pack set draws from: its units, and what they hold."""
+
+    corpus: str
+    units: list[Unit]
+    reports: list[UnitReport]
+
+    @property
+    def kept(self) -> list[int]:
+        """Samples of each unit."""
+        return [report.tally.kept for report in self.reports]
+
+
+def _read_sources(intakes: Sequence[Intake]) -> list[_Source]:
+    """Read the done-markers of a pack set's units, each once. Raises UserError for a damaged one."""
+    return [_Source(intake.corpus, units := intake.units, [unit.report() for unit in units]) for intake in intakes]
+
+
+def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> dict[str, Any]:
+    """Everything a plan depends on; two plans with equal settings are equal."""
+    augments = {corpus: augment.model_dump() for corpus, augment in recipe.augments(pack).items()}
+    return {
+        "version": PLAN_VERSION,
+        "seed": recipe.seed,
+        "pack": pack.model_dump(mode="json", include=_PLANNED),
+        "units": [
+            [source.corpus, unit.shard, report.sha256, report.facts_sha256]
+            for source in sources
+            for unit, report in zip(source.units, source.reports, strict=True)
+        ],
+        **({"augments": augments} if augments else {}),  # a resumed run must not see other pixels either
+    }
+
+
+def _settings_of(path: Path) -> dict[str, Any] | None:
+    """Return the settings of the plan at ``path``, or None where there is no whole one."""
+    try:
+        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
+        settings: dict[str, Any] = json.loads(schema.metadata[b"plan"])["settings"]
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
+        return None
+    return settings
+
+
+def _is_current(path: Path, settings: dict[str, Any]) -> bool:
+    """Return whether the plan at ``path`` is of these settings, and as whole as when packs were made by it."""
+    if _settings_of(path) != settings:
+        return False
+    try:
+        return Manifest.load(path.parent).plan_sha256 == sha256_file(path)
+    except UserError:  # none were made yet
+        return True
+
+
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """Draws; arrays of one length."""
+
+    unit: npt.NDArray[np.int32]
+    index: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int32]
+    """With the prompt."""
+    images: npt.NDArray[np.int32]
+    prompt: npt.NDArray[np.int16]
+
+
+@dataclass(frozen=True, slots=True)
+class _Blend:
+    """All draws of a pack set in blended order."""
+
+    corpus: npt.NDArray[np.int16]
+    draws: _Draws
+
+    @classmethod
+    def of(cls, pack: PackConfig, parts: Sequence[tuple[Ints, _Draws]]) -> _Blend:
+        """Blend the draws of several corpora, numbered in each; without shuffling, corpus after corpus."""
+        corpus = interleave([len(numbers) for numbers, _ in parts])
+        corpus = corpus if pack.shuffle else np.sort(corpus)
+        places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
+        starts = itertools.accumulate((len(numbers) for numbers, _ in parts), initial=0)
+        at = np.concatenate([places[start:][numbers] for start, (numbers, _) in zip(starts, parts, strict=False)])
+
+        def spread(name: str) -> npt.NDArray[Any]:
+            joined = np.concatenate([getattr(draws, name) for _, draws in parts])
+            blended = np.empty_like(joined)
+            blended[at] = joined
+            return blended
+
+        return cls(corpus, _Draws(*(spread(field.name) for field in fields(_Draws))))
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A plan before it is written."""
+
+    table: pa.Table
+    audits: dict[str, CorpusAudit]
+    advice: list[str]
+
+
+def lengths_by_fullness(recipe: Recipe) -> dict[str, dict[int, float]]:
+    """Return, for each pack set, how full its rows would be at lengths near its own; nothing is written.
+
+    Raises:
+        UserError: ingest is incomplete.
+    """
+    space = Workspace(recipe)
+    ready = require_ingested(space)
+    tokenizer, found = Tokenizer.load(space.tokenizer), {}
+    for name, pack in recipe.packs.items():
+        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
+        draws = _blended(name, pack, recipe.seed, sources, tokenizer)[0].draws
+        found[name] = fullness_by_length(draws.tokens, draws.images, pack.length, pack.max_images)
+    return found
+
+
+def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer) -> _Made:
+    blend, audits = _blended(name, pack, seed, sources, tokenizer)
+    rows = _rows(pack, seed, blend.draws)
+    order = np.argsort(rows, kind="stable")
+    draws = blend.draws
+    values: list[npt.NDArray[Any]] = [rows, blend.corpus, draws.unit, draws.index, np.arange(len(order)), draws.prompt]
+    arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
+    advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
+    return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
+
+
+def _blended(
+    name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer
+) -> tuple[_Blend, dict[str, CorpusAudit]]:
+    """Return all draws of a pack set in blended order, and what they give. Raises UserError for an audit that fails."""
+    orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
+    first_units = itertools.accumulate((len(source.units) for source in sources), initial=0)
+    prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
+    drawn = [
+        _drawn(source, chosen, first_unit, seed, prompt_tokens)
+        for source, chosen, first_unit in zip(sources, orders, first_units, strict=False)
+    ]
+    audits = {source.corpus: audit for source, (_, _, audit) in zip(sources, drawn, strict=True)}
+    check_audit(name, audits)
+    return _Blend.of(pack, [(numbers, draws) for numbers, draws, _ in drawn]), audits
+
+
+def _drawn(
+    source: _Source, chosen: Ints, first_unit: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
+) -> tuple[Ints, _Draws, CorpusAudit]:
+    """Return the numbers of a corpus's draws, the draws as they are stored, and what they give.
+
+    Args:
+        source: the corpus.
+        chosen: numbers of its samples, in the order they are drawn.
+        first_unit: number of its first unit among those of all corpora.
+        seed: of the recipe.
+        prompt_tokens: length of each prompt and, last, 0 for none.
+    """
+    part = read_facts(source.units, source.kept, chosen)
+    prompt = draw_prompts(part.place, part.facts["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
+    tokens = part.facts["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
+    draws = _Draws(part.unit + np.int32(first_unit), part.index, tokens, part.facts["images"], prompt)
+    return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
+
+
+def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:
+    """Yield, per corpus of so many samples, their numbers in the order they are drawn."""
+    if pack.draws is None:
+        counts = [count * (pack.epochs or 1) for count in samples]
+    else:
+        counts = exact_draws([pack.corpora[name] for name in names], pack.draws)
+    for name, size, count in zip(names, samples, counts, strict=True):
+        yield sample_order(size, count, seed, name) if pack.shuffle else np.resize(np.arange(size), count)
+
+
+def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
+    if not pack.shuffle:
+        return pack_in_order(draws.tokens, draws.images, pack.length, pack.max_images)
+    return pack_windows(draws.tokens, draws.images, pack.length, pack.max_images, seed)
+
+
+def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
+    """Return a line that names a fuller row length, where one is clearly fuller."""
+    full = fullness(draws.tokens, rows, pack.length)
+    if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(rows) < _FEW_SAMPLES:
+        return []
+    best, better = better_length(draws.tokens, draws.images, pack.length, pack.max_images)
+    if better < full + _WASTE_WORTH_A_WORD / 2:
+        return []
+    return [f"note: packs.{name}: rows of {pack.length} come out {full:.1%} full, rows of {best} would {better:.1%}"]
+
+
+def _write(path: Path, made: _Made, settings: dict[str, Any]) -> None:
+    audits = {name: asdict(entry) for name, entry in made.audits.items()}
+    meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audits}, sort_keys=True)
+    table = made.table.replace_schema_metadata({"plan": meta})
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table)

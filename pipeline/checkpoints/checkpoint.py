@@ -1,0 +1,277 @@
+"""Sharded checkpoints that are all there or not there, and load on any grid of ranks.
+
+One folder per checkpoint: a safetensors file per rank with flat fp32 shards of its stage's parameters and optimizer
+state (``master|NAME``, ``exp_avg|NAME``, ``exp_avg_sq|NAME``; ``frozen|NAME`` in the compute type), and a manifest with
+the shape of every parameter, the grid, the training state and a hash of every file. Parameter names are global
+(``model.layers.7...``), so a shard of any other grid is a slice of a few files. The tokenizer lies beside them, so that
+a checkpoint can be exported wherever it is moved to. Nothing is pickled, and nothing outside of the folder is read.
+
+`pipeline.checkpoints.writing` writes them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import xxhash
+from safetensors import SafetensorError, safe_open
+
+from data_prep.common.errors import UserError
+from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
+from pipeline.parallel.zero3 import STATES, Zero3Stage
+
+_NAME = re.compile(r"step-\d{8}")
+SHOWN_S = 30.0
+"""How long a network file system may take to show one node what others have written."""
+_TYPES = {"frozen": ("F32", "BF16")}
+_View = tuple[list[str], str]
+"""What a rank sees of a checkpoint: what is wrong with it, and its manifest."""
+
+
+class Checkpoint:
+    """A finished checkpoint folder, readable tensor by tensor or slice by slice, by any process."""
+
+    def __init__(self, path: Path | str) -> None:
+        """Read the manifest. Raises UserError when the folder is not a whole checkpoint of this format."""
+        self.path = Path(path)
+        self.manifest = read_manifest(self.path)
+        self._open: dict[int, Any] = {}
+
+    def faults(self, *, part: int = 0, parts: int = 1) -> list[str]:
+        """Hash every ``parts``-th file from ``part`` on; return a line for each that is missing or altered."""
+        lines = []
+        for name in sorted(self.manifest.files)[part::parts]:
+            path, entry = self.path / name, self.manifest.files[name]
+            try:
+                if not is_plain_file(path) or (path.parent.is_symlink() and path.parent != self.path):
+                    lines.append(f"{path} is missing, or is no plain file")
+                elif path.stat().st_size != entry.bytes or hash_file(path) != entry.xxh3:
+                    lines.append(f"{path} is damaged")
+            except OSError as error:
+                lines.append(f"{path} cannot be read ({error.strerror})")
+        return lines
+
+    def _shards(self, rank: int) -> Any:
+        if rank not in self._open:
+            path = self.path / rank_file(rank)
+            if not is_plain_file(path):
+                raise UserError(f"{path} is missing, or is no plain file: name another checkpoint")
+            try:
+                self._open[rank] = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{path} cannot be read ({error}): name another checkpoint") from error
+        return self._open[rank]
+
+    def _shard(self, rank: int, kind: str, name: str) -> Any:
+        """Return one rank's shard of a tensor, unread: one row of numbers of the type the format writes."""
+        try:
+            shard = self._shards(rank).get_slice(f"{kind}|{name}")
+            shape, dtype = shard.get_shape(), shard.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{self.path / rank_file(rank)} has no {kind}|{name}: name another checkpoint") from error
+        if len(shape) != 1 or dtype not in _TYPES.get(kind, ("F32",)):
+            raise UserError(f"{self.path / rank_file(rank)}: {kind}|{name} is {dtype}{shape}, which no run saves")
+        return shard
+
+    def read_flat(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start .. stop - 1`` of a flattened parameter or optimizer state (1-D, as saved).
+
+        Raises UserError where the shards are not what the manifest says.
+        """
+        entry, dp = self.manifest.params[name], self.manifest.dp
+        size = -(-torch.Size(entry.shape).numel() // dp)  # of every rank's shard; the last ones are padded to it
+        pieces = []
+        for replica in range(start // size, -(-stop // size)) if stop > start else ():
+            shard = self._shard(entry.stage * dp + replica, kind, name)
+            if (found := shard.get_shape()[0]) != size:
+                raise UserError(
+                    f"{self.path / rank_file(entry.stage * dp + replica)}: {kind}|{name} has {found} elements, "
+                    f"its shape is {list(entry.shape)}, {size} of it a rank's: name another checkpoint"
+                )
+            offset = replica * size
+            pieces.append(shard[max(start - offset, 0) : min(stop - offset, size)])
+        return torch.cat(pieces) if pieces else torch.empty(0)
+
+    def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter whole, one at a time (fp32 for trained ones, the compute type for frozen ones)."""
+        for name, entry in self.manifest.params.items():
+            numel = torch.Size(entry.shape).numel()
+            yield name, self.read_flat("master" if entry.trained else "frozen", name, 0, numel).view(entry.shape)
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """The model's description and its tokenizer's folder, as export wants them."""
+        return {**self.manifest.model, "tokenizer": str(self.path / TOKENIZER)}
+
+
+def checkpoint_folders(run_dir: Path) -> list[Path]:
+    """Return the finished checkpoint folders of a run, newest first (whole or damaged; hidden ones are unfinished)."""
+    folder = run_dir / "checkpoints"
+    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, reverse=True)
+
+
+def open_checkpoint(path: Path | str) -> Checkpoint:
+    """Open a checkpoint folder, or the newest checkpoint of a run folder. Raises UserError when there is none."""
+    path = Path(path)
+    if (path / MANIFEST).is_file():
+        return Checkpoint(path)
+    folders = checkpoint_folders(path)
+    if not folders:
+        raise UserError(f"{path} holds no checkpoint: give a run folder that was trained, or a checkpoint folder")
+    return Checkpoint(folders[0])
+
+
+def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest undamaged checkpoint and what was wrong with newer ones; all ranks share the hashing.
+
+    ``path`` is a run folder, or one checkpoint folder. Which folders there are is for rank 0 to say, and what a
+    checkpoint is, for all: on a network file system one node may not see yet what another has written.
+    """
+    complaints: list[str] = []
+    folders = [path] if (path / MANIFEST).is_file() else checkpoint_folders(path)
+    for folder, has_manifest in _said_by_rank_0([(folder, (folder / MANIFEST).is_file()) for folder in folders]):
+        if has_manifest:
+            _wait_for(folder / MANIFEST)
+        checkpoint, faults = _inspect(folder, rank, world)
+        views = _of_all_ranks((faults, checkpoint.manifest.to_json() if checkpoint else ""))
+        faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
+        if not faults and len({manifest for _, manifest in views}) > 1:
+            faults = [f"{folder} is not the same on all nodes: the run folder must lie on a disk that they share"]
+        if not faults:
+            return checkpoint, complaints
+        complaints += faults
+    return None, complaints
+
+
+def _wait_for(path: Path) -> None:
+    """Give a network file system time to show a file that another node sees."""
+    patience = time.monotonic() + SHOWN_S
+    while not path.is_file() and time.monotonic() < patience:
+        time.sleep(0.2)
+
+
+def _inspect(folder: Path, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
+    """Open a checkpoint and hash a rank's share of its files; return it with what is wrong with it."""
+    try:
+        checkpoint = Checkpoint(folder)
+        return checkpoint, checkpoint.faults(part=rank, parts=world)
+    except UserError as error:
+        return None, [str(error)]
+
+
+def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
+    """Fill a stage's shards from a checkpoint of any grid. Raises UserError where parameters do not match."""
+    kinds = [("master", None)] if weights_only else [("master", None), *((state, state) for state in STATES)]
+    for name, param in stage.trainable():
+        name = _as_saved(name, checkpoint)
+        start, entry = _own_range(stage, name, param, checkpoint)
+        if not (entry.trained or weights_only):
+            raise UserError(
+                f"{checkpoint.path}: {name} was frozen, so it has no optimizer state to go on from: keep it frozen, "
+                f"or start another --run-dir with --init-from {checkpoint.path}"
+            )
+        for kind, state in kinds:
+            kind = kind if entry.trained else "frozen"
+            _copy_range(stage.master_shard(param, state), checkpoint, kind, name, start, entry)
+    for name, param in stage.frozen():
+        start, entry = _own_range(stage, name, param, checkpoint)
+        _copy_range(stage.compute_shard(param), checkpoint, "master" if entry.trained else "frozen", name, start, entry)
+    stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
+
+
+def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -> None:
+    """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
+
+    Others are older ones, and damaged ones of later steps, which the run has gone back from. ``newest`` must be whole;
+    it is never removed. Unfinished folders stay: other ranks may have begun the next save.
+    """
+    folders = checkpoint_folders(run_dir)
+    earlier = [folder for folder in folders if folder.name <= newest.name]
+    kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
+    for old in [folder for folder in folders if folder not in kept]:
+        _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint: it is hidden first, so that one whose removal is cut short is never met under its name."""
+    hidden = folder.with_name(f".old-{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    with suppress(OSError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def unfinished_folders(run_dir: Path) -> list[Path]:
+    """Return the folders of saves under way, or what interrupted ones left."""
+    return sorted((run_dir / "checkpoints").glob(".step-*.tmp"))
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Remove what interrupted saves and removals left, at the start of a run, when none is under way."""
+    for torn in [*unfinished_folders(run_dir), *(run_dir / "checkpoints").glob(".old-step-*")]:
+        shutil.rmtree(torn, ignore_errors=True)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step a finished checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def _as_saved(name: str, checkpoint: Checkpoint) -> str:
+    """Return the name a parameter was saved under: a tied head is the embedding where one stage held both."""
+    tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"].get("tie_word_embeddings")
+    return "model.embed_tokens.weight" if tied and name not in checkpoint.manifest.params else name
+
+
+def _own_range(
+    stage: Zero3Stage, name: str, param: torch.nn.Parameter, checkpoint: Checkpoint
+) -> tuple[int, ParamEntry]:
+    saved = checkpoint.manifest.params
+    if name not in saved:
+        raise UserError(f"{checkpoint.path} has no parameter {name}: it was trained with another model section")
+    shape = tuple(stage.full_shape(param))
+    if saved[name].shape != shape:
+        raise UserError(f"{checkpoint.path}: {name} is {saved[name].shape}, the model section says {shape}")
+    return stage.topology.replica * stage.compute_shard(param).numel(), saved[name]
+
+
+def _copy_range(into: torch.Tensor, source: Checkpoint, kind: str, name: str, start: int, entry: ParamEntry) -> None:
+    stop = min(start + into.numel(), torch.Size(entry.shape).numel())
+    values = source.read_flat(kind, name, start, stop) if stop > start else torch.empty(0)
+    into.zero_()
+    into[: values.numel()].copy_(values)
+
+
+def hash_file(path: Path) -> str:
+    """Return the xxh3-128 of a file in hex, read in pieces."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _said_by_rank_0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:
+    """Return rank 0's list on every rank."""
+    lists = [own]
+    if dist.is_initialized():
+        dist.broadcast_object_list(lists, 0)
+    return lists[0]
+
+
+def _of_all_ranks(own: _View) -> list[_View]:
+    """Return every rank's view, in the order of ranks."""
+    if not dist.is_initialized():
+        return [own]
+    views = [own] * dist.get_world_size()
+    dist.all_gather_object(views, own)
+    return views

@@ -1,0 +1,127 @@
+"""What a checkpoint says of itself: ``manifest.json``, believed only as far as it is checked.
+
+A checkpoint may come from someone else. Every number is a bounded whole number, every file name is one this format
+writes, and nothing in it can name a place outside of its folder.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from dataclasses import asdict, field
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from data_prep.common.errors import UserError
+
+FORMAT: Final = "mma-checkpoint"
+VERSION: Final = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+_MAX_BYTES = 1 << 28
+_RANK_FILE = re.compile(r"rank-(\d{5,7})\.safetensors")
+_TOKENIZER_FILE = re.compile(rf"{TOKENIZER}/(?!\.\.?$)[^/\\\0]+")
+_STRICT = ConfigDict(strict=True, extra="forbid")
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Ranks = Annotated[int, Field(gt=0, lt=1 << 20)]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ParamEntry:
+    """One parameter of the model: its whole shape, the stage that holds it, and whether it trains."""
+
+    shape: Annotated[tuple[Count, ...], Field(max_length=8)]
+    stage: Count
+    trained: bool
+
+
+@dataclass(frozen=True, config=_STRICT)
+class FileEntry:
+    """One file of a checkpoint: its size in bytes and its xxh3-128 in hex."""
+
+    bytes: Count
+    xxh3: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CheckpointManifest:
+    """What a checkpoint holds beside tensors."""
+
+    step: Count
+    """Optimizer steps taken, skipped ones included."""
+    optimizer_steps: Count
+    """Updates AdamW counted."""
+    consumed_packs: Count
+    plan_sha256: str
+    """Identity of the packs' order; resuming on another is refused."""
+    batch_packs: Count
+    pp: Ranks
+    dp: Ranks
+    config: dict[str, Any]
+    model: dict[str, Any]
+    """What export needs to rebuild the model (see `pipeline.model.spec`)."""
+    params: dict[str, ParamEntry] = field(default_factory=dict)
+    files: dict[str, FileEntry] = field(default_factory=dict)
+    """By name: ``rank-NNNNN.safetensors`` of every rank, and ``tokenizer/NAME``."""
+    format: Literal["mma-checkpoint"] = FORMAT
+    version: Literal[1] = VERSION
+
+    def to_json(self) -> str:
+        """Return the content of ``manifest.json``."""
+        return json.dumps(asdict(self), indent=1)
+
+
+_MANIFEST = TypeAdapter(CheckpointManifest)
+
+
+def rank_file(rank: int) -> str:
+    """Return the file name of one rank's shards."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def is_plain_file(path: Path) -> bool:
+    """Whether a path is a file itself, no link that may lead elsewhere and no pipe that never ends."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """Read and check the manifest of a checkpoint folder. Raises UserError where it cannot be believed."""
+    path = folder / MANIFEST
+    try:
+        if not is_plain_file(path):
+            raise ValueError(f"{MANIFEST} is missing, or is no plain file")
+        if path.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"{MANIFEST} is larger than {_MAX_BYTES >> 20} MiB")
+        manifest = _MANIFEST.validate_json(path.read_bytes())
+        _check(manifest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{folder} is not a whole checkpoint ({where or MANIFEST}: {first['msg']})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
+    return manifest
+
+
+def _check(manifest: CheckpointManifest) -> None:
+    """Check what concerns more than one field. Raises ValueError."""
+    for name in manifest.files:
+        if not _RANK_FILE.fullmatch(name) and not _TOKENIZER_FILE.fullmatch(name):
+            raise ValueError(f"a checkpoint has no file named {name!r}")
+    ranks = {name for name in manifest.files if _RANK_FILE.fullmatch(name)}
+    world = manifest.pp * manifest.dp
+    if len(ranks) != world or not ranks.issuperset(rank_file(rank) for rank in range(world)):
+        raise ValueError(f"{len(ranks)} files of ranks, but {manifest.pp} stages x {manifest.dp} replicas")
+    for name, entry in manifest.params.items():
+        if entry.stage >= manifest.pp:
+            raise ValueError(f"{name} is of stage {entry.stage}, but there are {manifest.pp}")
+    spec = manifest.model.get("spec")
+    if not isinstance(spec, dict) or not isinstance(spec.get("llm"), dict):
+        raise ValueError("model: no description of a language model")

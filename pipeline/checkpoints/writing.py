@@ -1,0 +1,172 @@
+"""Writes one checkpoint from all ranks: shards first, then, once every rank's are on the disk, all of it at once.
+
+A checkpoint is written into a hidden folder, synced, and renamed: a reader never meets half of one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from data_prep.common.errors import UserError
+from data_prep.common.files import write_atomic
+from pipeline.checkpoints.checkpoint import SHOWN_S, hash_file
+from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileEntry, ParamEntry, rank_file
+from pipeline.parallel.zero3 import STATES, Zero3Stage
+
+Part = Callable[[], Any]
+"""What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""
+Files = dict[str, FileEntry]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes; the same on every rank."""
+
+    final: Path
+    token: str
+    """Unlike that of any other start of the run, so that a rank another start left behind can spoil nothing."""
+
+    @property
+    def hidden(self) -> Path:
+        """The folder it is written in."""
+        return self.final.with_name(f".{self.final.name}.{self.token}.tmp")
+
+
+class HostCopy:
+    """A rank's shards at one step, copied to host memory.
+
+    The memory (12 bytes a trained parameter of this rank, and the frozen ones) is taken at the first copy and kept for
+    the next: there is never more than one. It is pinned on GPU machines, where torch rounds the bytes of each tensor up
+    to a power of two: it is up to twice as much.
+    """
+
+    def __init__(self, stage: Zero3Stage) -> None:
+        """Copy shards of ``stage``; nothing is taken yet."""
+        self._stage = stage
+        self._copies: dict[str, torch.Tensor] = {}
+
+    def take(self) -> dict[str, torch.Tensor]:
+        """Return this moment's shards; they hold until the next call."""
+        pinned = torch.cuda.is_available()
+        for key, shard in shards(self._stage):
+            if key not in self._copies:
+                self._copies[key] = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=pinned)
+            self._copies[key].copy_(shard, non_blocking=True)
+        if pinned:
+            torch.cuda.synchronize()
+        return self._copies
+
+
+def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield what a rank saves, under its key in the file: live tensors, on the device they are on."""
+    for name, param in stage.trainable():
+        yield f"master|{name}", stage.master_shard(param)
+        yield from ((f"{state}|{name}", stage.master_shard(param, state)) for state in STATES)
+    yield from ((f"frozen|{name}", stage.compute_shard(param)) for name, param in stage.frozen())
+
+
+def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
+    """Return this rank's part of the manifest's ``params``: its stage's, from one of the stage's ranks."""
+    if stage.topology.replica:
+        return {}
+    return {
+        name: ParamEntry(tuple(stage.full_shape(param)), stage.topology.stage, param.requires_grad)
+        for name, param in stage.module.named_parameters()
+    }
+
+
+def parts_of_save(
+    own: dict[str, torch.Tensor], target: Target, manifest: CheckpointManifest, *, rank: int, tokenizer: Path
+) -> Generator[Part, list[Any], None]:
+    """Yield a rank's parts of a save one after the other; every rank's must be done before the next is asked for.
+
+    Args:
+        own: The rank's shards, as of `shards`.
+        target: Where the checkpoint goes.
+        manifest: What it says, but for its files.
+        rank: This rank; 0 publishes.
+        tokenizer: Folder of the tokenizer, saved by rank 0.
+
+    What is sent back after a part is what each rank's part returned, in the order of ranks.
+    """
+    files = yield lambda: _write(own, target.hidden, rank, tokenizer if rank == 0 else None)
+    whole = replace(manifest, files={name: entry for each in files for name, entry in each.items()})
+    yield lambda: _publish(target, whole) if rank == 0 else None
+
+
+def together(part: Future[Any], what: Path) -> list[Any]:
+    """Wait for this rank's part and for every other rank's; return what each has to say.
+
+    Raises UserError on all ranks alike when one of them could not write.
+    """
+    said, fault = None, ""
+    try:
+        said = part.result()
+    except (OSError, SafetensorError) as error:
+        fault = str(error)
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, (said, fault))
+    faults = sorted({fault for _, fault in gathered if fault})
+    if faults:
+        raise UserError(f"{what} cannot be written ({faults[0]}): mend that, and the same command goes on")
+    return [said for said, _ in gathered]
+
+
+def _write(own: dict[str, torch.Tensor], folder: Path, rank: int, tokenizer: Path | None) -> Files:
+    """Write one rank's shards, and the tokenizer, to the disk; return their entries of the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / rank_file(rank)
+    save_file({key: tensor.cpu().contiguous() for key, tensor in own.items()}, path)
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
+    files = {path.name: _seal(path)}
+    if tokenizer is not None:
+        (folder / TOKENIZER).mkdir()
+        for source in sorted(tokenizer.iterdir()):
+            copy = Path(shutil.copyfile(source, folder / TOKENIZER / source.name))
+            files[f"{TOKENIZER}/{source.name}"] = _seal(copy)
+    return files
+
+
+def _seal(path: Path) -> FileEntry:
+    """Bring a file to the disk; return its entry in the manifest."""
+    with path.open("rb+") as stream:
+        os.fsync(stream.fileno())
+    return FileEntry(path.stat().st_size, hash_file(path))
+
+
+def _publish(target: Target, manifest: CheckpointManifest) -> None:
+    """Make a written checkpoint one that a start takes, in one step. Raises OSError where not all files are here."""
+    patience = time.monotonic() + SHOWN_S
+    for name, entry in manifest.files.items():
+        path = target.hidden / name
+        while not path.is_file() or path.stat().st_size != entry.bytes:
+            if time.monotonic() > patience:
+                raise OSError(f"rank 0 does not see {path}: the run folder must lie on a disk that all nodes share")
+            time.sleep(0.2)
+    write_atomic(target.hidden / MANIFEST, manifest.to_json().encode())
+    _sync_folder(target.hidden / TOKENIZER)
+    _sync_folder(target.hidden)
+    shutil.rmtree(target.final, ignore_errors=True)
+    target.hidden.rename(target.final)
+    _sync_folder(target.final.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,179 @@
+"""``mma demo``: the whole way once, on the built-in world, with the commands a user would type."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.common.command_line import OneLineParser
+from data_prep.common.errors import UserError
+from pipeline.config.recipes import load_config
+from pipeline.masks import get_policy
+from pipeline.parallel.launch import free_port
+from pipeline.parallel.partition import split_layers
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.state import clock
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA, RUNS = Path("data/demo"), Path("runs")
+DESCRIPTION = """\
+Draw a small world, tokenize and pack it, pre-train on its captions, instruction-tune with Modality-Mutual Attention,
+export the model, measure it on held-out scenes and ask it a question. Every step is an ordinary command, printed
+before it runs; steps that are done already are skipped, an interrupted one resumes."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of the demo."""
+
+    run: str
+    recipe: str
+    flags: tuple[str, ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return RUNS / self.run
+
+    @property
+    def export(self) -> Path:
+        """Where its model is exported to."""
+        return self.folder / "export"
+
+
+def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
+    """Return the runs: PT, SFT with MMA, and the same SFT under another mask policy; a pipeline has its own folders.
+
+    A pipeline adds up the same micro-batches in the same order, so its answers are those of one stage, to the last.
+    Raises UserError for an unknown policy.
+    """
+    end = f"_pp{pp}" if pp > 1 else ""
+    grid = ("--parallel.pp", str(pp)) if pp > 1 else ()
+    pt = Stage(f"demo_pt{end}", "demo_pt", grid)
+    sft = Stage(f"demo_sft{end}", "demo_sft", (*grid, "--init-from", str(pt.folder)))
+    if not policy:
+        return [pt, sft]
+    get_policy(policy)
+    return [pt, sft, Stage(f"demo_sft_{policy}{end}", "demo_sft", (*sft.flags, "--mask.policy", policy))]
+
+
+def demo_command(argv: Sequence[str]) -> int:
+    """Run the demo; return 0. Raises UserError when a step fails."""
+    parser = OneLineParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
+    parser.add_argument("--compare", metavar="POLICY", help="train a twin of the SFT run under this policy: causal")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")
+    options = parser.parse_args(list(argv))
+    began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
+    _check_grid(options.pp, ranks)
+    stages = stages_of(options.pp, options.compare)
+    _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
+    for stage in stages:
+        _train(stage, ranks)
+    for stage in stages[1:]:
+        if not (stage.export / "config.json").is_file():
+            _call(["mma", "export", str(stage.folder), str(stage.export)], f"export {stage.run}")
+    _measure(stages)
+    sft, plain = stages[1], stages_of(1)[1]
+    if sft != plain:
+        print(f"\n{same_answers(sft.export, plain.export)}")
+    print(f"\nall done in {clock(time.monotonic() - began)}")
+    for name, path in {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}.items():
+        print(f"  {name:6} {path}")
+    return 0
+
+
+def _check_grid(pp: int, ranks: int) -> None:
+    """Refuse what the trainer would, before minutes of drawing data."""
+    if pp < 1 or ranks < 1 or ranks % pp:
+        raise UserError(f"--pp {pp} does not divide --ranks {ranks}: give a multiple of the stages")
+    split_layers(load_config("demo_pt").model.llm.config["num_hidden_layers"], pp)
+
+
+def default_ranks() -> int:
+    """Two processes, but not more than there are GPUs, where there are any."""
+    import torch
+
+    return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+
+
+def _train(stage: Stage, ranks: int) -> None:
+    if RunFolder(str(stage.folder)).status().get("state") == "done":
+        print(f"\n# {stage.run} is trained already ({stage.folder}); remove the folder to train it again")
+        return
+    flags = ["--deepspeed", shown(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
+    launch = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
+    command = [*launch, shown(ROOT / "pipeline/train.py"), *flags, "--run-dir", str(stage.folder), *stage.flags]
+    _call(command, f"train {stage.run} on {ranks} ranks")
+
+
+def shown(path: Path) -> str:
+    """Return a path as short as it can be typed from here."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _measure(stages: Sequence[Stage]) -> None:
+    model = str(stages[1].export)
+    compare = [word for stage in stages[2:] for word in ("--compare", str(stage.export))]
+    packs = DATA / "packs" / "eval"
+    _call(["mma", "evaluate", "--model", model, "--packs", str(packs), *compare], "held-out accuracy")
+    image, question, answer = held_out_example()
+    _call(["mma", "generate", str(image), question, "--model", model], f"a held-out question (truth: {answer})")
+
+
+def same_answers(model: Path, other: Path) -> str:
+    """Say how many held-out answers of two evaluated models are the same."""
+    if not (other / "evaluation.json").is_file():
+        return f"{other} is not there to compare with: mma demo makes it"
+    ours, theirs = _answers(model), _answers(other)
+    if [answer["sample"] for answer in ours] != [answer["sample"] for answer in theirs]:
+        return f"{other} was asked other questions: nothing to compare"
+    same = sum(left["answer"] == right["answer"] for left, right in zip(ours, theirs, strict=True))
+    return f"answers equal to those of {other}: {same} of {len(ours)} ({same / len(ours):.1%})"
+
+
+def _answers(model: Path) -> list[dict[str, str]]:
+    found = json.loads((model / "evaluation.json").read_text(encoding="utf-8"))
+    return list(found[str(model)]["answers"])
+
+
+def held_out_example() -> tuple[Path, str, str]:
+    """Return the image file, the question and the true answer of the first held-out sample."""
+    raw = DATA / "raw"
+    asked = json.loads((raw / "vqav2/val_questions.json").read_text(encoding="utf-8"))["questions"][0]
+    told = json.loads((raw / "vqav2/val_annotations.json").read_text(encoding="utf-8"))["annotations"][0]
+    image = raw / "images/val" / f"COCO_val2014_{asked['image_id']:012d}.jpg"
+    return image, asked["question"], told["multiple_choice_answer"]
+
+
+def _call(command: list[str], what: str) -> None:
+    """Print and run one command as a user would; the launcher's own log lines are left out."""
+    print(f"\n# {what}\n$ {shlex.join(command)}", flush=True)
+    program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
+    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
+    process = subprocess.Popen(
+        [program, *command[1:]], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if not noise(line):
+            print(line, end="", flush=True)
+    if process.wait():
+        raise UserError(
+            f"'{what}' ended with exit code {process.returncode}: mend what it says above, then run mma demo again"
+        )
+
+
+def noise(line: str) -> bool:
+    """Whether a line is the launcher's own chatter."""
+    chatter = line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
+    return chatter or not line.strip()

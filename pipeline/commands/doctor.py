@@ -1,0 +1,135 @@
+"""``mma doctor``: is everything there that a run needs, here or on every rank of a launcher?"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from data_prep.common.command_line import OneLineParser
+from pipeline.commands.doctor_checks import (
+    Finding,
+    check_checkpoint,
+    check_data,
+    check_devices,
+    check_disk,
+    check_local_network,
+    check_recipe,
+    check_software,
+    wrong,
+)
+from pipeline.parallel.health import network_problem
+from pipeline.parallel.launch import configure_libraries, fill_rank_variables
+from pipeline.training.run.redact import redact
+
+DESCRIPTION = """\
+Look for what would keep a run from going well, and say how to mend it. Any flag of the trainer may follow --recipe:
+
+  mma doctor                                              software, GPUs, disk, network of this machine
+  mma doctor --data data/aki_sft --checkpoint runs/sft    and every hash of packs and checkpoints
+  mma doctor --recipe aki_4b_sft --ranks 16 --parallel.pp 2
+  srun mma doctor                                         the same on every rank, and the network between them
+  deepspeed --no_python mma doctor
+
+The exit code is 0 when all is fine, 1 when something is wrong, 2 for a wrong flag."""
+
+
+def doctor_command(argv: Sequence[str]) -> int:
+    """Print what was found; return 0, or 1 when something is wrong."""
+    options, flags = _parser().parse_known_args(list(argv))
+    if flags and not options.recipe:
+        _parser().error(f"unknown flag {flags[0].partition('=')[0]} (flags of the trainer need --recipe)")
+    configure_libraries()
+    fill_rank_variables()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if world > 1:
+        return _across_ranks(options, rank, world)
+    checks: list[Callable[[], Iterator[Finding]]] = [*_own_checks(options), check_local_network]
+    checks += _file_checks(options, flags)
+    findings = []
+    for check in checks:
+        for finding in check():
+            _show(finding)
+            findings.append(finding)
+    return _verdict(findings)
+
+
+def _own_checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
+    """Return what every rank looks at by itself."""
+    return [check_software, check_devices, lambda: check_disk(options.run_dir)]
+
+
+def _file_checks(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[Callable[[], Iterator[Finding]]]:
+    if options.data is not None:
+        yield lambda: check_data(options.data)
+    if options.checkpoint is not None:
+        yield lambda: check_checkpoint(options.checkpoint)
+    if options.recipe:
+        yield lambda: check_recipe(options.recipe, flags, options.ranks)
+
+
+def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
+    """Check every rank, and the network between them; rank 0 prints."""
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    problem = network_problem(rank, world, backend="nccl" if torch.cuda.is_available() else "gloo")
+    if problem:  # nobody can be told
+        _show(wrong(f"rank {rank} on {socket.gethostname()}: {problem}"))
+        return 1
+    findings = [finding for check in _own_checks(options) for finding in check()]
+    told: list[tuple[str, list[Finding]]] = [("", [])] * world
+    dist.all_gather_object(told, (socket.gethostname(), findings))
+    if rank == 0:
+        findings += [found for check in _file_checks(options, ()) for found in check()]
+        for finding in findings:
+            _show(finding)
+        for other, (host, found) in enumerate(told[1:], start=1):
+            for finding in (finding for finding in found if finding.kind == "wrong"):
+                _show(Finding("wrong", f"rank {other} on {host}: {finding.text}"))
+                findings.append(finding)
+        findings += _differences(told)
+    answer = [_verdict(findings) if rank == 0 else 0]
+    dist.broadcast_object_list(answer, 0)
+    dist.destroy_process_group()
+    return int(answer[0])
+
+
+def _differences(told: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+    """Return ranks whose software is not that of rank 0; versions come first in every rank's findings."""
+    odd = [
+        wrong(f"rank {rank} on {host} has other software than rank 0 ({found[0].text}): install the same everywhere")
+        for rank, (host, found) in enumerate(told)
+        if found[0] != told[0][1][0]
+    ]
+    for finding in odd:
+        _show(finding)
+    return odd
+
+
+def _show(finding: Finding) -> None:
+    print(f"{finding.kind.upper() if finding.kind == 'wrong' else finding.kind:5}  {redact(finding.text)}", flush=True)
+
+
+def _verdict(findings: Sequence[Finding]) -> int:
+    count = sum(finding.kind == "wrong" for finding in findings)
+    print(f"{count} thing{'s' if count > 1 else ''} to mend" if count else "all is well", flush=True)
+    return 1 if count else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        "mma doctor", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or an output folder of mma-prep")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run folder, or one checkpoint")
+    parser.add_argument("--recipe", metavar="NAME", help="shipped recipe or YAML file")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks the recipe would run on (default: 1)")
+    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser

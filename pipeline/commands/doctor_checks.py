@@ -1,0 +1,214 @@
+"""What ``mma doctor`` looks at: each check yields what it found, in words, and how to mend what is wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_prep.common.errors import UserError
+from data_prep.verify import verify
+from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
+from pipeline.checkpoints.manifest import MANIFEST
+from pipeline.parallel.health import disk_problem, gpu_problem, network_problem
+from pipeline.parallel.launch import free_port
+from pipeline.training.run.environment import git_state, versions
+from pipeline.training.run.state import RunState
+
+GIB = 2**30
+LOCAL_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    kind: Literal["fine", "note", "wrong"]
+    text: str
+
+
+def fine(text: str) -> Finding:
+    """Something is as it should be."""
+    return Finding("fine", text)
+
+
+def note(text: str) -> Finding:
+    """Something to know."""
+    return Finding("note", text)
+
+
+def wrong(text: str) -> Finding:
+    """Something that keeps a run from going well, with the fix."""
+    return Finding("wrong", text)
+
+
+def check_software() -> Iterator[Finding]:
+    """Versions, and whether they are the ones that are relied on."""
+    from pipeline.parallel.zero3 import check_version
+
+    found = versions()
+    yield fine(
+        f"python {sys.version.split()[0]}, " + ", ".join(f"{name} {text}" for name, text in found.items() if text)
+    )
+    for name in (name for name, text in found.items() if text is None):
+        yield wrong(f"{name} is not installed: make setup")
+    untested = check_version()
+    if untested:
+        yield wrong(f"{untested}: pip install -c constraints.txt deepspeed")
+    if torch.version.cuda:
+        nccl: tuple[int, ...] = torch.cuda.nccl.version() if torch.cuda.is_available() else ()  # type: ignore[no-untyped-call]
+        yield fine(f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, nccl)) or 'not in use'}")
+    git = git_state()
+    if git is not None:
+        dirty = f", {git['changed'][-1]}, not committed" if git["dirty"] else ""
+        yield note(f"git commit {str(git['commit'])[:12]}{dirty}")
+
+
+def check_devices() -> Iterator[Finding]:
+    """GPUs: seen, free, and computing what they should; memory and cores of the host."""
+    cores, memory = os.cpu_count(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
+    yield fine(f"{cores} CPU cores, {memory:.1f} GiB of host memory free")
+    present = sorted(Path("/dev").glob("nvidia[0-9]*"))
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if present and not torch.cuda.is_available():
+        why = "torch is built without CUDA: install a CUDA build" if not torch.version.cuda else (
+            f"CUDA_VISIBLE_DEVICES={hidden!r} hides them: unset it" if hidden is not None
+            else "the driver may be older than torch's CUDA: see nvidia-smi"
+        )  # fmt: skip
+        yield wrong(f"this machine has {len(present)} GPUs and torch sees none; {why}")
+    elif not torch.cuda.is_available():
+        yield note("no GPU: training would run on CPUs")
+    for index in range(torch.cuda.device_count()):
+        problems = list(gpu_problem(index))
+        yield from map(wrong, problems)
+        if not problems:
+            free, total = torch.cuda.mem_get_info(index)
+            yield fine(
+                f"GPU {index}: {torch.cuda.get_device_name(index)}, {free / GIB:.1f} of {total / GIB:.1f} GiB free"
+            )
+
+
+def check_disk(folder: Path, need_bytes: float = 0) -> Iterator[Finding]:
+    """Whether a run folder, or where it would be made, can be written and holds what will come."""
+    place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    problems = list(disk_problem(place, max(1.0, need_bytes / GIB)))
+    yield from map(wrong, problems)
+    if not problems:
+        yield fine(f"{place} can be written, {shutil.disk_usage(place).free / GIB:.1f} GiB free")
+
+
+def check_data(folder: Path) -> Iterator[Finding]:
+    """Every hash of packs, tokenizer, plan and images."""
+    try:
+        yield from map(fine, verify(folder))
+    except (UserError, OSError) as error:
+        yield wrong(str(error))
+
+
+def check_checkpoint(path: Path) -> Iterator[Finding]:
+    """A run folder (its state, all its checkpoints, which one a start would take) or one checkpoint folder."""
+    single = (path / MANIFEST).is_file()
+    if not single:
+        yield from _check_run(path)
+    taken = None
+    for folder in [path] if single else checkpoint_folders(path):
+        try:
+            faults = Checkpoint(folder).faults()
+        except UserError as error:
+            faults = [str(error)]
+        if not faults:
+            yield fine(f"{folder}: whole")
+            taken = taken or folder
+        else:
+            more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
+            yield wrong(f"{faults[0]}{more}: put the folder back from a copy, or remove it")
+    if single or taken is None:
+        return
+    yield note(f"a start would take {taken}")
+    yield from check_disk(path, 2 * sum(file.stat().st_size for file in taken.rglob("*") if file.is_file()))
+
+
+def _check_run(path: Path) -> Iterator[Finding]:
+    try:
+        run = RunState.read(path)
+    except UserError as error:
+        yield wrong(str(error))
+        return
+    place = f"{path}: {run.state} at step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
+    again = "the same command goes on from the newest whole checkpoint"
+    if run.state == "failed":
+        yield wrong(f"{place}: {run.error}; once that is mended, {again}; see {path / 'logs'}")
+    elif run.state == "killed":
+        yield wrong(f"{place}: its process is gone without a word (kill -9, a lost node, a time limit); {again}")
+    else:
+        yield fine(place)
+    if run.checkpoint is None:
+        yield (note if run.state == "running" else wrong)(
+            f"{path} holds no finished checkpoint: a start begins at step 1"
+        )
+    if run.state != "running":
+        for torn in unfinished_folders(path):
+            yield note(f"{torn} was cut short; no start takes it, the next one removes it")
+
+
+def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Finding]:
+    """Paths, sizes and arithmetic of a recipe, as ``--dry-run`` checks them, and memory against this machine's GPU."""
+    from pipeline.config.flags import parse
+    from pipeline.planning.dry_run import describe
+    from pipeline.planning.estimate import Load
+    from pipeline.planning.run_plan import Blueprint
+
+    try:
+        plan = Blueprint.draw(parse(["--recipe", recipe, *flags]), rank=0, world=ranks)
+    except (UserError, OSError) as error:
+        yield wrong(f"recipe {recipe}: {error}")
+        return
+    yield fine(f"recipe {recipe} on {ranks} ranks:\n{describe(plan)}")
+    need = max(Load.of(plan).memory(stage).total for stage in range(plan.topology.pp)) / GIB
+    if torch.cuda.is_available():
+        total = torch.cuda.mem_get_info(0)[1] / GIB
+        if need > total:
+            yield wrong(
+                f"a rank needs about {need:.1f} GiB, its GPU has {total:.1f}: more ranks, parallel.resident 0, or pp"
+            )
+    yield from check_disk(Path(plan.config.run_dir), 14 * plan.counts.total * (plan.config.checkpoint.keep_last + 1))
+
+
+def check_local_network() -> Iterator[Finding]:
+    """A small all-reduce between two processes of this machine."""
+    backend = "nccl" if torch.cuda.device_count() >= LOCAL_RANKS else "gloo"
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, "-m", "pipeline.commands.doctor_checks", str(LOCAL_RANKS), backend]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank)], env={**os.environ, **place, "LOCAL_RANK": str(rank)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
+        )
+        for rank in range(LOCAL_RANKS)
+    ]  # fmt: skip
+    said = [worker.communicate()[0].strip() for worker in workers]
+    failed = [text for worker, text in zip(workers, said, strict=True) if worker.returncode]
+    if failed:
+        last = failed[0].splitlines()[-1] if failed[0] else "it ended without a word"
+        yield wrong(f"{last}; see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and whether a firewall is in the way")
+    else:
+        yield fine(f"{LOCAL_RANKS} processes of this machine add up numbers over {backend}")
+
+
+def network_worker(words: Sequence[str]) -> int:
+    """Take part in `check_local_network`: WORLD BACKEND RANK; print what went wrong and return 1, or return 0."""
+    problem = network_problem(int(words[2]), int(words[0]), backend=words[1])
+    print(re.sub(r"\s+", " ", problem), flush=True)
+    return 1 if problem else 0
+
+
+if __name__ == "__main__":
+    sys.exit(network_worker(sys.argv[1:]))

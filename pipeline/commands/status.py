@@ -1,0 +1,38 @@
+"""``mma status``: one line a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from data_prep.common.command_line import OneLineParser
+from data_prep.common.errors import UserError
+from pipeline.training.run.state import RunState, clock
+
+DESCRIPTION = "Show how runs stand: state, step, loss, speed, newest checkpoint, when the folder was last written."
+
+
+def status_command(argv: Sequence[str]) -> int:
+    """Print a line for each run folder; return 0. Raises UserError where there is none."""
+    parser = OneLineParser("mma status", description=DESCRIPTION)
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folders (default: all in runs/)")
+    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    runs = parser.parse_args(list(argv)).runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))
+    if not runs:
+        raise UserError("there are no runs in runs/: name run folders")
+    states = [RunState.read(run) for run in runs]
+    width = max(len(str(state.path)) for state in states)
+    for state in states:
+        print(f"{state.path!s:{width}}  {status_line(state)}", flush=True)
+    return 0
+
+
+def status_line(run: RunState) -> str:
+    """Return a run's state in one line."""
+    parts = [f"{run.state:8}", f"step {run.step:,}" + (f"/{run.steps:,}" if run.steps else "")]
+    if run.last.get("loss") is not None:
+        parts.append(f"loss {run.last['loss']:.4f}")
+    if run.last.get("tokens_per_s") is not None and run.state.startswith("running"):
+        parts.append(f"{run.last['tokens_per_s']:,.0f} tok/s")
+    parts += [run.checkpoint.name if run.checkpoint else "no checkpoint", f"{clock(run.age_s)} ago"]
+    return "  ".join(parts + ([run.error] if run.error else []))

@@ -1,0 +1,83 @@
+"""Recipes: YAML files with the keys of `RunConfig`, shipped in ``pipeline/recipes`` or the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_prep.common.errors import did_you_mean
+from data_prep.common.yaml_files import expand, read_mapping
+from pipeline.config.schema import ConfigError, RunConfig, build_config
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+YAML = (".yaml", ".yml")
+DEFAULT_RECIPE = "demo_sft"
+
+
+def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
+    """Read a recipe, lay ``("train.lr", "1e-4")`` pairs over it and validate. Raises UserError."""
+    raw = read_recipe(recipe)
+    for key, value in overrides:
+        raw = merge(raw, _nest(key, value))
+    whole = expand(raw, recipe)
+    return build_config({**whole, "run_dir": whole.get("run_dir") or f"runs/{Path(recipe).stem}"}, origin=recipe)
+
+
+def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not filled in yet.
+
+    ``extends`` names a file beside the recipe, with or without its ending, or a shipped recipe; ``below`` are the
+    recipes that led to this one.
+    """
+    path = recipe_path(name)
+    if path.resolve() in below:
+        raise ConfigError(f"{path}: 'extends' leads back to itself: name another recipe")
+    raw = read_mapping(path)
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    beside = path.parent / (parent if str(parent).endswith(YAML) else f"{parent}.yaml")
+    found = beside.is_file() and beside.resolve() != path.resolve()
+    return merge(read_recipe(str(beside if found else parent), (*below, path.resolve())), raw)
+
+
+def recipe_path(name: str) -> Path:
+    """Resolve a shipped recipe's name or a YAML file. Raises ConfigError with the closest name."""
+    if name.endswith(YAML):
+        if not Path(name).is_file():
+            raise ConfigError(f"recipe file {name} does not exist")
+        return Path(name)
+    shipped = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    if name not in shipped:
+        listing = ", ".join(sorted(shipped))
+        raise ConfigError(f"unknown recipe '{name}'{did_you_mean(name, shipped)}; shipped: {listing}")
+    return shipped[name]
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Return the resolved configuration as YAML that is itself a recipe."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Lay one nested dictionary over another; a model's ``config`` of another ``model_type`` replaces the old one."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict) and _same_model(old, value):
+            value = merge(old, value)
+        merged[key] = value
+    return merged
+
+
+def _same_model(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return bool(new.get("model_type", old.get("model_type")) == old.get("model_type"))
+
+
+def _nest(key: str, value: Any) -> dict[str, Any]:
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return dict(value)

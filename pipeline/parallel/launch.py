@@ -1,0 +1,142 @@
+"""Processes and devices: what launchers set, process groups, shares of a node."""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from data_prep.common.errors import UserError
+from pipeline.config.schema import ConfigError
+
+_LAUNCHERS: Mapping[
+    str, Mapping[str, str]
+] = {  # the variable only this launcher's tasks have -> the ranks' names in it
+    "SLURM_STEP_NUM_TASKS": {  # a step of srun; a batch script by itself is one process, whatever --ntasks says
+        "RANK": "SLURM_PROCID",
+        "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
+        "LOCAL_RANK": "SLURM_LOCALID",
+    },
+    "OMPI_COMM_WORLD_SIZE": {
+        "RANK": "OMPI_COMM_WORLD_RANK",
+        "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+        "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    },
+    "PMI_SIZE": {"RANK": "PMI_RANK", "WORLD_SIZE": "PMI_SIZE", "LOCAL_RANK": "MPI_LOCALRANKID"},
+}
+
+
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+def fill_rank_variables() -> None:
+    """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process.
+
+    Raises ConfigError where ranks on several nodes are not told where they are to meet.
+    """
+    launcher = next((names for mark, names in _LAUNCHERS.items() if mark in os.environ), {})
+    for name, alone in _ALONE.items():
+        os.environ.setdefault(name, os.environ.get(launcher.get(name, ""), alone))
+    if "MASTER_ADDR" not in os.environ and _on_several_nodes():
+        raise ConfigError("ranks on several nodes need MASTER_ADDR, the host of rank 0: export it (slurm/pt.sh does)")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in os.environ:  # several ranks must agree on one; a single process takes any free one
+        os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())
+
+
+def _on_several_nodes() -> bool:
+    """Whether the launcher says so; MPICH does not say."""
+    world = os.environ.get("OMPI_COMM_WORLD_SIZE")
+    here = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)
+    return here != world or int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def device_of_rank() -> torch.device:
+    """Return this rank's GPU, or the CPU. Raises ConfigError when a node runs more ranks than it has GPUs.
+
+    A task that was given one GPU of its own (``srun --gpus-per-task=1``) sees it as the first, whatever its local rank.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local and count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
+        os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed takes the number of its device from it
+    if local >= count:
+        raise ConfigError(f"local rank {local} has no GPU of its own: start at most {count} ranks here")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def share_of_cores() -> int:
+    """Return how many cores this rank can keep busy: those it is bound to, shared with the ranks bound to them too.
+
+    Every rank must call this.
+    """
+    host, cores = socket.gethostname(), os.sched_getaffinity(0)
+    places: list[tuple[str, set[int]]] = [("", set())] * dist.get_world_size()
+    dist.all_gather_object(places, (host, cores))
+    sharers = sum(other == host and bool(cores & theirs) for other, theirs in places)
+    return max(1, len(cores) // sharers)
+
+
+def refuse_shared_gpu(store: Any, gpu: str) -> None:
+    """Raise UserError when another rank has said in the job's ``store`` that it uses the GPU of this name."""
+    if store.add(f"gpu {gpu}", 1) > 1:
+        raise UserError(
+            f"two ranks share {gpu}: start one rank a GPU (srun --gpus-per-task=1, or fewer --ntasks-per-node)"
+        )
+
+
+def start_processes(timeout_s: int) -> None:
+    """Join the job's process group: NCCL on GPUs, gloo on CPUs. Raises UserError when another job has the port."""
+    import deepspeed
+
+    # DeepSpeed would try out its kernels with the host's compiler, to compile a shared-memory collective for CPUs:
+    # gloo does without it.
+    deepspeed.ops.__compatible_ops__ = {}
+    backend, limit = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
+    try:
+        # Left to DeepSpeed, the group would be bound to the device: NCCL then connects the world at once, and makes
+        # every other group by splitting it. Like this the ranks of a group connect at its first message.
+        dist.init_process_group(backend, timeout=limit)
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} is taken, by another job on this machine: deepspeed --master_port OTHER ..."
+        ) from error
+    if torch.cuda.is_available():  # as it connects, NCCL would only say "invalid usage"
+        own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
+        refuse_shared_gpu(dist.distributed_c10d._get_default_store(), f"GPU {own} of {socket.gethostname()}")
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
+
+
+def stop_processes() -> None:
+    """Leave the process group, if one was joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def configure_libraries() -> None:
+    """Name DeepSpeed's device, which it would guess aloud, and pass over calls of its that torch will rename.
+
+    CUDA loads its kernels at the start, as NCCL's authors advise: one that is loaded at its first use waits until all
+    that runs has ended, and that may be a collective waiting for another rank. It costs some device memory.
+    """
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA is first asked for anything, as below
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

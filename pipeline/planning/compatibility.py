@@ -1,0 +1,122 @@
+"""Where a run's weights come from, checked before anything is built: its own checkpoints, another run, an export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.errors import UserError
+from data_prep.packs import Manifest
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.model.spec import ModelSpec
+
+# Keys of a model's description that change nothing it computes: how it was saved, and what is trained of it.
+_NOT_THE_FUNCTION = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vision_frozen",
+                     "architectures", "attn_implementation", "_attn_implementation", "pad_token_id", "bos_token_id",
+                     "eos_token_id", "id2label", "label2id", "max_position_embeddings")  # fmt: skip
+
+
+def is_export(path: str) -> bool:
+    """Whether ``init_from`` names an export folder rather than a run or a checkpoint."""
+    return (Path(path) / "config.json").is_file()
+
+
+def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Refuse weights of a model that computes something else with tensors of the same shapes. Raises ConfigError."""
+    old, new = (dict(_leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
+            raise ConfigError(
+                f"{origin} is of a model with {key}={old[key]!r}, now it is {new[key]!r}: keep the model section"
+            )
+
+
+def check_resume(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
+    """Refuse to continue a run on other data, or as another model: both are part of its state. Raises ConfigError."""
+    for folder in checkpoint_folders(Path(config.run_dir)):
+        try:
+            saved = Checkpoint(folder).manifest
+        except UserError:  # damaged: reported when the run looks for a whole one
+            continue
+        if saved.plan_sha256 != manifest.plan_sha256:
+            raise ConfigError(
+                f"{folder} was trained on packs with another plan than {config.data.packs} has: "
+                "give the packs it was started with, or another --run-dir (with --init-from for its weights)"
+            )
+        if saved.batch_packs != config.train.batch_packs:
+            raise ConfigError(
+                f"{folder} was trained with train.batch_packs={saved.batch_packs}, now {config.train.batch_packs}: "
+                "keep it, or start another --run-dir with --init-from"
+            )
+        check_same_model(str(folder), saved.model["spec"], spec)
+        return
+
+
+def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
+    """Return ``key: old -> new`` of the settings in which a run goes on differently from its checkpoint."""
+    old, new = dict(_leaves(saved)), dict(_leaves(config.model_dump()))
+    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "run_dir"]
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
+    """Refuse weights of another model, or trained with another tokenizer than the packs'. Raises UserError.
+
+    A run that has checkpoints of its own takes nothing from ``init_from`` any more, which may be gone by then.
+    """
+    source = config.init_from
+    if not source or checkpoint_folders(Path(config.run_dir)):
+        return
+    if is_export(source):
+        theirs = Tokenizer.load(Path(source) / "tokenizer").sha256
+    else:
+        meta = open_checkpoint(source).meta
+        theirs = str(meta["tokenizer_sha256"])
+        check_same_model(f"init_from={source}", meta["spec"], spec)
+    if theirs != manifest.tokenizer_sha256:
+        raise ConfigError(
+            f"init_from={source} was trained with another tokenizer than the packs in {config.data.packs}: "
+            "make the packs with its tokenizer (tokenizer: path in the data recipe)"
+        )
+
+
+def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
+    """Compare the vocabulary of ``model.llm.source`` with the packs' tokenizer. Raises ConfigError where ids differ.
+
+    The packs' tokenizer may have more tokens (markers were added at the end); no shared token may have another id.
+    Models built from a config have no tokenizer of their own and take the packs'.
+    """
+    source = Path(config.model.llm.source) / "tokenizer.json"
+    if not config.model.llm.source or not source.is_file():
+        return
+    own, packed = read_vocabulary(source), read_vocabulary(packs_tokenizer / "tokenizer.json")
+    wrong = next((token for token, number in own.items() if packed.get(token) != number), None)
+    if wrong is not None:
+        raise ConfigError(
+            f"the packs in {config.data.packs} were made with another tokenizer than model.llm.source="
+            f"{config.model.llm.source} has (token {wrong!r} is {packed.get(wrong)} there, {own[wrong]} here): "
+            "make the packs again with this model's tokenizer"
+        )
+
+
+def read_vocabulary(path: Path) -> dict[str, int]:
+    """Return token -> id of a Hugging Face tokenizer.json, added tokens included. Raises ConfigError if unreadable."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        vocabulary = raw["model"]["vocab"]
+        pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((e[0], i) for i, e in enumerate(vocabulary))
+        return {**dict(pairs), **{added["content"]: added["id"] for added in raw.get("added_tokens", [])}}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} is not a readable tokenizer.json ({error})") from error

@@ -1,0 +1,83 @@
+"""The plan of a run in words: what is printed before training, and all that ``--dry-run`` does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.parallel.partition import Chunks
+from pipeline.parallel.schedule import bubble
+from pipeline.planning.estimate import GIB, Load
+from pipeline.planning.run_plan import Blueprint
+
+
+def describe(plan: Blueprint) -> str:
+    """Return the run's plan: model, data, batch arithmetic, stages, memory."""
+    return "\n".join([*_model_lines(plan), *_data_lines(plan), *_batch_lines(plan), *_stage_lines(plan)])
+
+
+def _model_lines(plan: Blueprint) -> Iterator[str]:
+    spec = plan.spec
+    yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
+    parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
+    trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
+    yield f"model    {parts}: {millions(plan.counts.total)} parameters, {trained}"
+    proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
+    yield f"mask     {plan.policy.name}: {'LEAKS answers, on purpose' if plan.policy.leaks else proof}"
+
+
+def _data_lines(plan: Blueprint) -> Iterator[str]:
+    manifest = plan.packs.manifest
+    filled = manifest.tokens / (manifest.rows * manifest.length)
+    yield (
+        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.length:,} tokens, {filled:.1%} full, "
+        f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
+    )
+    for name, corpus in sorted(manifest.corpora.items()):
+        yield f"           {name}: {corpus.draws:,} draws of {corpus.samples:,} samples ({corpus.epochs:.2f} epochs)"
+
+
+def _batch_lines(plan: Blueprint) -> Iterator[str]:
+    order, topology, train = plan.order, plan.topology, plan.config.train
+    tokens = order.batch_packs * plan.packs.manifest.length
+    yield (
+        f"batch    {order.batch_packs} packs = {topology.dp} replicas x {order.micros} micro-batches x "
+        f"{order.micro_packs} packs = {tokens:,} tokens a step"
+    )
+    yield (
+        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} of warm-up, "
+        f"cosine to {train.min_lr:.1e}; clip {train.clip_norm}, weight decay {train.weight_decay}"
+    )
+
+
+def _stage_lines(plan: Blueprint) -> Iterator[str]:
+    topology, parallel, load = plan.topology, plan.config.parallel, Load.of(plan)
+    yield (
+        f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
+        f"expected bubble {shown_bubble(load)}"
+    )
+    yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
+    for stage, chunks in enumerate(plan.splits):
+        trained, frozen = load.stage_parameters(stage)
+        need = load.memory(stage)
+        names = ("states", "gathered", "activations", *(name for name in ("losses", "host") if getattr(need, name)))
+        parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
+        yield (
+            f"           stage {stage}: layers {shown_layers(chunks)}, {millions(trained)} trained + "
+            f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"
+        )
+
+
+def shown_bubble(load: Load) -> str:
+    """Return the bubble of a step, and what it would be if all chunks cost the same."""
+    even = bubble(len(load.splits), load.micros, load.config.parallel.chunks)
+    return f"{load.bubble:.1%} ({even:.1%} with equal stages)"
+
+
+def shown_layers(chunks: Chunks) -> str:
+    """Return a stage's decoder layers as ``0..3`` or ``0..1, 4..5``."""
+    return ", ".join(f"{chunk.start}..{chunk.stop - 1}" for chunk in chunks)
+
+
+def millions(count: float) -> str:
+    """Return a parameter count as ``4.1M`` or ``3.82B``."""
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"

@@ -1,0 +1,134 @@
+"""What a rank of each stage will need and do, counted from the model's shape before anything is started.
+
+Model states follow ZeRO (arXiv 1910.02054): what is sharded is divided by the data-parallel ranks of a stage; what the
+step, or ZeRO-1 and ZeRO-2 for good, keeps whole is not. What is offloaded is counted for the host. Activations assume
+one recomputed layer at a time where checkpointing is on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.schema import RunConfig
+from pipeline.model.counts import Cost, Counts
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding
+from pipeline.parallel.partition import Chunks, joined
+from pipeline.parallel.schedule import Action
+from pipeline.parallel.simulation import most_held, orders, simulate
+from pipeline.planning.run_plan import Blueprint
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one rank of one stage, by purpose."""
+
+    states: float
+    """Sharded: compute-type weights, fp32 master weights, two Adam moments, the gradient shard."""
+    gathered: float
+    """Weights held whole within a step, and the whole fp32 gradient where it is reduced once."""
+    activations: float
+    losses: float = 0.0
+    """On the last stage, the fp32 gradient of the head that each loss holds until its backward."""
+    host: float = 0.0
+    """Sharded states in host memory; not in the others."""
+
+    @property
+    def total(self) -> float:
+        """All that is on the device."""
+        return self.states + self.gathered + self.activations + self.losses
+
+
+@dataclass(frozen=True)
+class Load:
+    """A model on a grid: all that memory depends on."""
+
+    config: RunConfig
+    sharding: Sharding
+    spec: ModelSpec
+    counts: Counts
+    splits: tuple[Chunks, ...]
+    """Decoder layers of each stage, chunk by chunk."""
+    costs: Sequence[Cost]
+    """Work of the model's parts, see `Counts.part_costs`."""
+    dp: int
+    micros: int
+    """Micro-batches of a step on each data-parallel rank."""
+    micro_tokens: int
+    bf16: bool
+
+    @classmethod
+    def of(cls, plan: Blueprint) -> Load:
+        """Take the load of a checked run."""
+        tokens = plan.order.micro_packs * plan.packs.manifest.length
+        return cls(
+            plan.config, plan.sharding, plan.spec, plan.counts, plan.splits, plan.costs, plan.topology.dp,
+            plan.order.micros, tokens, plan.bf16,
+        )  # fmt: skip
+
+    def stage_parameters(self, stage: int) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of one stage."""
+        layers = joined(self.splits[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
+
+    def work(self, stage: int, chunk: int) -> Cost:
+        """Return the operations of one chunk for a packed token."""
+        before, *layers, after = self.costs
+        parts = [layers[layer] for layer in self.splits[stage][chunk]]
+        parts += [before] if (stage, chunk) == (0, 0) else []
+        parts += [after] if (stage + 1, chunk + 1) == (len(self.splits), len(self.splits[-1])) else []
+        return Cost(sum(part.forward for part in parts), sum(part.backward for part in parts))
+
+    @property
+    def orders(self) -> list[Sequence[Action]]:
+        """What every stage does in a step, in order."""
+        return orders(self.config.parallel.schedule, len(self.splits), self.micros, len(self.splits[0]))
+
+    @property
+    def bubble(self) -> float:
+        """Share of a step in which stages wait for each other, for what their parts really cost."""
+        costs = [[self.work(stage, chunk) for chunk in range(len(own))] for stage, own in enumerate(self.splits)]
+
+        def cost(stage: int, action: Action) -> float:
+            return costs[stage][action.chunk][action.kind == "B"]
+
+        return simulate(self.orders, cost, len(self.splits[0])).bubble
+
+    def memory(self, stage: int) -> MemoryEstimate:
+        """Estimate the peak device memory of a rank of one stage."""
+        trained, frozen = self.stage_parameters(stage)
+        size, sharding = (2 if self.bf16 else 4), self.sharding
+        shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
+        host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
+        whole = max(sharding.resident * (trained + frozen), self._largest_unit(stage))
+        gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
+        losses = 4 * self.spec.vocab_rows * self.spec.width * self._open_losses(stage)
+        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), losses, host)
+
+    def _largest_unit(self, stage: int) -> int:
+        """Parameters of the piece that must be whole while it runs, however little stays gathered."""
+        units = [self.counts.layers[layer] for layer in joined(self.splits[stage])]
+        if stage == 0:
+            units += [self.counts.connector, self.counts.embed]
+        if stage == len(self.splits) - 1:
+            units.append(self.counts.head or self.counts.embed)
+        return max(units)
+
+    def _activations(self, stage: int, size: int) -> float:
+        """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
+        width = self.spec.width
+        feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
+        one_layer = float(self.micro_tokens * (16 * width + 3 * feed_forward) * size)
+        layers = most_held(self.orders[stage], [len(chunk) for chunk in self.splits[stage]])
+        if self.config.train.gradient_checkpointing:
+            return layers * self.micro_tokens * width * size + one_layer
+        return layers * one_layer
+
+    def _open_losses(self, stage: int) -> float:
+        """Most micro-batches at once between the loss and its backward: their gradients are made with the loss."""
+        if stage < len(self.splits) - 1:
+            return 0.0
+        return most_held(self.orders[stage], [0] * (len(self.splits[stage]) - 1) + [1])

@@ -1,0 +1,152 @@
+"""Everything about a run that can be known, and refused, before a process group or a weight exists.
+
+Every rank draws the same blueprint from the same files, so an error found here is the same one line on all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.images.store import ImageStore
+from data_prep.packs import Manifest, PackReader
+from pipeline.config.flags import Invocation
+from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.data.order import BatchOrder
+from pipeline.masks import Policy, get_policy
+from pipeline.masks.proof import check_rows
+from pipeline.model.counts import Cost, Counts
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
+from pipeline.parallel.partition import Chunks, joined, split_stages
+from pipeline.parallel.topology import Topology, micro_batches
+from pipeline.planning.compatibility import check_init_from, check_resume, check_tokenizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run's flags and its DeepSpeed file say of ranks and batches, checked before there is any data."""
+
+    config: RunConfig
+    recipe: str
+    topology: Topology
+    order: BatchOrder
+    sharding: Sharding
+    bf16: bool
+    ds_config: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Compute type of weights and activations."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+
+def read_setting(invocation: Invocation, *, rank: int, world: int) -> Setting:
+    """Read and check a setting. Raises UserError naming the key, file or flag that is wrong and the fix."""
+    config = invocation.config
+    raw_ds = read_ds_config(invocation.deepspeed)
+    sharding = Sharding.of(raw_ds, config.parallel)
+    topology = Topology(world, rank, config.parallel.pp)
+    micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
+    order = BatchOrder(config.train.batch_packs, topology.dp, micros)
+    bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
+    ds_config = complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16)
+    return Setting(config, invocation.recipe, topology, order, sharding, bf16, ds_config)
+
+
+@dataclass(frozen=True)
+class Blueprint(Setting):
+    """A checked run: what is trained, on what, by which ranks, for how long."""
+
+    packs: PackReader
+    policy: Policy
+    spec: ModelSpec
+    counts: Counts
+    splits: tuple[Chunks, ...]
+    """Decoder layers of each pipeline stage, chunk by chunk."""
+    costs: Sequence[Cost]
+    """Work of the model's parts, see `Counts.part_costs`."""
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    @classmethod
+    def draw(cls, invocation: Invocation, *, rank: int, world: int) -> Blueprint:
+        """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
+        config = invocation.config
+        setting = read_setting(invocation, rank=rank, world=world)
+        packs = _open_packs(config, setting.topology)
+        manifest = packs.manifest
+        spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
+        spec.check_segments(manifest.max_segment_tokens)
+        policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
+        check_tokenizer(config, packs.directory / manifest.tokenizer)
+        check_init_from(config, manifest, spec)
+        check_resume(config, manifest, spec)
+        steps = _count_steps(config, manifest)
+        if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
+            check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
+        counts = Counts.of(spec)
+        costs = counts.part_costs(
+            image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
+            recomputed=config.train.gradient_checkpointing,
+        )  # fmt: skip
+        splits = split_stages(
+            spec.layers, setting.topology.pp, config.parallel.chunks,
+            by_hand=config.parallel.split, costs=[*map(sum, costs)],
+        )  # fmt: skip
+        return cls(
+            **vars(setting),
+            packs=packs,
+            policy=policy,
+            spec=spec,
+            counts=counts,
+            splits=splits,
+            costs=costs,
+            steps=steps,
+        )
+
+    @property
+    def chunks(self) -> Chunks:
+        """Decoder layers of this rank's stage, chunk by chunk."""
+        return self.splits[self.topology.stage]
+
+    def stage_parameters(self, stage: int) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of one stage."""
+        layers = joined(self.splits[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
+
+
+def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
+    if not config.data.packs:
+        raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
+    packs = PackReader(config.data.packs)
+    if config.data.verify:
+        from data_prep.verify import verify_part
+
+        verify_part(packs.directory, topology.rank, topology.world)
+    store = packs.manifest.image_store
+    if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
+        raise ConfigError(
+            f"{config.data.packs} was made with other images than {packs.directory / store} holds: run mma-prep again"
+        )
+    if packs.manifest.targets == 0:
+        raise ConfigError(f"{config.data.packs} holds 0 supervised tokens: nothing to learn; see mma-prep stats")
+    return packs
+
+
+def _count_steps(config: RunConfig, manifest: Manifest) -> int:
+    """Return the run's optimizer steps: as asked, or one pass over the packs (whose plan covers all epochs)."""
+    batch, folder = config.train.batch_packs, Path(config.data.packs)
+    available = manifest.rows // batch
+    if available == 0:
+        raise ConfigError(f"{folder} has {manifest.rows} packs, fewer than one step of train.batch_packs={batch}")
+    if config.train.steps > available:
+        raise ConfigError(
+            f"train.steps={config.train.steps} needs {config.train.steps * batch} packs, {folder} has {manifest.rows} "
+            f"({available} steps): plan more draws or epochs with mma-prep, or lower train.steps"
+        )
+    return config.train.steps or available

@@ -1,0 +1,63 @@
+"""The ZeRO-3 engine of this rank's stage, built from a run plan."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.config.schema import TrainSection
+from pipeline.model.build import build_stage
+from pipeline.model.weights import WeightSource
+from pipeline.parallel.groups import Groups
+from pipeline.parallel.partition import joined
+from pipeline.parallel.zero3 import Zero3Stage, check_version, sharder
+from pipeline.planning.compatibility import is_export
+from pipeline.planning.run_plan import Blueprint
+from pipeline.watchdog.heartbeat import Activity
+
+
+def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:
+    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not."""
+    trained = [param for param in stage.parameters() if param.requires_grad]
+    matrices = [param for param in trained if len(Zero3Stage.full_shape(param)) > 1]
+    vectors = [param for param in trained if len(Zero3Stage.full_shape(param)) <= 1]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_engine(
+    plan: Blueprint, groups: Groups, device: torch.device, activity: Activity, *, empty: bool
+) -> Zero3Stage:
+    """Build this rank's stage; ``empty`` where a checkpoint will fill all of it, so that nothing is read or drawn."""
+    topology, config = plan.topology, plan.config
+    share = sharder(topology, groups, plan.ds_config)
+
+    def shard(unit: torch.nn.Module) -> None:
+        activity.doing("building the stage")  # anew for each unit: large ones take minutes to read
+        share(unit)
+
+    warning = check_version()
+    if warning and topology.rank == 0:
+        print(f"warning: {warning}", flush=True)
+    module = build_stage(
+        plan.spec, layers=joined(plan.chunks),
+        first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
+        seed=config.train.seed, source=None if empty else _pretrained(plan),
+        reads=topology.replica == 0 and not empty, shard=shard,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )  # fmt: skip
+    train = config.train
+    optimizer = torch.optim.AdamW(
+        parameter_groups(module, train), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
+        fused=device.type == "cuda",
+    )  # fmt: skip
+    return Zero3Stage(
+        module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
+        resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
+        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=activity.doing,
+    )  # fmt: skip
+
+
+def _pretrained(plan: Blueprint) -> WeightSource | None:
+    """Open the folders a new run's weights are read from; None where everything starts from scratch."""
+    source = plan.config.init_from
+    return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

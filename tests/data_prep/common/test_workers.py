@@ -1,0 +1,88 @@
+"""Processes that share the work."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from data_prep.common.errors import UserError
+from data_prep.common.workers import MpiTeam, parse_share
+from tests.launch import ROOT
+
+_SCRIPT = """\
+import signal, sys
+from data_prep.common.workers import LocalTeam
+from tests.data_prep.common.test_workers import begin_and_wait
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
+    try:
+        LocalTeam(2).map(begin_and_wait, sys.argv[1:], print)
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+"""
+
+
+def begin_and_wait(path: str) -> None:
+    """A unit that is at work when Ctrl-C comes."""
+    Path(path).touch()
+    time.sleep(600)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_workers_at_once_and_without_a_word(tmp_path: Path) -> None:
+    begun = [tmp_path / name for name in "ab"]
+    command = [sys.executable, "-c", _SCRIPT, *map(str, begun), str(tmp_path / "waiting")]
+    team = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        while not all(path.exists() for path in begun):
+            assert team.poll() is None
+            time.sleep(0.05)
+        os.killpg(team.pid, signal.SIGINT)
+        _, words = team.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(team.pid, signal.SIGKILL)
+    assert (team.returncode, words) == (1, "stopped\n") and not (tmp_path / "waiting").exists()
+
+
+@pytest.mark.parametrize("share", ["0", "1/1", "-1/2", "0/\u00b2", "a/b", "0/0"])
+def test_a_share_is_two_numbers(share: str) -> None:
+    assert parse_share("1/2") == (1, 2)
+    with pytest.raises(UserError, match="give i/n"):
+        parse_share(share)
+
+
+class _OneRank:
+    """An MPI communicator of one rank."""
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return 0
+
+    def Get_size(self) -> int:  # noqa: N802
+        return 1
+
+    def allgather(self, value: str) -> list[str]:
+        return [value]
+
+    def bcast(self, value: object, root: int) -> object:
+        return value
+
+
+@pytest.mark.parametrize("by_all", [False, True])
+def test_mpi_ranks_report_a_folder_that_cannot_be_written_as_any_other_error(tmp_path: Path, by_all: bool) -> None:
+    team, file = MpiTeam(_OneRank()), tmp_path / "file"
+    file.touch()
+
+    def make(_: object = None) -> None:
+        (file / "out").mkdir()
+
+    with pytest.raises(UserError, match="Not a directory"):  # and no Abort, which _OneRank does not have
+        team.map(make, [1], print) if by_all else team.serial(make)

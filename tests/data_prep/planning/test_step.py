@@ -1,0 +1,83 @@
+"""Plans of AKI's blend, scaled down: what is drawn, how often, and where it goes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.data.aki import CORPORA, make_workspace
+from data_prep.common.errors import UserError
+from data_prep.ingest.samples import FACTS
+from data_prep.ingest.workspace import Unit, Workspace
+from data_prep.planning.packing import exact_draws
+from data_prep.planning.step import Plan, plan, plan_path
+from data_prep.progress import Reporter
+from data_prep.quarantine import Tally
+from data_prep.recipe import Recipe
+from data_prep.text.tokenizer import Tokenizer
+
+DRAWS, LENGTH = 16_001, 2048
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    return make_workspace(tmp_path_factory.mktemp("aki"), LENGTH, DRAWS, scale=0.002)
+
+
+@pytest.fixture(scope="module")
+def made(recipe: Recipe) -> Plan:
+    plan(recipe, Reporter(quiet=True))
+    return Plan.load(plan_path(Workspace(recipe).packs("sft")))
+
+
+def units_of(recipe: Recipe) -> list[Unit]:
+    space = Workspace(recipe)
+    return [unit for intake in space.intakes(Tokenizer.load(space.tokenizer).sha256) for unit in intake.units]
+
+
+def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(made: Plan) -> None:
+    weights = [corpus.weight for corpus in CORPORA.values()]
+    counts = np.bincount(made.corpus, minlength=len(weights))
+    assert counts.tolist() == exact_draws(weights, DRAWS)
+    exact = np.array(weights) / sum(weights) * DRAWS
+    assert np.abs(counts - exact).max() < 1
+    blended = made.corpus[np.argsort(made.draw)]
+    for first in range(0, DRAWS, 500):
+        seen = np.bincount(blended[:first], minlength=len(weights))
+        assert np.abs(seen - exact * first / DRAWS).max() <= (1 + len(weights)) / 2
+
+
+def test_every_sample_is_drawn_equally_often(made: Plan, recipe: Recipe) -> None:
+    units = units_of(recipe)
+    drawn: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in CORPORA}
+    for corpus, unit, index in zip(made.corpus.tolist(), made.unit.tolist(), made.index.tolist(), strict=True):
+        assert units[unit].corpus == made.names[corpus] and index < units[unit].report().tally.kept
+        drawn[made.names[corpus]][unit, index] += 1
+    for name, counts in drawn.items():
+        samples = int(CORPORA[name].samples * 0.002)
+        assert set(counts.values()) <= {counts.total() // samples, counts.total() // samples + 1}
+
+
+def test_rows_hold_what_the_samples_say_and_no_more(made: Plan, recipe: Recipe) -> None:
+    units = units_of(recipe)
+    facts = {number: np.fromfile(units[number].facts, FACTS) for number in np.unique(made.unit).tolist()}
+    lengths = [
+        int(facts[unit][index]["tokens"]) for unit, index in zip(made.unit.tolist(), made.index.tolist(), strict=True)
+    ]
+    filled = np.bincount(made.row, weights=lengths)
+    assert filled.max() <= LENGTH and (np.diff(made.row) >= 0).all()
+    assert filled.sum() == sum(audit.tokens for audit in made.audits.values())
+    assert filled.mean() / LENGTH > 0.96
+
+
+def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: Recipe, made: Plan) -> None:
+    unit = units_of(recipe)[0]
+    report = unit.report()
+    fewer = replace(report, tally=Tally(report.tally.kept - 1))
+    unit.marker.write_text(fewer.to_json())
+    with pytest.raises(UserError, match=rf"{unit.shard}.facts: cannot be read \({report.tally.kept} samples, .* says "):
+        plan(recipe.model_copy(update={"seed": 1}), Reporter(quiet=True))
+    unit.marker.write_text(report.to_json())

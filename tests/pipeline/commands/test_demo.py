@@ -1,0 +1,53 @@
+"""The demo's runs: what they are called, and that the trainer takes their flags."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data_prep.common.errors import UserError
+from pipeline.commands.demo import demo_command, same_answers, stages_of
+from pipeline.config.flags import parse
+
+
+@pytest.mark.parametrize(("pp", "end"), [(1, ""), (2, "_pp2")])
+def test_a_pipeline_has_runs_of_its_own(pp: int, end: str) -> None:
+    stages = stages_of(pp, "causal")
+    assert [stage.run for stage in stages] == [f"demo_pt{end}", f"demo_sft{end}", f"demo_sft_causal{end}"]
+    for stage in stages:
+        config = parse(["--recipe", stage.recipe, *stage.flags]).config
+        assert config.parallel.pp == pp
+        assert config.parallel.micro_batches == parse(["--recipe", stage.recipe]).config.parallel.micro_batches
+        assert config.init_from == ("" if stage is stages[0] else str(stages[0].folder))
+    assert config.mask.policy == "causal"
+    assert stages_of(pp) == stages[:2]
+
+
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(UserError, match="casual"):
+        stages_of(1, "casual")
+
+
+@pytest.mark.parametrize("words", ["--pp 3 --ranks 4", "--pp 0", "--ranks -2", "--pp 4 --ranks 4"])
+def test_ranks_that_stages_cannot_share_are_refused_before_any_work(
+    words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.commands.demo._call", lambda command, what: pytest.fail(f"{what} was begun"))
+    with pytest.raises(UserError, match=r"--pp -?\d does not divide --ranks -?\d|= 4 is more than the model's 3"):
+        demo_command(words.split())
+
+
+def test_answers_are_compared_question_by_question(tmp_path: Path) -> None:
+    def evaluated(name: str, *answers: str) -> Path:
+        (tmp_path / name).mkdir()
+        asked = [{"sample": f"q{number}", "answer": answer} for number, answer in enumerate(answers)]
+        content = json.dumps({str(tmp_path / name): {"answers": asked}})
+        (tmp_path / name / "evaluation.json").write_text(content)
+        return tmp_path / name
+
+    ours = evaluated("ours", "red", "two", "yes", "no")
+    assert same_answers(ours, evaluated("theirs", "red", "two", "no", "no")).endswith("theirs: 3 of 4 (75.0%)")
+    assert "other questions" in same_answers(ours, evaluated("fewer", "red"))
+    assert "is not there to compare with" in same_answers(ours, tmp_path / "nowhere")

@@ -1,0 +1,135 @@
+"""Recipes, flags and their errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_prep.common.errors import UserError
+from data_prep.common.yaml_files import read_mapping
+from pipeline.config.flags import build_parser, flag_name, parse
+from pipeline.config.recipes import RECIPES, load_config, read_recipe, to_yaml
+from pipeline.config.schema import RunConfig, known_keys
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LLM_DIR", "VISION_DIR"):
+        monkeypatch.setenv(variable, "/models/x")
+    config = load_config(name)
+    assert config.run_dir == f"runs/{name}"
+    assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
+
+
+def test_a_printed_config_is_a_recipe(tmp_path: Path) -> None:
+    config = load_config("demo_sft", [("train.lr", "1e-4")])
+    path = tmp_path / "printed.yaml"
+    path.write_text(to_yaml(config))
+    assert load_config(str(path)) == config
+
+
+def test_every_key_has_a_flag_and_a_help_text() -> None:
+    flags = {option for action in build_parser()._actions for option in action.option_strings}
+    for key, section in known_keys().items():
+        if section is None and not key.endswith(".config"):
+            assert flag_name(key) in flags
+    for section in [RunConfig, *[s for s in known_keys().values() if s]]:
+        assert all(info.description for info in section.model_fields.values()), section
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        pytest.param(["--train.lrr", "1"], ["--train.lrr", "did you mean '--train.lr'"], id="unknown flag"),
+        pytest.param(["--recipe", "demo_stf"], ["demo_stf", "did you mean 'demo_sft'"], id="unknown recipe"),
+        pytest.param(["--recipe", "nowhere.yaml"], ["nowhere.yaml"], id="missing file"),
+        pytest.param(["--train.beta2", "1"], ["train.beta2", "less than 1"], id="Adam would divide by 0"),
+        pytest.param(["--train.lr", "fast"], ["train.lr", "number", "fast"], id="not a number"),
+        pytest.param(["--train.batch-packs", "0"], ["train.batch_packs", "greater than 0"], id="out of range"),
+        pytest.param(["--parallel.schedule", "zigzag"], ["parallel.schedule", "1f1b"], id="not a choice"),
+        pytest.param(
+            ["--parallel.pp", "2", "--parallel.chunks", "2"], ["chunks=2 needs schedule=interleaved"], id="chunks alone"
+        ),
+        pytest.param(
+            ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"], ["set pp to 2 or more"], id="one stage"
+        ),
+        pytest.param(
+            ["--parallel.schedule", "interleaved", "--parallel.pp", "2"], ["set chunks to 2 or more"], id="one chunk"
+        ),
+        pytest.param(["--train.lr", "1e-9"], ["train", "min_lr=0.0001 is above lr=1e-09"], id="floor above peak"),
+        pytest.param(["--model.llm.config.hidden_size"], ["hidden_size", "expected a value"], id="no value"),
+        pytest.param(["--model.llm.config.hidden_size="], ["hidden_size", "expected a value"], id="empty value"),
+        pytest.param(["--model.llm.config.hidden_size", "[1"], ["hidden_size", "not valid YAML"], id="bad YAML"),
+    ],
+)
+def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        parse(argv)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param(
+            "train: {batch_pakcs: 4}", ["unknown key 'train.batch_pakcs'", "train.batch_packs"], id="unknown key"
+        ),
+        pytest.param("train: [1", ["not valid YAML"], id="bad YAML"),
+        pytest.param("- a", ["mapping"], id="not a mapping"),
+        pytest.param("data: {packs: '${NO_SUCH_VARIABLE}'}", ["NO_SUCH_VARIABLE"], id="unset variable"),
+        pytest.param("extends: nothing", ["nothing"], id="unknown parent"),
+        pytest.param("extends: r", ["unknown recipe 'r'"], id="its own parent"),
+        pytest.param("extends: other.yaml", ["r.yaml", "leads back to itself"], id="a circle of parents"),
+    ],
+)
+def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    (tmp_path / "other.yaml").write_text("extends: r")
+    with pytest.raises(UserError) as caught:
+        load_config(str(path))
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_an_empty_run_folder_is_the_recipes() -> None:
+    assert parse(["--recipe", "demo_pt", "--run-dir", ""]).config.run_dir == "runs/demo_pt"
+
+
+def test_flags_may_be_written_as_keys_are() -> None:
+    words = ["--train.batch_packs", "4", "--parallel.micro_batches=2", "--train.lr", "1e-3"]
+    assert parse(words).config == parse([word.replace("_", "-") for word in words]).config
+
+
+def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: qwen3, hidden_size: 32}}}")
+    assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "qwen3", "hidden_size": 32}
+    config = parse(["--model.llm.config.hidden_size", "48", "--model.llm.config.rope_theta=1e4"]).config
+    assert config.model.llm.config["hidden_size"] == 48
+    assert config.model.llm.config["rope_theta"] == 10_000.0, "a number, though YAML 1.1 asks for a dot in it"
+
+
+def test_a_recipe_may_take_the_name_of_the_shipped_one_it_extends(tmp_path: Path) -> None:
+    path = tmp_path / "demo_sft.yaml"
+    path.write_text("extends: demo_sft\ntrain: {lr: 5e-3}")
+    config = load_config(str(path))
+    assert (config.train.lr, config.data.packs) == (5e-3, "data/demo/packs/sft")
+
+
+def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read"):
+        read_mapping(tmp_path)
+
+
+def test_a_flag_spares_the_variable_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("LLM_DIR", "VISION_DIR"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(UserError, match="LLM_DIR"):
+        load_config("aki_4b_pt", [("model.vision.source", "/models/v")])
+    config = load_config("aki_4b_pt", [("model.vision.source", "/models/v"), ("model.llm.source", "/models/l")])
+    assert (config.model.llm.source, config.data.packs) == ("/models/l", "data/aki_pt/packs/pt")

@@ -1,0 +1,117 @@
+"""Estimates against sums done by hand, and the command that prints them."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import pytest
+
+from pipeline.cli import main
+from pipeline.commands.estimate import draw_load, image_tokens, work_shares
+from pipeline.config.flags import parse
+from pipeline.model.counts import Cost
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.ds_config import Sharding, read_ds_config
+from pipeline.parallel.partition import split_stages
+from pipeline.parallel.schedule import bubble
+from pipeline.planning.estimate import Load
+
+SHARES = (0.01, 0.3)
+OFFLOADED = ("zero3_offload", "zero3_offload_params")
+GRID = ["--train.batch-packs", "16", "--parallel.micro-batches", "0"]
+
+
+def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> Load:
+    config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
+    sharding = Sharding.of(read_ds_config(f"ds_configs/{zero}.json"), config.parallel)
+    spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
+    return draw_load(config, sharding, spec, ranks=ranks, length=length, shares=SHARES)
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize("ranks", [2, 4, 8])
+def test_states_of_all_ranks_sum_to_the_model(ranks: int, pp: int) -> None:
+    """16 bytes of states a trained parameter beside its compute type (arXiv 1910.02054), 0 a frozen one."""
+    load = load_of("--parallel.pp", str(pp), ranks=ranks)
+    trained = load.counts.total - load.counts.vision
+    summed = sum(load.memory(stage).states * load.dp for stage in range(pp))
+    assert summed == pytest.approx(trained * (2 + 16) + load.counts.vision * 2)
+    assert sum(work_shares(load)) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("resident", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
+def test_what_is_held_follows_the_settings(resident: float, once: bool) -> None:
+    load = load_of("--parallel.resident", str(resident), "--parallel.reduce-once", str(once).lower())
+    trained, frozen = load.stage_parameters(0)
+    counts = load.counts
+    largest = max(*counts.layers, counts.connector, counts.embed, counts.head)  # whole while it runs, whatever stays
+    assert load.memory(0).gathered == 2 * max(resident * (trained + frozen), largest) + 4 * once * trained
+
+
+def test_zero_stages_differ_in_the_gradient_that_is_held() -> None:
+    one, two, three = (load_of(zero=name).memory(0) for name in ("zero1", "zero2", "zero3"))
+    trained, frozen = load_of().stage_parameters(0)
+    assert one == three, "ZeRO-3 gathered once a step and reduced once a step"
+    assert (one.gathered - two.gathered, two.gathered) == (4 * trained, 2 * (trained + frozen))
+
+
+def test_what_is_offloaded_is_counted_for_the_host() -> None:
+    here, there, all_there = (load_of(zero=name).memory(0) for name in ("zero3", *OFFLOADED))
+    trained, frozen = load_of().stage_parameters(0)
+    assert (there.host, all_there.host) == (trained * 16 / 4, trained * 16 / 4 + (trained + frozen) * 2 / 4)
+    assert here.host == all_there.states == 0
+    assert here.states == there.states + there.host == all_there.host
+
+
+def test_activations_follow_schedule_and_recomputation() -> None:
+    def activations(stage: int, *flags: str) -> float:
+        return load_of("--parallel.pp", "2", "--parallel.split", "2,1", *flags).memory(stage).activations
+
+    assert activations(0) == 2 * 2 * activations(1), "two micro-batches alive, two layers each, against one and one"
+    assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"
+    assert activations(0, "--train.gradient-checkpointing", "true") < activations(0) / 2
+    assert activations(0, "--train.dtype", "fp32") == 2 * activations(0)
+
+
+def test_open_losses_hold_the_heads_gradient() -> None:
+    def losses(stage: int, *flags: str) -> float:
+        return load_of("--parallel.pp", "2", *flags).memory(stage).losses
+
+    spec = load_of().spec
+    assert losses(0) == 0 and losses(1) == 4 * spec.vocab_rows * spec.width
+    assert losses(1, "--parallel.schedule", "gpipe") == load_of("--parallel.pp", "2").micros * losses(1)
+
+
+@pytest.mark.parametrize("flags", [[], ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"]])
+def test_every_part_of_the_model_is_the_work_of_one_chunk(flags: list[str]) -> None:
+    load = load_of("--parallel.pp", "2", "--model.llm.config.num_hidden_layers", "6", *flags)
+    work = [load.work(stage, chunk) for stage, chunks in enumerate(load.splits) for chunk in range(len(chunks))]
+    assert sum(part.forward for part in work) == pytest.approx(sum(part.forward for part in load.costs))
+    assert sum(part.backward for part in work) == pytest.approx(sum(part.backward for part in load.costs))
+    assert flags or load.bubble > bubble(2, load.micros), "unequal stages wait longer than equal ones"
+    chunks = 3 if flags else 1
+    even = replace(load, costs=[Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)], splits=split_stages(6, 2, chunks))
+    assert even.bubble == pytest.approx(bubble(2, load.micros, chunks))
+
+
+def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["estimate", "demo_sft", "--ranks", "2", "4", "--length", "512", "--parallel.pp", "2", *GRID]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "demo_sft on 2 ranks" in shown and "demo_sft on 4 ranks" in shown
+    assert "(5.9% with equal stages)" in shown and "(11.1% with equal stages)" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "unknown recipe 'nonsense'"),
+        (["demo_sft", "--ranks", "3", "--parallel.pp", "2"], "parallel.pp=2 does not divide 3 ranks"),
+        (["demo_sft", "--length", "8"], "cannot hold one image"),
+        (["demo_sft", "--train.batch-packz", "4"], "unknown flag"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,280 @@
+"""The watchdog: what it decides from what it hears, and what real processes hear, say and leave behind."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config.schema import ParallelConfig
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.logs import RankLog
+from pipeline.training.supervise import end_with
+from pipeline.watchdog.channel import LOST_S, Channel, listen
+from pipeline.watchdog.coordinator import Lead
+from pipeline.watchdog.heartbeat import Activity
+from pipeline.watchdog.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
+from pipeline.watchdog.watchdog import TERMINATED_CODE, Watch
+from pipeline.watchdog.worker import Follower
+from tests.launch import ROOT, environment
+
+LIMIT_S = 5.0
+
+
+class Ranks:
+    """A monitor that hears ``world`` ranks, on a clock of its own."""
+
+    def __init__(self, world: int = 4) -> None:
+        self.monitor = Monitor(world, LIMIT_S)
+        self.now, self._count = 100.0, 0
+        for rank in range(world):
+            self.monitor.join(rank, f"host h, pid {rank}", self.now)
+
+    def say(self, rank: int, doing: str, *, waits: bool = False, begun: int = 2, anew: bool = True) -> None:
+        self._count += anew
+        count = self._count if anew else 0
+        news = {"step": 3, "begun": begun, "count": count, "doing": doing, "where": "", "waits": waits}
+        self.monitor.pulse(rank, news, self.now)
+
+    def verdict(self, after_s: float, *, terminated: bool = False) -> str:
+        verdict = self.monitor.verdict(self.now + after_s, terminated=terminated)
+        return "" if verdict is None else "\n".join([verdict.text, *verdict.others])
+
+
+@pytest.fixture
+def ranks() -> Ranks:
+    """Rank 1 is in a forward, the others wait for it, and none has got further since."""
+    ranks = Ranks()
+    ranks.say(1, "forward of micro-batch 2")
+    for rank in (0, 2, 3):
+        ranks.say(rank, "waiting for rank 1: hidden states of micro-batch 2", waits=True)
+    return ranks
+
+
+def test_the_rank_that_does_not_wait_is_the_one_that_hangs(ranks: Ranks) -> None:
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+    said = ranks.verdict(LIMIT_S + 0.1)
+    assert "rank 1 (host h, pid 1) hangs in forward of micro-batch 2 while the others wait" in said
+    assert "ranks 0, 2-3: waiting for rank 1: hidden states of micro-batch 2" in said
+
+
+def test_any_progress_of_any_rank_is_progress(ranks: Ranks) -> None:
+    ranks.now += LIMIT_S - 1
+    ranks.say(3, "backward of micro-batch 0")
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+    assert "no rank got any further" in ranks.verdict(LIMIT_S + 0.1)
+
+
+def test_starting_takes_its_time() -> None:
+    ranks = Ranks(1)
+    ranks.say(0, "building the stage", begun=1)
+    assert ranks.verdict(START_S - 1) == ""
+    assert "hangs in building the stage" not in ranks.verdict(START_S + 1), "alone, it is not compared with others"
+
+
+def test_a_pulse_without_news_is_no_progress() -> None:
+    ranks = Ranks(2)
+    for rank in (0, 1):
+        ranks.say(rank, "forward", anew=False)
+    ranks.now += LIMIT_S + 1
+    for rank in (0, 1):
+        ranks.say(rank, "forward", anew=False)
+    assert "all of them are busy, none is plainly the cause" in ranks.verdict(0)
+
+
+def test_silence_tells_more_than_what_was_said_last(ranks: Ranks) -> None:
+    ranks.now += SILENT_S + LIMIT_S
+    for rank in (0, 1, 3):
+        ranks.monitor.members[rank].heard = ranks.now
+    assert "nothing was heard of rank 2 (host h, pid 2) for 15 s, last in waiting for rank 1" in ranks.verdict(0)
+
+
+def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
+    ranks.monitor.failed(0, "RuntimeError: Connection closed by peer", 1, ranks.now)
+    ranks.monitor.gone(2, ranks.now)
+    assert ranks.verdict(SETTLE_S / 2) == "", "more news may come"
+    said = ranks.verdict(2 * SETTLE_S)
+    assert said.startswith("rank 2 (host h, pid 2) died: killed") and "at step 3 in waiting for rank 1" in said
+    assert "rank 0: failed then: RuntimeError: Connection closed by peer" in said
+
+
+def test_a_lost_node_is_all_its_ranks(ranks: Ranks) -> None:
+    for rank in (2, 3, 1):
+        ranks.monitor.gone(rank, ranks.now)
+    said = ranks.verdict(2 * SETTLE_S)
+    assert said.startswith("rank 1 (host h, pid 1) died, and so did ranks 2-3: killed")
+    assert "last heard of at step 3 in forward of micro-batch 2" in said
+
+
+def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
+    ranks.monitor.failed(3, "the image cannot be read", 2, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == "rank 3 (host h, pid 3), step 3: the image cannot be read"
+    for rank in (0, 1):
+        ranks.monitor.failed(rank, "the image cannot be read", 2, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == "the image cannot be read"
+
+
+def test_who_takes_leave_does_not_die(ranks: Ranks) -> None:
+    for rank in (1, 2, 3):
+        ranks.monitor.left(rank)
+        ranks.monitor.gone(rank, ranks.now)
+    assert ranks.verdict(2 * SETTLE_S) == ""
+
+
+def test_a_suspended_job_has_not_hung(ranks: Ranks) -> None:
+    ranks.now += 3600
+    ranks.monitor.forgive(3600)
+    assert ranks.verdict(LIMIT_S - 0.1) == ""
+
+
+def test_ranks_that_were_all_told_to_end_have_not_failed(ranks: Ranks) -> None:
+    ranks.monitor.failed(3, TERMINATED, TERMINATED_CODE, ranks.now)
+    assert ranks.verdict(0, terminated=True) == ""
+    assert ranks.verdict(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "it alone was"
+
+
+def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
+    del ranks.monitor.members[3]
+    assert ranks.verdict(LIMIT_S + 0.1).endswith("rank 3: not watched")
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "waits"),
+    [
+        ("lib/torch/distributed/distributed_c10d.py", "all_reduce", True),
+        ("lib/torch/cuda/streams.py", "synchronize", True),
+        ("lib/deepspeed/runtime/zero/partition_parameters.py", "wait", True),
+        ("lib/torch/nn/functional.py", "linear", False),
+    ],
+)
+def test_who_is_held_by_a_collective_or_a_gpu_waits(
+    path: str, name: str, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.watchdog.heartbeat.LOOK_AFTER_S", -1.0)
+    activity, release = Activity(), threading.Lock()
+    activity.doing("backward of micro-batch 1")
+
+    def held() -> None:
+        release.acquire()
+
+    held.__code__ = held.__code__.replace(co_filename=path, co_name=name)
+    with release:
+        training = threading.Thread(target=held)
+        training.start()
+        activity._thread = training.ident or 0
+        while not (news := activity.pulse())["where"].endswith(f"in {name}"):
+            time.sleep(0.001)
+    training.join()
+    assert news["waits"] == waits, news
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("faults", "said", "codes"),
+    [
+        pytest.param(
+            ["waits", "killed", "waits"], ["rank 1 (pid ", "died: killed", "at step 7 in"], [1, -signal.SIGKILL, 1],
+            id="killed",
+        ),
+        pytest.param(["waits", "hangs", "waits"], ["no rank got any further for 5 s", "rank 1 (pid ",
+            "hangs in a long forward (watch_worker.py:", "in work) while the others wait"], [1, 1, 1], id="hangs"
+        ),
+        pytest.param(["killed", "waits"], ["rank 0 (pid ", "died: killed, or out of host memory; this rank was in "
+            "waiting for rank 1"], [-signal.SIGKILL, 1], id="rank 0 killed"),
+        pytest.param(["waits", "waits", "fails"], ["error\n", "step ", ": the disk is full"], [2, 2, 2], id="fails"),
+        pytest.param(["waits", "terminated"], [f": {TERMINATED}"], [TERMINATED_CODE] * 2, id="one is terminated"),
+        pytest.param(["leaves", "leaves"], [], [0, 0], id="all is well"),
+    ],
+)  # fmt: skip
+def test_processes_end_together_and_say_why(
+    faults: list[str], said: list[str], codes: list[int], tmp_path: Path
+) -> None:
+    worker, world = ROOT / "tests/pipeline/watchdog/watch_worker.py", str(len(faults))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), world, tmp_path / "port", tmp_path / f"{rank}.log", fault],
+            env=environment({"PYTHONPATH": str(ROOT)}), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank, fault in enumerate(faults)
+    ]  # fmt: skip
+    output = "".join(rank.communicate(timeout=50)[0] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == codes, output
+    assert all(words in output for words in said), output
+    assert said or not output, output
+    for rank, code in enumerate(codes):
+        log = (tmp_path / f"{rank}.log").read_text()
+        assert code == TERMINATED_CODE or ("most recent call first" in log) == (code == 1), log
+
+
+def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
+    with listen() as listener, socket.create_connection(("localhost", listener.getsockname()[1])) as follower:
+        lead, _ = listener.accept()
+        with lead:
+            for connection in (Channel(lead).socket, Channel(follower).socket):
+                idle, between, count, unanswered_ms = (
+                    connection.getsockopt(socket.IPPROTO_TCP, option)
+                    for option in (
+                        socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT, socket.TCP_USER_TIMEOUT
+                    )
+                )  # fmt: skip
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert idle + between * count == LOST_S == unanswered_ms / 1000
+
+
+@pytest.mark.parametrize("line", [b"1", b"[]", b"nonsense", b"[" * 60_000, b'{"rank": 1}'])
+def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w") as log:
+        watch = Watch(
+            rank=0, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
+        )  # fmt: skip
+        listener = listen()
+        address = ("localhost", listener.getsockname()[1])
+        watch.start(Lead(watch, listener, 7).run)
+        with socket.create_connection(address) as stranger:
+            stranger.sendall(line + b"\n")
+            stranger.settimeout(30)
+            assert stranger.recv(1) == b"", "it is sent away"
+        assert watch.alive
+        watch.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", [0, 2])
+def test_a_failed_process_does_not_wait_for_what_may_never_come(code: int) -> None:
+    writer = "threading.Thread(target=lambda: (threading.main_thread().join(), print(' and saved'))).start()"
+    script = f"import threading; from pipeline.train import leave; {writer}; print('said', end=''); leave({code})"
+    ended = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment({"PYTHONPATH": str(ROOT)}), cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=300,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (code, "said" if code else "said and saved\n")
+
+
+def test_an_error_of_settings_says_where_it_lies(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"))
+    with pytest.raises(ValidationError) as found:
+        ParallelConfig.model_validate({"pp": "two"})
+    end_with(found.value, folder=folder, log=RankLog(folder, 1), watch=None, rank=1)
+    assert "ValidationError: ParallelConfig: pp: Input should be a valid integer" in folder.status()["error"]
+
+
+def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        with (tmp_path / "log").open("w") as log:
+            watch = Watch(
+                rank=1, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
+            )  # fmt: skip
+            watch.start(Follower(watch, closed.getsockname(), 1).run)
+            watch.close()
+            assert not watch.fail("an error", 2), "nobody listens: the rank says it by itself"
+    assert "warning: rank 1 cannot reach the watchdog of rank 0 at 127.0.0.1:" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -1,0 +1,74 @@
+"""One rank that only has a watchdog: RANK WORLD PORT_FILE LOG FAULT; all do as their faults say once all are there."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from pipeline.watchdog.channel import listen
+from pipeline.watchdog.coordinator import Lead
+from pipeline.watchdog.monitor import Verdict
+from pipeline.watchdog.watchdog import Watch
+from pipeline.watchdog.worker import Follower
+
+SECRET, TIMEOUT_S = 77, 5.0
+
+
+def report(verdict: Verdict) -> None:
+    print("\n".join([verdict.kind, verdict.text, *verdict.others]), flush=True)
+
+
+def meet(watch: Watch, place: Path, rank: int, world: int) -> None:
+    """Make progress until all ranks have been watched for a while."""
+    watch.activity.begin_step(6)
+    watch.activity.begin_step(7)
+    watch.activity.doing("waiting for rank 1: hidden states of micro-batch 1")
+    place.with_suffix(f".{rank}").touch()
+    while not all(place.with_suffix(f".{peer}").exists() for peer in range(world)):
+        time.sleep(0.01)
+    time.sleep(0.5)
+
+
+def work(watch: Watch, fault: str) -> int:
+    """Do as ``fault`` says; return the exit code of a process that got that far."""
+    if fault in ("killed", "terminated", "stopped"):
+        sig = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM, "stopped": signal.SIGSTOP}[fault]
+        os.kill(os.getpid(), sig)
+    if fault == "fails":
+        watch.fail("the disk is full", 2)
+        return 2
+    if fault == "leaves":
+        watch.close()
+        return 0
+    if fault == "hangs":
+        watch.activity.doing("a long forward")
+    time.sleep(60)
+    return 0
+
+
+def main() -> int:
+    rank, world, place, log, fault = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+    with Path(log).open("a", encoding="utf-8") as stream:
+        watch = Watch(
+            rank=rank, world=world, place=f"pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,
+            lost=lambda text, step: print(text, flush=True),
+        )  # fmt: skip
+        if rank == 0:
+            listener = listen()
+            part = place.with_suffix(".part")
+            part.write_text(str(listener.getsockname()[1]))
+            part.rename(place)
+            watch.start(Lead(watch, listener, SECRET).run)
+        else:
+            while not place.is_file():
+                time.sleep(0.01)
+            watch.start(Follower(watch, ("localhost", int(place.read_text())), SECRET).run)
+        meet(watch, place, rank, world)
+        return work(watch, fault)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.rows import KINDS, make_row
-from pipeline.attention import Plan, attend, build_plan
+from pipeline.attention import AttentionPlan, attend, build_plan
 from pipeline.masks import Sidecars
 
 DENSE_LIMIT = 8192
@@ -94,11 +94,11 @@ class Inputs:
         q, k, v = (x.detach().double().requires_grad_() for x in (self.q, self.k, self.v))
         return Inputs(q, k, v, self.gradient.double())
 
-    def forward(self, plan: Plan, backend: str) -> torch.Tensor:
+    def forward(self, plan: AttentionPlan, backend: str) -> torch.Tensor:
         """Attend."""
         return attend(self.q, self.k, self.v, plan, backend=backend)
 
-    def both(self, plan: Plan, backend: str) -> list[torch.Tensor]:
+    def both(self, plan: AttentionPlan, backend: str) -> list[torch.Tensor]:
         """Attend, and return the output and the gradients of q, k and v."""
         out = self.forward(plan, backend)
         return [out, *torch.autograd.grad(out, (self.q, self.k, self.v), self.gradient)]
@@ -161,7 +161,7 @@ def peak_mib(work: Callable[[], object], device: str) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def ready_plan(sidecars: Sidecars, backend: str, device: str) -> Plan:
+def ready_plan(sidecars: Sidecars, backend: str, device: str) -> AttentionPlan:
     """Build the plan with everything the backend needs, on the device."""
     plan = build_plan("causal" if backend == "causal" else "mma", sidecars).to(device)
     getattr(plan, TABLES[backend])

@@ -19,7 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RANKS = 4
-COLUMNS = ("engine", "pp", "micro-batches", "ZeRO", "resident", "reduced", "step ms", "tokens / s", "x baseline",
+COLUMNS = ("engine", "pp", "micro-batches", "ZeRO", "gathered", "reduced", "step ms", "tokens / s", "x baseline",
            "x CPU time", "gather x", "gathers", "reduce x", "sent KiB")  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add tokens a second, and throughput and processor time a token against the baseline of as many micro-batches."""
-    base = {case["micros"]: case for case in results if case["engine"] == "ZeRO-3"}
+    base = {case["microbatches"]: case for case in results if case["engine"] == "ZeRO-3"}
 
     def rate(case: dict[str, Any]) -> float:
         return float(case["tokens"] / case["seconds"])
@@ -56,8 +56,8 @@ def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
         case
         | {
             "tokens_per_s": rate(case),
-            "vs_baseline": rate(case) / rate(base[case["micros"]]),
-            "cpu_vs_baseline": work(case) / work(base[case["micros"]]),
+            "vs_baseline": rate(case) / rate(base[case["microbatches"]]),
+            "cpu_vs_baseline": work(case) / work(base[case["microbatches"]]),
         }
         for case in results
     ]
@@ -69,7 +69,8 @@ def table_line(case: dict[str, Any]) -> str:
     once = case["once"] if case["once"] is not None else case["zero"] != 2
     traffic = [f"{case['gather_x']:.2f}", f"{case['gathers']:.0f}", f"{case['reduce_x']:.2f}"]
     cells = [
-        f"**{case['engine']}**" if ours else case["engine"], str(case["pp"]), str(case["micros"]), str(case["zero"]),
+        f"**{case['engine']}**" if ours else case["engine"],
+        str(case["pp"]), str(case["microbatches"]), str(case["zero"]),
         f"{case['resident']:g}" if ours and case["zero"] == 3 else "-", ("once" if once else "each") if ours else "-",
         f"{1000 * case['seconds']:,.0f}", f"{case['tokens_per_s']:,.0f}", f"{case['vs_baseline']:.2f}",
         f"{case['cpu_vs_baseline']:.2f}", *(traffic if counted else ["-"] * 3),

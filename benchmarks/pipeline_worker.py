@@ -23,7 +23,7 @@ from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.attention import Plan, build_plan
+from pipeline.attention import AttentionPlan, build_plan
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
@@ -71,9 +71,9 @@ class Case:
     engine: Literal["stages", "ZeRO-3", "PipelineModule"]
     """This project's; the stock engine with its own accumulation; DeepSpeed's own pipeline with ZeRO-1."""
     pp: int
-    micros: int
+    microbatches: int
     zero: int = 3
-    resident: float = 1.0
+    gathered_fraction: float = 1.0
     once: bool | None = None
 
 
@@ -84,24 +84,26 @@ def all_cases(counts: Sequence[int], quick: bool) -> list[Case]:
     """
     shares, onces = ((0.0, 1.0), (True,)) if quick else ((0.0, 0.5, 1.0), (True, False))
     cases = []
-    for micros in counts:
-        cases.append(Case("ZeRO-3", 1, micros))
-        cases += [Case("PipelineModule", pp, micros, zero=1) for pp in ((2,) if quick else (2, 4))]
+    for microbatches in counts:
+        cases.append(Case("ZeRO-3", 1, microbatches))
+        cases += [Case("PipelineModule", pp, microbatches, zero=1) for pp in ((2,) if quick else (2, 4))]
         for pp in (1, 2):
-            cases += [Case("stages", pp, micros, zero=zero) for zero in (1, 2)]
-            cases += [Case("stages", pp, micros, 3, share, once) for share, once in itertools.product(shares, onces)]
-        cases += [] if quick else [Case("stages", 4, micros)]
+            cases += [Case("stages", pp, microbatches, zero=zero) for zero in (1, 2)]
+            cases += [
+                Case("stages", pp, microbatches, 3, share, once) for share, once in itertools.product(shares, onces)
+            ]
+        cases += [] if quick else [Case("stages", 4, microbatches)]
     return cases
 
 
-def row(seed: int, plan: Plan) -> StageInputs:
+def row(seed: int, plan: AttentionPlan) -> StageInputs:
     """Draw one row of text, every token of which is predicted by the one before."""
     ids = torch.randint(VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(seed))
     nothing = torch.empty(0, dtype=torch.long)
     return StageInputs(ids[:-1], torch.arange(TOKENS), plan, ids[1:], nothing, None)
 
 
-def text_plan() -> Plan:
+def text_plan() -> AttentionPlan:
     ones, zeros = torch.ones(TOKENS, dtype=torch.long), torch.zeros(TOKENS, dtype=torch.long)
     return build_plan("causal", Sidecars(segment=ones, modality=zeros, instance=zeros - 1, generated=ones))
 
@@ -120,7 +122,7 @@ class Embed(nn.Module):
 class Layer(nn.Module):
     """A decoder layer as a layer of a PipelineModule."""
 
-    def __init__(self, stage: Stage, index: int, plan: Plan) -> None:
+    def __init__(self, stage: Stage, index: int, plan: AttentionPlan) -> None:
         super().__init__()
         self.layer = stage.model.layers[str(index)]
         self._fixed = (stage.rotary, plan)
@@ -160,8 +162,8 @@ class Bench:
 
     def rows(self, case: Case) -> list[StageInputs]:
         """Return the rows of this rank's replica."""
-        first = self.grids[case.pp].replica * case.micros
-        return [row(first + number, self.plan) for number in range(case.micros)]
+        first = self.grids[case.pp].dp_rank * case.microbatches
+        return [row(first + number, self.plan) for number in range(case.microbatches)]
 
     def whole_model(self) -> Stage:
         return build_stage(
@@ -169,25 +171,26 @@ class Bench:
         )
 
     def config(self, case: Case) -> tuple[dict[str, Any], Sharding]:
-        keys = {"resident": case.resident, "reduce_once": case.once}
+        keys = {"gathered_fraction": case.gathered_fraction, "reduce_once": case.once}
         run = RunConfig.model_validate({"log": {"tensorboard": False}, "parallel": keys})
         raw = read_ds_config(f"ds_configs/zero{case.zero}.json")
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        return complete_ds_config(raw, run, micro_packs=1, bf16=False), Sharding.of(raw, run.parallel)
+        return complete_ds_config(raw, run, microbatch_rows=1, bf16=False), Sharding.of(raw, run.parallel)
 
     def stages(self, case: Case) -> tuple[Callable[[], Any], Traffic, tuple[int, int]]:
         """This project's engine."""
         grid, groups, (ds_config, sharding) = self.grids[case.pp], self.groups[case.pp], self.config(case)
         module = build_stage(
             self.spec, layers=split_layers(LAYERS, case.pp)[grid.stage], first=grid.first, last=grid.last,
-            dtype=torch.float32, device="cpu", seed=0, reads=grid.replica == 0, shard=sharder(grid, groups, ds_config),
+            dtype=torch.float32, device="cpu", seed=0, reads=grid.dp_rank == 0, shard=sharder(grid, groups, ds_config),
         )  # fmt: skip
         stage = Zero3Stage(
-            module, adamw(module), topology=grid, groups=groups, ds_config=ds_config, resident=sharding.resident,
+            module, adamw(module), topology=grid, groups=groups, ds_config=ds_config,
+            gathered_fraction=sharding.gathered_fraction,
             reduce_once=sharding.reduce_once,
         )  # fmt: skip
         runner = Runner(stage, topology=grid, groups=groups, width=WIDTH, dtype=torch.float32, schedule="1f1b")
-        rows, scale = self.rows(case), 1 / (case.micros * TOKENS)
+        rows, scale = self.rows(case), 1 / (case.microbatches * TOKENS)
 
         def step() -> None:
             runner.run(rows, scale)
@@ -205,7 +208,8 @@ class Bench:
             zero[key] = int(zero.get(key, default) * share)
         ds_config = {
             "zero_optimization": zero | {"stage3_param_persistence_threshold": 0},
-            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": case.micros, "gradient_clipping": 1.0,
+            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": case.microbatches,
+            "gradient_clipping": 1.0,
             "zero_allow_untested_optimizer": True, "steps_per_print": 1 << 60,
         }  # fmt: skip
         engine, *_ = deepspeed.initialize(model=module, optimizer=adamw(module), config=ds_config)
@@ -226,7 +230,7 @@ class Bench:
         module = PipelineModule(layers=layers, topology=places, loss_fn=mean_loss, partition_method="parameters")
         ds_config = {
             "zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0,
-            "gradient_accumulation_steps": case.micros, "zero_allow_untested_optimizer": True,
+            "gradient_accumulation_steps": case.microbatches, "zero_allow_untested_optimizer": True,
             "steps_per_print": 1 << 60,
         }  # fmt: skip
         optimizer = torch.optim.AdamW([param for param in module.parameters() if param.requires_grad], lr=1e-4)
@@ -252,7 +256,7 @@ class Bench:
         dist.all_reduce(sent)
         return asdict(case) | {
             "seconds": min(walls), "cpu_seconds": float(worked) / steps,
-            "tokens": case.micros * TOKENS * self.grids[case.pp].dp,
+            "tokens": case.microbatches * TOKENS * self.grids[case.pp].dp,
             "gather_x": moved.gather_x / steps, "reduce_x": moved.reduce_x / steps,
             "gathers": counted.gathers / steps, "reductions": counted.reductions / steps,
             "sent_bytes": float(sent) / steps,

@@ -11,7 +11,7 @@ from functools import partial
 
 from benchmarks.attention import milliseconds
 from benchmarks.rows import KINDS, make_row
-from pipeline.attention import Plan, build_plan
+from pipeline.attention import AttentionPlan, build_plan
 from pipeline.attention.runs import RunSplit
 from pipeline.masks import Sidecars, prove
 
@@ -26,10 +26,10 @@ COLUMNS = (
 )
 
 
-def with_tables(sidecars: Sidecars) -> Plan:
+def with_tables(sidecars: Sidecars) -> AttentionPlan:
     """Build what the ``runsplit`` backend needs."""
     plan = build_plan("mma", sidecars)
-    assert plan.runs.parts
+    assert plan.runs.batches
     return plan
 
 
@@ -37,7 +37,7 @@ def table_bytes(runs: RunSplit) -> int:
     """Count what a plan keeps on the device."""
     gathers = [gather for gather in (runs.queries, runs.outputs, runs.keys) if gather is not None]
     tensors = [tensor for gather in gathers for tensor in (gather.rows, gather.bag, gather.offsets)]
-    tensors += [tensor for part in runs.parts for tensor in (part.cu_q, part.cu_k)]
+    tensors += [tensor for batch in runs.batches for tensor in (batch.cu_q, batch.cu_k)]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -57,7 +57,7 @@ def lines(kinds: list[str], sizes: list[int]) -> Iterator[str]:
                     partial(prove, "mma", sidecars, 32),
                 )
             ]
-            cells = [kind, f"{tokens:,}", *(f"{time:.2f}" for time in times), f"{plan.copies:.2f}"]
+            cells = [kind, f"{tokens:,}", *(f"{time:.2f}" for time in times), f"{plan.gather_ratio:.2f}"]
             yield f"| {' | '.join(cells)} | {table_bytes(plan.runs) / 1024:,.0f} |"
 
 

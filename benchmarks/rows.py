@@ -51,11 +51,11 @@ def make_row(kind: str, tokens: int, seed: int = 0) -> Sidecars:
     columns: list[tuple[int, int, int, int]] = []
     images = 0
     for segment, pieces in enumerate(_samples(kind, random.Random(seed)), start=1):
-        if len(columns) + sum(length for _, length in pieces) > tokens:
+        if len(columns) + sum(seq_len for _, seq_len in pieces) > tokens:
             break
-        for code, length in pieces:
+        for code, seq_len in pieces:
             medium = code == IMAGE
-            columns += [(segment, int(medium), images if medium else -1, int(code == ANSWER))] * length
+            columns += [(segment, int(medium), images if medium else -1, int(code == ANSWER))] * seq_len
             images += medium
     columns += [(0, 0, -1, 0)] * (tokens - len(columns))
     segment, modality, instance, generated = torch.tensor(columns).T

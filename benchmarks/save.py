@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.planning.run_plan import Blueprint
-    from pipeline.training.saving import Saver
+    from pipeline.planning.run_plan import RunPlan
+    from pipeline.training.checkpoint_manager import CheckpointManager
     from pipeline.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,28 +62,28 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     from pipeline.checkpoints.checkpoint import load, newest_whole
     from pipeline.config.flags import parse
     from pipeline.parallel.launch import configure_libraries, fill_rank_variables, start_processes, stop_processes
-    from pipeline.planning.run_plan import Blueprint
+    from pipeline.planning.run_plan import RunPlan
+    from pipeline.training.checkpoint_manager import CheckpointManager
     from pipeline.training.run.folder import RunFolder
-    from pipeline.training.saving import Saver
     from pipeline.training.trainer import Trainer
-    from pipeline.watchdog.heartbeat import Activity
+    from pipeline.watchdog.heartbeat import Heartbeat
 
     configure_libraries()
     fill_rank_variables()
-    plan = Blueprint.draw(parse(list(words)), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
+    plan = RunPlan.build(parse(list(words)), rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE"]))
     folder = RunFolder(plan.config.run_dir)
     folder.create()
     start_processes(plan.config.parallel.timeout_s)
-    trainer = Trainer(plan, folder, Activity())
-    savers = {mode: Saver(_with(plan, mode), folder, trainer._stage, step=0) for mode in MODES}
+    trainer = Trainer(plan, folder, Heartbeat())
+    savers = {mode: CheckpointManager(_with(plan, mode), folder, trainer._stage, step=0) for mode in MODES}
     steps = _steps(trainer)
     for _ in range(STEPS):
         next(steps)
     for mode in MODES[1:]:  # the first asynchronous save takes the memory that all later ones use
         _block(trainer, savers[mode], mode, steps)
     done = [_block(trainer, savers[mode], mode, steps) for _ in range(blocks) for mode in MODES]
-    trainer._saver = savers["synchronous"]
-    trainer._saver.save(last := trainer.step)
+    trainer._checkpoints = savers["synchronous"]
+    trainer._checkpoints.save(last := trainer.step)
     began = time.monotonic()
     found, complaints = newest_whole(folder.path, rank=plan.topology.rank, world=plan.topology.world)
     assert found is not None and not complaints, complaints
@@ -94,7 +94,7 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     return Measured(written / 1e6, took, last - found.manifest.step, done)
 
 
-def _with(plan: Blueprint, mode: str) -> Blueprint:
+def _with(plan: RunPlan, mode: str) -> RunPlan:
     kept = plan.config.checkpoint.model_copy(update={"asynchronous": mode == "asynchronous"})
     return replace(plan, config=plan.config.model_copy(update={"checkpoint": kept}))
 
@@ -106,8 +106,8 @@ def _steps(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _block(trainer: Trainer, saver: Saver, mode: str, steps: Iterator[None]) -> Block:
-    trainer._saver = saver
+def _block(trainer: Trainer, saver: CheckpointManager, mode: str, steps: Iterator[None]) -> Block:
+    trainer._checkpoints = saver
     saver.take_waited()
     began = time.monotonic()
     if mode != "none":
@@ -144,7 +144,7 @@ def _words(options: argparse.Namespace, folder: Path) -> list[str]:
         "--data.packs", str(options.packs), "--log.tensorboard", "false", "--checkpoint.keep-last", "1",
         "--model.llm.config.hidden_size", str(options.width), "--model.llm.config.num_hidden_layers",
         str(options.layers), "--model.llm.config.intermediate_size", str(4 * options.width), "--train.steps",
-        str(steps + 1), "--train.batch-packs", str(2 * options.ranks), "--parallel.micro-batches", "2",
+        str(steps + 1), "--train.global-batch-size", str(2 * options.ranks), "--parallel.micro-batches", "2",
         "--log.spike-mads", "0",
     ]  # fmt: skip
 

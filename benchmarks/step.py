@@ -25,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.rows import IMAGE_TOKENS, make_row
 from pipeline.attention import build_plan
 from pipeline.attention.hf import NAME
-from pipeline.commands.estimate import draw_load
+from pipeline.commands.estimate import build_workload_estimate
 from pipeline.config.schema import ModelConfig, RunConfig
 from pipeline.masks import Sidecars, dense_mask, position_ids
 from pipeline.model.build import build_stage
-from pipeline.model.counts import Counts
+from pipeline.model.counts import ParamCounts
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
@@ -176,11 +176,13 @@ class Engine:
         device, raw = device_of_rank(), TINY if options.tiny else AKI_4B
         model = ModelConfig.model_validate({key: {"config": value} for key, value in raw.items()})
         spec = ModelSpec.resolve(model, vocab_size=raw["llm"]["vocab_size"], image_tokens=IMAGE_TOKENS)  # type: ignore[call-overload]
-        config = RunConfig.model_validate({"model": model, "log": {"tensorboard": False}, "train": {"batch_packs": 1}})
+        config = RunConfig.model_validate(
+            {"model": model, "log": {"tensorboard": False}, "train": {"global_batch_size": 1}}
+        )
         bf16 = device.type == "cuda"
         user = read_ds_config(options.deepspeed)
         sharding = Sharding.of(user, config.parallel)
-        ds_config = complete_ds_config(user, config, micro_packs=1, bf16=bf16)
+        ds_config = complete_ds_config(user, config, microbatch_rows=1, bf16=bf16)
         topology = Topology(1, 0, 1)
         groups = create_groups(topology)
         whole = build_stage(
@@ -190,7 +192,8 @@ class Engine:
         module = BothWays(whole)
         optimizer = torch.optim.AdamW(parameter_groups(module, config.train), lr=1e-6, fused=bf16)
         stage = Zero3Stage(
-            module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=sharding.resident,
+            module, optimizer, topology=topology, groups=groups, ds_config=ds_config,
+            gathered_fraction=sharding.gathered_fraction,
             reduce_once=sharding.reduce_once,
         )  # fmt: skip
         return cls(stage, spec, config, sharding, device)
@@ -207,21 +210,21 @@ class Engine:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def forward_backward(self, micros: list[Any]) -> None:
+    def forward_backward(self, microbatches: list[Any]) -> None:
         with self.stage.accumulate():
-            for inputs in micros:
+            for inputs in microbatches:
                 self.stage.backward(self.stage.forward(None, inputs) * 1e-3)
 
     @torch.no_grad()
-    def loss(self, micros: list[Any]) -> float:
+    def loss(self, microbatches: list[Any]) -> float:
         """Return the summed loss of all supervised tokens."""
-        return sum(float(self.stage.forward(None, inputs)) for inputs in micros)
+        return sum(float(self.stage.forward(None, inputs)) for inputs in microbatches)
 
-    def measure(self, micros: list[Any], repeats: int) -> tuple[float, float]:
+    def measure(self, microbatches: list[Any], repeats: int) -> tuple[float, float]:
         """Return the fastest seconds of all forwards and backwards, and of the update, after one step to warm up."""
         times = []
         for _ in range(1 + repeats):
-            passes = self.seconds(partial(self.forward_backward, micros))
+            passes = self.seconds(partial(self.forward_backward, microbatches))
             times.append((passes, self.seconds(partial(self.stage.step, 1e-6))))
         return min(passes for passes, _ in times[1:]), min(update for _, update in times[1:])
 
@@ -249,9 +252,9 @@ def compare(engine: Engine, tokens: int, repeats: int) -> dict[str, Any]:
     padded_s, _ = engine.measure(batches, repeats)
     images, targets = int(sidecars.instance.max()) + 1, int((row.labels != IGNORE).sum())
     shares = images / real, targets / real
-    load = draw_load(engine.config, engine.sharding, engine.spec, ranks=1, length=real, shares=shares)
+    load = build_workload_estimate(engine.config, engine.sharding, engine.spec, ranks=1, seq_len=real, shares=shares)
     peak = peak_flops(engine.device)
-    flops = Counts.of(engine.spec).step_flops(tokens=real, targets=targets, images=images)
+    flops = ParamCounts.of(engine.spec).step_flops(tokens=real, targets=targets, images=images)
     packed_rate, padded_rate = samples / packed_s, samples / padded_s
     return {
         "tokens": real, "samples": samples, "packed_s": packed_s, "update_s": update_s,

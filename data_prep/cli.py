@@ -37,7 +37,7 @@ examples:
   mma-prep inspect data/demo/packs/sft --row 3
   mma-prep inspect data/demo/packs/sft --html rows.html
   mma-prep rejects data/demo                  what could not be used, and why
-  mma-prep plan my_recipe.yaml --suggest-length
+  mma-prep plan my_recipe.yaml --suggest-seq-len
   mma-prep verify data/demo                   hash everything
 
 on a cluster:
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     ):
         commands.add_parser(name, parents=[parent], help=text, description=text).set_defaults(command=command)
     commands.choices["plan"].add_argument(
-        "--suggest-length", action="store_true", help="print how full rows of other lengths would be; plan nothing"
+        "--suggest-seq-len", action="store_true", help="print how full rows of other lengths would be; plan nothing"
     )
     inspect = commands.add_parser("inspect", parents=[folder], help="show packed rows, decoded")
     rows = inspect.add_mutually_exclusive_group()
@@ -135,7 +135,7 @@ def _with_team(arguments: argparse.Namespace, work: Callable[[Team, Reporter], o
     reporter = Reporter()
     team = form_team(arguments.workers, getattr(arguments, "shard", None), reporter.say)
     if team is not None:
-        work(team, Reporter(quiet=not team.talks))
+        work(team, Reporter(quiet=not team.is_reporter))
 
 
 def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Reporter], object]) -> None:
@@ -148,7 +148,7 @@ def _with_recipe(arguments: argparse.Namespace, work: Callable[[Recipe, Team, Re
         with ExitStack() as held:
 
             def take() -> None:  # what it returned would be sent to the other ranks
-                held.enter_context(lock_of(recipe.out_dir).hold(reporter.say, shared=not team.does_all))
+                held.enter_context(lock_of(recipe.out_dir).hold(reporter.say, shared=not team.covers_all))
 
             team.serial(take)
             work(recipe, team, reporter)
@@ -176,15 +176,15 @@ def _ingest(arguments: argparse.Namespace) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    from data_prep.planning.step import lengths_by_fullness, plan
+    from data_prep.planning.step import plan, seq_lens_by_efficiency
 
     def suggest(recipe: Recipe) -> None:
         from data_prep.show.stats import show_lengths
 
-        show_lengths({name: pack.length for name, pack in recipe.packs.items()}, lengths_by_fullness(recipe))
+        show_lengths({name: pack.seq_len for name, pack in recipe.packs.items()}, seq_lens_by_efficiency(recipe))
 
     def step(recipe: Recipe, team: Team, reporter: Reporter) -> None:
-        team.serial(lambda: suggest(recipe) if arguments.suggest_length else plan(recipe, reporter))
+        team.serial(lambda: suggest(recipe) if arguments.suggest_seq_len else plan(recipe, reporter))
 
     _with_recipe(arguments, step)
 

@@ -17,23 +17,23 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import FileEntry, digest, sha256_file, sha256_line, write_atomic
+from data_prep.common.files import FileEntry, hash_json, sha256_file, sha256_line, write_atomic
 from data_prep.common.workers import Team
-from data_prep.images.augment import Augment, Views, draw_views
+from data_prep.images.augment import Augment, Augmentations, draw_augmentations
 from data_prep.images.store import ImageStore
 from data_prep.ingest.prompts import insert_prompt, prompt_ids
 from data_prep.ingest.samples import Sample, SampleReader
 from data_prep.ingest.step import Ingested, pack_units, require_ingested, tallies_by_corpus
-from data_prep.ingest.workspace import Unit, Workspace
+from data_prep.ingest.workspace import ShardOutput, Workspace
 from data_prep.packs import IMAGE, TEXT, CorpusStats, Manifest, PackRow, Source, count_targets, write_rows
-from data_prep.planning.step import Plan, pack_intakes, plan_path, require_plan
+from data_prep.planning.step import PackingPlan, pack_variants, plan_path, require_plan
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import check_tokens
 
-ROWS_VERSION = 2
+ROWS_VERSION = 3
 """Raised whenever the same plan would become other rows or markers."""
 FILE_BYTES = 32 << 20
 """Size of a row file: small enough to spread over workers, large enough to be few."""
@@ -66,7 +66,7 @@ class RowFileJob:
             return None
         try:
             found: dict[str, Any] = json.loads(self.marker.read_text(encoding="utf-8"))
-            whole = found.pop("marker_sha256") == digest(found)
+            whole = found.pop("marker_sha256") == hash_json(found)
         except (ValueError, KeyError, AttributeError):
             return None
         same = whole and found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
@@ -81,13 +81,13 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     """
     space = Workspace(recipe)
     ready = team.serial(lambda: require_ingested(space))
-    checked: set[Unit] = set()
+    checked: set[ShardOutput] = set()
     for name, pack in recipe.packs.items():
-        jobs, units = team.serial(functools.partial(_prepare, space, name, pack, ready))
-        unchecked = [unit for unit in units if unit not in checked]
+        jobs, outputs = team.serial(functools.partial(_prepare, space, name, pack, ready))
+        unchecked = [output for output in outputs if output not in checked]
         # A share waits for no other one: it checks all that its rows are made of.
-        team.map(check_tokens, [team.share(unchecked) if team.does_all else unchecked], lambda _: None)
-        checked.update(units)
+        team.map(check_tokens, [team.share(unchecked) if team.covers_all else unchecked], lambda _: None)
+        checked.update(outputs)
         waiting = [job for job in team.share(jobs) if job.done() is None]
         with reporter.task(f"materialize {name} ({team.description})", len(waiting)) as task:
             team.map(write_row_file, waiting, lambda _: task.advance(Tally()))
@@ -99,12 +99,14 @@ def _work(folder: Path) -> Path:
     return folder / ".work"
 
 
-def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> tuple[list[RowFileJob], list[Unit]]:
+def _prepare(
+    space: Workspace, name: str, pack: PackConfig, ready: Ingested
+) -> tuple[list[RowFileJob], list[ShardOutput]]:
     """Write down what workers need to know; return the row files of a pack set, and what those to be made read."""
     folder = space.packs(name)
     plan = require_plan(space, name, ready.tokenizer_sha256)
-    units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
-    key = digest(
+    outputs = pack_units(pack_variants(space, pack, ready.tokenizer_sha256))
+    key = hash_json(
         [
             ROWS_VERSION,
             plan.sha256,
@@ -114,33 +116,33 @@ def _prepare(space: Workspace, name: str, pack: PackConfig, ready: Ingested) -> 
         ]
     )
     context = {
-        "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
+        "units": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
         "store": ready.images.name,
         "image_tokens": space.recipe.image_tokens,
-        "length": pack.length,
+        "seq_len": pack.seq_len,
         "prompts": prompt_ids(Tokenizer.load(space.tokenizer), pack.prompts),
         "seed": space.recipe.seed,
         "augments": {corpus: augment.model_dump() for corpus, augment in space.recipe.augments(pack).items()},
     }
     write_atomic(_work(folder) / f"context-{key[:12]}.json", json.dumps(context).encode())
     Tokenizer.load(space.tokenizer).save(folder / "tokenizer")
-    per_file = max(1, FILE_BYTES // (_BYTES_PER_TOKEN * pack.length))
+    per_file = max(1, FILE_BYTES // (_BYTES_PER_TOKEN * pack.seq_len))
     starts = range(0, plan.rows, per_file)
     jobs = [
         RowFileJob(folder, key, number, start, min(start + per_file, plan.rows)) for number, start in enumerate(starts)
     ]
-    return jobs, units if any(job.done() is None for job in jobs) else []
+    return jobs, outputs if any(job.done() is None for job in jobs) else []
 
 
 @dataclass(frozen=True)
 class _Context:
     """What a worker process keeps between the row files of one pack set."""
 
-    plan: Plan
+    plan: PackingPlan
     samples: SampleReader
     tokenizer: Tokenizer
     image_tokens: int
-    length: int
+    seq_len: int
     prompts: list[list[int]]
     """Token ids of each prompt."""
     seed: int
@@ -151,12 +153,12 @@ class _Context:
 @functools.lru_cache(maxsize=1)
 def _context(folder: Path, key: str) -> _Context:
     raw = json.loads((_work(folder) / f"context-{key[:12]}.json").read_text(encoding="utf-8"))
-    units = [Unit(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
+    outputs = [ShardOutput(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
-    samples = SampleReader(units, raw["store"])
-    settings = {name: raw[name] for name in ("image_tokens", "length", "prompts", "seed")}
+    samples = SampleReader(outputs, raw["store"])
+    settings = {name: raw[name] for name in ("image_tokens", "seq_len", "prompts", "seed")}
     augments = {corpus: Augment(**asked) for corpus, asked in raw["augments"].items()}
-    return _Context(Plan.load(plan_path(folder)), samples, tokenizer, **settings, augments=augments)
+    return _Context(PackingPlan.load(plan_path(folder)), samples, tokenizer, **settings, augments=augments)
 
 
 def write_row_file(job: RowFileJob) -> None:
@@ -166,7 +168,7 @@ def write_row_file(job: RowFileJob) -> None:
     samples = iter(_drawn(context, slice(bounds[0], bounds[-1])))
     rows = [_row(context, range(first, last), samples) for first, last in itertools.pairwise(bounds)]
     (job.folder / "manifest.json").unlink(missing_ok=True)  # it describes other rows from here on
-    entry = write_rows(job.path, rows, context.length)
+    entry = write_rows(job.path, rows, context.seq_len)
     counts = {
         "targets": sum(row.n_target for row in rows),
         "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
@@ -175,7 +177,7 @@ def write_row_file(job: RowFileJob) -> None:
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
     }
     done = {"key": job.key, "file": asdict(entry), **counts}
-    write_atomic(job.marker, json.dumps({**done, "marker_sha256": digest(done)}).encode())
+    write_atomic(job.marker, json.dumps({**done, "marker_sha256": hash_json(done)}).encode())
 
 
 def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
@@ -186,17 +188,17 @@ def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
         for corpus, draw, sample in zip(plan.corpus[part].tolist(), plan.draw[part].tolist(), samples, strict=True)
     )
     tokenizer = context.tokenizer
-    row = pack_row(samples, sources, context.length, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
-    return replace(row, view=_views(context, samples, sources)) if context.augments else row
+    row = pack_row(samples, sources, context.seq_len, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
+    return replace(row, augmentation=_views(context, samples, sources)) if context.augments else row
 
 
-def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Views:
+def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Augmentations:
     """Return how each image of a row is shown, by seed, corpus, sample and draw."""
     as_it_is = Augment()
     return np.concatenate(
         [
-            draw_views(
-                context.augments.get(source.dataset, as_it_is), sample.alterable, len(sample.images),
+            draw_augmentations(
+                context.augments.get(source.dataset, as_it_is), sample.allowed, len(sample.images),
                 context.seed, source.dataset, source.sample, source.draw,
             )
             for sample, source in zip(samples, sources, strict=True)
@@ -207,13 +209,13 @@ def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Sourc
 def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
     """Yield the samples of draws, with the prompts drawn for them."""
     plan = context.plan
-    samples = context.samples.read(plan.unit[draws], plan.index[draws])
+    samples = context.samples.read(plan.output[draws], plan.index[draws])
     for sample, prompt in zip(samples, plan.prompt[draws].tolist(), strict=True):
         yield sample if prompt < 0 else insert_prompt(sample, context.prompts[prompt])
 
 
 def pack_row(
-    samples: Sequence[Sample], sources: tuple[Source, ...], length: int, image_tokens: int, image_id: int, pad_id: int
+    samples: Sequence[Sample], sources: tuple[Source, ...], seq_len: int, image_tokens: int, image_id: int, pad_id: int
 ) -> PackRow:
     """Lay samples one after the other into a row of ``length`` tokens, padded at its end.
 
@@ -232,13 +234,13 @@ def pack_row(
         raise UserError(
             f"image positions and images disagree in one of {names}: `mma-prep verify` names what is damaged"
         )
-    segment = _padded(segment, length, 0)
-    generated = _padded(generated, length, 0)
+    segment = _padded(segment, seq_len, 0)
+    generated = _padded(generated, seq_len, 0)
     return PackRow(
-        input_ids=_padded(ids, length, pad_id),
-        modality=_padded(modality, length, TEXT),
+        input_ids=_padded(ids, seq_len, pad_id),
+        modality=_padded(modality, seq_len, TEXT),
         segment=segment,
-        instance=_padded(instance, length, -1),
+        instance=_padded(instance, seq_len, -1),
         generated=generated,
         image_row=image_row,
         n_target=count_targets(segment, generated),
@@ -246,8 +248,8 @@ def pack_row(
     )
 
 
-def _padded(values: npt.NDArray[Any], length: int, fill: int) -> npt.NDArray[Any]:
-    row = np.full(length, fill, dtype=values.dtype)
+def _padded(values: npt.NDArray[Any], seq_len: int, fill: int) -> npt.NDArray[Any]:
+    row = np.full(seq_len, fill, dtype=values.dtype)
     row[: len(values)] = values
     return row
 
@@ -271,7 +273,7 @@ def _finish(
         write_atomic(path, text)
         _remove_strangers(folder, manifest, jobs)
     reporter.say(
-        f"packs {name}: {manifest.rows:,} rows of {manifest.length}, {manifest.tokens:,} tokens, "
+        f"packs {name}: {manifest.rows:,} rows of {manifest.seq_len}, {manifest.tokens:,} tokens, "
         f"{manifest.targets:,} supervised, in {folder}"
     )
 
@@ -280,14 +282,14 @@ def _manifest(
     space: Workspace, name: str, pack: PackConfig, ready: Ingested, files: Sequence[dict[str, Any]]
 ) -> Manifest:
     recipe, folder = space.recipe, space.packs(name)
-    tokenizer, plan = Tokenizer.load(folder / "tokenizer"), Plan.load(plan_path(folder))
+    tokenizer, plan = Tokenizer.load(folder / "tokenizer"), PackingPlan.load(plan_path(folder))
     store, template = ImageStore(ready.images), pack.to_template()
     rows = [FileEntry(**entry["file"]) for entry in files]
     targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
     if targets == 0:
         raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
-    units = pack_units(pack_intakes(space, pack, ready.tokenizer_sha256))
-    tallies = tallies_by_corpus(units, [unit.report().tally for unit in units])
+    outputs = pack_units(pack_variants(space, pack, ready.tokenizer_sha256))
+    tallies = tallies_by_corpus(outputs, [output.report().tally for output in outputs])
     corpora = {
         corpus: CorpusStats(
             audit.draws,
@@ -303,7 +305,7 @@ def _manifest(
     }
     sources = {corpus: recipe.corpora[corpus].model_dump() for corpus in pack.corpora}
     return Manifest(
-        length=pack.length,
+        seq_len=pack.seq_len,
         rows=plan.rows,
         targets=targets,
         tokens=tokens,

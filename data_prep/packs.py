@@ -39,10 +39,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import FileEntry, sha256_file, write_atomic
+from data_prep.common.files import RERUN, FileEntry, check_format, sha256_file, write_atomic
 
 FORMAT = "mma-pack"
-VERSION = 1
+VERSION = 2
 TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, npt.DTypeLike]] = {
     "input_ids": (pa.int32(), np.int32),
@@ -56,11 +56,11 @@ SOURCE_TYPE = pa.struct(
 )
 
 
-def row_schema(length: int, *, views: bool = False) -> pa.Schema:
+def row_schema(seq_len: int, *, augmentations: bool = False) -> pa.Schema:
     """Return the Arrow schema of rows of ``length`` tokens, with or without views of their images."""
-    tokens = [(name, pa.list_(kind, length)) for name, (kind, _) in TOKEN_COLUMNS.items()]
+    tokens = [(name, pa.list_(kind, seq_len)) for name, (kind, _) in TOKEN_COLUMNS.items()]
     tail = [("image_row", pa.list_(pa.int64())), ("n_target", pa.int32()), ("source", pa.list_(SOURCE_TYPE))]
-    return pa.schema([*tokens, *tail, *([("view", pa.list_(pa.int16()))] if views else [])])
+    return pa.schema([*tokens, *tail, *([("augmentation", pa.list_(pa.int16()))] if augmentations else [])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class PackRow:
     image_row: npt.NDArray[np.int64]
     n_target: int
     source: tuple[Source, ...]
-    view: npt.NDArray[np.int16] | None = None
+    augmentation: npt.NDArray[np.int16] | None = None
     """int16[images, 5], see ``data_prep.images.augment``; None where images are shown as they are."""
 
 
@@ -116,7 +116,7 @@ class CorpusStats:
 class Manifest:
     """Everything a trainer must know about a pack folder before it reads a row."""
 
-    length: int
+    seq_len: int
     """Tokens per row (``L``)."""
     rows: int
     targets: int
@@ -168,8 +168,8 @@ class Manifest:
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw.pop("format", None) != FORMAT or raw.pop("version", None) != VERSION:
-                raise UserError(f"{path}: not a {FORMAT} manifest of version {VERSION}; run mma-prep again")
+            check_format(path, raw, format=FORMAT, version=VERSION, fix=RERUN)
+            del raw["format"], raw["version"]
             raw["files"] = tuple(FileEntry(**entry) for entry in raw["files"])
             raw["corpora"] = {name: CorpusStats(**entry) for name, entry in raw["corpora"].items()}
             raw["eos_ids"] = tuple(raw["eos_ids"])
@@ -178,34 +178,38 @@ class Manifest:
             raise UserError(f"{path}: malformed manifest ({error}); run mma-prep again") from error
 
 
-def rows_to_batch(rows: Sequence[PackRow], length: int) -> pa.RecordBatch:
+def rows_to_batch(rows: Sequence[PackRow], seq_len: int) -> pa.RecordBatch:
     """Turn rows into one Arrow record batch of the pack schema."""
     columns: list[pa.Array] = []
     for name, (kind, dtype) in TOKEN_COLUMNS.items():
         flat = np.concatenate([getattr(row, name).astype(dtype, copy=False) for row in rows])
-        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, type=kind), length))
+        columns.append(pa.FixedSizeListArray.from_arrays(pa.array(flat, type=kind), seq_len))
     columns.append(pa.array([row.image_row.tolist() for row in rows], type=pa.list_(pa.int64())))
     columns.append(pa.array([row.n_target for row in rows], type=pa.int32()))
     sources = [[(source.dataset, source.sample, source.draw, source.family) for source in row.source] for row in rows]
     columns.append(pa.array(sources, type=pa.list_(SOURCE_TYPE)))
-    views = has_views(rows)
-    if views:
-        columns.append(pa.array([[] if row.view is None else row.view.ravel() for row in rows], pa.list_(pa.int16())))
-    return pa.RecordBatch.from_arrays(columns, schema=row_schema(length, views=views))
+    augmentations = has_augmentations(rows)
+    if augmentations:
+        columns.append(
+            pa.array(
+                [[] if row.augmentation is None else row.augmentation.ravel() for row in rows], pa.list_(pa.int16())
+            )
+        )
+    return pa.RecordBatch.from_arrays(columns, schema=row_schema(seq_len, augmentations=augmentations))
 
 
-def has_views(rows: Sequence[PackRow]) -> bool:
+def has_augmentations(rows: Sequence[PackRow]) -> bool:
     """Return whether rows say how their images are shown: all of them do, or none."""
-    assert len({row.view is None for row in rows}) <= 1, "rows of one pack with and without views"
-    return bool(rows) and rows[0].view is not None
+    assert len({row.augmentation is None for row in rows}) <= 1, "rows of one pack with and without views"
+    return bool(rows) and rows[0].augmentation is not None
 
 
-def write_rows(path: Path, rows: Sequence[PackRow], length: int) -> FileEntry:
+def write_rows(path: Path, rows: Sequence[PackRow], seq_len: int) -> FileEntry:
     """Write one row file atomically and return its manifest entry (named relative to ``path.parent``)."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, row_schema(length, views=has_views(rows))) as writer:
+    with pa.ipc.new_file(sink, row_schema(seq_len, augmentations=has_augmentations(rows))) as writer:
         if rows:
-            writer.write_batch(rows_to_batch(rows, length))
+            writer.write_batch(rows_to_batch(rows, seq_len))
     data = memoryview(sink.getvalue())
     write_atomic(path, data)
     return FileEntry(path.name, len(data), hashlib.sha256(data).hexdigest(), len(rows))
@@ -245,7 +249,7 @@ class PackReader:
             image_row=image_row,
             n_target=batch.column("n_target")[local].as_py(),
             source=source,
-            view=self._view(batch, local),
+            augmentation=self._view(batch, local),
         )
 
     def segment(self, index: int) -> npt.NDArray[np.int32]:
@@ -291,7 +295,7 @@ class PackReader:
             self._check_unchanged()
             raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
         self._check_unchanged()  # not before: a writer removes the manifest, and then replaces rows
-        schemas = [row_schema(self.manifest.length, views=views) for views in (False, True)]
+        schemas = [row_schema(self.manifest.seq_len, augmentations=augmentations) for augmentations in (False, True)]
         if size != entry.bytes or batch.num_rows != entry.rows or batch.schema not in schemas:
             raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
         return batch
@@ -319,12 +323,12 @@ class PackReader:
 
     @staticmethod
     def _view(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
-        if "view" not in batch.schema.names:
+        if "augmentation" not in batch.schema.names:
             return None
-        flat = np.from_dlpack(batch.column("view")[local].values)
+        flat = np.from_dlpack(batch.column("augmentation")[local].values)
         return np.asarray(flat, dtype=np.int16).reshape(-1, 5)
 
     def _tokens(self, batch: pa.RecordBatch, name: str, local: int) -> npt.NDArray[Any]:
-        length = self.manifest.length
+        seq_len = self.manifest.seq_len
         flat: npt.NDArray[Any] = np.from_dlpack(batch.column(name).values)  # to_numpy() imports pandas
-        return flat[local * length : (local + 1) * length]
+        return flat[local * seq_len : (local + 1) * seq_len]

@@ -75,9 +75,9 @@ class PackConfig(_Strict):
     """Corpus -> weight. With ``draws``: its share of the draws. With ``epochs``: leave every weight at 1."""
     template: str
     """caption, plain, phi3, llama3, qwen, or tokenizer: as its own chat template writes turns."""
-    dialect: str = ""
+    chat_format: str = ""
     """How ``template: tokenizer`` writes turns; filled in from the tokenizer when the recipe is read."""
-    length: int = Field(ge=8, le=1 << 24)
+    seq_len: int = Field(ge=8, le=1 << 24)
     """Tokens per row."""
     draws: int | None = Field(None, ge=1, le=10**9)
     """Samples in the whole run, over all corpora (give this or ``epochs``)."""
@@ -101,7 +101,7 @@ class PackConfig(_Strict):
     """Longest text of a sample in tokens (template included), besides its images."""
     max_images: int | None = Field(None, ge=1)
     """Most images in one row, so that shapes stay bounded; unset: as many as fit."""
-    too_long: Literal["reject", "cut"] = "reject"
+    too_long: Literal["reject", "truncate"] = "reject"
     """What happens to a sample above the limits: quarantine, or cut inside its generated tail (no end token then)."""
 
     @field_validator("corpora", mode="before")
@@ -137,9 +137,9 @@ class PackConfig(_Strict):
             )
         if self.aki_parity and self.turns == "expand":
             raise ValueError("aki_parity=true cuts conversations after their first exchange: remove turns=expand")
-        if self.dialect and self.template != OWN:
-            raise ValueError(f"dialect belongs to template={OWN}: remove it")
-        if self.template != OWN or self.dialect:  # else the tokenizer has not been asked yet
+        if self.chat_format and self.template != OWN:
+            raise ValueError(f"chat_format belongs to template={OWN}: remove it")
+        if self.template != OWN or self.chat_format:  # else the tokenizer has not been asked yet
             self.to_template()
         return self
 
@@ -151,11 +151,11 @@ class PackConfig(_Strict):
             prompts=self.prompts,
             order=self.order,
             turns=self.turns,
-            own=self.dialect,
+            own=self.chat_format,
         )
         if not self.aki_parity:
             return plain
-        return replace(plain, turns="first" if plain.dialect else "every", chunk_end=AKI_CHUNK_END)
+        return replace(plain, turns="first" if plain.chat_format else "every", chunk_end=AKI_CHUNK_END)
 
 
 class Recipe(_Strict):
@@ -201,10 +201,10 @@ class Recipe(_Strict):
                 if corpus not in self.corpora:
                     hint = did_you_mean(corpus, self.corpora)
                     raise ValueError(f"packs.{name}.corpora.{corpus} is not defined under corpora{hint}")
-            if pack.length <= self.image_tokens:
+            if pack.seq_len <= self.image_tokens:
                 raise ValueError(
-                    f"packs.{name}.length={pack.length} cannot hold one image of image_tokens={self.image_tokens} "
-                    "and any text: raise length or lower image_tokens"
+                    f"packs.{name}.seq_len={pack.seq_len} cannot hold one image of image_tokens={self.image_tokens} "
+                    "and any text: raise seq_len or lower image_tokens"
                 )
             self._check_augmented(name, pack)
         return self
@@ -304,16 +304,17 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
 
 def _with_own_dialects(recipe: Recipe) -> Recipe:
     """Return a recipe whose sets with ``template: tokenizer`` know how that tokenizer writes turns."""
-    waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.dialect}
+    waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.chat_format}
     if not waiting:
         return recipe
-    from data_prep.text.chat_template import own_dialect
+    from data_prep.text.chat_template import chat_format_of
 
     if not recipe.tokenizer.path:
         raise UserError(f"packs.{min(waiting)}.template={OWN}: a tokenizer that is trained has no chat template")
     folder = recipe.root_dir / recipe.tokenizer.path
     filled = {
-        name: pack.model_copy(update={"dialect": own_dialect(folder, pack.system)}) for name, pack in waiting.items()
+        name: pack.model_copy(update={"chat_format": chat_format_of(folder, pack.system)})
+        for name, pack in waiting.items()
     }
     return recipe.model_copy(update={"packs": {**recipe.packs, **filled}})
 

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import REBUILD, RERUN, Hashed, read_sealed, sha256_file, sha256_line
+from data_prep.common.files import REBUILD, RERUN, Hashed, read_hashed, sha256_file, sha256_line
 from data_prep.images.store import ImageStore
-from data_prep.ingest.digests import Digests
-from data_prep.ingest.workspace import Unit
+from data_prep.ingest.image_hashes import ImageHashes
+from data_prep.ingest.workspace import ShardOutput
 from data_prep.packs import Manifest
 
 
@@ -55,13 +55,13 @@ def verify(directory: Path) -> Iterator[str]:
                 yield f"{store.name}: image store whole, {len(ImageStore(store)):,} images"
         checked.update(file.path for file in files)
         yield f"{folder}: whole, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
-    units = find_units(directory)
-    if units:
-        _check_all([functools.partial(check_unit, unit, directory / "images") for unit in units])
+    outputs = find_shard_outputs(directory)
+    if outputs:
+        _check_all([functools.partial(check_shard_output, output, directory / "images") for output in outputs])
         _check_sums(directory / "rejects.jsonl")
         for path in sorted(directory.glob("ingest/*/shards-*.json")):
             _check_own_hash(path)
-        yield f"{directory / 'ingest'}: whole, {len(units):,} units"
+        yield f"{directory / 'ingest'}: whole, {len(outputs):,} units"
     if (directory / "tokenizer").is_dir():
         _check_tokenizer(directory / "tokenizer", pack_folders(directory))
 
@@ -131,54 +131,56 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
 
 def _check_own_hash(path: Path) -> None:
     """Check a file made by ``workspace.sealed``."""
-    if read_sealed(path) is None:
+    if read_hashed(path) is None:
         raise UserError(f"{path}: missing or damaged; {REBUILD}")
 
 
-def find_units(directory: Path) -> list[Unit]:
+def find_shard_outputs(directory: Path) -> list[ShardOutput]:
     """Return the done units of an output folder, of all settings that were ever used with this version of mma-prep."""
     markers = sorted(directory.glob("ingest/*/*/*.json"))
-    units = [Unit(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers]
-    return [unit for unit in units if not unit.is_outdated()]
+    outputs = [
+        ShardOutput(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers
+    ]
+    return [output for output in outputs if not output.is_outdated()]
 
 
-def check_unit(unit: Unit, stores: Path) -> None:
+def check_shard_output(output: ShardOutput, stores: Path) -> None:
     """Check one unit of ingest: its marker, what the marker lists, and its rows of sealed stores. Raises UserError."""
-    report = unit.report()
+    report = output.report()
     for path, sha256 in (
-        (unit.tokens, report.sha256),
-        (unit.facts, report.facts_sha256),
-        (unit.digests, report.images_sha256),
-        (unit.rejects, report.rejects_sha256),
-        (unit.sources, report.sources_sha256),
+        (output.tokens, report.sha256),
+        (output.stats, report.stats_sha256),
+        (output.image_hashes, report.images_sha256),
+        (output.rejects, report.rejects_sha256),
+        (output.sources, report.sources_sha256),
     ):
-        Hashed(path, sha256, unit.marker.name).check()
-    if unit.images.is_file():  # no store holds them yet
-        Hashed(unit.images, report.pixels.sha256, unit.marker.name).check()
-    for path in unit.row_files():
+        Hashed(path, sha256, output.marker.name).check()
+    if output.images.is_file():  # no store holds them yet
+        Hashed(output.images, report.pixels.sha256, output.marker.name).check()
+    for path in output.row_files():
         key = path.name.rpartition("-")[2]
         if (stores / key / "store.json").is_file():
-            _check_rows(unit, path, ImageStore(stores / key))
+            _check_rows(output, path, ImageStore(stores / key))
 
 
-def check_tokens(units: Sequence[Unit]) -> None:
+def check_tokens(outputs: Sequence[ShardOutput]) -> None:
     """Check the tokens of units against their markers, before rows are made of them. Raises UserError."""
-    _check_all([functools.partial(_check_tokens, unit) for unit in units])
+    _check_all([functools.partial(_check_tokens, output) for output in outputs])
 
 
-def _check_tokens(unit: Unit) -> None:
-    Hashed(unit.tokens, unit.report().sha256, unit.marker.name).check()
+def _check_tokens(output: ShardOutput) -> None:
+    Hashed(output.tokens, output.report().sha256, output.marker.name).check()
 
 
-def _check_rows(unit: Unit, path: Path, store: ImageStore) -> None:
+def _check_rows(output: ShardOutput, path: Path, store: ImageStore) -> None:
     """Check that each image of a unit lies where its rows say."""
-    digests = Digests.open(unit.digests)
+    image_hashes = ImageHashes.open(output.image_hashes)
     data = path.read_bytes()
     rows = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.int64)
-    if len(data) != 8 * len(digests.sha256) or (len(rows) and not (rows.min() >= 0 and rows.max() < len(store))):
+    if len(data) != 8 * len(image_hashes.sha256) or (len(rows) and not (rows.min() >= 0 and rows.max() < len(store))):
         wrong = True
     else:
-        found = store.hashes(rows[digests.index])
-        wrong = bool((found != digests.sha256).any())
+        found = store.hashes(rows[image_hashes.index])
+        wrong = bool((found != image_hashes.sha256).any())
     if wrong:
         raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; {REBUILD}")

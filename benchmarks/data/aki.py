@@ -17,9 +17,9 @@ import pyarrow as pa
 import yaml
 
 from data_prep.common.files import FileEntry, sha256_file, write_atomic
-from data_prep.ingest.samples import FACTS, SAMPLE_SCHEMA
+from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
 from data_prep.ingest.train_tokenizer import prepare_tokenizer
-from data_prep.ingest.workspace import Intake, Unit, UnitReport, Workspace
+from data_prep.ingest.workspace import CorpusVariant, ShardOutput, ShardReport, Workspace
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe, load_recipe
@@ -63,24 +63,24 @@ CORPORA = {
 }
 
 
-def make_workspace(folder: Path, length: int, draws: int, scale: float = 1.0) -> Recipe:
+def make_workspace(folder: Path, seq_len: int, draws: int, scale: float = 1.0) -> Recipe:
     """Write units of all corpora under ``folder``; return a recipe whose ingest is complete.
 
     Args:
         folder: empty, or made by the same call.
-        length: tokens of a packed row.
+        seq_len: tokens of a packed row.
         draws: of the whole blend.
         scale: of the corpora; 1 for the published sizes.
     """
-    recipe = load_recipe(str(_write_recipe(folder, length, draws, scale)))
+    recipe = load_recipe(str(_write_recipe(folder, seq_len, draws, scale)))
     space = Workspace(recipe)
     tokenizer = prepare_tokenizer(space, Reporter(quiet=True))
-    for intake in space.intakes(tokenizer):
-        _write_units(intake, CORPORA[intake.corpus], scale)
+    for variant in space.variants(tokenizer):
+        _write_units(variant, CORPORA[variant.corpus], scale)
     return recipe
 
 
-def _write_recipe(folder: Path, length: int, draws: int, scale: float) -> Path:
+def _write_recipe(folder: Path, seq_len: int, draws: int, scale: float) -> Path:
     model = folder / "raw" / "tokenizer" / "tokenizer.model"
     if not model.is_file():
         model.parent.mkdir(parents=True, exist_ok=True)
@@ -100,43 +100,43 @@ def _write_recipe(folder: Path, length: int, draws: int, scale: float) -> Path:
             "sft": {
                 "corpora": {name: corpus.weight for name, corpus in CORPORA.items()},
                 "template": "plain",
-                "length": length,
+                "seq_len": seq_len,
                 "draws": draws,
             }
         },
     }
-    path = folder / f"recipe-{length}.yaml"
+    path = folder / f"recipe-{seq_len}.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
-def _write_units(intake: Intake, corpus: Corpus, scale: float) -> None:
+def _write_units(variant: CorpusVariant, corpus: Corpus, scale: float) -> None:
     left = int(corpus.samples * scale)
-    for unit in intake.units:
+    for output in variant.outputs:
         count = min(corpus.per_unit, left)
         left -= count
-        if not unit.done():
-            _write_unit(unit, corpus, count)
+        if not output.done():
+            _write_unit(output, corpus, count)
 
 
-def _write_unit(unit: Unit, corpus: Corpus, count: int) -> None:
-    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{unit.corpus}/{unit.shard}".encode()).digest()[:8]))
-    unit.folder.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(unit.tokens), "wb") as sink:
+def _write_unit(output: ShardOutput, corpus: Corpus, count: int) -> None:
+    rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{output.corpus}/{output.shard}".encode()).digest()[:8]))
+    output.folder.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(output.tokens), "wb") as sink:
         pa.ipc.new_file(sink, SAMPLE_SCHEMA).close()  # a plan reads no more of it than its size
-    unit.facts.write_bytes(_facts(corpus, count, rng).tobytes())
-    for path in (unit.rejects, unit.digests, unit.sources):
+    output.stats.write_bytes(_facts(corpus, count, rng).tobytes())
+    for path in (output.rejects, output.image_hashes, output.sources):
         path.write_bytes(b"")
-    hashes = map(sha256_file, (unit.tokens, unit.facts, unit.digests, unit.rejects, unit.sources))
-    report = UnitReport(unit.raw, Tally(count), FileEntry("", 0, ""), unit.tokens.stat().st_size, *hashes)
-    write_atomic(unit.marker, report.to_json().encode())
+    hashes = map(sha256_file, (output.tokens, output.stats, output.image_hashes, output.rejects, output.sources))
+    report = ShardReport(output.raw, Tally(count), FileEntry("", 0, ""), output.tokens.stat().st_size, *hashes)
+    write_atomic(output.marker, report.to_json().encode())
 
 
 def _facts(corpus: Corpus, count: int, rng: np.random.Generator) -> npt.NDArray[np.void]:
-    facts = np.zeros(count, dtype=FACTS)
+    stats = np.zeros(count, dtype=SAMPLE_STATS)
     text = np.clip(corpus.text_tokens(rng, count), 4, MOST_TEXT_TOKENS - FRAME_TOKENS).astype(np.int32)
-    facts["images"] = rng.random(count) < corpus.image_share
-    facts["tokens"] = FRAME_TOKENS + text + IMAGE_TOKENS * facts["images"]
-    facts["targets"] = text // 2
-    facts["ended"] = True
-    return facts
+    stats["images"] = rng.random(count) < corpus.image_share
+    stats["tokens"] = FRAME_TOKENS + text + IMAGE_TOKENS * stats["images"]
+    stats["targets"] = text // 2
+    stats["ended"] = True
+    return stats

@@ -95,7 +95,7 @@ def write_corpus(folder: Path, samples: int) -> Path:
         "tokenizer": {"train": {"vocab_size": 400, "samples": 2000}},
         "image_tokens": 144,
         "corpora": {"captions": {"type": "webdataset", "tars": "*.tar"}},
-        "packs": {"pt": {"corpora": ["captions"], "template": "caption", "length": 2048, "epochs": 1}},
+        "packs": {"pt": {"corpora": ["captions"], "template": "caption", "seq_len": 2048, "epochs": 1}},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))

@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.aki import Ints, make_workspace
-from data_prep.ingest.samples import read_facts
+from data_prep.ingest.samples import read_sample_stats
 from data_prep.ingest.step import require_ingested
 from data_prep.ingest.workspace import Workspace
-from data_prep.planning.packing import fullness, pack_in_order, pack_windows
-from data_prep.planning.step import Plan, plan, plan_path
+from data_prep.planning.packing import pack_in_order, pack_windows, packing_efficiency
+from data_prep.planning.step import PackingPlan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe
 
@@ -35,52 +35,54 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         yield "| row length | whole plan step: draws / s | full |"
         yield "|---:|---:|---:|"
-        for length in options.lengths:
-            recipe = make_workspace(Path(folder), length, options.draws, options.scale)
+        for seq_len in options.lengths:
+            recipe = make_workspace(Path(folder), seq_len, options.draws, options.scale)
             seconds, made = _whole_step(recipe)
             tokens = sum(audit.tokens for audit in made.audits.values())
-            yield f"| {length:,} | {len(made.row) / seconds:,.0f} | {tokens / (made.rows * length):.2%} |"
+            yield f"| {seq_len:,} | {len(made.row) / seconds:,.0f} | {tokens / (made.rows * seq_len):.2%} |"
         tokens_of_draws = _tokens(recipe, made)
     yield ""
     yield "| packing alone | row length | samples / s | full |"
     yield "|---|---:|---:|---:|"
-    for length in options.lengths:
+    for seq_len in options.lengths:
         for name, pack in _PACKERS.items():
-            seconds, rows = _timed(pack, tokens_of_draws, length)
-            full = fullness(tokens_of_draws, rows, length)
-            yield f"| {name} | {length:,} | {len(rows) / seconds:,.0f} | {full:.2%} |"
-        yield from _trl(tokens_of_draws, length)
+            seconds, rows = _timed(pack, tokens_of_draws, seq_len)
+            full = packing_efficiency(tokens_of_draws, rows, seq_len)
+            yield f"| {name} | {seq_len:,} | {len(rows) / seconds:,.0f} | {full:.2%} |"
+        yield from _trl(tokens_of_draws, seq_len)
 
 
-def _whole_step(recipe: Recipe) -> tuple[float, Plan]:
+def _whole_step(recipe: Recipe) -> tuple[float, PackingPlan]:
     """Plan as ``mma-prep plan`` does after ingest; processor seconds, and the plan."""
     space = Workspace(recipe)
     require_ingested(space)  # seals the store, as the end of ingest does
     shutil.rmtree(space.packs("sft"), ignore_errors=True)
     start = time.process_time()
     plan(recipe, Reporter(quiet=True))
-    return time.process_time() - start, Plan.load(plan_path(space.packs("sft")))
+    return time.process_time() - start, PackingPlan.load(plan_path(space.packs("sft")))
 
 
-def _tokens(recipe: Recipe, made: Plan) -> Ints:
+def _tokens(recipe: Recipe, made: PackingPlan) -> Ints:
     """Return the tokens of every draw, in blended order."""
     space = Workspace(recipe)
-    units = [unit for intake in space.intakes(require_ingested(space).tokenizer_sha256) for unit in intake.units]
-    kept = [unit.report().tally.kept for unit in units]
+    outputs = [
+        output for variant in space.variants(require_ingested(space).tokenizer_sha256) for output in variant.outputs
+    ]
+    kept = [output.report().tally.kept for output in outputs]
     starts = np.cumsum([0, *kept])
     tokens = np.empty(len(made.row), dtype=np.int64)
-    chosen = read_facts(units, kept, starts[made.unit] + made.index)
-    tokens[made.draw[chosen.place]] = chosen.facts["tokens"]
+    chosen = read_sample_stats(outputs, kept, starts[made.output] + made.index)
+    tokens[made.draw[chosen.place]] = chosen.stats["tokens"]
     return tokens
 
 
-def _timed(pack: Callable[[Ints, int], Ints], tokens: Ints, length: int) -> tuple[float, Ints]:
+def _timed(pack: Callable[[Ints, int], Ints], tokens: Ints, seq_len: int) -> tuple[float, Ints]:
     start = time.process_time()
-    rows = pack(tokens, length)
+    rows = pack(tokens, seq_len)
     return time.process_time() - start, rows
 
 
-def best_fit_decreasing(tokens: Ints, length: int) -> Ints:
+def best_fit_decreasing(tokens: Ints, seq_len: int) -> Ints:
     """All samples by decreasing length, each into the fullest row it fits: what TRL calls ``bfd``."""
     rows = np.empty(len(tokens), dtype=np.int64)
     frees: list[int] = []
@@ -89,7 +91,7 @@ def best_fit_decreasing(tokens: Ints, length: int) -> Ints:
     for sample in np.argsort(-tokens, kind="stable").tolist():
         size = int(tokens[sample])
         at = bisect_left(frees, size)
-        free = frees[at] if at < len(frees) else length
+        free = frees[at] if at < len(frees) else seq_len
         if at == len(frees):
             row, count = count, count + 1
         else:
@@ -104,13 +106,13 @@ def best_fit_decreasing(tokens: Ints, length: int) -> Ints:
 
 
 _PACKERS: dict[str, Callable[[Ints, int], Ints]] = {
-    "this project": lambda tokens, length: pack_windows(tokens, np.ones_like(tokens), length, None, 0),
-    "next fit": lambda tokens, length: pack_in_order(tokens, np.ones_like(tokens), length, None),
+    "this project": lambda tokens, seq_len: pack_windows(tokens, np.ones_like(tokens), seq_len, None, 0),
+    "next fit": lambda tokens, seq_len: pack_in_order(tokens, np.ones_like(tokens), seq_len, None),
     "best fit decreasing": best_fit_decreasing,
 }
 
 
-def _trl(tokens: Ints, length: int) -> Iterator[str]:
+def _trl(tokens: Ints, seq_len: int) -> Iterator[str]:
     """TRL's own ``bfd`` with its defaults on the first draws, where TRL is installed; it moves token ids as well."""
     try:
         from trl import pack_dataset
@@ -123,7 +125,7 @@ def _trl(tokens: Ints, length: int) -> Iterator[str]:
     ends = np.cumsum(np.append(0, tokens)).astype(np.int32)
     ids = pa.ListArray.from_arrays(pa.array(ends), pa.array(np.zeros(ends[-1], dtype=np.int32)))
     start = time.process_time()
-    packed = pack_dataset(Dataset(pa.table({"input_ids": ids})), length, "bfd")
+    packed = pack_dataset(Dataset(pa.table({"input_ids": ids})), seq_len, "bfd")
     seconds = time.process_time() - start
-    full = int(tokens.sum()) / (len(packed) * length)
-    yield f"| TRL, with ids, {len(tokens):,} draws | {length:,} | {len(tokens) / seconds:,.0f} | {full:.2%} |"
+    full = int(tokens.sum()) / (len(packed) * seq_len)
+    yield f"| TRL, with ids, {len(tokens):,} draws | {seq_len:,} | {len(tokens) / seconds:,.0f} | {full:.2%} |"

@@ -23,10 +23,10 @@ from data_prep.common.workers import ALONE
 from data_prep.corpora import build_corpus
 from data_prep.example import Example
 from data_prep.images.store import decode_rgb
-from data_prep.ingest.image_store_build import seal_store
+from data_prep.ingest.image_store_build import build_image_store
+from data_prep.ingest.shard_writer import ShardJob, ingest_shard
 from data_prep.ingest.train_tokenizer import prepare_tokenizer
-from data_prep.ingest.unit_writer import UnitJob, ingest_unit
-from data_prep.ingest.workspace import Intake, UnitReport, Workspace
+from data_prep.ingest.workspace import CorpusVariant, ShardReport, Workspace
 from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
@@ -72,12 +72,13 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
     """Ingest of one unit, and what a program must do at least for the same file."""
     space = Workspace(recipe)
     jobs = {
-        intake.corpus: UnitJob(intake.units[0], intake) for intake in space.intakes(prepare_tokenizer(space, QUIET))
+        variant.corpus: ShardJob(variant.outputs[0], variant)
+        for variant in space.variants(prepare_tokenizer(space, QUIET))
     }
-    ingest_unit(jobs[f"{corpus}_warm"])  # loads the libraries; its texts are others, so none is remembered
+    ingest_shard(jobs[f"{corpus}_warm"])  # loads the libraries; its texts are others, so none is remembered
     samples, whole = _ingest(jobs[corpus], recipe.root_dir / "sealed" / corpus)
     tokenizer = Tokenizer.load(space.tokenizer)
-    tokenized, spent = _tokenize(jobs[corpus].intake)
+    tokenized, spent = _tokenize(jobs[corpus].variant)
     texts, seconds = bare(recipe.root_dir, recipe.root_dir / "copy")
     encoded = _seconds(lambda: [tokenizer._backend.encode(text) for text in texts])
     tokens = sum(len(tokenizer._backend.encode(text)) for text in texts)
@@ -95,19 +96,19 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
         yield f"| read, hash and decode | {opened:.2f} | {samples / opened:,.0f} samples | **{opened / whole:.0%}** |"
 
 
-def _ingest(job: UnitJob, stores: Path) -> tuple[int, float]:
+def _ingest(job: ShardJob, stores: Path) -> tuple[int, float]:
     """Return the samples of a unit, and the seconds to make it and to seal its images."""
-    reports = list[UnitReport]()
-    seconds = _seconds(lambda: reports.append(ingest_unit(job)))
-    return reports[0].tally.kept, seconds + _seconds(lambda: seal_store([job.unit], stores, ALONE))
+    reports = list[ShardReport]()
+    seconds = _seconds(lambda: reports.append(ingest_shard(job)))
+    return reports[0].tally.kept, seconds + _seconds(lambda: build_image_store([job.output], stores, ALONE))
 
 
-def _tokenize(intake: Intake) -> tuple[int, float]:
+def _tokenize(variant: CorpusVariant) -> tuple[int, float]:
     """Return the text tokens of a corpus as the project tokenises it, templates and sidecars included, and seconds."""
-    corpus = build_corpus(intake.kind, intake.options, intake.root)
-    examples = (item for item in corpus.examples(intake.units[0].shard) if isinstance(item, Example))
-    samples = [intake.writing.template.pieces(example) for example in examples]
-    tokenizer, encoded = Tokenizer.load(intake.tokenizer), list[Encoded]()
+    corpus = build_corpus(variant.kind, variant.options, variant.root)
+    examples = (item for item in corpus.examples(variant.outputs[0].shard) if isinstance(item, Example))
+    samples = [variant.encoding.template.pieces(example) for example in examples]
+    tokenizer, encoded = Tokenizer.load(variant.tokenizer), list[Encoded]()
     seconds = _seconds(lambda: encoded.extend(tokenizer.encode(pieces, 1) for pieces in samples))
     return sum(len(sample) - int(sample.modality.sum()) for sample in encoded), seconds
 
@@ -194,7 +195,7 @@ def _write_corpora(folder: Path, options: argparse.Namespace) -> Recipe:
             else {"type": "chat", "data": f"{name}.jsonl"}
             for name in names
         },
-        "packs": {"all": {"corpora": list(names), "template": "phi3", "length": 2048, "epochs": 1}},
+        "packs": {"all": {"corpora": list(names), "template": "phi3", "seq_len": 2048, "epochs": 1}},
     }
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content, sort_keys=False))

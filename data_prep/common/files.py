@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +65,29 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     temporary.replace(path)
 
 
-def sealed(value: Any) -> bytes:
+def with_hash(value: Any) -> bytes:
     """Return a JSON-able value with its own hash, as the content of a file."""
-    return json.dumps({"value": value, "sha256": digest(value)}).encode() + b"\n"
+    return json.dumps({"value": value, "sha256": hash_json(value)}).encode() + b"\n"
 
 
-def read_sealed(path: Path) -> Any:
-    """Return the value of a file made by ``sealed``, or None where there is none, or it was damaged."""
+def read_hashed(path: Path) -> Any:
+    """Return the value of a file made by ``with_hash``, or None where there is none, or it was damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-        return raw["value"] if raw["sha256"] == digest(raw["value"]) else None
+        return raw["value"] if raw["sha256"] == hash_json(raw["value"]) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def digest(value: Any) -> str:
+def check_format(path: Path, raw: Mapping[str, Any], *, format: str, version: int, fix: str) -> None:
+    """Refuse a file of another kind or format version. Raises UserError naming both versions and the fix."""
+    if raw.get("format") != format:
+        raise UserError(f"{path}: not a file of format {format}; {fix}")
+    if raw.get("version") != version:
+        raise UserError(f"{path}: {format} version {raw.get('version')}, this release reads version {version}; {fix}")
+
+
+def hash_json(value: Any) -> str:
     """Return the sha256 of a JSON-able value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=list).encode()).hexdigest()
 

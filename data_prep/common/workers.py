@@ -44,12 +44,12 @@ class Team(ABC):
         return task()
 
     @property
-    def talks(self) -> bool:
+    def is_reporter(self) -> bool:
         """Whether this process reports to the user."""
         return True
 
     @property
-    def does_all(self) -> bool:
+    def covers_all(self) -> bool:
         """Whether the team does all of the work, not a share beside other jobs."""
         return True
 
@@ -67,7 +67,7 @@ class LocalTeam(Team):
         return items[self.index :: self.count]
 
     @property
-    def does_all(self) -> bool:
+    def covers_all(self) -> bool:
         """False for one of several shares."""
         return self.count == 1
 
@@ -108,7 +108,7 @@ class MpiTeam(Team):
         self.description = f"{comm.Get_size()} MPI ranks"
 
     @property
-    def talks(self) -> bool:
+    def is_reporter(self) -> bool:
         """Only rank 0 talks."""
         return bool(self._comm.Get_rank() == 0)
 
@@ -130,7 +130,7 @@ class MpiTeam(Team):
 
     def serial(self, task: Callable[[], R]) -> R:
         """Run the task on rank 0; an error a user can mend is raised on every rank."""
-        result, problem = self._comm.bcast(self._attempt(task) if self.talks else None, root=0)
+        result, problem = self._comm.bcast(self._attempt(task) if self.is_reporter else None, root=0)
         if problem:
             raise UserError(problem)
         returned: R = result

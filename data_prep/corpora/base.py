@@ -46,7 +46,7 @@ class Corpus(BaseModel, ABC):
     """Folder that all other paths are relative to."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are (``augment`` is refused); empty where the texts decide."""
         return ""
 

@@ -46,7 +46,7 @@ class NLVR(RowCorpus):
     """The words for a true and for a false sentence."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "its sentences are about places and counts"
 

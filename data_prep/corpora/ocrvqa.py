@@ -34,7 +34,7 @@ class OCRVQA(RowCorpus):
     """What the user says; the default is AKI's."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "its questions are about written text"
 

@@ -36,7 +36,7 @@ class RefCOCO(RowCorpus):
     """What the user says when the box is asked for."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "boxes refer to the whole, upright image"
 

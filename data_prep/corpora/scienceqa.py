@@ -33,7 +33,7 @@ class ScienceQA(RowCorpus):
     """What the user says; ``{question}`` is the hint, the question and, line by line, its options."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "its maps and diagrams carry written labels"
 

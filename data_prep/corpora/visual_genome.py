@@ -36,7 +36,7 @@ class VisualGenome(RowCorpus):
     """What the user says; the default is AKI's."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "boxes refer to the whole, upright image"
 

@@ -31,7 +31,7 @@ class VSR(RowCorpus):
     """The words for a true and for a false statement."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "its statements are about places and directions"
 

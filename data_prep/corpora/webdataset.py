@@ -60,7 +60,7 @@ class WebDataset(Corpus):
     """BLIP3-OCR-200M keeps several captions under ``captions``, as JSON in a string: take the one of this detail."""
 
     @property
-    def unalterable(self) -> str:
+    def never_augment(self) -> str:
         """Why the images must be shown as they are."""
         return "its captions are text that is read off the images" if self.granularity is not None else ""
 

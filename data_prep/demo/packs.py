@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import digest, is_of_size, sha256_file, write_atomic
+from data_prep.common.files import hash_json, is_of_size, sha256_file, write_atomic
 from data_prep.common.workers import LocalTeam, Team
 from data_prep.demo import write_world
 from data_prep.images.store import ImageStore
@@ -35,7 +35,7 @@ _LAUNCHER_PREFIXES = ("PMI", "OMPI_", "MPI")
 def recipe_version() -> str:
     """Return a short hash of the shipped demo recipe and of the code's versions that shape its packs."""
     versions = (TRAINING_VERSION, INGEST_VERSION, PLAN_VERSION, ROWS_VERSION)
-    return digest([sha256_file(SHIPPED / "demo.yaml"), versions])[:12]
+    return hash_json([sha256_file(SHIPPED / "demo.yaml"), versions])[:12]
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ def make_demo(out: Path, demo: Demo, team: Team, reporter: Reporter) -> None:
     Raises:
         UserError: ``out`` holds another world, or a size is out of range.
     """
-    with lock_of(out).hold(reporter.say, wait=True) if team.talks else nullcontext():
+    with lock_of(out).hold(reporter.say, wait=True) if team.is_reporter else nullcontext():
         if team.serial(lambda: _made(out) == demo):
             reporter.say(f"demo: {out} is complete")
         else:

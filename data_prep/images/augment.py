@@ -27,7 +27,7 @@ FLIP, CROP = 1, 2
 UNIT = 1000
 """Views are written in thousandths of an image's width and height."""
 WHOLE = (0, 0, 0, UNIT, UNIT)
-Views = npt.NDArray[np.int16]
+Augmentations = npt.NDArray[np.int16]
 """int16[images, 5]: mirrored (0 or 1), then left, top, width and height of what is kept, in thousandths."""
 
 INSTRUCTIONS = (
@@ -112,23 +112,23 @@ def allowed_by(example: Example) -> int:
     return allowed("\n".join(part for turn in example.turns for part in turn.parts if isinstance(part, str)))
 
 
-def draw_views(augment: Augment, allows: int, images: int, *key: object) -> Views:
+def draw_augmentations(augment: Augment, allows: int, images: int, *key: object) -> Augmentations:
     """Return the views of one draw's images, by ``key`` alone; all of its images are mirrored, or none."""
     numbers = seeded(*key, "views").random((images + 1, 4))
-    views = np.tile(np.array(WHOLE, dtype=np.int16), (images, 1))
-    views[:, 0] = bool(allows & FLIP) and numbers[0, 0] < augment.flip
+    augmentations = np.tile(np.array(WHOLE, dtype=np.int16), (images, 1))
+    augmentations[:, 0] = bool(allows & FLIP) and numbers[0, 0] < augment.flip
     if allows & CROP and augment.crop < 1:
         area = augment.crop + (1 - augment.crop) * numbers[1:, 0]
         width = area ** numbers[1:, 1]
         sides = np.ceil(UNIT * np.stack([width, area / width], axis=1)).clip(1, UNIT)  # the share kept is no smaller
-        views[:, 1:3] = np.floor((UNIT + 1 - sides) * numbers[1:, 2:])
-        views[:, 3:] = sides
-    return views
+        augmentations[:, 1:3] = np.floor((UNIT + 1 - sides) * numbers[1:, 2:])
+        augmentations[:, 3:] = sides
+    return augmentations
 
 
-def apply_view(image: Image.Image, view: npt.NDArray[np.int16]) -> Image.Image:
+def apply_augmentation(image: Image.Image, augmentation: npt.NDArray[np.int16]) -> Image.Image:
     """Return an image as a draw shows it: cropped, then mirrored; the image itself where nothing is to be done."""
-    mirrored, left, top, width, height = view.tolist()
+    mirrored, left, top, width, height = augmentation.tolist()
     if (width, height) != (UNIT, UNIT):
         sides = np.array([image.width, image.height])
         first = np.array([left, top]) * sides // UNIT
@@ -137,8 +137,8 @@ def apply_view(image: Image.Image, view: npt.NDArray[np.int16]) -> Image.Image:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def describe_view(view: npt.NDArray[np.int16]) -> str:
+def describe_augmentation(augmentation: npt.NDArray[np.int16]) -> str:
     """Return ``mirrored, 93% of its area``; nothing for a whole image."""
-    words = ["mirrored"] if view[0] else []
-    kept = int(view[3]) * int(view[4]) / UNIT**2
+    words = ["mirrored"] if augmentation[0] else []
+    kept = int(augmentation[3]) * int(augmentation[4]) / UNIT**2
     return ", ".join([*words, f"{kept:.0%} of its area"] if kept < 1 else words)

@@ -25,7 +25,7 @@ import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import FileEntry, is_of_size, sha256_file
+from data_prep.common.files import RERUN, FileEntry, check_format, is_of_size, sha256_file
 from data_prep.images.jpeg import surely_decodes
 from data_prep.quarantine import BadSample
 
@@ -186,8 +186,7 @@ class ImageStore:
             raise UserError(f"{self.directory}: no image store here (store.json is missing); run mma-prep again")
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if (raw["format"], raw["version"]) != (STORE_FORMAT, STORE_VERSION):
-                raise UserError(f"{path}: not a {STORE_FORMAT} index of version {STORE_VERSION}; run mma-prep again")
+            check_format(path, raw, format=STORE_FORMAT, version=STORE_VERSION, fix=RERUN)
             self.shards = tuple(FileEntry(**entry) for entry in raw["shards"])
         except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error

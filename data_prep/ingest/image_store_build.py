@@ -28,8 +28,8 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import FileEntry, Hashed, is_of_size, write_atomic
 from data_prep.common.workers import Team
 from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, STORE_FORMAT, STORE_VERSION, ImageStore
-from data_prep.ingest.digests import Digests
-from data_prep.ingest.workspace import Unit
+from data_prep.ingest.image_hashes import ImageHashes
+from data_prep.ingest.workspace import ShardOutput
 
 RANGE_IMAGES = 1 << 17
 """Hashes that are compared at a time, at least."""
@@ -43,7 +43,7 @@ class ShardJob:
 
     store: Path
     number: int
-    unit: int
+    output: int
     start: int
     stop: int
 
@@ -62,7 +62,7 @@ class ShardJob:
         return self.marker.is_file() and self.path.is_file()
 
 
-def seal_store(units: Sequence[Unit], directory: Path, team: Team) -> Path:
+def build_image_store(outputs: Sequence[ShardOutput], directory: Path, team: Team) -> Path:
     """Build ``directory/KEY`` from the units' images, unless it is there; return it.
 
     ``KEY`` names the contents, so packs that were made with another store keep theirs. The order of rows depends on the
@@ -71,12 +71,12 @@ def seal_store(units: Sequence[Unit], directory: Path, team: Team) -> Path:
     Raises:
         UserError: the images of a unit are neither beside it nor in an earlier store.
     """
-    store = directory / store_key(units)
-    if team.serial(lambda: _is_sealed(units, store)):
+    store = directory / store_key(outputs)
+    if team.serial(lambda: _is_sealed(outputs, store)):
         return store
-    whole, jobs = team.serial(lambda: (_is_whole(store), _prepare(units, store)))
+    whole, jobs = team.serial(lambda: (_is_whole(store), _prepare(outputs, store)))
     team.map(_write_shard, [] if whole else to_write(jobs, team), _nothing)
-    team.serial(lambda: _finish(units, store, jobs))
+    team.serial(lambda: _finish(outputs, store, jobs))
     return store
 
 
@@ -85,9 +85,9 @@ def to_write(jobs: Sequence[ShardJob], team: Team) -> list[ShardJob]:
     return [job for job in team.share(jobs) if not job.is_done()]
 
 
-def store_key(units: Sequence[Unit]) -> str:
+def store_key(outputs: Sequence[ShardOutput]) -> str:
     """Return the name of the store that holds exactly the units' images, in their order."""
-    return hashlib.sha256("".join(unit.report().images_sha256 for unit in units).encode()).hexdigest()[:12]
+    return hashlib.sha256("".join(output.report().images_sha256 for output in outputs).encode()).hexdigest()[:12]
 
 
 def _nothing(_: object) -> None:
@@ -98,8 +98,10 @@ def _work(store: Path) -> Path:
     return store / ".work"
 
 
-def _is_sealed(units: Sequence[Unit], store: Path) -> bool:
-    return _is_whole(store) and not _work(store).is_dir() and all(unit.rows(store.name).is_file() for unit in units)
+def _is_sealed(outputs: Sequence[ShardOutput], store: Path) -> bool:
+    return (
+        _is_whole(store) and not _work(store).is_dir() and all(output.rows(store.name).is_file() for output in outputs)
+    )
 
 
 def _is_whole(store: Path) -> bool:
@@ -132,18 +134,18 @@ def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
             path.unlink(missing_ok=True)
 
 
-def _prepare(units: Sequence[Unit], store: Path) -> list[ShardJob]:
+def _prepare(outputs: Sequence[ShardOutput], store: Path) -> list[ShardJob]:
     """Find the row of every image and the bounds of the shards, and write down what workers need to know."""
-    starts = np.cumsum([0, *(unit.report().images for unit in units)])
+    starts = np.cumsum([0, *(output.report().images for output in outputs)])
     with _new_rows(store, int(starts[-1])) as rows:
-        _find_owners(units, starts, rows)
+        _find_owners(outputs, starts, rows)
         bounds = _number_rows(starts, rows)
     context = {
-        "units": [[unit.corpus, unit.shard, str(unit.folder), unit.raw] for unit in units],
+        "units": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
         "starts": starts.tolist(),
     }
     write_atomic(_work(store) / "context.json", json.dumps(context).encode())
-    new = [(unit, *ends) for unit, ends in enumerate(itertools.pairwise(bounds)) if ends[0] < ends[1]]
+    new = [(output, *ends) for output, ends in enumerate(itertools.pairwise(bounds)) if ends[0] < ends[1]]
     return [ShardJob(store, number, *which) for number, which in enumerate(new)]
 
 
@@ -178,19 +180,19 @@ def allocate(path: Path, size: int) -> None:
         raise UserError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}): free some there") from error
 
 
-def _find_owners(units: Sequence[Unit], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
+def _find_owners(outputs: Sequence[ShardOutput], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
     """Write, for every image of every unit, the number of the first image with its content."""
-    for first, stop in itertools.pairwise(_ranges(len(owners), len(units))):
-        parts = [Digests.open(unit.digests).between(first, stop) for unit in units]
+    for first, stop in itertools.pairwise(_ranges(len(owners), len(outputs))):
+        parts = [ImageHashes.open(output.image_hashes).between(first, stop) for output in outputs]
         numbers = np.concatenate([part.index + start for part, start in zip(parts, starts[:-1], strict=True)])
         sha256 = np.concatenate([part.sha256 for part in parts])
         _, uses, which = np.unique(sha256, return_index=True, return_inverse=True)
         owners[numbers] = numbers[uses][which]
 
 
-def _ranges(images: int, units: int) -> list[bytes]:
+def _ranges(images: int, outputs: int) -> list[bytes]:
     """Return the bounds of equal ranges of hashes, to be compared one after the other; the outermost are open."""
-    count = -(-images // max(RANGE_IMAGES, RANGE_SHARE * units))
+    count = -(-images // max(RANGE_IMAGES, RANGE_SHARE * outputs))
     if count == 0:
         return []
     return [b"", *((number * (1 << 64) // count).to_bytes(8) for number in range(1, count)), b""]
@@ -211,25 +213,25 @@ def _number_rows(starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> 
 class _Context:
     """What a worker process keeps between the shards of one store."""
 
-    units: list[Unit]
+    outputs: list[ShardOutput]
     starts: list[int]
     rows: Path
     listed: dict[str, FileEntry]
     """Shards of this store by its index, where it has been whole before; its name tells what they hold."""
 
-    def rows_of(self, unit: int) -> npt.NDArray[np.int64]:
+    def rows_of(self, output: int) -> npt.NDArray[np.int64]:
         """Read the store rows of a unit's images; no map is kept: where a file is open, NFS removes no folder."""
-        start, stop = self.starts[unit : unit + 2]
+        start, stop = self.starts[output : output + 2]
         return np.fromfile(self.rows, np.int64, stop - start, offset=8 * start)
 
 
 @functools.lru_cache(maxsize=1)
 def _context(store: Path) -> _Context:
     raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
-    units = [Unit(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
+    outputs = [ShardOutput(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
     found = _opened(store)
     listed = {entry.name: entry for entry in (found.shards if found else ())}
-    return _Context(units, raw["starts"], _rows(store), listed)
+    return _Context(outputs, raw["starts"], _rows(store), listed)
 
 
 def _write_shard(job: ShardJob) -> None:
@@ -242,25 +244,25 @@ def _write_shard(job: ShardJob) -> None:
 
 def _make_shard(job: ShardJob) -> FileEntry:
     context, stores = _context(job.store), job.store.parent
-    unit, rows = context.units[job.unit], context.rows_of(job.unit)
+    output, rows = context.outputs[job.output], context.rows_of(job.output)
     wanted = np.flatnonzero((rows >= job.start) & (rows < job.stop))
-    whole = _whole_file(unit, stores) if len(wanted) == len(rows) else None
+    whole = _whole_file(output, stores) if len(wanted) == len(rows) else None
     if whole is None:
-        return _copy_images(_images(unit, wanted, stores), job.path)
+        return _copy_images(_images(output, wanted, stores), job.path)
     with atomic_path(job.path) as temporary:
         link_or_copy(whole[0], temporary)
     return replace(whole[1], name=job.path.name)
 
 
-def _whole_file(unit: Unit, stores: Path) -> tuple[Path, FileEntry] | None:
+def _whole_file(output: ShardOutput, stores: Path) -> tuple[Path, FileEntry] | None:
     """Return a file with all images of a unit and no others, or None: its own, or a shard of an earlier store."""
-    report = unit.report()
-    if unit.images.is_file():
-        return unit.images, report.pixels
-    key = unit.sealed_in(stores)
+    report = output.report()
+    if output.images.is_file():
+        return output.images, report.pixels
+    key = output.store_of(stores)
     if key is None:
         return None
-    store, rows = ImageStore(stores / key), np.fromfile(unit.rows(key), dtype=np.int64)
+    store, rows = ImageStore(stores / key), np.fromfile(output.rows(key), dtype=np.int64)
     shard = store.shard_of(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else None
     return (store.directory / shard.name, shard) if shard is not None else None
 
@@ -280,41 +282,45 @@ def _copy_images(images: Iterable[tuple[bytes, int, int, bytes]], path: Path) ->
     return file.entry
 
 
-def _images(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+def _images(
+    output: ShardOutput, wanted: npt.NDArray[np.int64], stores: Path
+) -> Iterator[tuple[bytes, int, int, bytes]]:
     """Yield (sha256, width, height, bytes) of the images with the given places in a unit, in their order."""
-    if not unit.images.is_file():
-        yield from _from_store(unit, wanted, stores)
+    if not output.images.is_file():
+        yield from _from_store(output, wanted, stores)
         return
-    Hashed(unit.images, unit.report().pixels.sha256, unit.marker.name).check()
+    Hashed(output.images, output.report().pixels.sha256, output.marker.name).check()
     start = 0
-    for batch in open_batches(unit.images):
+    for batch in open_batches(output.images):
         inside = wanted[(wanted >= start) & (wanted < start + batch.num_rows)] - start
         yield from zip(*(column.to_pylist() for column in batch.take(pa.array(inside)).columns), strict=True)
         start += batch.num_rows
 
 
-def _from_store(unit: Unit, wanted: npt.NDArray[np.int64], stores: Path) -> Iterator[tuple[bytes, int, int, bytes]]:
+def _from_store(
+    output: ShardOutput, wanted: npt.NDArray[np.int64], stores: Path
+) -> Iterator[tuple[bytes, int, int, bytes]]:
     """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of.
 
     Raises:
         UserError: there is none, or an image is not what its hash says.
     """
-    key = unit.sealed_in(stores)
+    key = output.store_of(stores)
     if key is None:
-        unit.marker.unlink(missing_ok=True)
+        output.marker.unlink(missing_ok=True)
         raise UserError(
-            f"{unit.corpus}/{unit.shard}: its images are in no store any more (was one deleted?); "
+            f"{output.corpus}/{output.shard}: its images are in no store any more (was one deleted?); "
             "run ingest again to read them anew"
         )
     store = ImageStore(stores / key)
-    for row in np.fromfile(unit.rows(key), dtype=np.int64)[wanted].tolist():
+    for row in np.fromfile(output.rows(key), dtype=np.int64)[wanted].tolist():
         sha256, data = bytes.fromhex(store.sha256(row)), store.read(row)
         if hashlib.sha256(data).digest() != sha256:
             raise UserError(f"{store.directory}: image {row} is damaged; `mma-prep verify` names the file")
         yield sha256, *store.size(row), data
 
 
-def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> None:
+def _finish(outputs: Sequence[ShardOutput], store: Path, jobs: Sequence[ShardJob]) -> None:
     """Write the index, then each unit's rows, and only then remove what the store holds now."""
     if not _is_whole(store):
         shards = [json.loads(job.marker.read_text(encoding="utf-8")) for job in jobs]
@@ -322,10 +328,10 @@ def _finish(units: Sequence[Unit], store: Path, jobs: Sequence[ShardJob]) -> Non
         index = {"format": STORE_FORMAT, "version": STORE_VERSION, "shards": shards}
         write_atomic(store / "store.json", json.dumps(index, indent=1, sort_keys=True).encode() + b"\n")
     context = _context(store)
-    for number, unit in enumerate(units):
-        write_atomic(unit.rows(store.name), context.rows_of(number).tobytes())
-    for unit in units:
-        unit.images.unlink(missing_ok=True)
+    for number, output in enumerate(outputs):
+        write_atomic(output.rows(store.name), context.rows_of(number).tobytes())
+    for output in outputs:
+        output.images.unlink(missing_ok=True)
     for path in store.glob(".*.tmp"):  # of members that were killed
         path.unlink(missing_ok=True)
     _context.cache_clear()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from data_prep.ingest.workspace import Unit
+from data_prep.ingest.workspace import ShardOutput
 
 _AT_A_TIME = 16
 """Stats in flight: on a parallel file system each takes its time, and few cores are needed to wait."""
@@ -34,16 +34,16 @@ def watched(folders: Iterable[Path]) -> Iterator[Path]:
         yield from (Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
 
 
-def unchanged(units: Iterable[Unit], root: Path) -> list[bool]:
+def unchanged(outputs: Iterable[ShardOutput], root: Path) -> list[bool]:
     """Return whether all that each unit read is as it was."""
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        return list(pool.map(lambda unit: _is_unchanged(unit, root), units))
+        return list(pool.map(lambda output: _is_unchanged(output, root), outputs))
 
 
-def _is_unchanged(unit: Unit, root: Path) -> bool:
-    if not unit.sources.is_file():
+def _is_unchanged(output: ShardOutput, root: Path) -> bool:
+    if not output.sources.is_file():
         return False
-    with unit.sources.open("rb") as lines:
+    with output.sources.open("rb") as lines:
         return all(_line(os.fsdecode(line.split(b" ", 2)[-1][:-1]), root) == line for line in lines)
 
 

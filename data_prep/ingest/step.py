@@ -13,10 +13,10 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import sha256_line, write_atomic
 from data_prep.common.workers import ALONE, Team
 from data_prep.ingest import sources
-from data_prep.ingest.image_store_build import forget_damaged, seal_store
+from data_prep.ingest.image_store_build import build_image_store, forget_damaged
+from data_prep.ingest.shard_writer import ShardJob, ingest_shard
 from data_prep.ingest.train_tokenizer import has_tokenizer, prepare_tokenizer
-from data_prep.ingest.unit_writer import UnitJob, ingest_unit
-from data_prep.ingest.workspace import Intake, Unit, Workspace, describe_missing
+from data_prep.ingest.workspace import CorpusVariant, ShardOutput, Workspace, describe_missing
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
@@ -44,16 +44,16 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     team.serial(lambda: forget_damaged(space.out))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
-        UnitJob(unit, replace(intake, shards={}))  # a job that knew all shards would be large to send
-        for intake in space.intakes(tokenizer_sha256)
-        for unit in intake.units
+        ShardJob(output, replace(variant, shards={}))  # a job that knew all shards would be large to send
+        for variant in space.variants(tokenizer_sha256)
+        for output in variant.outputs
     ]
     mine = team.share(jobs)
-    unchanged = sources.unchanged([job.unit for job in mine], space.recipe.root_dir)
-    waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.unit.done())]
+    unchanged = sources.unchanged([job.output for job in mine], space.recipe.root_dir)
+    waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.output.done())]
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
-        team.map(ingest_unit, waiting, lambda report: task.advance(report.tally))
-    if not team.does_all:
+        team.map(ingest_shard, waiting, lambda report: task.advance(report.tally))
+    if not team.covers_all:
         reporter.say("ingest: this share is done; plan follows when all shares are")
         return
     done = require_ingested(space, team)
@@ -71,8 +71,8 @@ def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
         UserError: units are missing (the message counts them and names the first), or too many samples were rejected.
     """
     tokenizer_sha256, tally = team.serial(lambda: _check_units(space))
-    units = pack_units(space.intakes(tokenizer_sha256))
-    return Ingested(tokenizer_sha256, seal_store(units, space.images, team), tally)
+    outputs = pack_units(space.variants(tokenizer_sha256))
+    return Ingested(tokenizer_sha256, build_image_store(outputs, space.images, team), tally)
 
 
 def _check_units(space: Workspace) -> tuple[str, Tally]:
@@ -81,18 +81,20 @@ def _check_units(space: Workspace) -> tuple[str, Tally]:
     if space.shards and not has_tokenizer(space):  # what is wrong with the corpora is said first
         raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
-    units = pack_units(space.intakes(tokenizer_sha256))
-    reports = [unit.done() for unit in units]
-    missing = [unit for unit, report in zip(units, reports, strict=True) if report is None]
+    outputs = pack_units(space.variants(tokenizer_sha256))
+    reports = [output.done() for output in outputs]
+    missing = [output for output, report in zip(outputs, reports, strict=True) if report is None]
     if missing:
         raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
-    write_rejects(space, units)
-    tallies = {unit: report.tally for unit, report in zip(units, reports, strict=True) if report is not None}
+    write_rejects(space, outputs)
+    tallies = {output: report.tally for output, report in zip(outputs, reports, strict=True) if report is not None}
     check_bad_fraction(_by_writing(space, tokenizer_sha256, tallies), space.recipe.max_bad_fraction, space.rejects)
     return tokenizer_sha256, add_tallies(tallies.values())
 
 
-def _by_writing(space: Workspace, tokenizer_sha256: str, tallies: Mapping[Unit, Tally]) -> dict[str, list[Tally]]:
+def _by_writing(
+    space: Workspace, tokenizer_sha256: str, tallies: Mapping[ShardOutput, Tally]
+) -> dict[str, list[Tally]]:
     """Return the tallies of units by corpus and by the way it is written, under the keys of the recipe that say so.
 
     Together, a way that all of a corpus fits would hide one that hardly any of it does.
@@ -100,36 +102,36 @@ def _by_writing(space: Workspace, tokenizer_sha256: str, tallies: Mapping[Unit, 
     sets: dict[Path, list[str]] = {}
     for name, pack in space.recipe.packs.items():
         for corpus in pack.corpora:
-            sets.setdefault(space.intake(corpus, pack, tokenizer_sha256).folder, []).append(f"packs.{name}")
-    intakes, found = space.intakes(tokenizer_sha256), {}
-    ways = Counter(intake.corpus for intake in intakes)
-    for intake in intakes:
-        which = f" (in {', '.join(sets[intake.folder])})" if ways[intake.corpus] > 1 else ""
-        found[f"corpora.{intake.corpus}{which}"] = [tallies[unit] for unit in intake.units]
+            sets.setdefault(space.variant(corpus, pack, tokenizer_sha256).folder, []).append(f"packs.{name}")
+    variants, found = space.variants(tokenizer_sha256), {}
+    ways = Counter(variant.corpus for variant in variants)
+    for variant in variants:
+        which = f" (in {', '.join(sets[variant.folder])})" if ways[variant.corpus] > 1 else ""
+        found[f"corpora.{variant.corpus}{which}"] = [tallies[output] for output in variant.outputs]
     return found
 
 
-def pack_units(intakes: Iterable[Intake]) -> list[Unit]:
+def pack_units(variants: Iterable[CorpusVariant]) -> list[ShardOutput]:
     """Return the units of several intakes, in the order that plans number them."""
-    return [unit for intake in intakes for unit in intake.units]
+    return [output for variant in variants for output in variant.outputs]
 
 
-def tallies_by_corpus(units: Iterable[Unit], tallies: Iterable[Tally]) -> dict[str, Tally]:
+def tallies_by_corpus(outputs: Iterable[ShardOutput], tallies: Iterable[Tally]) -> dict[str, Tally]:
     """Return what became of each corpus's samples, from the tallies of units."""
     gathered: dict[str, list[Tally]] = {}
-    for unit, tally in zip(units, tallies, strict=True):
-        gathered.setdefault(unit.corpus, []).append(tally)
+    for output, tally in zip(outputs, tallies, strict=True):
+        gathered.setdefault(output.corpus, []).append(tally)
     return {corpus: add_tallies(found) for corpus, found in sorted(gathered.items())}
 
 
-def write_rejects(space: Workspace, units: Sequence[Unit]) -> None:
+def write_rejects(space: Workspace, outputs: Sequence[ShardOutput]) -> None:
     """Gather the quarantine lists of all units into one file, in unit order, and write its hash beside it."""
-    digest = hashlib.sha256()
+    rejects_hash = hashlib.sha256()
     with atomic_path(space.rejects) as temporary, temporary.open("wb") as out:
-        for unit in units:
-            part = unit.rejects.read_bytes()
-            digest.update(part)
+        for output in outputs:
+            part = output.rejects.read_bytes()
+            rejects_hash.update(part)
             out.write(part)
-    line, sums = sha256_line(digest.hexdigest(), space.rejects.name), space.rejects.with_suffix(".sha256")
+    line, sums = sha256_line(rejects_hash.hexdigest(), space.rejects.name), space.rejects.with_suffix(".sha256")
     if not sums.is_file() or sums.read_bytes() != line:
         write_atomic(sums, line)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import digest, sealed, sha256_file, write_atomic
+from data_prep.common.files import hash_json, sha256_file, with_hash, write_atomic
 from data_prep.example import Example, Reject
 from data_prep.ingest.workspace import Workspace
 from data_prep.progress import Reporter
@@ -28,7 +28,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     marker = _marker(space)
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
-    origin = sealed(digest([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
+    origin = with_hash(hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
     if marker.is_file() and marker.read_bytes() == origin:
         with suppress(UserError):  # a file of it is gone: it is made anew
             return Tokenizer.load(space.tokenizer).sha256

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import FileEntry, digest, is_of_size, read_sealed, sealed, write_atomic
+from data_prep.common.files import FileEntry, hash_json, is_of_size, read_hashed, with_hash, write_atomic
 from data_prep.common.folder_lock import FolderLock
 from data_prep.corpora import build_corpus
 from data_prep.quarantine import Tally
@@ -40,33 +40,33 @@ from data_prep.text.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 11
+INGEST_VERSION = 12
 """Raised whenever the same raw sample would become other files: old units are then made again."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 """What reading a damaged done-marker raises."""
-_HASHES = ("sha256", "facts_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
+_HASHES = ("sha256", "stats_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 
 
 @dataclass(frozen=True, slots=True)
-class Writing:
+class EncodingConfig:
     """How a pack set writes its samples: everything besides the raw data that shapes tokens."""
 
     template: Template
     image_tokens: int
-    length: int
+    seq_len: int
     max_text_tokens: int | None
     max_images: int | None
-    too_long: Literal["reject", "cut"]
+    too_long: Literal["reject", "truncate"]
 
     @classmethod
-    def of(cls, pack: PackConfig, image_tokens: int) -> Writing:
+    def of(cls, pack: PackConfig, image_tokens: int) -> EncodingConfig:
         """Return the writing that a pack set asks for."""
         template = pack.to_template()
-        return cls(template, image_tokens, pack.length, pack.max_text_tokens, pack.max_images, pack.too_long)
+        return cls(template, image_tokens, pack.seq_len, pack.max_text_tokens, pack.max_images, pack.too_long)
 
 
 @dataclass(frozen=True, slots=True)
-class Unit:
+class ShardOutput:
     """One raw shard of one corpus, written in one way: the smallest piece of work, and its files."""
 
     corpus: str
@@ -81,9 +81,9 @@ class Unit:
         return self.folder / f"{self.shard}.arrow"
 
     @property
-    def facts(self) -> Path:
-        """What a plan needs to know of each sample (``data_prep.ingest.samples.FACTS``)."""
-        return self.folder / f"{self.shard}.facts"
+    def stats(self) -> Path:
+        """What a plan needs to know of each sample (``data_prep.ingest.samples.SAMPLE_STATS``)."""
+        return self.folder / f"{self.shard}.stats"
 
     @property
     def images(self) -> Path:
@@ -91,8 +91,8 @@ class Unit:
         return self.folder / f"{self.shard}.images"
 
     @property
-    def digests(self) -> Path:
-        """Hashes of the distinct images (``data_prep.ingest.digests``)."""
+    def image_hashes(self) -> Path:
+        """Hashes of the distinct images (``data_prep.ingest.image_hashes``)."""
         return self.folder / f"{self.shard}.sha256"
 
     @property
@@ -121,35 +121,35 @@ class Unit:
         """Store row of every distinct image (int64), for one sealed store."""
         return self.folder / f"{self.shard}.rows-{store}"
 
-    def report(self) -> UnitReport:
+    def report(self) -> ShardReport:
         """Read the done-marker. Raises UserError when it is absent or was damaged."""
         try:
-            return UnitReport.from_json(self.marker.read_text(encoding="utf-8"))
+            return ShardReport.from_json(self.marker.read_text(encoding="utf-8"))
         except (OSError, *_DAMAGED) as error:
             raise UserError(
                 f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
             ) from error
 
-    def done(self) -> UnitReport | None:
+    def done(self) -> ShardReport | None:
         """Return what the unit holds, or None when not all of its files are in place or its raw files changed."""
-        files = (self.marker, self.tokens, self.facts, self.digests, self.rejects, self.sources)
+        files = (self.marker, self.tokens, self.stats, self.image_hashes, self.rejects, self.sources)
         if not all(path.is_file() for path in files):
             return None
         report = self.report()
         whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
         stores = self.folder.parents[2] / "images"
         own = is_of_size(self.images, report.pixels.bytes)
-        whole = whole and (not report.images or own or self.sealed_in(stores) is not None)
+        whole = whole and (not report.images or own or self.store_of(stores) is not None)
         return report if whole else None
 
-    def sealed_in(self, stores: Path) -> str | None:
+    def store_of(self, stores: Path) -> str | None:
         """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""
         names = sorted(index.parent.name for index in stores.glob("*/store.json"))  # few, where units are many
         return next((name for name in names if self.rows(name).is_file()), None)
 
     def forget(self) -> None:
         """Remove the marker, the rows of sealed stores and what a killed attempt left: the unit is made anew."""
-        files = (self.tokens, self.facts, self.images, self.digests, self.sources, self.rejects, self.marker)
+        files = (self.tokens, self.stats, self.images, self.image_hashes, self.sources, self.rejects, self.marker)
         names = {path.name for path in files}  # another unit's may begin as this one's do
         begun = self.folder.glob(f".{glob.escape(self.shard)}.*.tmp")
         unfinished = [path for path in begun if path.name[1:].rsplit(".", 2)[0] in names]
@@ -162,7 +162,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
-class UnitReport:
+class ShardReport:
     """What a done unit holds."""
 
     raw: str
@@ -174,7 +174,7 @@ class UnitReport:
     """Bytes of the token file."""
     sha256: str
     """Hash of the token file."""
-    facts_sha256: str
+    stats_sha256: str
     """Hash of what a plan needs to know."""
     images_sha256: str
     """Hash of the hashes of its images."""
@@ -190,7 +190,7 @@ class UnitReport:
 
     @classmethod
     @functools.lru_cache(1 << 12)  # a step asks for the same markers several times
-    def from_json(cls, text: str) -> UnitReport:
+    def from_json(cls, text: str) -> ShardReport:
         """Parse a done-marker. Raises ValueError, KeyError, TypeError or AttributeError where it is damaged."""
         raw = _read_marker(text)
         tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
@@ -201,19 +201,19 @@ class UnitReport:
         fields = {"version": INGEST_VERSION, "raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
         fields |= {"repairs": dict(self.tally.repairs), "pixels": asdict(self.pixels), "bytes": self.size}
         whole = {**fields, **{name: getattr(self, name) for name in _HASHES}}
-        return json.dumps({**whole, "marker_sha256": digest(whole)}, sort_keys=True) + "\n"
+        return json.dumps({**whole, "marker_sha256": hash_json(whole)}, sort_keys=True) + "\n"
 
 
 def _read_marker(text: str) -> dict[str, Any]:
     """Return what a done-marker of any version says. Raises ValueError, KeyError, TypeError or AttributeError."""
     raw: dict[str, Any] = json.loads(text)
-    if raw.pop("marker_sha256") != digest(raw):
+    if raw.pop("marker_sha256") != hash_json(raw):
         raise ValueError("it differs from its own hash")
     return raw
 
 
 @dataclass(frozen=True)
-class Intake:
+class CorpusVariant:
     """One corpus written in one way; shared by all pack sets that write it so."""
 
     corpus: str
@@ -221,7 +221,7 @@ class Intake:
     options: dict[str, Any]
     root: Path
     tokenizer: Path
-    writing: Writing
+    encoding: EncodingConfig
     folder: Path
     shards: dict[str, str]
     """Shard -> identity of its raw files, in the corpus's own order."""
@@ -229,9 +229,9 @@ class Intake:
     """Identity of all of them."""
 
     @property
-    def units(self) -> list[Unit]:
+    def outputs(self) -> list[ShardOutput]:
         """Units of the corpus in its own order."""
-        return [Unit(self.corpus, shard, self.folder, raw) for shard, raw in self.shards.items()]
+        return [ShardOutput(self.corpus, shard, self.folder, raw) for shard, raw in self.shards.items()]
 
 
 class Workspace:
@@ -254,8 +254,8 @@ class Workspace:
         used = {name for pack in self.recipe.packs.values() for name in pack.corpora}
         readers = {name: self._reader(name) for name in self.recipe.corpora if name in used}
         for name, reader in readers.items():
-            if self.recipe.corpora[name].augment and reader.unalterable:
-                raise UserError(f"corpora.{name}.augment: {reader.unalterable}; remove it")
+            if self.recipe.corpora[name].augment and reader.never_augment:
+                raise UserError(f"corpora.{name}.augment: {reader.never_augment}; remove it")
         return readers
 
     def _reader(self, name: str) -> Corpus:
@@ -271,13 +271,13 @@ class Workspace:
         identity = functools.cache(_file_identity)
         found = {}
         for name, corpus in self.corpora.items():
-            shards = self._shards_of(name, digest([identity(path) for path in corpus.files()]))
-            found[name] = {shard: digest([identity(path) for path in corpus.files_of(shard)]) for shard in shards}
+            shards = self._shards_of(name, hash_json([identity(path) for path in corpus.files()]))
+            found[name] = {shard: hash_json([identity(path) for path in corpus.files_of(shard)]) for shard in shards}
         return found
 
     @cached_property
     def _identities(self) -> dict[str, str]:
-        return {name: digest(shards) for name, shards in self.shards.items()}
+        return {name: hash_json(shards) for name, shards in self.shards.items()}
 
     def _shards_of(self, name: str, raw: str) -> list[str]:
         """Return the shards of a corpus: as an earlier step listed them, while its raw files (``raw``) are the same.
@@ -285,40 +285,40 @@ class Workspace:
         To count the rows of a large file takes as long as to read it.
         """
         config = self.recipe.corpora[name]
-        key = digest([INGEST_VERSION, config.type, config.options, raw])[:12]
+        key = hash_json([INGEST_VERSION, config.type, config.options, raw])[:12]
         path = self.out / "ingest" / name / f"shards-{key}.json"
-        listed: list[str] | None = read_sealed(path)
+        listed: list[str] | None = read_hashed(path)
         if listed is None:
             listed = list(self.corpora[name].shards())
-            write_atomic(path, sealed(listed))
+            write_atomic(path, with_hash(listed))
         return listed
 
-    def intake(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> Intake:
+    def variant(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> CorpusVariant:
         """Return how a corpus enters a pack set."""
         config = self.recipe.corpora[corpus]
-        writing = Writing.of(pack, self.recipe.image_tokens)
-        key = digest([INGEST_VERSION, config.type, config.options, asdict(writing), tokenizer_sha256])[:12]
+        encoding = EncodingConfig.of(pack, self.recipe.image_tokens)
+        key = hash_json([INGEST_VERSION, config.type, config.options, asdict(encoding), tokenizer_sha256])[:12]
         folder = self.out / "ingest" / corpus / key
-        return Intake(
+        return CorpusVariant(
             corpus=corpus,
             kind=config.type,
             options=config.options,
             root=self.recipe.root_dir,
             tokenizer=self.tokenizer,
-            writing=writing,
+            encoding=encoding,
             folder=folder,
             shards=self.shards[corpus],
             raw=self._identities[corpus],
         )
 
-    def intakes(self, tokenizer_sha256: str) -> list[Intake]:
+    def variants(self, tokenizer_sha256: str) -> list[CorpusVariant]:
         """Return the distinct intakes of all pack sets, in recipe order."""
         every = [
-            self.intake(corpus, pack, tokenizer_sha256)
+            self.variant(corpus, pack, tokenizer_sha256)
             for pack in self.recipe.packs.values()
             for corpus in pack.corpora
         ]
-        return list({intake.folder: intake for intake in every}.values())
+        return list({variant.folder: variant for variant in every}.values())
 
 
 def lock_of(out: Path) -> FolderLock:
@@ -335,6 +335,6 @@ def _file_identity(path: Path) -> tuple[str, int, int]:
     return path.name, about.st_size, about.st_mtime_ns
 
 
-def describe_missing(units: Sequence[Unit]) -> str:
+def describe_missing(outputs: Sequence[ShardOutput]) -> str:
     """Return ``12 units, the first vqa/rows-00003``."""
-    return f"{len(units)} unit{'s' * (len(units) > 1)}, the first {units[0].corpus}/{units[0].shard}"
+    return f"{len(outputs)} unit{'s' * (len(outputs) > 1)}, the first {outputs[0].corpus}/{outputs[0].shard}"

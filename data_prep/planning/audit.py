@@ -53,17 +53,17 @@ def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -
         samples: distinct samples that the corpus holds.
         n_tokens: tokens of each draw, with its prompt.
     """
-    facts = draws.facts
+    stats = draws.stats
     return CorpusAudit(
         draws=len(draws),
         samples=samples,
         tokens=int(n_tokens.sum()),
-        targets=int(facts["targets"].sum()),
-        without_target=int(np.count_nonzero(facts["targets"] == 0)),
-        truncated=int(np.count_nonzero(facts["truncated"])),
-        unended=int(np.count_nonzero(~facts["ended"])),
-        repeated=int(facts["repeated"].sum()),
-        left_out=int(facts["left_out"].sum()),
+        targets=int(stats["targets"].sum()),
+        without_target=int(np.count_nonzero(stats["targets"] == 0)),
+        truncated=int(np.count_nonzero(stats["truncated"])),
+        unended=int(np.count_nonzero(~stats["ended"])),
+        repeated=int(stats["repeated"].sum()),
+        left_out=int(stats["left_out"].sum()),
     )
 
 

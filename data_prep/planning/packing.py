@@ -79,13 +79,13 @@ def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
     return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")]
 
 
-def pack_in_order(lengths: Counts, images: Counts, length: int, max_images: int | None) -> Ints:
+def pack_in_order(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> Ints:
     """Return the row of each sample when rows are filled in the given order and none is reordered."""
     rows = np.empty(len(lengths), dtype=np.int64)
     cap = max_images if max_images is not None else int(images.sum())
     row, used, held = 0, 0, 0
     for index, (tokens, count) in enumerate(zip(lengths.tolist(), images.tolist(), strict=True)):
-        if used + tokens > length or held + count > cap:
+        if used + tokens > seq_len or held + count > cap:
             row, used, held = row + 1, 0, 0
         rows[index] = row
         used, held = used + tokens, held + count
@@ -93,7 +93,7 @@ def pack_in_order(lengths: Counts, images: Counts, length: int, max_images: int 
 
 
 def pack_windows(
-    lengths: Counts, images: Counts, length: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS
+    lengths: Counts, images: Counts, seq_len: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS
 ) -> Ints:
     """Return the row of each sample: best fit inside windows of draws, rows shuffled within each window.
 
@@ -104,7 +104,7 @@ def pack_windows(
     Args:
         lengths: tokens of each sample in draw order, none above ``length``.
         images: images of each sample, none above ``max_images``.
-        length: tokens a row holds.
+        seq_len: tokens a row holds.
         max_images: most images a row holds; None for as many as fit.
         seed: of the rows' order inside a window.
         window: samples packed together.
@@ -114,33 +114,33 @@ def pack_windows(
     for number, start in enumerate(range(0, len(lengths), window)):
         part = slice(start, start + window)
         known = more if start + window <= len(lengths) else None  # whole windows hold the same blend
-        local, count, more = _pack_window(lengths[part], images[part], length, max_images, known)
+        local, count, more = _pack_window(lengths[part], images[part], seq_len, max_images, known)
         rows[part] = first + seeded(seed, "rows", number).permutation(count)[local]
         first += count
     return rows
 
 
-def better_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> tuple[int, float]:
+def better_seq_len(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> tuple[int, float]:
     """Return the row length near ``length`` that packs fullest, and how full; nearer lengths win ties."""
-    full = fullness_by_length(lengths, images, length, max_images)
-    best = max(full, key=lambda size: (round(full[size], 3), -abs(size - length)), default=length)
+    full = efficiency_by_seq_len(lengths, images, seq_len, max_images)
+    best = max(full, key=lambda size: (round(full[size], 3), -abs(size - seq_len)), default=seq_len)
     return best, full.get(best, 0.0)
 
 
-def fullness_by_length(lengths: Counts, images: Counts, length: int, max_images: int | None) -> dict[int, float]:
+def efficiency_by_seq_len(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> dict[int, float]:
     """Return how full rows of each length near ``length`` would be: half to twice, multiples of 64, and itself.
 
     Judged on the first draws; lengths that cannot hold the longest sample are left out.
     """
     lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
-    nearby = sorted({length, *range(max(64, length // 128 * 64), 2 * length + 1, 64)})
+    nearby = sorted({seq_len, *range(max(64, seq_len // 128 * 64), 2 * seq_len + 1, 64)})
     rows = {size: pack_windows(lengths, images, size, max_images, 0) for size in nearby if size >= lengths.max()}
-    return {size: fullness(lengths, placed, size) for size, placed in rows.items()}
+    return {size: packing_efficiency(lengths, placed, size) for size, placed in rows.items()}
 
 
-def fullness(lengths: Counts, rows: Ints, length: int) -> float:
+def packing_efficiency(lengths: Counts, rows: Ints, seq_len: int) -> float:
     """Return the share of a row's positions that hold tokens, over all rows."""
-    return float(lengths.sum() / (int(rows.max()) + 1) / length)
+    return float(lengths.sum() / (int(rows.max()) + 1) / seq_len)
 
 
 class _OpenRows:
@@ -150,8 +150,8 @@ class _OpenRows:
     have one, so the fullest row that a sample fits is found by bisection. Rows without room for ``least`` tokens go.
     """
 
-    def __init__(self, length: int, slots: int, least: int) -> None:
-        self._length, self._slots, self._least = length, slots, least
+    def __init__(self, seq_len: int, slots: int, least: int) -> None:
+        self._length, self._slots, self._least = seq_len, slots, least
         self._rows: list[dict[int, list[int]]] = [{} for _ in range(slots + 1)]
         self._frees: list[list[int]] = [[] for _ in range(slots + 1)]
         self.count = 0
@@ -233,19 +233,19 @@ def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
 
 
 def _pack_window(
-    lengths: Counts, images: Counts, length: int, max_images: int | None, more: int | None
+    lengths: Counts, images: Counts, seq_len: int, max_images: int | None, more: int | None
 ) -> tuple[Ints, int, int]:
     """Return the rows of one window's samples, the number of rows, and ``more``.
 
     Args:
         lengths: see ``pack_windows``.
         images: see there.
-        length: see there.
+        seq_len: see there.
         max_images: see there.
         more: rows to fill in order beyond those that would do without a gap; None to find out.
     """
     slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
-    window = _Window(lengths, needs, length, slots)
+    window = _Window(lengths, needs, seq_len, slots)
     rows, count, left_over = window.pack(more or 0)
     if more is None and left_over > 1:  # lengths that leave gaps: so many rows are filled in order as well
         again, fewer, _ = window.pack(left_over)
@@ -257,13 +257,13 @@ def _pack_window(
 class _Window:
     """The samples of one window: the long ones, those that fill rows as they come, and those kept for the end."""
 
-    def __init__(self, lengths: Counts, needs: Counts, length: int, slots: int) -> None:
-        self._lengths, self._needs, self._length, self._slots = lengths, needs, length, slots
-        long = (lengths * LONG_SHARE > length) | (needs > slots - slots // RESERVE_SHARE)
+    def __init__(self, lengths: Counts, needs: Counts, seq_len: int, slots: int) -> None:
+        self._lengths, self._needs, self._length, self._slots = lengths, needs, seq_len, slots
+        long = (lengths * LONG_SHARE > seq_len) | (needs > slots - slots // RESERVE_SHARE)
         self._longs = _longest_first(np.flatnonzero(long), lengths)
         self._ordered, self._fillers = _split_fillers(np.flatnonzero(~long), lengths)
         self._tokens, self._images = (np.cumsum(np.append(0, values[self._ordered])) for values in (lengths, needs))
-        self._bounds = np.array(_bounds(self._tokens, self._images, length, slots))
+        self._bounds = np.array(_bounds(self._tokens, self._images, seq_len, slots))
 
     def pack(self, more: int) -> tuple[Ints, int, int]:
         """Return the row of each sample, the number of rows, and how many of them had to be opened at the end.
@@ -306,7 +306,7 @@ def _split_fillers(samples: Ints, lengths: Counts) -> tuple[Ints, Ints]:
     return np.delete(samples, fillers), samples[fillers]
 
 
-def _bounds(tokens: Counts, images: Counts, length: int, slots: int) -> list[int]:
+def _bounds(tokens: Counts, images: Counts, seq_len: int, slots: int) -> list[int]:
     """Return where rows begin and end when samples fill all but their reserve in the given order.
 
     None of them is longer, or holds more images, than what is left of a row beside its reserve.
@@ -314,10 +314,10 @@ def _bounds(tokens: Counts, images: Counts, length: int, slots: int) -> list[int
     Args:
         tokens: of all samples before each one and, last, of all; so are ``images``.
         images: see there.
-        length: tokens a row holds.
+        seq_len: tokens a row holds.
         slots: images a row holds.
     """
-    fitting = np.searchsorted(tokens, tokens + (length - length // RESERVE_SHARE), side="right")
+    fitting = np.searchsorted(tokens, tokens + (seq_len - seq_len // RESERVE_SHARE), side="right")
     if slots:
         most = images + (slots - slots // RESERVE_SHARE)
         fitting = np.minimum(fitting, np.searchsorted(images, most, side="right"))

@@ -17,30 +17,30 @@ from data_prep.common.arrow_files import atomic_path
 from data_prep.common.errors import UserError
 from data_prep.common.files import sha256_file
 from data_prep.ingest.prompts import draw_prompts, prompt_ids
-from data_prep.ingest.samples import read_facts
+from data_prep.ingest.samples import read_sample_stats
 from data_prep.ingest.step import require_ingested
-from data_prep.ingest.workspace import Intake, Unit, UnitReport, Workspace
+from data_prep.ingest.workspace import CorpusVariant, ShardOutput, ShardReport, Workspace
 from data_prep.packs import Manifest
 from data_prep.planning.audit import CorpusAudit, audit_corpus, check_audit, warnings
 from data_prep.planning.packing import (
     Ints,
-    better_length,
+    better_seq_len,
+    efficiency_by_seq_len,
     exact_draws,
-    fullness,
-    fullness_by_length,
     interleave,
     pack_in_order,
     pack_windows,
+    packing_efficiency,
     sample_order,
 )
 from data_prep.progress import Reporter
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 
-PLAN_VERSION = 7
+PLAN_VERSION = 8
 _WASTE_WORTH_A_WORD = 0.06
 _FEW_SAMPLES = 1000
-_PLANNED = {"corpora", "length", "draws", "epochs", "shuffle", "max_images", "prompts"}
+_PLANNED = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "prompts"}
 PLAN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -54,12 +54,12 @@ PLAN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackingPlan:
     """One entry per draw, sorted by row; arrays of one length, mapped from the file."""
 
     row: Ints
     corpus: npt.NDArray[np.int16]
-    unit: npt.NDArray[np.int32]
+    output: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     draw: Ints
     """Number of the draw in the blended order."""
@@ -76,7 +76,7 @@ class Plan:
         return int(self.row[-1]) + 1 if len(self.row) else 0
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: Path) -> PackingPlan:
         """Read a plan. Raises UserError when it is absent or damaged."""
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
@@ -93,9 +93,9 @@ def plan_path(folder: Path) -> Path:
     return folder / "plan.arrow"
 
 
-def pack_intakes(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[Intake]:
+def pack_variants(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[CorpusVariant]:
     """Return the intakes of one pack set in recipe order."""
-    return [space.intake(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
+    return [space.variant(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
 
 
 def plan(recipe: Recipe, reporter: Reporter) -> None:
@@ -107,7 +107,7 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
     space = Workspace(recipe)
     ready = require_ingested(space)
     for name, pack in recipe.packs.items():
-        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
+        sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, sources)
         if not _is_current(path, settings):
@@ -115,24 +115,24 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
             for line in made.advice:
                 reporter.say(line)
             _write(path, made, settings)
-        reporter.say(describe(name, pack, Plan.load(path)))
+        reporter.say(describe(name, pack, PackingPlan.load(path)))
 
 
-def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> Plan:
+def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> PackingPlan:
     """Return the plan of a pack set. Raises UserError when there is none, or one of other settings or samples."""
     pack, path = space.recipe.packs[name], plan_path(space.packs(name))
-    made = Plan.load(path)
-    if _settings_of(path) != _settings(space.recipe, pack, _read_sources(pack_intakes(space, pack, tokenizer_sha256))):
+    made = PackingPlan.load(path)
+    if _settings_of(path) != _settings(space.recipe, pack, _read_sources(pack_variants(space, pack, tokenizer_sha256))):
         raise UserError(f"packs.{name}: its plan is of other settings or samples; run `mma-prep plan` with this recipe")
     return made
 
 
-def describe(name: str, pack: PackConfig, made: Plan) -> str:
+def describe(name: str, pack: PackConfig, made: PackingPlan) -> str:
     """Return one line: rows, packing efficiency and epochs per corpus."""
     tokens = sum(audit.tokens for audit in made.audits.values())
     epochs = ", ".join(f"{corpus} {audit.epochs:.2f}" for corpus, audit in made.audits.items())
-    full = tokens / max(1, made.rows * pack.length)
-    rows = f"{len(made.row):,} draws in {made.rows:,} rows of {pack.length}"
+    full = tokens / max(1, made.rows * pack.seq_len)
+    rows = f"{len(made.row):,} draws in {made.rows:,} rows of {pack.seq_len}"
     return f"plan {name}: {rows}, {full:.1%} full; epochs: {epochs}"
 
 
@@ -141,8 +141,8 @@ class _Source:
     """A corpus that a pack set draws from: its units, and what they hold."""
 
     corpus: str
-    units: list[Unit]
-    reports: list[UnitReport]
+    outputs: list[ShardOutput]
+    reports: list[ShardReport]
 
     @property
     def kept(self) -> list[int]:
@@ -150,9 +150,12 @@ class _Source:
         return [report.tally.kept for report in self.reports]
 
 
-def _read_sources(intakes: Sequence[Intake]) -> list[_Source]:
+def _read_sources(variants: Sequence[CorpusVariant]) -> list[_Source]:
     """Read the done-markers of a pack set's units, each once. Raises UserError for a damaged one."""
-    return [_Source(intake.corpus, units := intake.units, [unit.report() for unit in units]) for intake in intakes]
+    return [
+        _Source(variant.corpus, outputs := variant.outputs, [output.report() for output in outputs])
+        for variant in variants
+    ]
 
 
 def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> dict[str, Any]:
@@ -163,9 +166,9 @@ def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> d
         "seed": recipe.seed,
         "pack": pack.model_dump(mode="json", include=_PLANNED),
         "units": [
-            [source.corpus, unit.shard, report.sha256, report.facts_sha256]
+            [source.corpus, output.shard, report.sha256, report.stats_sha256]
             for source in sources
-            for unit, report in zip(source.units, source.reports, strict=True)
+            for output, report in zip(source.outputs, source.reports, strict=True)
         ],
         **({"augments": augments} if augments else {}),  # a resumed run must not see other pixels either
     }
@@ -195,7 +198,7 @@ def _is_current(path: Path, settings: dict[str, Any]) -> bool:
 class _Draws:
     """Draws; arrays of one length."""
 
-    unit: npt.NDArray[np.int32]
+    output: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     """With the prompt."""
@@ -237,7 +240,7 @@ class _Made:
     advice: list[str]
 
 
-def lengths_by_fullness(recipe: Recipe) -> dict[str, dict[int, float]]:
+def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
     """Return, for each pack set, how full its rows would be at lengths near its own; nothing is written.
 
     Raises:
@@ -247,9 +250,9 @@ def lengths_by_fullness(recipe: Recipe) -> dict[str, dict[int, float]]:
     ready = require_ingested(space)
     tokenizer, found = Tokenizer.load(space.tokenizer), {}
     for name, pack in recipe.packs.items():
-        sources = _read_sources(pack_intakes(space, pack, ready.tokenizer_sha256))
+        sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))
         draws = _blended(name, pack, recipe.seed, sources, tokenizer)[0].draws
-        found[name] = fullness_by_length(draws.tokens, draws.images, pack.length, pack.max_images)
+        found[name] = efficiency_by_seq_len(draws.tokens, draws.images, pack.seq_len, pack.max_images)
     return found
 
 
@@ -258,7 +261,14 @@ def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], to
     rows = _rows(pack, seed, blend.draws)
     order = np.argsort(rows, kind="stable")
     draws = blend.draws
-    values: list[npt.NDArray[Any]] = [rows, blend.corpus, draws.unit, draws.index, np.arange(len(order)), draws.prompt]
+    values: list[npt.NDArray[Any]] = [
+        rows,
+        blend.corpus,
+        draws.output,
+        draws.index,
+        np.arange(len(order)),
+        draws.prompt,
+    ]
     arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
     advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
     return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
@@ -269,7 +279,7 @@ def _blended(
 ) -> tuple[_Blend, dict[str, CorpusAudit]]:
     """Return all draws of a pack set in blended order, and what they give. Raises UserError for an audit that fails."""
     orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
-    first_units = itertools.accumulate((len(source.units) for source in sources), initial=0)
+    first_units = itertools.accumulate((len(source.outputs) for source in sources), initial=0)
     prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
     drawn = [
         _drawn(source, chosen, first_unit, seed, prompt_tokens)
@@ -292,10 +302,10 @@ def _drawn(
         seed: of the recipe.
         prompt_tokens: length of each prompt and, last, 0 for none.
     """
-    part = read_facts(source.units, source.kept, chosen)
-    prompt = draw_prompts(part.place, part.facts["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
-    tokens = part.facts["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(part.unit + np.int32(first_unit), part.index, tokens, part.facts["images"], prompt)
+    part = read_sample_stats(source.outputs, source.kept, chosen)
+    prompt = draw_prompts(part.place, part.stats["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
+    tokens = part.stats["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
+    draws = _Draws(part.output + np.int32(first_unit), part.index, tokens, part.stats["images"], prompt)
     return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
 
 
@@ -311,19 +321,19 @@ def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[i
 
 def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
     if not pack.shuffle:
-        return pack_in_order(draws.tokens, draws.images, pack.length, pack.max_images)
-    return pack_windows(draws.tokens, draws.images, pack.length, pack.max_images, seed)
+        return pack_in_order(draws.tokens, draws.images, pack.seq_len, pack.max_images)
+    return pack_windows(draws.tokens, draws.images, pack.seq_len, pack.max_images, seed)
 
 
 def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
     """Return a line that names a fuller row length, where one is clearly fuller."""
-    full = fullness(draws.tokens, rows, pack.length)
+    full = packing_efficiency(draws.tokens, rows, pack.seq_len)
     if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(rows) < _FEW_SAMPLES:
         return []
-    best, better = better_length(draws.tokens, draws.images, pack.length, pack.max_images)
+    best, better = better_seq_len(draws.tokens, draws.images, pack.seq_len, pack.max_images)
     if better < full + _WASTE_WORTH_A_WORD / 2:
         return []
-    return [f"note: packs.{name}: rows of {pack.length} come out {full:.1%} full, rows of {best} would {better:.1%}"]
+    return [f"note: packs.{name}: rows of {pack.seq_len} come out {full:.1%} full, rows of {best} would {better:.1%}"]
 
 
 def _write(path: Path, made: _Made, settings: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from data_prep.common.errors import UserError
-from data_prep.images.augment import apply_view, describe_view
+from data_prep.images.augment import apply_augmentation, describe_augmentation
 from data_prep.images.store import ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
 from data_prep.text.tokenizer import Tokenizer
@@ -69,14 +69,14 @@ class PackFolder:
     def describe_image(self, row: PackRow, instance: int) -> str:
         """Return ``640x480 px, mirrored`` of an image of a row: its upright pixels, and what is done to them."""
         size = "x".join(map(str, self.store.size(int(row.image_row[instance])))) if self.store else "?"
-        view = "" if row.view is None else describe_view(row.view[instance])
-        return f"{size} px, {view}" if view else f"{size} px"
+        augmentation = "" if row.augmentation is None else describe_augmentation(row.augmentation[instance])
+        return f"{size} px, {augmentation}" if augmentation else f"{size} px"
 
     def image(self, row: PackRow, instance: int) -> Image.Image:
         """Return an image of a row as training shows it. Raises BadImage where it cannot be decoded."""
         assert self.store is not None, "a row with images, but the packs name no image store"
         image = decode_rgb(self.store.read(int(row.image_row[instance])))
-        return image if row.view is None else apply_view(image, row.view[instance])
+        return image if row.augmentation is None else apply_augmentation(image, row.augmentation[instance])
 
 
 def chosen_rows(text: str, rows: int) -> range:
@@ -102,9 +102,9 @@ def show_rows(directory: Path, wanted: str = "0", console: Console | None = None
 
 
 def _show_row(folder: PackFolder, number: int, console: Console) -> None:
-    row, length = folder.reader[number], folder.manifest.length
+    row, seq_len = folder.reader[number], folder.manifest.seq_len
     used = int(np.count_nonzero(row.segment))
-    console.print(f"row {number} of {len(folder.reader)}: {used} of {length} tokens, {row.n_target} supervised")
+    console.print(f"row {number} of {len(folder.reader)}: {used} of {seq_len} tokens, {row.n_target} supervised")
     console.print(LEGEND)
     for segment, source in enumerate(row.source, start=1):
         title = f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}"

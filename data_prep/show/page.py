@@ -105,7 +105,7 @@ def _summary(folder: PackFolder) -> Iterator[Html]:
     yield el("p", f"template {manifest.template}, {identity}", class_="quiet")
     yield tiles(
         [
-            (f"{manifest.rows:,}", f"rows of {manifest.length:,} tokens"),
+            (f"{manifest.rows:,}", f"rows of {manifest.seq_len:,} tokens"),
             (f"{efficiency(manifest):.1%}", "of all positions used"),
             (f"{manifest.tokens:,}", "tokens"),
             (f"{manifest.targets / max(1, manifest.tokens):.1%}", "of tokens supervised"),
@@ -141,10 +141,10 @@ def _browser(folder: PackFolder, numbers: list[int], note: str, masks: Masks | N
 
 
 def _card(folder: PackFolder, number: int, masks: Masks | None) -> Html:
-    row, length = folder.reader[number], folder.manifest.length
+    row, seq_len = folder.reader[number], folder.manifest.seq_len
     parts = {segment: list(folder.stretches(row, segment)) for segment in range(1, len(row.source) + 1)}
     used = int(np.count_nonzero(row.segment))
-    facts = f"{used:,} of {length:,} tokens, {row.n_target:,} supervised, {len(row.image_row)} images"
+    facts = f"{used:,} of {seq_len:,} tokens, {row.n_target:,} supervised, {len(row.image_row)} images"
     segments = (_segment(folder, row, at, parts[at], source) for at, source in enumerate(row.source, start=1))
     columns = [el("div", *segments)]
     if masks is not None:
@@ -155,7 +155,7 @@ def _card(folder: PackFolder, number: int, masks: Masks | None) -> Html:
         el("b", f"row {number:,}"),
         " ",
         el("span", facts, class_="quiet"),
-        _ribbon(parts, length - used),
+        _ribbon(parts, seq_len - used),
         el("div", *columns, class_="beside"),
         class_="card",
         data_row=number,

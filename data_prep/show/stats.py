@@ -28,7 +28,7 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
     for folder in pack_folders(directory):
         reader = PackReader(folder)
         manifest = reader.manifest
-        rows = f"{manifest.rows:,} rows of {manifest.length} tokens"
+        rows = f"{manifest.rows:,} rows of {manifest.seq_len} tokens"
         console.print(
             f"\n[bold]{folder}[/]: {rows}, {efficiency(manifest):.1%} full, "
             f"{manifest.targets:,} supervised ({manifest.targets / max(1, manifest.tokens):.1%}), "
@@ -66,7 +66,7 @@ def show_lengths(
 
 def efficiency(manifest: Manifest) -> float:
     """Return the share of all positions that hold tokens."""
-    return manifest.tokens / max(1, manifest.rows * manifest.length)
+    return manifest.tokens / max(1, manifest.rows * manifest.seq_len)
 
 
 def corpus_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
@@ -107,7 +107,7 @@ def view_counts(reader: PackReader) -> str:
     sources: dict[str, dict[str, object]] = reader.manifest.recipe.get("sources", {})
     if not any(source.get("augment") for source in sources.values()):
         return ""
-    views = np.concatenate([row.view for row in reader if row.view is not None])
+    views = np.concatenate([row.augmentation for row in reader if row.augmentation is not None])
     cropped = np.count_nonzero((views[:, 3:] < UNIT).any(axis=1))
     return f"images: {np.count_nonzero(views[:, 0]):,} of {len(views):,} mirrored, {cropped:,} cropped"
 

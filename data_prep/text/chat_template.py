@@ -39,7 +39,7 @@ class _Refused(Exception):  # noqa: N818 - becomes a UserError that names the fo
     """Why a chat template cannot be used."""
 
 
-def own_dialect(folder: Path, system: str) -> str:
+def chat_format_of(folder: Path, system: str) -> str:
     """Return how the chat template of a tokenizer writes turns, as JSON for ``Template.own``.
 
     Args:
@@ -111,8 +111,13 @@ def _derive(source: str, specials: Sequence[str], settings: dict[str, str]) -> s
     if opening < 0:
         raise _Refused("writes a system turn in another way than a user's")
     headers = {"system": before_system[opening:], "user": user, "assistant": assistant}
-    dialect: dict[str, Any] = {"headers": headers, "end": end, "start": before_system[:opening], "between": between}
-    return json.dumps({**dialect, "joint": "\n"}, sort_keys=True)
+    chat_format: dict[str, Any] = {
+        "headers": headers,
+        "end": end,
+        "start": before_system[:opening],
+        "turn_separator": between,
+    }
+    return json.dumps({**chat_format, "image_separator": "\n"}, sort_keys=True)
 
 
 def _tokens(text: str, specials: Sequence[str]) -> list[Token]:
@@ -148,8 +153,8 @@ def _compare(own: str, source: str, settings: dict[str, str], said: Sequence[tup
             spans[-1] = spans[-1][0], len(ours)
         elif piece.generated:
             spans.append((start, len(ours)))
-    assert template.dialect is not None
-    between, shape = template.dialect.between, " ".join(role for role, _ in said)
+    assert template.chat_format is not None
+    between, shape = template.chat_format.turn_separator, " ".join(role for role, _ in said)
     if theirs not in (ours, ours + between):
         hint = ": set system" if said[0][0] == "user" and _SAID[0] not in theirs else ""
         raise _Refused(f"writes a conversation of {shape} in a way of its own{hint}")

@@ -33,7 +33,7 @@ class Text:
 
     text: str
     generated: bool = False
-    apart: bool = False
+    isolated: bool = False
     """Never encoded together with the text beside it: an earlier answer keeps the ids it had when it was generated."""
 
 
@@ -56,7 +56,7 @@ Piece: TypeAlias = Text | Special | Image
 
 
 @dataclass(frozen=True, slots=True)
-class Dialect:
+class ChatFormat:
     """How a model family writes a conversation."""
 
     headers: Mapping[str, tuple[Piece, ...]]
@@ -65,9 +65,9 @@ class Dialect:
     """The special token that ends a turn; supervised where the turn is generated."""
     start: tuple[Piece, ...] = ()
     """What opens the conversation."""
-    between: str = ""
+    turn_separator: str = ""
     """Text between the end of a turn and the next header."""
-    joint: str = ""
+    image_separator: str = ""
     """Text between an image and what follows it inside a turn."""
 
     @property
@@ -81,15 +81,21 @@ class Dialect:
 _LLAMA3_HEADERS: Mapping[str, tuple[Piece, ...]] = {
     role: (Special("<|start_header_id|>"), Text(role), Special("<|end_header_id|>"), Text("\n\n")) for role in ROLES
 }
-DIALECTS: Mapping[str, Dialect | None] = {
+CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
     "caption": None,
-    "plain": Dialect({role: (Special(f"<{role}>"),) for role in ROLES}, "<end>"),
-    "phi3": Dialect(
-        {role: (Special(f"<|{role}|>"), Text("\n")) for role in ROLES}, "<|end|>", between="\n", joint="\n"
+    "plain": ChatFormat({role: (Special(f"<{role}>"),) for role in ROLES}, "<end>"),
+    "phi3": ChatFormat(
+        {role: (Special(f"<|{role}|>"), Text("\n")) for role in ROLES},
+        "<|end|>",
+        turn_separator="\n",
+        image_separator="\n",
     ),
-    "llama3": Dialect(_LLAMA3_HEADERS, "<|eot_id|>", start=(Special("<|begin_of_text|>"),), joint="\n"),
-    "qwen": Dialect(
-        {role: (Special("<|im_start|>"), Text(f"{role}\n")) for role in ROLES}, "<|im_end|>", between="\n", joint="\n"
+    "llama3": ChatFormat(_LLAMA3_HEADERS, "<|eot_id|>", start=(Special("<|begin_of_text|>"),), image_separator="\n"),
+    "qwen": ChatFormat(
+        {role: (Special("<|im_start|>"), Text(f"{role}\n")) for role in ROLES},
+        "<|im_end|>",
+        turn_separator="\n",
+        image_separator="\n",
     ),
 }
 """Registered templates; ``caption`` writes documents only, the others write documents and conversations."""
@@ -98,7 +104,7 @@ OWN = "tokenizer"
 
 
 @functools.lru_cache(maxsize=8)
-def _own_dialect(own: str) -> Dialect:
+def _chat_format_from_json(own: str) -> ChatFormat:
     """Return a dialect from its JSON: pieces are ``[text, whether it is a special token]``."""
     raw = json.loads(own)
 
@@ -106,7 +112,7 @@ def _own_dialect(own: str) -> Dialect:
         return tuple(Special(text) if special else Text(text) for text, special in listed)
 
     headers = {role: pieces(listed) for role, listed in raw["headers"].items()}
-    return Dialect(headers, raw["end"], pieces(raw["start"]), raw["between"], raw["joint"])
+    return ChatFormat(headers, raw["end"], pieces(raw["start"]), raw["turn_separator"], raw["image_separator"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,33 +141,33 @@ class Template:
     """Special token behind every generated text of a document; empty for none."""
 
     def __post_init__(self) -> None:
-        if self.name not in DIALECTS and not (self.name == OWN and self.own):
-            known = [*DIALECTS, OWN]
+        if self.name not in CHAT_FORMATS and not (self.name == OWN and self.own):
+            known = [*CHAT_FORMATS, OWN]
             hint = did_you_mean(self.name, known)
             raise UserError(f"template {self.name!r} is unknown{hint}: use one of {', '.join(known)}")
-        if self.system and self.dialect is None:
+        if self.system and self.chat_format is None:
             raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} has no place: remove it")
-        if self.turns != "every" and self.dialect is None:
+        if self.turns != "every" and self.chat_format is None:
             raise UserError(f"template {self.name!r} has no turns, so turns={self.turns} has no meaning: remove it")
-        if self.order == "text_first" and self.dialect is None and not self.prompts:
+        if self.order == "text_first" and self.chat_format is None and not self.prompts:
             raise UserError(f"template {self.name!r} has no given text for order=text_first: give prompts")
         object.__setattr__(self, "prompts", tuple(self.prompts))  # a list where the settings come from JSON
 
     @property
-    def dialect(self) -> Dialect | None:
+    def chat_format(self) -> ChatFormat | None:
         """How turns are written; None where the template writes documents only."""
-        return _own_dialect(self.own) if self.own else DIALECTS[self.name]
+        return _chat_format_from_json(self.own) if self.own else CHAT_FORMATS[self.name]
 
     @property
     def specials(self) -> tuple[str, ...]:
         """Special tokens the tokenizer must know."""
         chunk_end = (self.chunk_end,) if self.chunk_end else ()
-        return (EOS, *chunk_end, *(self.dialect.specials if self.dialect else ()))
+        return (EOS, *chunk_end, *(self.chat_format.specials if self.chat_format else ()))
 
     @property
     def ends(self) -> tuple[str, ...]:
         """Special tokens that end a generated turn."""
-        return (EOS,) if self.dialect is None else (self.dialect.end, EOS)
+        return (EOS,) if self.chat_format is None else (self.chat_format.end, EOS)
 
     def pieces(self, example: Example, prompt: str = "") -> list[Piece]:
         """Return a whole example for training.
@@ -189,12 +195,12 @@ class Template:
         A last assistant turn in ``turns`` (the answer) is dropped.
         """
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
-        if self.dialect is None:
+        if self.chat_format is None:
             prompt = self.prompts[0] if self.prompts and _only_shows(asked) else ""
             return self._document(asked, prompt, open_ended=True)
-        dialect = self.dialect
-        before = [Text(dialect.between)] if dialect.between and self._with_system(asked) else []
-        return [*self._chat(asked, answered=False), *before, *dialect.headers["assistant"]]
+        chat_format = self.chat_format
+        before = [Text(chat_format.turn_separator)] if chat_format.turn_separator and self._with_system(asked) else []
+        return [*self._chat(asked, answered=False), *before, *chat_format.headers["assistant"]]
 
     def _document(self, turns: Sequence[Turn], prompt: str, *, open_ended: bool = False) -> list[Piece]:
         numbers = count()
@@ -216,31 +222,33 @@ class Template:
 
     def _chat(self, turns: Sequence[Turn], *, answered: bool) -> list[Piece]:
         """Write turns; ``answered`` says that the last one is what the model is to write."""
-        dialect = self.dialect
-        if dialect is None:
+        chat_format = self.chat_format
+        if chat_format is None:
             raise BadSample("wrong-template", f"template {self.name!r} cannot write a conversation")
         numbers = count()
-        pieces = list(dialect.start)
+        pieces = list(chat_format.start)
         turns = self._with_system(turns)
         history = len(turns) - answered if self.turns == "expand" else 0
         for position, turn in enumerate(turns):
             spoken = turn.role == "assistant"
             generated = spoken and position >= history
-            if position and dialect.between:
-                pieces.append(Text(dialect.between))
-            pieces += dialect.headers[turn.role]
-            pieces += _parts(self._arranged(turn, dialect.joint), numbers, generated=generated, apart=spoken)
-            pieces.append(Special(dialect.end, generated))
+            if position and chat_format.turn_separator:
+                pieces.append(Text(chat_format.turn_separator))
+            pieces += chat_format.headers[turn.role]
+            pieces += _parts(
+                self._arranged(turn, chat_format.image_separator), numbers, generated=generated, isolated=spoken
+            )
+            pieces.append(Special(chat_format.end, generated))
         return pieces
 
-    def _arranged(self, turn: Turn, joint: str) -> Sequence[Part]:
+    def _arranged(self, turn: Turn, image_separator: str) -> Sequence[Part]:
         if turn.role != "user" or self.order == "as_written":
             return turn.parts
         images = [part for part in turn.parts if not isinstance(part, str)]
         text = _sentence(part for part in turn.parts if isinstance(part, str))
         if self.order == "image_first":
-            return [*(part for image in images for part in (image, joint)), text]
-        return [text, *(part for image in images for part in (joint, image))]
+            return [*(part for image in images for part in (image, image_separator)), text]
+        return [text, *(part for image in images for part in (image_separator, image))]
 
 
 def _sentence(texts: Iterable[str]) -> str:
@@ -263,13 +271,15 @@ def _only_shows(turns: Iterable[Turn]) -> bool:
     return bool(given) and not any(isinstance(part, str) for part in given)
 
 
-def _parts(parts: Iterable[Part], numbers: Iterator[int], *, generated: bool, apart: bool = False) -> Iterator[Piece]:
+def _parts(
+    parts: Iterable[Part], numbers: Iterator[int], *, generated: bool, isolated: bool = False
+) -> Iterator[Piece]:
     """Yield the pieces of parts in order; images are numbered as they come and are always given."""
     for part in parts:
         if not isinstance(part, str):
             yield Image(next(numbers))
         elif part:
-            yield Text(part, generated, apart=apart and not generated)
+            yield Text(part, generated, isolated=isolated and not generated)
 
 
 def template_of(manifest: Manifest) -> Template:
@@ -281,6 +291,6 @@ def template_of(manifest: Manifest) -> Template:
         prompts=tuple(settings.get("prompts", ())),
         order=settings.get("order", "image_first"),
         turns=settings.get("turns", "every"),
-        own=settings.get("dialect", ""),
+        own=settings.get("chat_format", ""),
         chunk_end=AKI_CHUNK_END if settings.get("aki_parity") else "",
     )

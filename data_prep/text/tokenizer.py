@@ -346,8 +346,8 @@ def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
     last: Text | None = None
     for piece in pieces:
         text = piece if isinstance(piece, Text) else None
-        if text and last and (text.generated, text.apart) == (last.generated, last.apart):
-            last = Text(last.text + text.text, last.generated, last.apart)
+        if text and last and (text.generated, text.isolated) == (last.generated, last.isolated):
+            last = Text(last.text + text.text, last.generated, last.isolated)
             continue
         if last:
             yield last

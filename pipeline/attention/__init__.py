@@ -1,9 +1,9 @@
 """Attention under a plan: the mask of each packed segment, rebuilt from sidecars and never materialised."""
 
 from pipeline.attention.backends import BACKENDS, attend
-from pipeline.attention.plan import Plan, build_plan
+from pipeline.attention.plan import AttentionPlan, build_plan
 
-__all__ = ["BACKENDS", "Plan", "attend", "build_plan", "register"]
+__all__ = ["BACKENDS", "AttentionPlan", "attend", "build_plan", "register"]
 
 
 def register() -> str:

@@ -14,9 +14,9 @@ from pipeline.attention import loops, varlen
 from pipeline.attention.flex import attend_flex
 from pipeline.attention.gather import gather_rows
 from pipeline.attention.lse import Kernels, attend_lse
-from pipeline.attention.pieces import attend_pieces, sdpa
-from pipeline.attention.plan import Plan
-from pipeline.attention.runs import Part, RunSplit
+from pipeline.attention.plan import AttentionPlan
+from pipeline.attention.runs import RunSplit, VarlenBatch
+from pipeline.attention.sdpa_runs import attend_sdpa_runs, sdpa
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,14 @@ class Backend(Protocol):
     """Attention of one row: q[1, H, T, D], k and v[1, H_kv, T, D] -> out[1, H, T, D]."""
 
     def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        scaling: float,
+        softcap: float | None,
     ) -> torch.Tensor:
         """Attend; the plan, scaling and softcap are those of :func:`attend`."""
         ...
@@ -38,7 +45,7 @@ def attend(
     q_BHTD: torch.Tensor,
     k_BHkTD: torch.Tensor,
     v_BHkTD: torch.Tensor,
-    plan: Plan,
+    plan: AttentionPlan,
     *,
     backend: str = "auto",
     scaling: float | None = None,
@@ -73,19 +80,19 @@ def attend(
 
 
 def _dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
     return sdpa(q, k, v, plan.dense_mask, scaling=scaling, softcap=softcap)
 
 
 def _flex(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
     return attend_flex(q, k, v, plan.block_mask, scaling=scaling, softcap=softcap)
 
 
 def _runsplit(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
     if _flash_fits(q) and softcap is None:
         return runsplit(q, k, v, plan.runs, partial(varlen.attend_varlen, scaling=scaling))
@@ -97,28 +104,33 @@ def runsplit(
     k: torch.Tensor,
     v: torch.Tensor,
     runs: RunSplit,
-    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Part], torch.Tensor],
+    kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenBatch], torch.Tensor],
 ) -> torch.Tensor:
     """Gather, attend every part with ``kernel`` (q[T, H, D], k and v[K, H_kv, D] -> out[T, H, D]), and put back."""
     q_THD, k_KHD, v_KHD = (
         gather_rows(x[0].transpose(0, 1), gather) for x, gather in ((q, runs.queries), (k, runs.keys), (v, runs.keys))
     )
-    q_sizes, k_sizes = [part.q_tokens for part in runs.parts], [part.k_tokens for part in runs.parts]
+    q_sizes, k_sizes = [batch.q_tokens for batch in runs.batches], [batch.k_tokens for batch in runs.batches]
     pieces = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
-    outs = [kernel(*tensors, part) for tensors, part in zip(pieces, runs.parts, strict=True)]
+    outs = [kernel(*tensors, batch) for tensors, batch in zip(pieces, runs.batches, strict=True)]
     out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return gather_rows(out_THD, runs.outputs).transpose(0, 1)[None]
 
 
 def _pieces(
-    q_THD: torch.Tensor, k_KHD: torch.Tensor, v_KHD: torch.Tensor, part: Part, scaling: float, softcap: float | None
+    q_THD: torch.Tensor,
+    k_KHD: torch.Tensor,
+    v_KHD: torch.Tensor,
+    batch: VarlenBatch,
+    scaling: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_KHD, v_KHD))
-    return attend_pieces(q, k, v, part, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
+    return attend_sdpa_runs(q, k, v, batch, scaling=scaling, softcap=softcap)[0].transpose(0, 1)
 
 
 def _lse(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, *, scaling: float, softcap: float | None
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
     if softcap is not None:
         raise UserError("attention backend 'lse' has no soft cap of logits: use 'runsplit' for this model")
@@ -142,10 +154,10 @@ def _flash_fits(q: torch.Tensor) -> bool:
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}
 
 
-def choose_backend(plan: Plan, device: str, softcap: float | None = None, *, flash_fits: bool = True) -> str:
+def choose_backend(plan: AttentionPlan, device: str, softcap: float | None = None, *, flash_fits: bool = True) -> str:
     """Return the backend ``auto`` stands for, and log why once; ``flash_fits``: flash takes the queries on CUDA."""
     mergeable = softcap is None and plan.order is None and not plan.bidirectional and (flash_fits or device != "cuda")
-    if mergeable and (plan.run_split is None or (device == "cuda" and plan.copies > LSE_COPIES)):
+    if mergeable and (plan.run_split is None or (device == "cuda" and plan.gather_ratio > LSE_COPIES)):
         name, reason = "lse", "samples with so many media that gathering keys would cost more"
     elif device == "cuda":
         name, reason = "runsplit", "one variable-length flash call over gathered keys"
@@ -160,7 +172,7 @@ def _say_once(message: str) -> None:
     log.info(message)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, plan: Plan) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan) -> None:
     if q.dim() != 4 or q.shape[0] != 1:
         raise UserError(
             f"a plan is one row: got queries of shape {tuple(q.shape)} where [1, H, T, D] is needed; "

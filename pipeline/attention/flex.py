@@ -13,9 +13,9 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from data_prep.common.errors import UserError
 from pipeline.attention.runs import QueryRuns, query_runs
-from pipeline.masks.atoms import expand
 from pipeline.masks.policies import Policy
 from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable
+from pipeline.masks.spans import expand
 
 BLOCK = 128
 
@@ -84,20 +84,20 @@ def build_block_mask(policy: Policy, sidecars: Sidecars, device: torch.device) -
 
 def _pairs_per_block(runs: QueryRuns, side: int) -> tuple[IntArray, BoolArray]:
     """Count allowed pairs per block of queries x keys (diagonal triangles aside), and mark blocks with any pair."""
-    run = runs.span_run
-    own = (runs.span_start == runs.start[run]) & (runs.span_end == runs.end[run])
+    run = runs.key_run
+    own = (runs.key_start == runs.start[run]) & (runs.key_end == runs.end[run])
     first_q, last_q = runs.start[run] // BLOCK, (runs.end[run] - 1) // BLOCK
-    first_k, last_k = runs.span_start // BLOCK, (runs.span_end - 1) // BLOCK
-    empty = runs.span_end == runs.span_start
+    first_k, last_k = runs.key_start // BLOCK, (runs.key_end - 1) // BLOCK
+    empty = runs.key_end == runs.key_start
     wide = np.where(empty, 0, last_k - first_k + 1)
     counts = (last_q - first_q + 1) * wide
     span = np.repeat(np.arange(len(run)), counts)
     place = expand(np.zeros_like(counts), counts)
     row, column = first_q[span] + place // wide[span], first_k[span] + place % wide[span]
-    triangle = own[span] & ~runs.full[run][span]
+    triangle = own[span] & ~runs.bidirectional[run][span]
     keep = ~triangle | (column <= row)
     area = _overlap(row, runs.start[run][span], runs.end[run][span]) * _overlap(
-        column, runs.span_start[span], runs.span_end[span]
+        column, runs.key_start[span], runs.key_end[span]
     )
     area = np.where(triangle & (column == row), 0, area)
     cell = (row * side + column)[keep]

@@ -21,8 +21,8 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from data_prep.common.errors import UserError
 from pipeline.attention.backends import attend
-from pipeline.attention.pieces import sdpa
-from pipeline.attention.plan import Plan
+from pipeline.attention.plan import AttentionPlan
+from pipeline.attention.sdpa_runs import sdpa
 
 NAME = "mma"
 
@@ -40,7 +40,7 @@ def mma_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Plan | torch.Tensor | None,
+    attention_mask: AttentionPlan | torch.Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -52,7 +52,7 @@ def mma_attention(
     Raises:
         UserError: with a plan, for attention dropout, or a sliding window shorter than the row's longest segment.
     """
-    if not isinstance(attention_mask, Plan):
+    if not isinstance(attention_mask, AttentionPlan):
         if softcap is not None:
             return _capped(query, key, value, attention_mask, scaling, softcap), None
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.attention.runs import Part
+from pipeline.attention.runs import VarlenBatch
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def forward_with_lse(
-    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, scaling: float
+    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out[T, H, D] and the log-sum-exp of the logits [H, T]; causal runs must be square."""
     groups = q_THD.shape[1] // k_KHkD.shape[1]
     runs = [
-        _FORWARD(_heads(q), _heads(k, groups), _heads(v, groups), 0.0, part.causal, scale=scaling)
-        for q, k, v in _runs(part, (q_THD,), (k_KHkD, v_KHkD))
+        _FORWARD(_heads(q), _heads(k, groups), _heads(v, groups), 0.0, batch.causal, scale=scaling)
+        for q, k, v in _runs(batch, (q_THD,), (k_KHkD, v_KHkD))
     ]
     out_THD = torch.cat([out[0].transpose(0, 1) for out, _ in runs])
     return out_THD, torch.cat([lse[0] for _, lse in runs], dim=1)
@@ -32,14 +32,14 @@ def backward_with_lse(
     v_KHkD: torch.Tensor,
     out_THD: torch.Tensor,
     lse_HT: torch.Tensor,
-    part: Part,
+    batch: VarlenBatch,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
     groups = q_THD.shape[1] // k_KHkD.shape[1]
     collected: list[tuple[torch.Tensor, ...]] = []
     lse_TH = lse_HT.T
-    for gradient, q, out, lse, k, v in _runs(part, (gradient_THD, q_THD, out_THD, lse_TH), (k_KHkD, v_KHkD)):
+    for gradient, q, out, lse, k, v in _runs(batch, (gradient_THD, q_THD, out_THD, lse_TH), (k_KHkD, v_KHkD)):
         dq, dk, dv = _BACKWARD(
             _heads(gradient),
             _heads(q),
@@ -48,7 +48,7 @@ def backward_with_lse(
             _heads(out),
             lse.T.contiguous()[None],
             0.0,
-            part.causal,
+            batch.causal,
             scale=scaling,
         )
         grouped = (x[0].unflatten(0, (-1, groups)).sum(1) for x in (dk, dv))
@@ -58,11 +58,11 @@ def backward_with_lse(
 
 
 def _runs(
-    part: Part, per_query: tuple[torch.Tensor, ...], per_key: tuple[torch.Tensor, ...]
+    batch: VarlenBatch, per_query: tuple[torch.Tensor, ...], per_key: tuple[torch.Tensor, ...]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
-    assert not part.causal or part.q_lengths == part.k_lengths, "the CPU kernel's causal mask is for square runs"
-    pieces = [torch.split(x, list(part.q_lengths)) for x in per_query]
-    pieces += [torch.split(x, list(part.k_lengths)) for x in per_key]
+    assert not batch.causal or batch.q_lengths == batch.k_lengths, "the CPU kernel's causal mask is for square runs"
+    pieces = [torch.split(x, list(batch.q_lengths)) for x in per_query]
+    pieces += [torch.split(x, list(batch.k_lengths)) for x in per_key]
     return zip(*pieces, strict=True)
 
 

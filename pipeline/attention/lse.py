@@ -16,16 +16,16 @@ import torch
 
 from data_prep.common.errors import UserError
 from pipeline.attention.gather import scatter_sum
-from pipeline.attention.runs import Gather, Part, QueryRuns
-from pipeline.masks.atoms import expand
+from pipeline.attention.runs import Gather, QueryRuns, VarlenBatch
+from pipeline.masks.spans import expand
 
 
 @dataclass(frozen=True)
 class Rectangles:
     """A row's attention as causal segments and full rectangles on top of them."""
 
-    segments: Part
-    rectangles: Part
+    segments: VarlenBatch
+    rectangles: VarlenBatch
     """Full runs; none when nothing is unlocked."""
     queries: torch.Tensor
     """Tokens whose rows the rectangles add to, each at most once; int64."""
@@ -44,20 +44,20 @@ def build_rectangles(runs: QueryRuns, tokens: int) -> Rectangles:
 
     Raises UserError when tokens of a run see each other both ways: that is no rectangle on top of a causal segment.
     """
-    if np.any(runs.full & (runs.end - runs.start > 1)):
+    if np.any(runs.bidirectional & (runs.end - runs.start > 1)):
         raise UserError(
             "attention backend 'lse' adds to causal attention, but this policy is bidirectional too: use 'runsplit'"
         )
     segment_start = runs.start[runs.start == runs.first_key]
     lengths = np.diff(np.append(segment_start, tokens))
-    later = runs.span_start >= runs.end[runs.span_run]
-    widths = np.bincount(runs.span_run, weights=(runs.span_end - runs.span_start) * later, minlength=len(runs.start))
+    later = runs.key_start >= runs.end[runs.key_run]
+    widths = np.bincount(runs.key_run, weights=(runs.key_end - runs.key_start) * later, minlength=len(runs.start))
     wide = np.flatnonzero(widths)
     return Rectangles(
-        segments=Part.build(True, lengths, lengths),
-        rectangles=Part.build(False, (runs.end - runs.start)[wide], widths[wide].astype(np.int64)),
+        segments=VarlenBatch.build(True, lengths, lengths),
+        rectangles=VarlenBatch.build(False, (runs.end - runs.start)[wide], widths[wide].astype(np.int64)),
         queries=torch.from_numpy(expand(runs.start[wide], runs.end[wide])),
-        keys=Gather.of(expand(runs.span_start[later], runs.span_end[later]), tokens),
+        keys=Gather.of(expand(runs.key_start[later], runs.key_end[later]), tokens),
     )
 
 
@@ -65,7 +65,7 @@ class Kernels(Protocol):
     """Attention of a part with its log-sum-exp: ``pipeline.attention.varlen`` or ``pipeline.attention.loops``."""
 
     def forward_with_lse(
-        self, q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, scaling: float
+        self, q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, scaling: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return out[T, H, D] and log-sum-exp[H, T]."""
         ...
@@ -78,7 +78,7 @@ class Kernels(Protocol):
         v_KHkD: torch.Tensor,
         out_THD: torch.Tensor,
         lse_HT: torch.Tensor,
-        part: Part,
+        batch: VarlenBatch,
         scaling: float,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return the gradients of q, k and v."""
@@ -119,7 +119,7 @@ class _Merged(torch.autograd.Function):
                 q.index_select(0, rows), k.index_select(0, keys), v.index_select(0, keys), tables.rectangles, scaling
             )
             both_lse = torch.logaddexp(near_lse, far_lse)
-            near_share, far_share = ((part - both_lse).exp().T[..., None] for part in (near_lse, far_lse))
+            near_share, far_share = ((batch - both_lse).exp().T[..., None] for batch in (near_lse, far_lse))
             out.index_copy_(0, rows, (near * near_share + far * far_share).to(out.dtype))
             lse.index_copy_(1, rows, both_lse)
         ctx.save_for_backward(q, k, v, out, lse)

@@ -14,16 +14,16 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from pipeline.masks.atoms import Atoms, cut_atoms, expand
 from pipeline.masks.policies import Policy
 from pipeline.masks.sidecars import BoolArray, IntArray, TokenTable, run_first, run_starts
+from pipeline.masks.spans import TokenSpans, expand, token_spans
 
 PADDING_CHUNK = 64
 """Padding is attended in causal chunks of at most this many tokens, so that kernels cover every row cheaply."""
 
 
 @dataclass(frozen=True)
-class Part:
+class VarlenBatch:
     """Runs of one kind, run after run: one variable-length attention call."""
 
     causal: bool
@@ -36,7 +36,7 @@ class Part:
     """Where each run's keys begin in the gathered keys of the part, and the total; int32[runs + 1]."""
 
     @classmethod
-    def build(cls, causal: bool, q_lengths: IntArray, k_lengths: IntArray) -> Part:
+    def build(cls, causal: bool, q_lengths: IntArray, k_lengths: IntArray) -> VarlenBatch:
         """Make a part of runs with these lengths."""
         cu_q, cu_k = (torch.from_numpy(np.append(0, np.cumsum(x)).astype(np.int32)) for x in (q_lengths, k_lengths))
         return cls(causal, tuple(q_lengths.tolist()), tuple(k_lengths.tolist()), cu_q, cu_k)
@@ -61,9 +61,11 @@ class Part:
         """Keys of the run with most keys."""
         return max(self.k_lengths, default=0)
 
-    def to(self, device: torch.device | str) -> Part:
+    def to(self, device: torch.device | str) -> VarlenBatch:
         """Return the part with its tensors on ``device``."""
-        return Part(self.causal, self.q_lengths, self.k_lengths, _move(self.cu_q, device), _move(self.cu_k, device))
+        return VarlenBatch(
+            self.causal, self.q_lengths, self.k_lengths, _move(self.cu_q, device), _move(self.cu_k, device)
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Gather:
 class RunSplit:
     """A row's attention: gather queries, keys and values, then one call per part, then put the queries back."""
 
-    parts: tuple[Part, ...]
+    batches: tuple[VarlenBatch, ...]
     """Causal runs, then full ones; a kind without runs is left out."""
     queries: Gather | None
     """Queries in the order of the parts; None when that is the row's own order."""
@@ -109,9 +111,9 @@ class RunSplit:
 
     def to(self, device: torch.device | str) -> RunSplit:
         """Return the tables on ``device``."""
-        parts = tuple(part.to(device) for part in self.parts)
+        batches = tuple(batch.to(device) for batch in self.batches)
         gathers = (None if gather is None else gather.to(device) for gather in (self.queries, self.outputs, self.keys))
-        return RunSplit(parts, *gathers)
+        return RunSplit(batches, *gathers)
 
 
 def split_runs(runs: QueryRuns, order: IntArray | None, tokens: int) -> RunSplit:
@@ -122,14 +124,17 @@ def split_runs(runs: QueryRuns, order: IntArray | None, tokens: int) -> RunSplit
         order: that order; None for the row's own.
         tokens: T.
     """
-    runs = runs.take(np.argsort(runs.full, kind="stable"))
-    q_index, k_index = expand(runs.start, runs.end), expand(runs.span_start, runs.span_end)
+    runs = runs.take(np.argsort(runs.bidirectional, kind="stable"))
+    q_index, k_index = expand(runs.start, runs.end), expand(runs.key_start, runs.key_end)
     if order is not None:
         q_index, k_index = order[q_index], order[k_index]
-    q_lengths, k_lengths, full = runs.end - runs.start, runs.key_counts, runs.full
-    parts = [Part.build(not kind, q_lengths[full == kind], k_lengths[full == kind]) for kind in (False, True)]
+    q_lengths, k_lengths, bidirectional = runs.end - runs.start, runs.key_counts, runs.bidirectional
+    batches = [
+        VarlenBatch.build(not kind, q_lengths[bidirectional == kind], k_lengths[bidirectional == kind])
+        for kind in (False, True)
+    ]
     gathers = (Gather.build(index, tokens) for index in (q_index, np.argsort(q_index), k_index))
-    return RunSplit(tuple(part for part in parts if part.q_lengths), *gathers)
+    return RunSplit(tuple(batch for batch in batches if batch.q_lengths), *gathers)
 
 
 @dataclass(frozen=True)
@@ -140,32 +145,32 @@ class QueryRuns:
     end: IntArray
     first_key: IntArray
     """Where the run's segment begins."""
-    full: BoolArray
+    bidirectional: BoolArray
     """Tokens of the run see each other both ways."""
-    span_run: IntArray
+    key_run: IntArray
     """The run each range of keys belongs to, ascending."""
-    span_start: IntArray
-    span_end: IntArray
+    key_start: IntArray
+    key_end: IntArray
 
     @property
     def key_counts(self) -> IntArray:
         """Keys per run."""
-        counts = np.bincount(self.span_run, weights=self.span_end - self.span_start, minlength=len(self.start))
+        counts = np.bincount(self.key_run, weights=self.key_end - self.key_start, minlength=len(self.start))
         return counts.astype(np.int64)
 
     def take(self, order: IntArray) -> QueryRuns:
         """Return the runs in another order (a permutation)."""
         rank = np.empty_like(order)
         rank[order] = np.arange(len(order))
-        spans = np.argsort(rank[self.span_run], kind="stable")
+        spans = np.argsort(rank[self.key_run], kind="stable")
         return QueryRuns(
             start=self.start[order],
             end=self.end[order],
             first_key=self.first_key[order],
-            full=self.full[order],
-            span_run=rank[self.span_run][spans],
-            span_start=self.span_start[spans],
-            span_end=self.span_end[spans],
+            bidirectional=self.bidirectional[order],
+            key_run=rank[self.key_run][spans],
+            key_start=self.key_start[spans],
+            key_end=self.key_end[spans],
         )
 
 
@@ -173,43 +178,43 @@ def query_runs(policy: Policy, table: TokenTable) -> QueryRuns:
     """Cut a row (its tokens in the policy's causal order) into runs, ascending."""
     index = np.arange(len(table))
     chunk = (index - run_first(run_starts(table.segment))) % PADDING_CHUNK == 0
-    opens = run_starts(table.segment) | ((table.segment == 0) & chunk)
-    return _merge(cut_atoms(policy, table, opens))
+    segment_starts = run_starts(table.segment) | ((table.segment == 0) & chunk)
+    return _merge(token_spans(policy, table, segment_starts))
 
 
-def _merge(atoms: Atoms) -> QueryRuns:
+def _merge(spans: TokenSpans) -> QueryRuns:
     """Join neighbours that see the same keys up to causality into runs."""
-    head = np.flatnonzero(~_joins_previous(atoms))
-    tail = np.append(head[1:], len(atoms)) - 1
-    start, end = atoms.start[head], atoms.end[tail]
-    run_of = np.full(len(atoms), -1)
+    head = np.flatnonzero(~_joins_previous(spans))
+    tail = np.append(head[1:], len(spans)) - 1
+    start, end = spans.start[head], spans.end[tail]
+    run_of = np.full(len(spans), -1)
     run_of[tail] = np.arange(len(tail))
-    kept = run_of[atoms.left] >= 0
-    later = atoms.right[kept]
+    kept = run_of[spans.left] >= 0
+    later = spans.right[kept]
     own = np.arange(len(head))
-    span_run = np.concatenate([own, run_of[atoms.left[kept]], own])
-    order = np.argsort(span_run, kind="stable")  # before the run, what is unlocked after it, the run itself
-    first_key, full = atoms.first_key[head], atoms.full[tail]
-    span_start = np.concatenate([first_key, atoms.start[later], start])
-    span_end = np.concatenate([start, atoms.end[later], end])
-    return QueryRuns(start, end, first_key, full, span_run[order], span_start[order], span_end[order])
+    key_run = np.concatenate([own, run_of[spans.left[kept]], own])
+    order = np.argsort(key_run, kind="stable")  # before the run, what is unlocked after it, the run itself
+    first_key, bidirectional = spans.first_key[head], spans.bidirectional[tail]
+    key_start = np.concatenate([first_key, spans.start[later], start])
+    key_end = np.concatenate([start, spans.end[later], end])
+    return QueryRuns(start, end, first_key, bidirectional, key_run[order], key_start[order], key_end[order])
 
 
-def _joins_previous(atoms: Atoms) -> BoolArray:
+def _joins_previous(spans: TokenSpans) -> BoolArray:
     """Mark atoms that see what the atom before them sees, but for causality within the two."""
-    own = np.arange(len(atoms))
+    own = np.arange(len(spans))
     previous = np.maximum(own - 1, 0)
-    count = np.bincount(atoms.left, minlength=len(atoms))
+    count = np.bincount(spans.left, minlength=len(spans))
     offset = np.cumsum(count) - count
     # The list of the atom before ends where mine begins, so its tail lies one length of mine earlier.
-    tail = np.maximum(np.arange(len(atoms.right)) - count[atoms.left], 0)
-    differs = atoms.right[tail] != atoms.right
-    same_later = np.bincount(atoms.left, weights=differs, minlength=len(atoms)) == 0
+    tail = np.maximum(np.arange(len(spans.right)) - count[spans.left], 0)
+    differs = spans.right[tail] != spans.right
+    same_later = np.bincount(spans.left, weights=differs, minlength=len(spans)) == 0
     more = count[previous] - count  # a full atom's list names its neighbour first, a causal one's does not
-    names_me = np.append(atoms.right, -1)[offset[previous]] == own
-    alike = np.where(atoms.full, (more == 1) & names_me, more == 0)
-    same_kind = atoms.full == atoms.full[previous]
-    joins: BoolArray = alike & same_later & same_kind & (atoms.first_key == atoms.first_key[previous])
+    names_me = np.append(spans.right, -1)[offset[previous]] == own
+    alike = np.where(spans.bidirectional, (more == 1) & names_me, more == 0)
+    same_kind = spans.bidirectional == spans.bidirectional[previous]
+    joins: BoolArray = alike & same_later & same_kind & (spans.first_key == spans.first_key[previous])
     joins[:1] = False
     return joins
 

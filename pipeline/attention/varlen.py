@@ -12,35 +12,35 @@ from typing import Any
 import torch
 from torch.nn.attention import varlen
 
-from pipeline.attention.runs import Part
+from pipeline.attention.runs import VarlenBatch
 
 MAX_HEAD_SIZE = 256
 _PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def attend_varlen(
-    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, *, scaling: float
+    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, *, scaling: float
 ) -> torch.Tensor:
     """Attend the T queries of a part to its K gathered keys in one flash call; out[T, H, D], differentiable."""
-    _check_cover(q_THD, k_KHkD, part)
-    window = (-1, 0) if part.causal else (-1, -1)
-    offered = {"window_size": window, "is_causal": part.causal, "enable_gqa": q_THD.shape[1] != k_KHkD.shape[1]}
+    _check_cover(q_THD, k_KHkD, batch)
+    window = (-1, 0) if batch.causal else (-1, -1)
+    offered = {"window_size": window, "is_causal": batch.causal, "enable_gqa": q_THD.shape[1] != k_KHkD.shape[1]}
     options: dict[str, Any] = {name: value for name, value in offered.items() if name in _PARAMETERS}
     if "scale" in _PARAMETERS:
         options["scale"] = scaling
     else:
         q_THD = q_THD * (scaling * q_THD.shape[-1] ** 0.5)
-    out = varlen.varlen_attn(q_THD, k_KHkD, v_KHkD, part.cu_q, part.cu_k, part.max_q, part.max_k, **options)
+    out = varlen.varlen_attn(q_THD, k_KHkD, v_KHkD, batch.cu_q, batch.cu_k, batch.max_q, batch.max_k, **options)
     assert isinstance(out, torch.Tensor)
     return out
 
 
 def forward_with_lse(
-    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, part: Part, scaling: float
+    q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return out[T, H, D] and the log-sum-exp of the logits, fp32[H, T]; not differentiable."""
-    _check_cover(q_THD, k_KHkD, part)
-    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(part, scaling)}
+    _check_cover(q_THD, k_KHkD, batch)
+    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(batch, scaling)}
     given["enable_gqa"] = q_THD.shape[1] != k_KHkD.shape[1]
     out, lse, _ = _call(torch.ops.torch_attn._varlen_attn.default, given)
     return out, lse
@@ -53,28 +53,28 @@ def backward_with_lse(
     v_KHkD: torch.Tensor,
     out_THD: torch.Tensor,
     lse_HT: torch.Tensor,
-    part: Part,
+    batch: VarlenBatch,
     scaling: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
-    _check_cover(q_THD, k_KHkD, part)
+    _check_cover(q_THD, k_KHkD, batch)
     # Without dropout the random state is never read, but the operator wants one.
     state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
-    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(part, scaling), "rng_state": state}
+    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(batch, scaling), "rng_state": state}
     given |= {"grad_out": gradient_THD.contiguous(), "out": out_THD, "lse": lse_HT.contiguous()}
     dq, dk, dv = _call(torch.ops.torch_attn._varlen_attn_backward.default, given)
     return dq, dk, dv
 
 
-def _check_cover(q_THD: torch.Tensor, k_KHkD: torch.Tensor, part: Part) -> None:
+def _check_cover(q_THD: torch.Tensor, k_KHkD: torch.Tensor, batch: VarlenBatch) -> None:
     # Rows past the last offset come back as garbage gradients, so the runs must cover every row.
-    assert part.q_tokens == q_THD.shape[0] and part.k_tokens == k_KHkD.shape[0], "a part does not cover its rows"
+    assert batch.q_tokens == q_THD.shape[0] and batch.k_tokens == k_KHkD.shape[0], "a part does not cover its rows"
 
 
-def _options(part: Part, scaling: float) -> dict[str, Any]:
-    bounds = {"cu_seq_q": part.cu_q, "cu_seq_k": part.cu_k, "max_q": part.max_q, "max_k": part.max_k}
-    window = [-1, 0] if part.causal else [-1, -1]
-    return {**bounds, "is_causal": part.causal, "scale": scaling, "window_size": window}
+def _options(batch: VarlenBatch, scaling: float) -> dict[str, Any]:
+    bounds = {"cu_seq_q": batch.cu_q, "cu_seq_k": batch.cu_k, "max_q": batch.max_q, "max_k": batch.max_k}
+    window = [-1, 0] if batch.causal else [-1, -1]
+    return {**bounds, "is_causal": batch.causal, "scale": scaling, "window_size": window}
 
 
 def _call(operator: Any, given: dict[str, Any]) -> Any:

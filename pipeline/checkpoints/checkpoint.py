@@ -89,14 +89,14 @@ class Checkpoint:
         entry, dp = self.manifest.params[name], self.manifest.dp
         size = -(-torch.Size(entry.shape).numel() // dp)  # of every rank's shard; the last ones are padded to it
         pieces = []
-        for replica in range(start // size, -(-stop // size)) if stop > start else ():
-            shard = self._shard(entry.stage * dp + replica, kind, name)
+        for dp_rank in range(start // size, -(-stop // size)) if stop > start else ():
+            shard = self._shard(entry.stage * dp + dp_rank, kind, name)
             if (found := shard.get_shape()[0]) != size:
                 raise UserError(
-                    f"{self.path / rank_file(entry.stage * dp + replica)}: {kind}|{name} has {found} elements, "
+                    f"{self.path / rank_file(entry.stage * dp + dp_rank)}: {kind}|{name} has {found} elements, "
                     f"its shape is {list(entry.shape)}, {size} of it a rank's: name another checkpoint"
                 )
-            offset = replica * size
+            offset = dp_rank * size
             pieces.append(shard[max(start - offset, 0) : min(stop - offset, size)])
         return torch.cat(pieces) if pieces else torch.empty(0)
 
@@ -241,7 +241,7 @@ def _own_range(
     shape = tuple(stage.full_shape(param))
     if saved[name].shape != shape:
         raise UserError(f"{checkpoint.path}: {name} is {saved[name].shape}, the model section says {shape}")
-    return stage.topology.replica * stage.compute_shard(param).numel(), saved[name]
+    return stage.topology.dp_rank * stage.compute_shard(param).numel(), saved[name]
 
 
 def _copy_range(into: torch.Tensor, source: Checkpoint, kind: str, name: str, start: int, entry: ParamEntry) -> None:

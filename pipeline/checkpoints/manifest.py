@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from data_prep.common.errors import UserError
 
 FORMAT: Final = "mma-checkpoint"
-VERSION: Final = 1
+VERSION: Final = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 _MAX_BYTES = 1 << 28
@@ -58,7 +58,7 @@ class CheckpointManifest:
     consumed_packs: Count
     plan_sha256: str
     """Identity of the packs' order; resuming on another is refused."""
-    batch_packs: Count
+    global_batch_size: Count
     pp: Ranks
     dp: Ranks
     config: dict[str, Any]
@@ -68,7 +68,7 @@ class CheckpointManifest:
     files: dict[str, FileEntry] = field(default_factory=dict)
     """By name: ``rank-NNNNN.safetensors`` of every rank, and ``tokenizer/NAME``."""
     format: Literal["mma-checkpoint"] = FORMAT
-    version: Literal[1] = VERSION
+    version: Literal[2] = VERSION
 
     def to_json(self) -> str:
         """Return the content of ``manifest.json``."""
@@ -104,6 +104,9 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
+        if where == "version":
+            found = first["input"]
+            raise UserError(f"{folder}: {FORMAT} version {found}, this release reads version {VERSION}") from error
         raise UserError(f"{folder} is not a whole checkpoint ({where or MANIFEST}: {first['msg']})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a whole checkpoint ({error})") from error

@@ -25,7 +25,7 @@ from pipeline.checkpoints.checkpoint import SHOWN_S, hash_file
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileEntry, ParamEntry, rank_file
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
-Part = Callable[[], Any]
+Phase = Callable[[], Any]
 """What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""
 Files = dict[str, FileEntry]
 
@@ -79,7 +79,7 @@ def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
 
 def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
     """Return this rank's part of the manifest's ``params``: its stage's, from one of the stage's ranks."""
-    if stage.topology.replica:
+    if stage.topology.dp_rank:
         return {}
     return {
         name: ParamEntry(tuple(stage.full_shape(param)), stage.topology.stage, param.requires_grad)
@@ -87,9 +87,9 @@ def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
     }
 
 
-def parts_of_save(
+def save_phases(
     own: dict[str, torch.Tensor], target: Target, manifest: CheckpointManifest, *, rank: int, tokenizer: Path
-) -> Generator[Part, list[Any], None]:
+) -> Generator[Phase, list[Any], None]:
     """Yield a rank's parts of a save one after the other; every rank's must be done before the next is asked for.
 
     Args:
@@ -106,22 +106,22 @@ def parts_of_save(
     yield lambda: _publish(target, whole) if rank == 0 else None
 
 
-def together(part: Future[Any], what: Path) -> list[Any]:
+def gather_phase(phase: Future[Any], what: Path) -> list[Any]:
     """Wait for this rank's part and for every other rank's; return what each has to say.
 
     Raises UserError on all ranks alike when one of them could not write.
     """
-    said, fault = None, ""
+    result, fault = None, ""
     try:
-        said = part.result()
+        result = phase.result()
     except (OSError, SafetensorError) as error:
         fault = str(error)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (said, fault))
+    dist.all_gather_object(gathered, (result, fault))
     faults = sorted({fault for _, fault in gathered if fault})
     if faults:
         raise UserError(f"{what} cannot be written ({faults[0]}): mend that, and the same command goes on")
-    return [said for said, _ in gathered]
+    return [result for result, _ in gathered]
 
 
 def _write(own: dict[str, torch.Tensor], folder: Path, rank: int, tokenizer: Path | None) -> Files:

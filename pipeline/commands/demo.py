@@ -21,7 +21,7 @@ from pipeline.masks import get_policy
 from pipeline.parallel.launch import free_port
 from pipeline.parallel.partition import split_layers
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.run.state import clock
+from pipeline.training.run.state import format_duration
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA, RUNS = Path("data/demo"), Path("runs")
@@ -86,7 +86,7 @@ def demo_command(argv: Sequence[str]) -> int:
     sft, plain = stages[1], stages_of(1)[1]
     if sft != plain:
         print(f"\n{same_answers(sft.export, plain.export)}")
-    print(f"\nall done in {clock(time.monotonic() - began)}")
+    print(f"\nall done in {format_duration(time.monotonic() - began)}")
     for name, path in {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}.items():
         print(f"  {name:6} {path}")
     return 0

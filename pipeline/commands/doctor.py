@@ -82,29 +82,29 @@ def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
         _show(wrong(f"rank {rank} on {socket.gethostname()}: {problem}"))
         return 1
     findings = [finding for check in _own_checks(options) for finding in check()]
-    told: list[tuple[str, list[Finding]]] = [("", [])] * world
-    dist.all_gather_object(told, (socket.gethostname(), findings))
+    gathered: list[tuple[str, list[Finding]]] = [("", [])] * world
+    dist.all_gather_object(gathered, (socket.gethostname(), findings))
     if rank == 0:
         findings += [found for check in _file_checks(options, ()) for found in check()]
         for finding in findings:
             _show(finding)
-        for other, (host, found) in enumerate(told[1:], start=1):
+        for other, (host, found) in enumerate(gathered[1:], start=1):
             for finding in (finding for finding in found if finding.kind == "wrong"):
                 _show(Finding("wrong", f"rank {other} on {host}: {finding.text}"))
                 findings.append(finding)
-        findings += _differences(told)
+        findings += _differences(gathered)
     answer = [_verdict(findings) if rank == 0 else 0]
     dist.broadcast_object_list(answer, 0)
     dist.destroy_process_group()
     return int(answer[0])
 
 
-def _differences(told: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
+def _differences(gathered: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
     """Return ranks whose software is not that of rank 0; versions come first in every rank's findings."""
     odd = [
         wrong(f"rank {rank} on {host} has other software than rank 0 ({found[0].text}): install the same everywhere")
-        for rank, (host, found) in enumerate(told)
-        if found[0] != told[0][1][0]
+        for rank, (host, found) in enumerate(gathered)
+        if found[0] != gathered[0][1][0]
     ]
     for finding in odd:
         _show(finding)

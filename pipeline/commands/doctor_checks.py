@@ -163,21 +163,22 @@ def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Find
     """Paths, sizes and arithmetic of a recipe, as ``--dry-run`` checks them, and memory against this machine's GPU."""
     from pipeline.config.flags import parse
     from pipeline.planning.dry_run import describe
-    from pipeline.planning.estimate import Load
-    from pipeline.planning.run_plan import Blueprint
+    from pipeline.planning.estimate import WorkloadEstimate
+    from pipeline.planning.run_plan import RunPlan
 
     try:
-        plan = Blueprint.draw(parse(["--recipe", recipe, *flags]), rank=0, world=ranks)
+        plan = RunPlan.build(parse(["--recipe", recipe, *flags]), rank=0, world=ranks)
     except (UserError, OSError) as error:
         yield wrong(f"recipe {recipe}: {error}")
         return
     yield fine(f"recipe {recipe} on {ranks} ranks:\n{describe(plan)}")
-    need = max(Load.of(plan).memory(stage).total for stage in range(plan.topology.pp)) / GIB
+    need = max(WorkloadEstimate.of(plan).memory(stage).total for stage in range(plan.topology.pp)) / GIB
     if torch.cuda.is_available():
         total = torch.cuda.mem_get_info(0)[1] / GIB
         if need > total:
             yield wrong(
-                f"a rank needs about {need:.1f} GiB, its GPU has {total:.1f}: more ranks, parallel.resident 0, or pp"
+                f"a rank needs about {need:.1f} GiB, its GPU has {total:.1f}: add ranks or stages (parallel.pp), "
+                "or set parallel.gathered_fraction to 0"
             )
     yield from check_disk(Path(plan.config.run_dir), 14 * plan.counts.total * (plan.config.checkpoint.keep_last + 1))
 

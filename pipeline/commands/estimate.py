@@ -12,7 +12,7 @@ from rich.table import Table
 from data_prep.common.command_line import OneLineParser
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
-from pipeline.model.counts import Counts
+from pipeline.model.counts import ParamCounts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
@@ -20,14 +20,14 @@ from pipeline.parallel.launch import configure_libraries
 from pipeline.parallel.partition import split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.dry_run import millions, shown_bubble, shown_layers
-from pipeline.planning.estimate import GIB, Load
+from pipeline.planning.estimate import GIB, WorkloadEstimate
 
 DESCRIPTION = """\
 Estimate what each rank of a training run needs, before there are packs, and on a machine without GPUs. Any flag of the
 trainer may follow the recipe:
 
   mma estimate demo_sft
-  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --length 4096
+  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --seq-len 4096
   mma estimate aki_4b_sft --deepspeed ds_configs/zero1.json"""
 
 
@@ -38,7 +38,7 @@ def estimate_command(argv: Sequence[str]) -> int:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")
     parser.add_argument("--ranks", type=_positive, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
-    parser.add_argument("--length", type=_positive, default=4096, help="tokens of a pack (default: 4096)")
+    parser.add_argument("--seq-len", type=_positive, default=4096, help="tokens of a pack (default: 4096)")
     parser.add_argument("--vocab", type=_positive, default=32064, help="token ids of the packs (default: 32064)")
     parser.add_argument("--images", type=float, default=8.0, help="images in a pack, on average (default: 8)")
     parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
@@ -49,10 +49,10 @@ def estimate_command(argv: Sequence[str]) -> int:
     config = invocation.config
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
-    shares = options.images / options.length, options.targets
+    shares = options.images / options.seq_len, options.targets
     console = Console()
     for ranks in options.ranks:
-        load = draw_load(config, sharding, spec, ranks=ranks, length=options.length, shares=shares)
+        load = build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=options.seq_len, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))
     return 0
 
@@ -71,36 +71,47 @@ def image_tokens(config: RunConfig) -> int:
     return int((vision.image_size // vision.patch_size) ** 2)
 
 
-def draw_load(
-    config: RunConfig, sharding: Sharding, spec: ModelSpec, *, ranks: int, length: int, shares: tuple[float, float]
-) -> Load:
+def build_workload_estimate(
+    config: RunConfig, sharding: Sharding, spec: ModelSpec, *, ranks: int, seq_len: int, shares: tuple[float, float]
+) -> WorkloadEstimate:
     """Lay a model over a grid of ranks; ``shares`` are images and supervised tokens a token. Raises ConfigError."""
-    if length < spec.image_tokens:
-        raise ConfigError(f"--length {length} cannot hold one image of {spec.image_tokens} tokens")
+    if seq_len < spec.image_tokens:
+        raise ConfigError(f"--seq-len {seq_len} cannot hold one image of {spec.image_tokens} tokens")
     topology = Topology(ranks, 0, config.parallel.pp)
-    micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
-    counts = Counts.of(spec)
+    microbatches, microbatch_rows = micro_batches(
+        config.train.global_batch_size, topology.dp, config.parallel.micro_batches
+    )
+    counts = ParamCounts.of(spec)
     costs = counts.part_costs(
         image_share=shares[0], target_share=shares[1], recomputed=config.train.gradient_checkpointing
     )
-    splits = split_stages(
-        spec.layers, topology.pp, config.parallel.chunks, by_hand=config.parallel.split, costs=[*map(sum, costs)]
+    stage_layers = split_stages(
+        spec.layers,
+        topology.pp,
+        config.parallel.virtual_stages,
+        layers_per_stage=config.parallel.layers_per_stage,
+        costs=[*map(sum, costs)],
     )
     bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
-    return Load(config, sharding, spec, counts, splits, costs, topology.dp, micros, micro_packs * length, bf16)
+    return WorkloadEstimate(
+        config, sharding, spec, counts, stage_layers, costs, topology.dp, microbatches, microbatch_rows * seq_len, bf16
+    )
 
 
-def work_shares(load: Load) -> list[float]:
+def work_shares(load: WorkloadEstimate) -> list[float]:
     """Return each stage's share of a step's floating-point operations."""
-    work = [sum(sum(load.work(stage, chunk)) for chunk in range(len(own))) for stage, own in enumerate(load.splits)]
+    work = [
+        sum(sum(load.work(stage, virtual_stage)) for virtual_stage in range(len(own)))
+        for stage, own in enumerate(load.stage_layers)
+    ]
     return [stage / sum(work) for stage in work]
 
 
-def table(load: Load, title: str) -> Table:
+def table(load: WorkloadEstimate, title: str) -> Table:
     """Return a line for each stage; memory is in GiB a rank: sharded states, what is held whole, activations, all."""
-    stages, parallel = len(load.splits), load.config.parallel
+    stages, parallel = len(load.stage_layers), load.config.parallel
     grid = (
-        f"{stages} stages x {load.dp} replicas, {load.micros} micro-batches of {load.micro_tokens:,} tokens, "
+        f"{stages} stages x {load.dp} data-parallel ranks, {load.microbatches} micro-batches of {load.microbatch_tokens:,} tokens, "
         f"{parallel.schedule}, bubble {shown_bubble(load)}, {millions(load.counts.total)} parameters, "
         f"{'bf16' if load.bf16 else 'fp32'}, {load.sharding}"
     )
@@ -108,7 +119,7 @@ def table(load: Load, title: str) -> Table:
     for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):
         out.add_column(name, justify="right")
     for stage, work in enumerate(work_shares(load)):
-        (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.splits[stage]
+        (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.stage_layers[stage]
         parts = (need.states, need.gathered, need.activations + need.losses, need.total)
         memory = [f"{part / GIB:.2f}" for part in parts]
         row = [str(stage), shown_layers(split), millions(trained), millions(frozen), f"{work:.1%}"]

@@ -11,7 +11,7 @@ from rich.text import Text
 from data_prep.common.command_line import OneLineParser
 from pipeline.config.schema import ConfigError, build_config
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble
-from pipeline.parallel.simulation import Simulation, most_held, orders, simulate
+from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate
 
 DESCRIPTION = """\
 Draw what every stage does in one optimizer step, with stages of equal cost, where a backward takes twice as long as a
@@ -19,7 +19,7 @@ forward. A number is a micro-batch: its forward on a dark ground, its backward w
 in colour, and a dot is a stage that waits.
 
   mma schedule --pp 4 --micro-batches 8
-  mma schedule --pp 4 --micro-batches 8 --schedule interleaved --chunks 2"""
+  mma schedule --pp 4 --micro-batches 8 --schedule interleaved --virtual-stages 2"""
 _DARK = ("blue", "dark_green", "dark_magenta", "dark_orange3")
 _LIGHT = ("sky_blue1", "pale_green1", "plum1", "light_goldenrod1")
 
@@ -32,22 +32,25 @@ def schedule_command(argv: Sequence[str]) -> int:
     parser.add_argument("--pp", type=int, default=4, help="pipeline stages (default: 4)")
     parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches of a step (default: 8)")
     parser.add_argument("--schedule", default="1f1b", help=f"{', '.join(SCHEDULES)} (default: 1f1b)")
-    parser.add_argument("--chunks", type=int, default=1, help="chunks of a stage, where interleaved (default: 1)")
+    parser.add_argument(
+        "--virtual-stages", type=int, default=1, help="chunks of a stage, where interleaved (default: 1)"
+    )
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
     options = parser.parse_args(list(argv))
-    words = {"pp": options.pp, "schedule": options.schedule, "chunks": options.chunks}
+    words = {"pp": options.pp, "schedule": options.schedule, "virtual_stages": options.virtual_stages}
     build_config({"parallel": words}, "schedule")  # refuses what the trainer would
     if options.micro_batches < 1:
         raise ConfigError(f"--micro-batches {options.micro_batches}: a step has at least 1")
     console = Console()
-    of_stages = orders(options.schedule, options.pp, options.micro_batches, options.chunks)
-    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, options.chunks)
+    of_stages = orders(options.schedule, options.pp, options.micro_batches, options.virtual_stages)
+    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, options.virtual_stages)
     for line in timeline(step, digits=len(str(options.micro_batches - 1))):
         console.print(line, soft_wrap=True)
-    held = [most_held(order, [1 / options.chunks] * options.chunks) for order in of_stages]
+    held = [peak_in_flight(order, [1 / options.virtual_stages] * options.virtual_stages) for order in of_stages]
+    ideal = bubble(options.pp, options.micro_batches, options.virtual_stages)
     console.print(
-        f"bubble {step.bubble:.1%} of the step (theory {bubble(options.pp, options.micro_batches, options.chunks):.1%}"
-        f"); activations of at most {', '.join(f'{most:g}' for most in held)} micro-batches on the stages",
+        f"bubble {step.bubble:.1%} of the step (theory {ideal:.1%}); "
+        f"activations of at most {', '.join(f'{most:g}' for most in held)} micro-batches in flight on the stages",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
     return 0
@@ -62,7 +65,7 @@ def timeline(step: Simulation, *, digits: int) -> list[Text]:
         for action, start, end in slots:
             line.append("·" * (digits * round(start - now)), style="dim")
             fill = " " if action.kind == "F" else "-"
-            line.append(str(action.micro).ljust(digits * round(end - start), fill), style=_style(action))
+            line.append(str(action.microbatch).ljust(digits * round(end - start), fill), style=_style(action))
             now = end
         line.append("·" * (digits * round(step.makespan - now)), style="dim")
         lines.append(line)
@@ -72,4 +75,4 @@ def timeline(step: Simulation, *, digits: int) -> list[Text]:
 def _style(action: Action) -> str:
     colours = _DARK if action.kind == "F" else _LIGHT
     ink = "white" if action.kind == "F" else "black"
-    return f"{ink} on {colours[action.chunk % len(colours)]}"
+    return f"{ink} on {colours[action.virtual_stage % len(colours)]}"

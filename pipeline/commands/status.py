@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
-from pipeline.training.run.state import RunState, clock
+from pipeline.training.run.state import RunState, format_duration
 
 DESCRIPTION = "Show how runs stand: state, step, loss, speed, newest checkpoint, when the folder was last written."
 
@@ -34,5 +34,5 @@ def status_line(run: RunState) -> str:
         parts.append(f"loss {run.last['loss']:.4f}")
     if run.last.get("tokens_per_s") is not None and run.state.startswith("running"):
         parts.append(f"{run.last['tokens_per_s']:,.0f} tok/s")
-    parts += [run.checkpoint.name if run.checkpoint else "no checkpoint", f"{clock(run.age_s)} ago"]
+    parts += [run.checkpoint.name if run.checkpoint else "no checkpoint", f"{format_duration(run.age_s)} ago"]
     return "  ".join(parts + ([run.error] if run.error else []))

@@ -105,7 +105,7 @@ class DataConfig(Section):
 class TrainSection(Section):
     """Optimisation."""
 
-    batch_packs: Positive = 8
+    global_batch_size: Positive = 8
     """Packed rows of one optimizer step, over all ranks and micro-batches."""
     steps: NonNegative = 0
     """Optimizer steps of the run; 0 = every pack once."""
@@ -152,12 +152,12 @@ class ParallelConfig(Section):
     """Micro-batches of a step on each data-parallel rank; 0 = one pack each."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     """Order of forwards and backwards of a step (see `mma schedule`)."""
-    chunks: Positive = 1
+    virtual_stages: Positive = 1
     """Pieces a stage's layers are cut into, with the interleaved schedule: so many times less bubble, more messages."""
-    split: str = ""
+    layers_per_stage: str = ""
     """Decoder layers of each stage by hand, e.g. "9,12,11", with chunks of all first ones, then all second ones;
     empty = by cost."""
-    resident: Share = 1.0
+    gathered_fraction: Share = 1.0
     """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
     Below 1 needs ZeRO stage 3 in the DeepSpeed file; the rest is released after each use."""
     reduce_once: bool | None = None
@@ -175,10 +175,10 @@ class ParallelConfig(Section):
         interleaved = self.schedule == "interleaved"
         if interleaved and self.pp == 1:
             raise ValueError("schedule=interleaved needs stages to go around: set pp to 2 or more, or schedule to 1f1b")
-        if interleaved and self.chunks == 1:
+        if interleaved and self.virtual_stages == 1:
             raise ValueError("schedule=interleaved needs chunks to go through: set chunks to 2 or more")
-        if self.chunks > 1 and not interleaved:
-            raise ValueError(f"chunks={self.chunks} needs schedule=interleaved: set it, or chunks to 1")
+        if self.virtual_stages > 1 and not interleaved:
+            raise ValueError(f"chunks={self.virtual_stages} needs schedule=interleaved: set it, or chunks to 1")
         return self
 
 

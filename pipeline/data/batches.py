@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from data_prep.common.errors import UserError
-from data_prep.images.augment import apply_view
+from data_prep.images.augment import apply_augmentation
 from data_prep.images.store import BadImage, ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
 from pipeline.attention import build_plan
@@ -28,7 +28,7 @@ from pipeline.model.preprocess import Preprocess
 class StepBatch:
     """This rank's micro-batches of one step, and what the whole step holds."""
 
-    micros: tuple[StageInputs, ...]
+    microbatches: tuple[StageInputs, ...]
     rows: range
     """Rows of the global batch."""
     targets: int
@@ -93,7 +93,7 @@ class BatchSource:
         packs: PackReader,
         *,
         order: BatchOrder,
-        replica: int,
+        dp_rank: int,
         policy: Policy,
         preprocess: Preprocess | None,
         threads: int,
@@ -104,13 +104,13 @@ class BatchSource:
         Args:
             packs: The rows.
             order: How they are shared.
-            replica: This rank's data-parallel index.
+            dp_rank: This rank's data-parallel index.
             policy: Mask policy the plans are built for.
             preprocess: Pixels of the vision tower; None on stages without it, which then read no image.
             threads: Reading threads; 0 reads in the caller's.
             ahead: Steps held ready.
         """
-        self._packs, self._order, self._replica, self._policy = packs, order, replica, policy
+        self._packs, self._order, self._replica, self._policy = packs, order, dp_rank, policy
         self._preprocess = preprocess
         store = packs.manifest.image_store
         self._images = ImageStore(packs.directory / store) if store and preprocess is not None else None
@@ -132,18 +132,18 @@ class BatchSource:
 
     def read(self, step: int) -> StepBatch:
         """Build one step's micro-batches. Raises UserError naming the row and image that cannot be read."""
-        consumed = step * self._order.batch_packs
-        micros, tokens, images = [], 0, 0
-        for number in range(self._order.micros):
-            rows = [self._packs[i] for i in self._order.micro_rows(consumed, self._replica, number)]
+        consumed = step * self._order.global_batch_size
+        microbatches, tokens, images = [], 0, 0
+        for number in range(self._order.microbatches):
+            rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._replica, number)]
             pixels = None if self._preprocess is None else self._pixels(rows, self._preprocess)
-            micro = stage_inputs(rows, self._policy, pixels)
-            micros.append(pinned(micro) if torch.cuda.is_available() else micro)
+            microbatch = stage_inputs(rows, self._policy, pixels)
+            microbatches.append(pinned(microbatch) if torch.cuda.is_available() else microbatch)
             tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
             images += sum(len(row.image_row) for row in rows)
         all_rows = self._order.global_rows(consumed)
         targets = sum(self._packs.n_target(i) for i in all_rows)
-        return StepBatch(tuple(micros), all_rows, targets, tokens, images)
+        return StepBatch(tuple(microbatches), all_rows, targets, tokens, images)
 
     def _pixels(self, rows: list[PackRow], preprocess: Preprocess) -> torch.Tensor | None:
         if not any(len(row.image_row) for row in rows):
@@ -155,7 +155,7 @@ class BatchSource:
         """Yield a row's images as the pack says they are shown."""
         for number, index in enumerate(row.image_row.tolist()):
             image = self._decode(store, index)
-            yield image if row.view is None else apply_view(image, row.view[number])
+            yield image if row.augmentation is None else apply_augmentation(image, row.augmentation[number])
 
     @staticmethod
     def _decode(store: ImageStore, index: int) -> Image.Image:

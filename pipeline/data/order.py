@@ -11,25 +11,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchOrder:
-    """Shares global batches of ``batch_packs`` rows between replicas and their micro-batches."""
+    """Shares global batches of ``global_batch_size`` rows between replicas and their micro-batches."""
 
-    batch_packs: int
-    replicas: int
-    micros: int
+    global_batch_size: int
+    dp: int
+    microbatches: int
 
     def __post_init__(self) -> None:
-        assert self.batch_packs % (self.replicas * self.micros) == 0, "see topology.micro_batches"
+        assert self.global_batch_size % (self.dp * self.microbatches) == 0, "see topology.micro_batches"
 
     @property
-    def micro_packs(self) -> int:
+    def microbatch_rows(self) -> int:
         """Rows of one micro-batch."""
-        return self.batch_packs // (self.replicas * self.micros)
+        return self.global_batch_size // (self.dp * self.microbatches)
 
     def global_rows(self, consumed_packs: int) -> range:
         """Return the rows of the next step, over all replicas."""
-        return range(consumed_packs, consumed_packs + self.batch_packs)
+        return range(consumed_packs, consumed_packs + self.global_batch_size)
 
-    def micro_rows(self, consumed_packs: int, replica: int, micro: int) -> range:
+    def rows_of_microbatch(self, consumed_packs: int, dp_rank: int, microbatch: int) -> range:
         """Return the rows of one micro-batch of one replica at the next step."""
-        start = consumed_packs + (replica * self.micros + micro) * self.micro_packs
-        return range(start, start + self.micro_packs)
+        start = consumed_packs + (dp_rank * self.microbatches + microbatch) * self.microbatch_rows
+        return range(start, start + self.microbatch_rows)

@@ -56,15 +56,15 @@ def parse_layout(text: str) -> Sidecars:
 
 
 def _parts(text: str) -> list[tuple[str, int]]:
-    parts = []
+    batches = []
     for match in re.finditer(r"\s*(?:(?P<bar>\|)|(?P<letter>[A-Za-z])(?P<count>\d*)|(?P<bad>\S))", text):
         if match["bar"]:
-            parts.append(("|", 0))
+            batches.append(("|", 0))
         elif match["bad"] or match["letter"].upper() not in LETTERS:
             raise UserError(
                 f"cannot read '{match[0].strip()}' in the layout '{text}': write letters with counts such as "
                 f"'{EXAMPLE}' ({LEGEND})"
             )
         else:
-            parts.append((match["letter"].upper(), int(match["count"] or 1)))
-    return parts
+            batches.append((match["letter"].upper(), int(match["count"] or 1)))
+    return batches

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.common.errors import UserError
-from pipeline.masks.atoms import Atoms, causal_order, cut_atoms
 from pipeline.masks.policies import Policy, get_policy
 from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_starts
+from pipeline.masks.spans import TokenSpans, causal_order, token_spans
 
 if TYPE_CHECKING:
     from data_prep.packs import PackReader
@@ -106,8 +106,8 @@ class _Graph:
     """One layer of attention between the tokens of a row, in the policy's causal order."""
 
     table: TokenTable
-    atoms: Atoms
-    atom: IntArray
+    spans: TokenSpans
+    span: IntArray
     """The atom of each token."""
     firsts: IntArray
     """Where each atom's unlocked pairs begin in the list of pairs."""
@@ -121,21 +121,21 @@ class _Graph:
         order = causal_order(policy, table)
         order = np.arange(len(table)) if order is None else order
         table = table[order]
-        atoms = cut_atoms(policy, table, run_starts(table.segment) | (table.segment == 0))
-        atom = np.repeat(np.arange(len(atoms)), atoms.end - atoms.start)
-        return cls(table, atoms, atom, np.flatnonzero(run_starts(atoms.left)), order)
+        spans = token_spans(policy, table, run_starts(table.segment) | (table.segment == 0))
+        span = np.repeat(np.arange(len(spans)), spans.end - spans.start)
+        return cls(table, spans, span, np.flatnonzero(run_starts(spans.left)), order)
 
     def step(self, reach: IntArray) -> IntArray:
         """Return for each token the maximum of ``reach`` over the tokens it sees."""
-        atoms = self.atoms
-        base = np.cumsum(atoms.start == atoms.first_key)[self.atom] * (len(reach) + 1)
+        spans = self.spans
+        base = np.cumsum(spans.start == spans.first_key)[self.span] * (len(reach) + 1)
         past = np.maximum.accumulate(reach + base) - base  # a later segment's base hides what came before it
-        best = np.maximum.reduceat(reach, atoms.start)
-        later = np.where(atoms.full, best, -1)
+        best = np.maximum.reduceat(reach, spans.start)
+        later = np.where(spans.bidirectional, best, -1)
         if len(self.firsts):
-            sees = atoms.left[self.firsts]
-            later[sees] = np.maximum(later[sees], np.maximum.reduceat(best[atoms.right], self.firsts))
-        latest: IntArray = np.maximum(past, later[self.atom])
+            sees = spans.left[self.firsts]
+            later[sees] = np.maximum(later[sees], np.maximum.reduceat(best[spans.right], self.firsts))
+        latest: IntArray = np.maximum(past, later[self.span])
         return latest
 
     def first(self, reach: IntArray, forbidden: Callable[[IntArray], BoolArray], layers: int) -> Path | None:
@@ -158,9 +158,9 @@ class _Graph:
         return tuple(int(self.order[token]) for token in tokens)
 
     def _sees(self, token: int) -> BoolArray:
-        atoms, atom = self.atoms, self.atom[token]
+        spans, span = self.spans, self.span[token]
         seen = np.zeros(len(self.table), dtype=np.bool_)
-        seen[atoms.first_key[atom] : atoms.end[atom] if atoms.full[atom] else token + 1] = True
-        for other in atoms.right[atoms.left == atom]:
-            seen[atoms.start[other] : atoms.end[other]] = True
+        seen[spans.first_key[span] : spans.end[span] if spans.bidirectional[span] else token + 1] = True
+        for other in spans.right[spans.left == span]:
+            seen[spans.start[other] : spans.end[other]] = True
         return seen

@@ -19,7 +19,7 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Counts:
+class ParamCounts:
     """Parameters by part of the model."""
 
     vision: int
@@ -36,7 +36,7 @@ class Counts:
     vision_frozen: bool
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> Counts:
+    def of(cls, spec: ModelSpec) -> ParamCounts:
         """Count a model's parameters without allocating any."""
         llm = spec.meta_llm()
         return cls(

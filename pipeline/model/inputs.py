@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.attention import Plan
+from pipeline.attention import AttentionPlan
 
 IGNORE = -100
 
@@ -22,7 +22,7 @@ class StageInputs:
     """int64[T]; the image placeholder id at image positions."""
     position_ids: torch.Tensor
     """int64[T], counted from 0 in each segment."""
-    plan: Plan
+    plan: AttentionPlan
     """The attention plan of the micro-batch's sidecars."""
     labels: torch.Tensor
     """int64[T]: the token that position t predicts (already shifted), or IGNORE."""

@@ -13,7 +13,7 @@ from data_prep.common.errors import did_you_mean
 from pipeline.config.schema import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
-    "train_batch_size": "train.batch_packs",
+    "train_batch_size": "train.global_batch_size",
     "train_micro_batch_size_per_gpu": "parallel.micro_batches",
     "gradient_accumulation_steps": "parallel.micro_batches",
     "gradient_clipping": "train.clip_norm",
@@ -145,7 +145,7 @@ class Sharding:
 
     stage: int
     """ZeRO stage of the DeepSpeed file."""
-    resident: float
+    gathered_fraction: float
     """Share of a stage's parameters whole within a step."""
     reduce_once: bool
     """Gradients are reduce-scattered once a step, else once a micro-batch."""
@@ -159,9 +159,10 @@ class Sharding:
         """Read the user's DeepSpeed file together with the recipe. Raises ConfigError where they disagree."""
         zero = ds_config["zero_optimization"]
         stage, once = int(zero["stage"]), parallel.reduce_once
-        if stage < 3 and parallel.resident < 1:
+        if stage < 3 and parallel.gathered_fraction < 1:
             raise ConfigError(
-                f"parallel.resident={parallel.resident:g} needs ZeRO stage 3: in stage {stage} weights stay whole; "
+                f"parallel.gathered_fraction={parallel.gathered_fraction:g} needs ZeRO stage 3; "
+                f"ZeRO stage {stage} keeps weights whole: "
                 "use --deepspeed ds_configs/zero3.json, or remove it"
             )
         if stage < 3 and once is not None and once != (stage == 1):
@@ -170,17 +171,17 @@ class Sharding:
                 f"{stage}: remove it, or use --deepspeed ds_configs/zero{1 if once else 2}.json"
             )
         offload = (_device(zero, key) == "cpu" for key in ("offload_optimizer", "offload_param"))
-        return cls(stage, parallel.resident, stage != 2 if once is None else once, *offload)
+        return cls(stage, parallel.gathered_fraction, stage != 2 if once is None else once, *offload)
 
     def __str__(self) -> str:
         offloaded = {"optimizer": self.offload_optimizer, "parameters": self.offload_params}
         moved = " and ".join(name for name, there in offloaded.items() if there)
-        weights = "weights whole between steps" if self.stage < 3 else f"resident {self.resident:g}"
+        weights = "weights whole between steps" if self.stage < 3 else f"resident {self.gathered_fraction:g}"
         reduced = f"gradients reduced {'once a step' if self.reduce_once else 'every micro-batch'}"
         return f"ZeRO-{self.stage}, {weights}, {reduced}" + (f", {moved} on the CPU" if moved else "")
 
 
-def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, micro_packs: int, bf16: bool) -> dict[str, Any]:
+def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_rows: int, bf16: bool) -> dict[str, Any]:
     """Return the configuration handed to ``deepspeed.initialize``.
 
     Micro-batching is the schedule's: DeepSpeed sees one accumulation step and would otherwise divide by their number
@@ -189,7 +190,7 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, micro_packs: i
     done = {
         **raw,
         "zero_optimization": _as_stage_3(raw["zero_optimization"]),
-        "train_micro_batch_size_per_gpu": micro_packs,
+        "train_micro_batch_size_per_gpu": microbatch_rows,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip_norm,
         "steps_per_print": 1 << 60,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.parallel.groups import Groups
-from pipeline.parallel.schedule import Action, feeds, needs
+from pipeline.parallel.schedule import Action, downstream, upstream
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import Traffic
 
@@ -25,7 +25,7 @@ class Messages:
     def __init__(
         self,
         *,
-        chunks: int,
+        virtual_stages: int,
         tokens: Sequence[int],
         width: int,
         dtype: torch.dtype,
@@ -37,32 +37,32 @@ class Messages:
         """Expect one step's messages.
 
         Args:
-            chunks: Chunks of a stage.
+            virtual_stages: VirtualStages of a stage.
             tokens: Tokens of each micro-batch: a message is [1, tokens, width] in ``dtype``.
             width: Hidden size.
             dtype: Type of hidden states and of their gradients.
             topology: Place of this rank.
             groups: Its process groups.
             device: Where messages are received.
-            traffic: Counts the bytes sent.
+            traffic: ParamCounts the bytes sent.
         """
         self._tokens, self._width, self._dtype, self._device = tokens, width, dtype, device
-        self._topology, self._groups, self._chunks, self._traffic = topology, groups, chunks, traffic
+        self._topology, self._groups, self._chunks, self._traffic = topology, groups, virtual_stages, traffic
         self._posted: dict[Action, tuple[Any, torch.Tensor]] = {}
         self._sent: deque[tuple[Any, torch.Tensor]] = deque()
 
     def sender(self, action: Action) -> int | None:
         """Return the rank an action's input comes from; None for tokens and for the loss."""
-        peer = needs(self._topology.stage, action, self._topology.pp, self._chunks)
-        return None if peer is None else self._topology.rank_of(peer[0], self._topology.replica)
+        peer = upstream(self._topology.stage, action, self._topology.pp, self._chunks)
+        return None if peer is None else self._topology.rank_of(peer[0], self._topology.dp_rank)
 
     def post(self, action: Action) -> None:
         """Post the receive of the message an action needs."""
-        peer = needs(self._topology.stage, action, self._topology.pp, self._chunks)
+        peer = upstream(self._topology.stage, action, self._topology.pp, self._chunks)
         assert peer is not None, "the action starts from no message"
-        link, rank = (peer[0], self._topology.stage), self._topology.rank_of(peer[0], self._topology.replica)
-        buffer = torch.empty((1, self._tokens[action.micro], self._width), dtype=self._dtype, device=self._device)
-        self._posted[action] = dist.irecv(buffer, rank, group=self._groups.links[link]), buffer
+        link, rank = (peer[0], self._topology.stage), self._topology.rank_of(peer[0], self._topology.dp_rank)
+        buffer = torch.empty((1, self._tokens[action.microbatch], self._width), dtype=self._dtype, device=self._device)
+        self._posted[action] = dist.irecv(buffer, rank, group=self._groups.p2p_groups[link]), buffer
 
     def take(self, action: Action) -> torch.Tensor:
         """Wait for the message of an action whose receive is posted; on a GPU only its stream waits."""
@@ -72,14 +72,14 @@ class Messages:
 
     def send(self, action: Action, output: torch.Tensor) -> None:
         """Send an action's output to the stage that goes on from it, if there is one."""
-        peer = feeds(self._topology.stage, action, self._topology.pp, self._chunks)
+        peer = downstream(self._topology.stage, action, self._topology.pp, self._chunks)
         if peer is None:  # the gradient of the embeddings
             return
         while self._sent and self._sent[0][0].is_completed():
             self._sent.popleft()
-        output, rank = output.contiguous(), self._topology.rank_of(peer[0], self._topology.replica)
+        output, rank = output.contiguous(), self._topology.rank_of(peer[0], self._topology.dp_rank)
         self._traffic.sent += output.nbytes
-        work = dist.isend(output, rank, group=self._groups.links[self._topology.stage, peer[0]])
+        work = dist.isend(output, rank, group=self._groups.p2p_groups[self._topology.stage, peer[0]])
         self._sent.append((work, output))
 
     def finish(self) -> None:

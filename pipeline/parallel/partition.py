@@ -7,18 +7,18 @@ from itertools import accumulate, pairwise, permutations
 
 from pipeline.config.schema import ConfigError
 
-Chunks = tuple[range, ...]
+VirtualStages = tuple[range, ...]
 """Decoder layers of a stage, chunk by chunk."""
 
 
-def joined(chunks: Chunks) -> list[int]:
+def joined(virtual_stages: VirtualStages) -> list[int]:
     """Return all decoder layers of a stage."""
-    return [layer for chunk in chunks for layer in chunk]
+    return [layer for virtual_stage in virtual_stages for layer in virtual_stage]
 
 
 def split_stages(
-    layers: int, stages: int, chunks: int, *, by_hand: str = "", costs: Sequence[float] = ()
-) -> tuple[Chunks, ...]:
+    layers: int, stages: int, virtual_stages: int, *, layers_per_stage: str = "", costs: Sequence[float] = ()
+) -> tuple[VirtualStages, ...]:
     """Return the chunks of each stage: every ``stages``-th of the pieces that `split_layers` makes.
 
     By cost, the most expensive stage is made as cheap as can be first, with all its chunks, then pieces even.
@@ -26,13 +26,13 @@ def split_stages(
     Raises:
         ConfigError: The hand-made split does not fit, or there are more chunks than layers.
     """
-    pieces = split_layers(layers, stages * chunks, by_hand=by_hand, costs=costs)
-    if not by_hand:
+    pieces = split_layers(layers, stages * virtual_stages, layers_per_stage=layers_per_stage, costs=costs)
+    if not layers_per_stage:
         pieces = _ranges(_even_out([len(piece) for piece in pieces], list(costs) or _equal(layers), stages))
     return tuple(tuple(pieces[stage::stages]) for stage in range(stages))
 
 
-def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence[float] = ()) -> list[range]:
+def split_layers(layers: int, stages: int, *, layers_per_stage: str = "", costs: Sequence[float] = ()) -> list[range]:
     """Return the decoder layers of each stage.
 
     Every stage has a layer: ZeRO needs something to train on each, and of the rest only parts of the ends train.
@@ -40,7 +40,7 @@ def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence
     Args:
         layers: Decoder layers of the model.
         stages: Pipeline stages, or with chunks the places of the line they form.
-        by_hand: ``"9,12,11"``: layers of each stage, or empty.
+        layers_per_stage: ``"9,12,11"``: layers of each stage, or empty.
         costs: ``layers + 2`` relative costs: what precedes the layers (vision, connector, embedding), each layer, what
             follows them (head and loss). Empty = every layer 1, ends 0.
 
@@ -49,10 +49,14 @@ def split_layers(layers: int, stages: int, *, by_hand: str = "", costs: Sequence
     """
     if stages > layers:
         raise ConfigError(
-            f"parallel.pp x parallel.chunks = {stages} is more than the model's {layers} decoder layers: "
+            f"parallel.pp x parallel.virtual_stages = {stages} is more than the model's {layers} decoder layers: "
             f"use at most {layers} in all"
         )
-    return _ranges(_parse(by_hand, layers, stages) if by_hand else _balance(list(costs) or _equal(layers), stages))
+    return _ranges(
+        _parse(layers_per_stage, layers, stages)
+        if layers_per_stage
+        else _balance(list(costs) or _equal(layers), stages)
+    )
 
 
 def _equal(layers: int) -> list[float]:
@@ -67,11 +71,13 @@ def _parse(text: str, layers: int, stages: int) -> list[int]:
     try:
         counts = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"parallel.split='{text}' is not a list of layer counts such as '9,12,11'") from None
+        raise ConfigError(
+            f"parallel.layers_per_stage='{text}' is not a list of layer counts such as '9,12,11'"
+        ) from None
     if len(counts) != stages or sum(counts) != layers or min(counts) < 1:
         raise ConfigError(
-            f"parallel.split='{text}' must be {stages} counts of at least 1 (one a stage, or a chunk: parallel.pp x "
-            f"parallel.chunks) that sum to {layers} decoder layers"
+            f"parallel.layers_per_stage='{text}' must list {stages} counts of at least 1 (parallel.pp x "
+            f"parallel.virtual_stages) that add up to {layers} decoder layers"
         )
     return counts
 

@@ -20,22 +20,24 @@ from pipeline.parallel.zero3 import Zero3Stage
 class _Step:
     """What one optimizer step keeps between actions."""
 
-    def __init__(self, micros: Sequence[StageInputs], scale: float, messages: Messages, device: torch.device) -> None:
-        self.micros, self.scale, self.messages = micros, scale, messages
-        self.losses = torch.zeros(len(micros), dtype=torch.float64, device=device)
+    def __init__(
+        self, microbatches: Sequence[StageInputs], scale: float, messages: Messages, device: torch.device
+    ) -> None:
+        self.microbatches, self.scale, self.messages = microbatches, scale, messages
+        self.losses = torch.zeros(len(microbatches), dtype=torch.float64, device=device)
         self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
         """(micro-batch, chunk) -> its input and output, from its forward to its backward."""
         self._device, self._moved = device, dict[int, StageInputs]()
 
-    def inputs(self, micro: int) -> StageInputs:
+    def inputs(self, microbatch: int) -> StageInputs:
         """Return a micro-batch on the device, where it stays until it is dropped: a backward may recompute."""
-        if micro not in self._moved:
-            self._moved[micro] = to_device(self.micros[micro], self._device)
-        return self._moved[micro]
+        if microbatch not in self._moved:
+            self._moved[microbatch] = to_device(self.microbatches[microbatch], self._device)
+        return self._moved[microbatch]
 
-    def drop(self, micro: int) -> None:
+    def drop(self, microbatch: int) -> None:
         """Let a micro-batch go from the device: all of its backwards are done."""
-        del self._moved[micro]
+        del self._moved[microbatch]
 
 
 class Runner:
@@ -50,7 +52,7 @@ class Runner:
         width: int,
         dtype: torch.dtype,
         schedule: str,
-        chunks: Sequence[range | None] = (None,),
+        virtual_stages: Sequence[range | None] = (None,),
         doing: Callable[[str], None] = lambda words: None,
     ) -> None:
         """Bind a stage to its neighbours; every rank must do so at the same time.
@@ -62,31 +64,31 @@ class Runner:
             width: Hidden size.
             dtype: Type of hidden states.
             schedule: A key of `SCHEDULES`.
-            chunks: Decoder layers of each of the stage's chunks; None = all of its layers.
+            virtual_stages: Decoder layers of each of the stage's chunks; None = all of its layers.
             doing: Told what is about to be done, in words: what a rank that hangs did last.
         """
         self._stage, self._topology, self._groups = stage, topology, groups
         self._width, self._dtype, self._schedule = width, dtype, schedule
-        self._chunks, self._doing = chunks, doing
+        self._chunks, self._doing = virtual_stages, doing
         self._device = stage.engine.device
         self.recorder = Recorder(self._device, stage.traffic)
         """Sees every forward, backward and wait, when it is told to."""
         connect(topology, groups, self._device)
 
-    def run(self, micros: Sequence[StageInputs], scale: float) -> torch.Tensor:
+    def run(self, microbatches: Sequence[StageInputs], scale: float) -> torch.Tensor:
         """Forward and backward every micro-batch inside one accumulation.
 
         Args:
-            micros: This replica's micro-batches; each is moved to the device for as long as it is needed there.
+            microbatches: This replica's micro-batches; each is moved to the device for as long as it is needed there.
             scale: What the summed token loss is multiplied by before the backward: data-parallel ranks / global
                 targets, since ZeRO averages gradients over the data-parallel ranks.
 
         Returns:
             float64 [len(micros)]: the *sum* of token losses of each micro-batch (0 but on the last stage).
         """
-        place = self._topology.stage, self._topology.pp, len(micros), len(self._chunks)
+        place = self._topology.stage, self._topology.pp, len(microbatches), len(self._chunks)
         order = SCHEDULES[self._schedule](*place)
-        step = _Step(micros, scale, self._messages(micros), self._device)
+        step = _Step(microbatches, scale, self._messages(microbatches), self._device)
         with self._stage.accumulate():
             for action, coming in zip(order, receives(self._schedule, *place), strict=True):
                 for upcoming in coming:
@@ -98,9 +100,9 @@ class Runner:
             step.messages.finish()
         return step.losses
 
-    def _messages(self, micros: Sequence[StageInputs]) -> Messages:
+    def _messages(self, microbatches: Sequence[StageInputs]) -> Messages:
         return Messages(
-            chunks=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in micros],
+            virtual_stages=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in microbatches],
             width=self._width, dtype=self._dtype, topology=self._topology, groups=self._groups, device=self._device,
             traffic=self._stage.traffic,
         )  # fmt: skip
@@ -115,8 +117,8 @@ class Runner:
             return step.messages.take(action)
 
     def _name(self, action: Action) -> str:
-        chunk = f", chunk {action.chunk}" if len(self._chunks) > 1 else ""
-        return f"micro-batch {action.micro}{chunk}"
+        virtual_stage = f", chunk {action.virtual_stage}" if len(self._chunks) > 1 else ""
+        return f"micro-batch {action.microbatch}{virtual_stage}"
 
     def _forward(self, step: _Step, action: Action) -> None:
         hidden = self._receive(step, action)
@@ -124,21 +126,21 @@ class Runner:
             hidden.requires_grad_()
         self._doing(f"forward of {self._name(action)}")
         with self.recorder.span("forward", f"F {self._name(action)}", action):
-            output = self._stage.forward(hidden, step.inputs(action.micro), self._chunks[action.chunk])
-        step.live[action.micro, action.chunk] = hidden, output
-        if self._topology.last and action.chunk == len(self._chunks) - 1:
-            step.losses[action.micro] = output.detach()
+            output = self._stage.forward(hidden, step.inputs(action.microbatch), self._chunks[action.virtual_stage])
+        step.live[action.microbatch, action.virtual_stage] = hidden, output
+        if self._topology.last and action.virtual_stage == len(self._chunks) - 1:
+            step.losses[action.microbatch] = output.detach()
         else:
             step.messages.send(action, output.detach())
 
     def _backward(self, step: _Step, action: Action) -> None:
         grad = self._receive(step, action)
-        hidden, output = step.live.pop((action.micro, action.chunk))
+        hidden, output = step.live.pop((action.microbatch, action.virtual_stage))
         self._doing(f"backward of {self._name(action)}")
         with self.recorder.span("backward", f"B {self._name(action)}", action):
             self._stage.backward(output * step.scale if grad is None else output, grad)
-        if action.chunk == 0:
-            step.drop(action.micro)
+        if action.virtual_stage == 0:
+            step.drop(action.microbatch)
         if hidden is not None:
             assert hidden.grad is not None, "the stage's output does not depend on its input"
             step.messages.send(action, hidden.grad)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.parallel.schedule import SCHEDULES, Action, needs
+from pipeline.parallel.schedule import SCHEDULES, Action, upstream
 
 Cost = Callable[[int, Action], float]
 """(stage, action) -> its duration, in any unit."""
@@ -41,12 +41,12 @@ class Simulation:
         return 1 - busy / (len(self.slots) * self.makespan)
 
 
-def orders(schedule: str, stages: int, micros: int, chunks: int = 1) -> list[Sequence[Action]]:
+def orders(schedule: str, stages: int, microbatches: int, virtual_stages: int = 1) -> list[Sequence[Action]]:
     """Return the order of every stage."""
-    return [SCHEDULES[schedule](stage, stages, micros, chunks) for stage in range(stages)]
+    return [SCHEDULES[schedule](stage, stages, microbatches, virtual_stages) for stage in range(stages)]
 
 
-def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, chunks: int = 1) -> Simulation:
+def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: int = 1) -> Simulation:
     """Run every stage's actions in its order, each as soon as its input is there.
 
     Raises:
@@ -60,7 +60,7 @@ def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, chunks: int = 1)
         for stage, order in enumerate(of_stages):
             while len(slots[stage]) < len(order):
                 action = order[len(slots[stage])]
-                ready = _ready(stage, action, done, stages, chunks)
+                ready = _ready(stage, action, done, stages, virtual_stages)
                 if ready is None:
                     break
                 start = max(ready, slots[stage][-1].end if slots[stage] else 0.0)
@@ -71,9 +71,11 @@ def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, chunks: int = 1)
     return Simulation(tuple(map(tuple, slots)))
 
 
-def _ready(stage: int, action: Action, done: dict[tuple[int, Action], float], stages: int, chunks: int) -> float | None:
+def _ready(
+    stage: int, action: Action, done: dict[tuple[int, Action], float], stages: int, virtual_stages: int
+) -> float | None:
     """Return when an action's inputs are there; None while one of them has not been made."""
-    peer = needs(stage, action, stages, chunks)
+    peer = upstream(stage, action, stages, virtual_stages)
     wanted = [peer] if peer else []
     if action.kind == "B":
         wanted.append((stage, action._replace(kind="F")))
@@ -83,7 +85,9 @@ def _ready(stage: int, action: Action, done: dict[tuple[int, Action], float], st
 
 
 @lru_cache(maxsize=64)
-def receives(schedule: str, stage: int, stages: int, micros: int, chunks: int = 1) -> Sequence[Sequence[Action]]:
+def receives(
+    schedule: str, stage: int, stages: int, microbatches: int, virtual_stages: int = 1
+) -> Sequence[Sequence[Action]]:
     """Return for each action of a stage those whose messages are to be received from when it is launched, in order.
 
     On a GPU a posted receive is a kernel that waits for its message, and a send one that waits for its receive.
@@ -92,10 +96,10 @@ def receives(schedule: str, stage: int, stages: int, micros: int, chunks: int = 
     turn comes after that of the action that sends. All that an action may then wait for has an earlier turn, so that
     even a step whose every action synchronises ends; and a message still passes while its receiver computes.
     """
-    of_stages = orders(schedule, stages, micros, chunks)
-    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, chunks)
+    of_stages = orders(schedule, stages, microbatches, virtual_stages)
+    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, virtual_stages)
     turns = {(peer, slot.action): (slot.start, peer) for peer, slots in enumerate(step.slots) for slot in slots}
-    senders = ((action, needs(stage, action, stages, chunks)) for action in of_stages[stage])
+    senders = ((action, upstream(stage, action, stages, virtual_stages)) for action in of_stages[stage])
     coming = deque(sorted((turns[sender], action) for action, sender in senders if sender is not None))
     posted: list[list[Action]] = []
     for action in of_stages[stage]:
@@ -105,10 +109,10 @@ def receives(schedule: str, stage: int, stages: int, micros: int, chunks: int = 
     return posted
 
 
-def most_held(order: Sequence[Action], sizes: Sequence[float]) -> float:
+def peak_in_flight(order: Sequence[Action], sizes: Sequence[float]) -> float:
     """Return the most activations a stage holds at once; a micro-batch of chunk c counts ``sizes[c]``."""
     held = most = 0.0
     for action in order:
-        held += sizes[action.chunk] if action.kind == "F" else -sizes[action.chunk]
+        held += sizes[action.virtual_stage] if action.kind == "F" else -sizes[action.virtual_stage]
         most = max(most, held)
     return most

@@ -37,7 +37,7 @@ class Topology:
         return self.rank // self.dp
 
     @property
-    def replica(self) -> int:
+    def dp_rank(self) -> int:
         """Data-parallel index of this rank within its stage, from 0."""
         return self.rank % self.dp
 
@@ -51,17 +51,17 @@ class Topology:
         """Whether this rank computes the loss."""
         return self.stage == self.pp - 1
 
-    def rank_of(self, stage: int, replica: int) -> int:
+    def rank_of(self, stage: int, dp_rank: int) -> int:
         """Return the global rank at a place of the grid."""
-        return stage * self.dp + replica
+        return stage * self.dp + dp_rank
 
     def stage_ranks(self, stage: int) -> list[int]:
         """Return the ranks that hold one stage: a data-parallel group."""
-        return [self.rank_of(stage, replica) for replica in range(self.dp)]
+        return [self.rank_of(stage, dp_rank) for dp_rank in range(self.dp)]
 
-    def replica_ranks(self, replica: int) -> list[int]:
+    def replica_ranks(self, dp_rank: int) -> list[int]:
         """Return the ranks one micro-batch passes through: a pipeline group."""
-        return [self.rank_of(stage, replica) for stage in range(self.pp)]
+        return [self.rank_of(stage, dp_rank) for stage in range(self.pp)]
 
 
 def divisors(number: int) -> list[int]:
@@ -69,23 +69,23 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
-def micro_batches(batch_packs: int, dp: int, asked: int) -> tuple[int, int]:
+def micro_batches(global_batch_size: int, dp: int, asked: int) -> tuple[int, int]:
     """Split the global batch: return (micro-batches per replica, packs per micro-batch).
 
-    Raises ConfigError where ``batch_packs`` packs cannot be shared evenly.
+    Raises ConfigError where ``global_batch_size`` packs cannot be shared evenly.
     """
-    if batch_packs % dp:
-        near = ", ".join(str(n) for n in divisors(batch_packs))
+    if global_batch_size % dp:
+        near = ", ".join(str(n) for n in divisors(global_batch_size))
         raise ConfigError(
-            f"train.batch_packs={batch_packs} cannot be shared by {dp} data-parallel ranks: "
+            f"train.global_batch_size={global_batch_size} cannot be shared by {dp} data-parallel ranks: "
             f"use a multiple of {dp}, or one of {near} ranks"
         )
-    own = batch_packs // dp
+    own = global_batch_size // dp
     count = asked or own
     if own % count:
         near = ", ".join(str(n) for n in divisors(own))
         raise ConfigError(
             f"parallel.micro_batches={count} does not divide the {own} packs of a data-parallel rank "
-            f"(train.batch_packs={batch_packs} / {dp} ranks): use one of {near}"
+            f"(train.global_batch_size={global_batch_size} / {dp} ranks): use one of {near}"
         )
     return count, own // count

@@ -104,7 +104,7 @@ def chrome_trace(of_ranks: Sequence[Sequence[Span]], topology: Topology) -> byte
     events: list[dict[str, Any]] = []
     for rank, spans in enumerate(of_ranks):
         place = Topology(topology.world, rank, topology.pp)
-        title = f"stage {place.stage}, replica {place.replica} (rank {rank})"
+        title = f"stage {place.stage}, replica {place.dp_rank} (rank {rank})"
         events.append({"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": title}})
         for span in spans:
             events += _events(span, place)
@@ -118,14 +118,14 @@ def _events(span: Span, place: Topology) -> Iterator[dict[str, Any]]:
     times = {"ts": 1e6 * span.start, "dur": 1e6 * (span.end - span.start)}
     args = dict(span.counts)
     if span.action is not None:
-        args |= {"micro_batch": span.action.micro, "chunk": span.action.chunk}
+        args |= {"micro_batch": span.action.microbatch, "chunk": span.action.virtual_stage}
     yield {"ph": "X", "name": span.name, "cat": span.kind, **where, **times, "args": args}
     if span.action is None or span.kind == "wait":
         return
     forth = 1 if span.action.kind == "F" else -1
-    at = place.stage + span.action.chunk * place.pp
+    at = place.stage + span.action.virtual_stage * place.pp
     for phase, edge, moment in (("f", at - forth, span.start), ("s", at, span.end)):
-        message = f"{span.action.kind}{span.action.micro} from {edge} in replica {place.replica}"
+        message = f"{span.action.kind}{span.action.microbatch} from {edge} in replica {place.dp_rank}"
         yield {
             "ph": phase, "bp": "e", "name": "message", "cat": "message", "id": message, "ts": 1e6 * moment, **where,
         }  # fmt: skip

@@ -63,10 +63,10 @@ class _Mpu:
         return self._topology.dp
 
     def get_data_parallel_rank(self) -> int:
-        return self._topology.replica
+        return self._topology.dp_rank
 
     def get_model_parallel_group(self) -> Any:
-        return self._groups.solo
+        return self._groups.self_group
 
     def get_model_parallel_world_size(self) -> int:
         return 1
@@ -160,7 +160,7 @@ def _params(module: nn.Module) -> list[Any]:
     return list(module.parameters())
 
 
-def _released_at_once(ds_config: dict[str, Any], numel: int, resident: float) -> dict[str, Any]:
+def _released_at_once(ds_config: dict[str, Any], numel: int, gathered_fraction: float) -> dict[str, Any]:
     """Bound what of a stage of ``numel`` elements is gathered ahead.
 
     DeepSpeed's prefetch does not release what it met in its queue while it was whole. Over several micro-batches that
@@ -169,7 +169,7 @@ def _released_at_once(ds_config: dict[str, Any], numel: int, resident: float) ->
     zero = ds_config["zero_optimization"]
     bounds = {
         "stage3_prefetch_bucket_size": _PREFETCHED * numel,
-        "stage3_max_live_parameters": (resident + _PREFETCHED) * numel,
+        "stage3_max_live_parameters": (gathered_fraction + _PREFETCHED) * numel,
     }
     bounded = {key: min(int(zero.get(key, _DEFAULTS[key])), int(bound)) for key, bound in bounds.items()}
     return {**ds_config, "zero_optimization": {**zero, **bounded}}
@@ -265,7 +265,7 @@ class Zero3Stage:
         topology: Topology,
         groups: Groups,
         ds_config: dict[str, Any],
-        resident: float,
+        gathered_fraction: float,
         reduce_once: bool,
         tied: nn.Parameter | None = None,
         leaves: Iterable[nn.Module] = (),
@@ -279,19 +279,19 @@ class Zero3Stage:
             topology: Place of this rank.
             groups: Its process groups.
             ds_config: Completed DeepSpeed configuration.
-            resident: Share of the stage's parameters kept gathered within a step.
+            gathered_fraction: Share of the stage's parameters kept gathered within a step.
             reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
             tied: This stage's copy of a weight that the first and the last stage share, when they are different ranks.
             leaves: Modules whose parameters are gathered together when the module runs, instead of each sub-module's.
             doing: Told what a step is about to do, in words: what a rank that hangs did last.
         """
         self.topology, self._groups, self._tied, self._doing = topology, groups, tied, doing
-        self._resident, self._reduce_once = resident, reduce_once
+        self._resident, self._reduce_once = gathered_fraction, reduce_once
         for leaf in leaves:
             set_z3_leaf_module(leaf, True)
-        if resident < 1:
+        if gathered_fraction < 1:
             numel = sum(param.ds_numel for param in _params(module))
-            ds_config = _released_at_once(ds_config, numel, resident)
+            ds_config = _released_at_once(ds_config, numel, gathered_fraction)
         _leave_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=_not_looking_ahead(ds_config), mpu=_Mpu(topology, groups)

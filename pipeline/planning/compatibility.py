@@ -47,9 +47,10 @@ def check_resume(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None
                 f"{folder} was trained on packs with another plan than {config.data.packs} has: "
                 "give the packs it was started with, or another --run-dir (with --init-from for its weights)"
             )
-        if saved.batch_packs != config.train.batch_packs:
+        if saved.global_batch_size != config.train.global_batch_size:
             raise ConfigError(
-                f"{folder} was trained with train.batch_packs={saved.batch_packs}, now {config.train.batch_packs}: "
+                f"{folder} was trained with train.global_batch_size={saved.global_batch_size}, "
+                f"the run now has {config.train.global_batch_size}: "
                 "keep it, or start another --run-dir with --init-from"
             )
         check_same_model(str(folder), saved.model["spec"], spec)

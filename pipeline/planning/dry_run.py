@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pipeline.parallel.partition import Chunks
+from pipeline.parallel.partition import VirtualStages
 from pipeline.parallel.schedule import bubble
-from pipeline.planning.estimate import GIB, Load
-from pipeline.planning.run_plan import Blueprint
+from pipeline.planning.estimate import GIB, WorkloadEstimate
+from pipeline.planning.run_plan import RunPlan
 
 
-def describe(plan: Blueprint) -> str:
+def describe(plan: RunPlan) -> str:
     """Return the run's plan: model, data, batch arithmetic, stages, memory."""
     return "\n".join([*_model_lines(plan), *_data_lines(plan), *_batch_lines(plan), *_stage_lines(plan)])
 
 
-def _model_lines(plan: Blueprint) -> Iterator[str]:
+def _model_lines(plan: RunPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
     parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
@@ -25,23 +25,23 @@ def _model_lines(plan: Blueprint) -> Iterator[str]:
     yield f"mask     {plan.policy.name}: {'LEAKS answers, on purpose' if plan.policy.leaks else proof}"
 
 
-def _data_lines(plan: Blueprint) -> Iterator[str]:
+def _data_lines(plan: RunPlan) -> Iterator[str]:
     manifest = plan.packs.manifest
-    filled = manifest.tokens / (manifest.rows * manifest.length)
+    filled = manifest.tokens / (manifest.rows * manifest.seq_len)
     yield (
-        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.length:,} tokens, {filled:.1%} full, "
+        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.seq_len:,} tokens, {filled:.1%} full, "
         f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
     )
     for name, corpus in sorted(manifest.corpora.items()):
         yield f"           {name}: {corpus.draws:,} draws of {corpus.samples:,} samples ({corpus.epochs:.2f} epochs)"
 
 
-def _batch_lines(plan: Blueprint) -> Iterator[str]:
+def _batch_lines(plan: RunPlan) -> Iterator[str]:
     order, topology, train = plan.order, plan.topology, plan.config.train
-    tokens = order.batch_packs * plan.packs.manifest.length
+    tokens = order.global_batch_size * plan.packs.manifest.seq_len
     yield (
-        f"batch    {order.batch_packs} packs = {topology.dp} replicas x {order.micros} micro-batches x "
-        f"{order.micro_packs} packs = {tokens:,} tokens a step"
+        f"batch    {order.global_batch_size} packs = {topology.dp} replicas x {order.microbatches} micro-batches x "
+        f"{order.microbatch_rows} packs = {tokens:,} tokens a step"
     )
     yield (
         f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} of warm-up, "
@@ -49,33 +49,33 @@ def _batch_lines(plan: Blueprint) -> Iterator[str]:
     )
 
 
-def _stage_lines(plan: Blueprint) -> Iterator[str]:
-    topology, parallel, load = plan.topology, plan.config.parallel, Load.of(plan)
+def _stage_lines(plan: RunPlan) -> Iterator[str]:
+    topology, parallel, load = plan.topology, plan.config.parallel, WorkloadEstimate.of(plan)
     yield (
         f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
         f"expected bubble {shown_bubble(load)}"
     )
     yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
-    for stage, chunks in enumerate(plan.splits):
+    for stage, virtual_stages in enumerate(plan.stage_layers):
         trained, frozen = load.stage_parameters(stage)
         need = load.memory(stage)
         names = ("states", "gathered", "activations", *(name for name in ("losses", "host") if getattr(need, name)))
         parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
         yield (
-            f"           stage {stage}: layers {shown_layers(chunks)}, {millions(trained)} trained + "
+            f"           stage {stage}: layers {shown_layers(virtual_stages)}, {millions(trained)} trained + "
             f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"
         )
 
 
-def shown_bubble(load: Load) -> str:
+def shown_bubble(load: WorkloadEstimate) -> str:
     """Return the bubble of a step, and what it would be if all chunks cost the same."""
-    even = bubble(len(load.splits), load.micros, load.config.parallel.chunks)
+    even = bubble(len(load.stage_layers), load.microbatches, load.config.parallel.virtual_stages)
     return f"{load.bubble:.1%} ({even:.1%} with equal stages)"
 
 
-def shown_layers(chunks: Chunks) -> str:
+def shown_layers(virtual_stages: VirtualStages) -> str:
     """Return a stage's decoder layers as ``0..3`` or ``0..1, 4..5``."""
-    return ", ".join(f"{chunk.start}..{chunk.stop - 1}" for chunk in chunks)
+    return ", ".join(f"{virtual_stage.start}..{virtual_stage.stop - 1}" for virtual_stage in virtual_stages)
 
 
 def millions(count: float) -> str:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
-from pipeline.model.counts import Cost, Counts
+from pipeline.model.counts import Cost, ParamCounts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding
-from pipeline.parallel.partition import Chunks, joined
+from pipeline.parallel.partition import VirtualStages, joined
 from pipeline.parallel.schedule import Action
-from pipeline.parallel.simulation import most_held, orders, simulate
-from pipeline.planning.run_plan import Blueprint
+from pipeline.parallel.simulation import orders, peak_in_flight, simulate
+from pipeline.planning.run_plan import RunPlan
 
 GIB = 2**30
 
@@ -43,59 +43,66 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True)
-class Load:
+class WorkloadEstimate:
     """A model on a grid: all that memory depends on."""
 
     config: RunConfig
     sharding: Sharding
     spec: ModelSpec
-    counts: Counts
-    splits: tuple[Chunks, ...]
+    counts: ParamCounts
+    stage_layers: tuple[VirtualStages, ...]
     """Decoder layers of each stage, chunk by chunk."""
     costs: Sequence[Cost]
-    """Work of the model's parts, see `Counts.part_costs`."""
+    """Work of the model's parts, see `ParamCounts.part_costs`."""
     dp: int
-    micros: int
+    microbatches: int
     """Micro-batches of a step on each data-parallel rank."""
-    micro_tokens: int
+    microbatch_tokens: int
     bf16: bool
 
     @classmethod
-    def of(cls, plan: Blueprint) -> Load:
+    def of(cls, plan: RunPlan) -> WorkloadEstimate:
         """Take the load of a checked run."""
-        tokens = plan.order.micro_packs * plan.packs.manifest.length
+        tokens = plan.order.microbatch_rows * plan.packs.manifest.seq_len
         return cls(
-            plan.config, plan.sharding, plan.spec, plan.counts, plan.splits, plan.costs, plan.topology.dp,
-            plan.order.micros, tokens, plan.bf16,
+            plan.config, plan.sharding, plan.spec, plan.counts, plan.stage_layers, plan.costs, plan.topology.dp,
+            plan.order.microbatches, tokens, plan.bf16,
         )  # fmt: skip
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""
-        layers = joined(self.splits[stage])
-        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
+        layers = joined(self.stage_layers[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
 
-    def work(self, stage: int, chunk: int) -> Cost:
+    def work(self, stage: int, virtual_stage: int) -> Cost:
         """Return the operations of one chunk for a packed token."""
         before, *layers, after = self.costs
-        parts = [layers[layer] for layer in self.splits[stage][chunk]]
-        parts += [before] if (stage, chunk) == (0, 0) else []
-        parts += [after] if (stage + 1, chunk + 1) == (len(self.splits), len(self.splits[-1])) else []
+        parts = [layers[layer] for layer in self.stage_layers[stage][virtual_stage]]
+        parts += [before] if (stage, virtual_stage) == (0, 0) else []
+        parts += (
+            [after] if (stage + 1, virtual_stage + 1) == (len(self.stage_layers), len(self.stage_layers[-1])) else []
+        )
         return Cost(sum(part.forward for part in parts), sum(part.backward for part in parts))
 
     @property
     def orders(self) -> list[Sequence[Action]]:
         """What every stage does in a step, in order."""
-        return orders(self.config.parallel.schedule, len(self.splits), self.micros, len(self.splits[0]))
+        return orders(
+            self.config.parallel.schedule, len(self.stage_layers), self.microbatches, len(self.stage_layers[0])
+        )
 
     @property
     def bubble(self) -> float:
         """Share of a step in which stages wait for each other, for what their parts really cost."""
-        costs = [[self.work(stage, chunk) for chunk in range(len(own))] for stage, own in enumerate(self.splits)]
+        costs = [
+            [self.work(stage, virtual_stage) for virtual_stage in range(len(own))]
+            for stage, own in enumerate(self.stage_layers)
+        ]
 
         def cost(stage: int, action: Action) -> float:
-            return costs[stage][action.chunk][action.kind == "B"]
+            return costs[stage][action.virtual_stage][action.kind == "B"]
 
-        return simulate(self.orders, cost, len(self.splits[0])).bubble
+        return simulate(self.orders, cost, len(self.stage_layers[0])).bubble
 
     def memory(self, stage: int) -> MemoryEstimate:
         """Estimate the peak device memory of a rank of one stage."""
@@ -103,17 +110,17 @@ class Load:
         size, sharding = (2 if self.bf16 else 4), self.sharding
         shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
-        whole = max(sharding.resident * (trained + frozen), self._largest_unit(stage))
+        whole = max(sharding.gathered_fraction * (trained + frozen), self._largest_unit(stage))
         gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
         losses = 4 * self.spec.vocab_rows * self.spec.width * self._open_losses(stage)
         return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), losses, host)
 
     def _largest_unit(self, stage: int) -> int:
         """Parameters of the piece that must be whole while it runs, however little stays gathered."""
-        units = [self.counts.layers[layer] for layer in joined(self.splits[stage])]
+        units = [self.counts.layers[layer] for layer in joined(self.stage_layers[stage])]
         if stage == 0:
             units += [self.counts.connector, self.counts.embed]
-        if stage == len(self.splits) - 1:
+        if stage == len(self.stage_layers) - 1:
             units.append(self.counts.head or self.counts.embed)
         return max(units)
 
@@ -121,14 +128,14 @@ class Load:
         """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
         width = self.spec.width
         feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
-        one_layer = float(self.micro_tokens * (16 * width + 3 * feed_forward) * size)
-        layers = most_held(self.orders[stage], [len(chunk) for chunk in self.splits[stage]])
+        one_layer = float(self.microbatch_tokens * (16 * width + 3 * feed_forward) * size)
+        layers = peak_in_flight(self.orders[stage], [len(virtual_stage) for virtual_stage in self.stage_layers[stage]])
         if self.config.train.gradient_checkpointing:
-            return layers * self.micro_tokens * width * size + one_layer
+            return layers * self.microbatch_tokens * width * size + one_layer
         return layers * one_layer
 
     def _open_losses(self, stage: int) -> float:
         """Most micro-batches at once between the loss and its backward: their gradients are made with the loss."""
-        if stage < len(self.splits) - 1:
+        if stage < len(self.stage_layers) - 1:
             return 0.0
-        return most_held(self.orders[stage], [0] * (len(self.splits[stage]) - 1) + [1])
+        return peak_in_flight(self.orders[stage], [0] * (len(self.stage_layers[stage]) - 1) + [1])

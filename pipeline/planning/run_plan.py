@@ -19,16 +19,16 @@ from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
-from pipeline.model.counts import Cost, Counts
+from pipeline.model.counts import Cost, ParamCounts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.partition import Chunks, joined, split_stages
+from pipeline.parallel.partition import VirtualStages, joined, split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.compatibility import check_init_from, check_resume, check_tokenizer
 
 
 @dataclass(frozen=True)
-class Setting:
+class ParallelSettings:
     """What a run's flags and its DeepSpeed file say of ranks and batches, checked before there is any data."""
 
     config: RunConfig
@@ -45,40 +45,42 @@ class Setting:
         return torch.bfloat16 if self.bf16 else torch.float32
 
 
-def read_setting(invocation: Invocation, *, rank: int, world: int) -> Setting:
+def read_parallel_settings(invocation: Invocation, *, rank: int, world: int) -> ParallelSettings:
     """Read and check a setting. Raises UserError naming the key, file or flag that is wrong and the fix."""
     config = invocation.config
     raw_ds = read_ds_config(invocation.deepspeed)
     sharding = Sharding.of(raw_ds, config.parallel)
     topology = Topology(world, rank, config.parallel.pp)
-    micros, micro_packs = micro_batches(config.train.batch_packs, topology.dp, config.parallel.micro_batches)
-    order = BatchOrder(config.train.batch_packs, topology.dp, micros)
+    microbatches, microbatch_rows = micro_batches(
+        config.train.global_batch_size, topology.dp, config.parallel.micro_batches
+    )
+    order = BatchOrder(config.train.global_batch_size, topology.dp, microbatches)
     bf16 = config.train.dtype == "bf16" or (config.train.dtype == "auto" and torch.cuda.is_available())
-    ds_config = complete_ds_config(raw_ds, config, micro_packs=micro_packs, bf16=bf16)
-    return Setting(config, invocation.recipe, topology, order, sharding, bf16, ds_config)
+    ds_config = complete_ds_config(raw_ds, config, microbatch_rows=microbatch_rows, bf16=bf16)
+    return ParallelSettings(config, invocation.recipe, topology, order, sharding, bf16, ds_config)
 
 
 @dataclass(frozen=True)
-class Blueprint(Setting):
+class RunPlan(ParallelSettings):
     """A checked run: what is trained, on what, by which ranks, for how long."""
 
     packs: PackReader
     policy: Policy
     spec: ModelSpec
-    counts: Counts
-    splits: tuple[Chunks, ...]
+    counts: ParamCounts
+    stage_layers: tuple[VirtualStages, ...]
     """Decoder layers of each pipeline stage, chunk by chunk."""
     costs: Sequence[Cost]
-    """Work of the model's parts, see `Counts.part_costs`."""
+    """Work of the model's parts, see `ParamCounts.part_costs`."""
     steps: int
     """Optimizer steps of the whole run."""
 
     @classmethod
-    def draw(cls, invocation: Invocation, *, rank: int, world: int) -> Blueprint:
+    def build(cls, invocation: Invocation, *, rank: int, world: int) -> RunPlan:
         """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
         config = invocation.config
-        setting = read_setting(invocation, rank=rank, world=world)
-        packs = _open_packs(config, setting.topology)
+        settings = read_parallel_settings(invocation, rank=rank, world=world)
+        packs = _open_packs(config, settings.topology)
         manifest = packs.manifest
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
         spec.check_segments(manifest.max_segment_tokens)
@@ -89,35 +91,35 @@ class Blueprint(Setting):
         steps = _count_steps(config, manifest)
         if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
-        counts = Counts.of(spec)
+        counts = ParamCounts.of(spec)
         costs = counts.part_costs(
             image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
             recomputed=config.train.gradient_checkpointing,
         )  # fmt: skip
-        splits = split_stages(
-            spec.layers, setting.topology.pp, config.parallel.chunks,
-            by_hand=config.parallel.split, costs=[*map(sum, costs)],
+        stage_layers = split_stages(
+            spec.layers, settings.topology.pp, config.parallel.virtual_stages,
+            layers_per_stage=config.parallel.layers_per_stage, costs=[*map(sum, costs)],
         )  # fmt: skip
         return cls(
-            **vars(setting),
+            **vars(settings),
             packs=packs,
             policy=policy,
             spec=spec,
             counts=counts,
-            splits=splits,
+            stage_layers=stage_layers,
             costs=costs,
             steps=steps,
         )
 
     @property
-    def chunks(self) -> Chunks:
+    def virtual_stages(self) -> VirtualStages:
         """Decoder layers of this rank's stage, chunk by chunk."""
-        return self.splits[self.topology.stage]
+        return self.stage_layers[self.topology.stage]
 
     def stage_parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""
-        layers = joined(self.splits[stage])
-        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.splits) - 1)
+        layers = joined(self.stage_layers[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
 
 
 def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
@@ -140,10 +142,10 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
 
 def _count_steps(config: RunConfig, manifest: Manifest) -> int:
     """Return the run's optimizer steps: as asked, or one pass over the packs (whose plan covers all epochs)."""
-    batch, folder = config.train.batch_packs, Path(config.data.packs)
+    batch, folder = config.train.global_batch_size, Path(config.data.packs)
     available = manifest.rows // batch
     if available == 0:
-        raise ConfigError(f"{folder} has {manifest.rows} packs, fewer than one step of train.batch_packs={batch}")
+        raise ConfigError(f"{folder} has {manifest.rows} packs, fewer than one step of train.global_batch_size={batch}")
     if config.train.steps > available:
         raise ConfigError(
             f"train.steps={config.train.steps} needs {config.train.steps * batch} packs, {folder} has {manifest.rows} "

@@ -1,6 +1,6 @@
 """Exports a checkpoint as one self-contained folder of safetensors: ``mma export RUN OUT``.
 
-The folder holds ``config.json`` (see `pipeline.serving.card`), ``model-00001-of-000NN.safetensors`` with their index,
+The folder holds ``config.json`` (see `pipeline.serving.export_config`), ``model-00001-of-000NN.safetensors`` with index,
 and ``tokenizer/``. It appears whole or not at all, and no more than one shard is in memory at a time.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.model.weights import INDEX, global_shapes
-from pipeline.serving.card import CONFIG, ModelCard
+from pipeline.serving.export_config import CONFIG, ExportConfig
 
 SHARD_BYTES = 4 << 30
 
@@ -69,27 +69,27 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} exists: give a new folder, or remove it first")
-    card = ModelCard.from_meta(saved.meta, step=step)
-    card = card if dtype == "auto" else replace(card, dtype=dtype)
+    export_config = ExportConfig.from_meta(saved.meta, step=step)
+    export_config = export_config if dtype == "auto" else replace(export_config, dtype=dtype)
     tokenizer = Tokenizer.load(saved.meta["tokenizer"])
     hidden = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        _write_weights(card, _checked(card, saved), hidden)
-        tokenizer.save(hidden / card.tokenizer)
-        _write_json(hidden / CONFIG, card.to_config())
+        _write_weights(export_config, _checked(export_config, saved), hidden)
+        tokenizer.save(hidden / export_config.tokenizer)
+        _write_json(hidden / CONFIG, export_config.to_config())
         hidden.rename(out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return out
 
 
-def _checked(card: ModelCard, saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _checked(export_config: ExportConfig, saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
     """Pass on the parameters the model has; the second copy of a tied head is dropped."""
-    missing = dict(global_shapes(card.spec))
+    missing = dict(global_shapes(export_config.spec))
     for name, tensor in saved.parameters():
-        if card.spec.tied and name == "lm_head.weight":
+        if export_config.spec.tied and name == "lm_head.weight":
             continue
         if missing.pop(name, None) != tuple(tensor.shape):
             raise UserError(f"the checkpoint's {name} of shape {list(tensor.shape)} is not of the model it describes")
@@ -98,7 +98,7 @@ def _checked(card: ModelCard, saved: SavedModel) -> Iterator[tuple[str, torch.Te
         raise UserError(f"the checkpoint lacks {len(missing)} parameters ({', '.join(sorted(missing)[:3])}, ...)")
 
 
-def _write_weights(card: ModelCard, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
     """Write shards of at most ``SHARD_BYTES`` as they fill, then name them and index them."""
     shards: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
@@ -111,10 +111,10 @@ def _write_weights(card: ModelCard, parameters: Iterator[tuple[str, torch.Tensor
         waiting.clear()
 
     for name, tensor in parameters:
-        size = tensor.numel() * card.torch_dtype.itemsize
+        size = tensor.numel() * export_config.torch_dtype.itemsize
         if waiting and sum(x.nbytes for x in waiting.values()) + size > SHARD_BYTES:
             flush()
-        waiting[name] = tensor.to(card.torch_dtype).contiguous()
+        waiting[name] = tensor.to(export_config.torch_dtype).contiguous()
         total += size
     flush()
     files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]

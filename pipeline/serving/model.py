@@ -25,7 +25,7 @@ from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
-from pipeline.serving.card import ModelCard
+from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.prefill import PromptBatch, generating_class
 
 
@@ -49,12 +49,12 @@ class Prompt:
 class MultimodalModel:
     """An exported model with its tokenizer, template and mask policy; made by :func:`load_model`."""
 
-    def __init__(self, card: ModelCard, stage: Stage, tokenizer: Tokenizer) -> None:
+    def __init__(self, export_config: ExportConfig, stage: Stage, tokenizer: Tokenizer) -> None:
         """Join the parts; ``stage`` is the whole model as one stage."""
-        self.card, self.tokenizer = card, tokenizer
+        self.export_config, self.tokenizer = export_config, tokenizer
         self.spec: ModelSpec = stage.spec
-        self.template: Template = card.template
-        self.policy: Policy = get_policy(card.policy, allow_leak=True, grid=self.spec.mask_grid)
+        self.template: Template = export_config.template
+        self.policy: Policy = get_policy(export_config.policy, allow_leak=True, grid=self.spec.mask_grid)
         self._stage = stage.eval()
         self._llm = _generator(stage)
 
@@ -106,14 +106,14 @@ class MultimodalModel:
             self._check_length(len(prompt.encoded), max_new_tokens)
         embeds = [(prompt.sidecars, self._stage.embed(self._inputs(prompt))[0]) for prompt in prompts]
         batch = PromptBatch.of(self.policy, embeds)
-        options = {"do_sample": False, "eos_token_id": list(self.card.eos_ids), **options}
+        options = {"do_sample": False, "eos_token_id": list(self.export_config.eos_ids), **options}
         return self._llm.generate(
             inputs_embeds=batch.embeds,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             prefill_mask=batch.prefill_mask,
             max_new_tokens=max_new_tokens,
-            pad_token_id=self.card.pad_id,
+            pad_token_id=self.export_config.pad_id,
             **options,
         )
 
@@ -126,7 +126,7 @@ class MultimodalModel:
 
     def answer_text(self, ids: Sequence[int]) -> str:
         """Decode generated ids up to the first end token."""
-        ends = [place for place, index in enumerate(ids) if index in self.card.eos_ids]
+        ends = [place for place, index in enumerate(ids) if index in self.export_config.eos_ids]
         return self.tokenizer.decode(ids[: ends[0]] if ends else ids).strip()
 
     def _inputs(self, prompt: Prompt) -> StageInputs:
@@ -171,19 +171,21 @@ def load_model(
     Raises:
         UserError: the folder is not an export, or its files do not belong together.
     """
-    card = ModelCard.load(directory)
-    spec = card.spec
+    export_config = ExportConfig.load(directory)
+    spec = export_config.spec
     stage = build_stage(
         spec,
         layers=range(spec.layers),
         first=True,
         last=True,
-        dtype=dtype or card.torch_dtype,
+        dtype=dtype or export_config.torch_dtype,
         device=device,
         seed=0,
         source=WeightSource.open_export(spec, directory),
     )
-    return MultimodalModel(card, stage.requires_grad_(False), Tokenizer.load(Path(directory) / card.tokenizer))
+    return MultimodalModel(
+        export_config, stage.requires_grad_(False), Tokenizer.load(Path(directory) / export_config.tokenizer)
+    )
 
 
 def read_image(image: ImageRef) -> Image.Image:

@@ -11,8 +11,8 @@ from pipeline.parallel.groups import Groups
 from pipeline.parallel.partition import joined
 from pipeline.parallel.zero3 import Zero3Stage, check_version, sharder
 from pipeline.planning.compatibility import is_export
-from pipeline.planning.run_plan import Blueprint
-from pipeline.watchdog.heartbeat import Activity
+from pipeline.planning.run_plan import RunPlan
+from pipeline.watchdog.heartbeat import Heartbeat
 
 
 def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:
@@ -25,24 +25,24 @@ def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[
 
 
 def build_engine(
-    plan: Blueprint, groups: Groups, device: torch.device, activity: Activity, *, empty: bool
+    plan: RunPlan, groups: Groups, device: torch.device, heartbeat: Heartbeat, *, empty: bool
 ) -> Zero3Stage:
     """Build this rank's stage; ``empty`` where a checkpoint will fill all of it, so that nothing is read or drawn."""
     topology, config = plan.topology, plan.config
     share = sharder(topology, groups, plan.ds_config)
 
     def shard(unit: torch.nn.Module) -> None:
-        activity.doing("building the stage")  # anew for each unit: large ones take minutes to read
+        heartbeat.doing("building the stage")  # anew for each unit: large ones take minutes to read
         share(unit)
 
     warning = check_version()
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
     module = build_stage(
-        plan.spec, layers=joined(plan.chunks),
+        plan.spec, layers=joined(plan.virtual_stages),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
         seed=config.train.seed, source=None if empty else _pretrained(plan),
-        reads=topology.replica == 0 and not empty, shard=shard,
+        reads=topology.dp_rank == 0 and not empty, shard=shard,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     train = config.train
@@ -52,12 +52,12 @@ def build_engine(
     )  # fmt: skip
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
-        resident=plan.sharding.resident, reduce_once=plan.sharding.reduce_once,
-        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=activity.doing,
+        gathered_fraction=plan.sharding.gathered_fraction, reduce_once=plan.sharding.reduce_once,
+        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=heartbeat.doing,
     )  # fmt: skip
 
 
-def _pretrained(plan: Blueprint) -> WeightSource | None:
+def _pretrained(plan: RunPlan) -> WeightSource | None:
     """Open the folders a new run's weights are read from; None where everything starts from scratch."""
     source = plan.config.init_from
     return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

@@ -19,7 +19,7 @@ from data_prep.common.errors import UserError
 from data_prep.packs import Source
 from pipeline.data.batches import StepBatch
 from pipeline.parallel.zero3 import StepResult
-from pipeline.planning.run_plan import Blueprint
+from pipeline.planning.run_plan import RunPlan
 from pipeline.training.metrics import recent_losses
 from pipeline.training.run.folder import RunFolder
 
@@ -70,18 +70,20 @@ class Outcome:
     @property
     def not_finite(self) -> list[int]:
         """Micro-batches whose loss is not finite."""
-        return [micro for micro, loss in enumerate(self.losses) if not math.isfinite(loss)]
+        return [microbatch for microbatch, loss in enumerate(self.losses) if not math.isfinite(loss)]
 
 
 class Incidents:
     """Looks at every step; what it counts is the same on every rank, what it reports is written by rank 0."""
 
-    def __init__(self, plan: Blueprint, folder: RunFolder, *, step: int) -> None:
+    def __init__(self, plan: RunPlan, folder: RunFolder, *, step: int) -> None:
         """Start at a step with nothing skipped."""
         self._plan, self._folder = plan, folder
-        self._lead = plan.topology.rank == 0
+        self._is_rank0 = plan.topology.rank == 0
         self._skipped = 0
-        self._history = LossHistory(recent_losses(folder.path / "metrics.jsonl", step, WINDOW) if self._lead else ())
+        self._history = LossHistory(
+            recent_losses(folder.path / "metrics.jsonl", step, WINDOW) if self._is_rank0 else ()
+        )
 
     def look(self, outcome: Outcome) -> None:
         """Report a step that was skipped, or whose loss is not finite or far above those before.
@@ -89,7 +91,7 @@ class Incidents:
         Raises UserError on all ranks alike, after too many skipped steps in a row.
         """
         self._skipped = 0 if outcome.result.applied else self._skipped + 1
-        if self._lead:
+        if self._is_rank0:
             self._report(outcome)
         if self._skipped < self._plan.config.train.max_skipped_steps:
             return
@@ -111,33 +113,37 @@ class Incidents:
             words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the median of the last steps; worst"
             self._tell("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
 
-    def _tell(self, kind: str, words: str, outcome: Outcome, micros: Sequence[int], **more: float) -> None:
+    def _tell(self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], **more: float) -> None:
         """Print one line and write one; ``micros`` are the micro-batches in question, the worst first."""
-        rows = [row for micro in micros for row in self._rows_of(outcome, micro)]
-        means = {row: self._mean(outcome, micro) for micro in micros for row in self._rows_of(outcome, micro)}
+        rows = [row for microbatch in microbatches for row in self._rows_of(outcome, microbatch)]
+        means = {
+            row: self._mean(outcome, microbatch)
+            for microbatch in microbatches
+            for row in self._rows_of(outcome, microbatch)
+        }
         self._folder.add_incident(
             step=outcome.step, kind=kind, skipped=not outcome.result.applied, loss=_number(outcome.loss),
             grad_norm=_number(outcome.result.grad_norm), **more, rows=[self._row(row, means[row]) for row in rows],
         )  # fmt: skip
-        shown = outcome.batch.rows if kind == GRADIENT else self._rows_of(outcome, micros[0])
+        shown = outcome.batch.rows if kind == GRADIENT else self._rows_of(outcome, microbatches[0])
         others = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         names = _names([source for row in shown for source in self._plan.packs[row].source])
         place = f"({_span(shown)} of the packs{others}: {names})"
         print(f"step {outcome.step}: {kind}{words} {place}; look: {self._inspect(shown)}", flush=True)
 
     def _worst(self, outcome: Outcome) -> list[int]:
-        means = [self._mean(outcome, micro) for micro in range(len(outcome.losses))]
-        return sorted(range(len(means)), key=lambda micro: -means[micro])[:WORST]
+        means = [self._mean(outcome, microbatch) for microbatch in range(len(outcome.losses))]
+        return sorted(range(len(means)), key=lambda microbatch: -means[microbatch])[:WORST]
 
-    def _mean(self, outcome: Outcome, micro: int) -> float:
+    def _mean(self, outcome: Outcome, microbatch: int) -> float:
         """Return the loss per supervised token of a micro-batch; counted anew, as most steps have no use for it."""
-        targets = sum(self._plan.packs.n_target(row) for row in self._rows_of(outcome, micro))
-        return outcome.losses[micro] / max(1, targets)
+        targets = sum(self._plan.packs.n_target(row) for row in self._rows_of(outcome, microbatch))
+        return outcome.losses[microbatch] / max(1, targets)
 
-    def _rows_of(self, outcome: Outcome, micro: int) -> range:
+    def _rows_of(self, outcome: Outcome, microbatch: int) -> range:
         """Return the rows of one of all replicas' micro-batches."""
         order = self._plan.order
-        return order.micro_rows(outcome.batch.rows.start, *divmod(micro, order.micros))
+        return order.rows_of_microbatch(outcome.batch.rows.start, *divmod(microbatch, order.microbatches))
 
     def _row(self, row: int, loss: float) -> dict[str, Any]:
         """Return what is written of a row; its loss is the mean of its micro-batch, null when not finite."""

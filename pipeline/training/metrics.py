@@ -18,7 +18,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from data_prep.packs import PackReader
 from pipeline.parallel.traffic import StepTraffic
-from pipeline.training.run.state import clock
+from pipeline.training.run.state import format_duration
 
 # Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
 PEAK_TFLOPS: Mapping[str, float] = {
@@ -192,7 +192,7 @@ class Console:
     def _eta(self, step: int) -> str:
         done = step - self._first
         left = (time.monotonic() - self._began) / done * (self._steps - step) if done else 0.0
-        return clock(left)
+        return format_duration(left)
 
 
 def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:

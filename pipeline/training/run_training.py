@@ -9,7 +9,7 @@ from data_prep.common.errors import UserError
 from pipeline.config.flags import Invocation
 from pipeline.parallel.launch import device_of_rank, fill_rank_variables, start_processes, stop_processes
 from pipeline.planning.dry_run import describe
-from pipeline.planning.run_plan import Blueprint, read_setting
+from pipeline.planning.run_plan import RunPlan, read_parallel_settings
 from pipeline.training.demo_data import prepare_demo
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.logs import RankLog
@@ -23,7 +23,7 @@ from pipeline.training.supervise import (
     watch_ranks,
 )
 from pipeline.training.trainer import Trainer
-from pipeline.watchdog.watchdog import Watch
+from pipeline.watchdog.watchdog import Watchdog
 
 
 def run_training(invocation: Invocation, *, debug: bool = False) -> int:
@@ -50,11 +50,11 @@ def run_training(invocation: Invocation, *, debug: bool = False) -> int:
     return code
 
 
-def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[Blueprint, RunFolder]:
+def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[RunPlan, RunFolder]:
     """Check and print the run; claim its folder unless this is a dry run. Raises UserError, possibly on one rank."""
-    read_setting(invocation, rank=rank, world=world)  # report a wrong flag before the demo data is drawn
+    read_parallel_settings(invocation, rank=rank, world=world)  # report a wrong flag before the demo data is drawn
     prepare_demo(invocation.config, rank=rank, dry_run=invocation.dry_run)
-    plan = Blueprint.draw(invocation, rank=rank, world=world)
+    plan = RunPlan.build(invocation, rank=rank, world=world)
     if rank == 0:
         print(describe(plan), flush=True)
     folder = RunFolder(plan.config.run_dir)
@@ -76,7 +76,7 @@ def _refuse(invocation: Invocation, error: UserError) -> int:
     return 2
 
 
-def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
+def _supervise(plan: RunPlan, folder: RunFolder, *, debug: bool) -> int:
     """Train under the watchdog; return the exit code, once all ranks know of an error on this one."""
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
     log, watch = RankLog(folder, topology.rank), None
@@ -99,11 +99,11 @@ def _supervise(plan: Blueprint, folder: RunFolder, *, debug: bool) -> int:
         return end_with(error, folder=folder, log=log, watch=watch, rank=topology.rank)
 
 
-def _train(plan: Blueprint, folder: RunFolder, watch: Watch) -> None:
+def _train(plan: RunPlan, folder: RunFolder, watch: Watchdog) -> None:
     is_rank0 = plan.topology.rank == 0
     if is_rank0:
         folder.record_start(plan.config, world=plan.topology.world, steps=plan.steps)
-    trainer = Trainer(plan, folder, watch.activity)
+    trainer = Trainer(plan, folder, watch.heartbeat)
     state = trainer.fit()
     if is_rank0:
         folder.clear_stop()

@@ -22,10 +22,10 @@ from pipeline.training.run.folder import RunFolder, lock_of
 from pipeline.training.run.logs import RankLog
 from pipeline.training.run.redact import redact
 from pipeline.watchdog.channel import listen
-from pipeline.watchdog.coordinator import Lead
-from pipeline.watchdog.monitor import Verdict
-from pipeline.watchdog.watchdog import Watch
-from pipeline.watchdog.worker import Follower
+from pipeline.watchdog.coordinator import Coordinator
+from pipeline.watchdog.monitor import Diagnosis
+from pipeline.watchdog.watchdog import Watchdog
+from pipeline.watchdog.worker import Worker
 
 SLACK_S = 60
 
@@ -41,9 +41,9 @@ def all_can_start(refused: UserError | None = None) -> bool:
     ``refused`` is why this rank does: a file that only its node lacks, or its share of what all ranks look through.
     """
     own = (socket.gethostname(), str(refused) if refused else "")
-    told: list[tuple[str, str]] = [own] * dist.get_world_size()
-    dist.all_gather_object(told, own)
-    reasons = {rank: (host, text) for rank, (host, text) in enumerate(told) if text}
+    gathered: list[tuple[str, str]] = [own] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    reasons = {rank: (host, text) for rank, (host, text) in enumerate(gathered) if text}
     if reasons and dist.get_rank() == 0:
         rank, (host, text) = next(iter(reasons.items()))
         say(f"error: {f'rank {rank} on {host}: ' if rank else ''}{redact(text)}")
@@ -73,9 +73,9 @@ def all_share(folder: RunFolder) -> bool:
     return all_can_start()
 
 
-def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: int) -> Watch:
+def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: int) -> Watchdog:
     """Start the watchdog on all ranks of a process group that has been joined, and name the start. Collective."""
-    watch = Watch(
+    watch = Watchdog(
         rank=topology.rank, world=topology.world, place=_place(topology), timeout_s=timeout_s, log=log.stream,
         report=partial(_report, folder), lost=partial(_lost, folder, topology.rank),
     )  # fmt: skip
@@ -86,18 +86,18 @@ def watch_ranks(topology: Topology, folder: RunFolder, log: RankLog, timeout_s: 
     dist.broadcast(shared, 0)
     port, secret, folder.start = shared.tolist()
     if listener is not None:
-        watch.start(Lead(watch, listener, secret).run)
+        watch.start(Coordinator(watch, listener, secret).run)
     elif port:
-        watch.start(Follower(watch, (os.environ["MASTER_ADDR"], port), secret).run)
+        watch.start(Worker(watch, (os.environ["MASTER_ADDR"], port), secret).run)
     return watch
 
 
 def _place(topology: Topology) -> str:
     host, pid = socket.gethostname(), os.getpid()
-    return f"stage {topology.stage}, replica {topology.replica}; host {host}, pid {pid}"
+    return f"stage {topology.stage}, replica {topology.dp_rank}; host {host}, pid {pid}"
 
 
-def _try_to_listen(watch: Watch) -> socket.socket | None:
+def _try_to_listen(watch: Watchdog) -> socket.socket | None:
     try:
         return listen()
     except OSError as error:
@@ -105,13 +105,13 @@ def _try_to_listen(watch: Watch) -> socket.socket | None:
         return None
 
 
-def _report(folder: RunFolder, verdict: Verdict) -> None:
-    text = redact(verdict.text)
-    stacks = [f"  stacks of all ranks: {folder.path / 'logs'}"] if verdict.kind != "error" else []
-    say(f"error: {text}", *(f"  {line}" for line in verdict.others), *stacks, *_what_remains(folder))
-    folder.set_failed(text, verdict.step)
+def _report(folder: RunFolder, diagnosis: Diagnosis) -> None:
+    text = redact(diagnosis.text)
+    stacks = [f"  stacks of all ranks: {folder.path / 'logs'}"] if diagnosis.kind != "error" else []
+    say(f"error: {text}", *(f"  {line}" for line in diagnosis.others), *stacks, *_what_remains(folder))
+    folder.set_failed(text, diagnosis.step)
     folder.add_incident(
-        step=verdict.step, kind=verdict.kind, error=text, others=[redact(line) for line in verdict.others]
+        step=diagnosis.step, kind=diagnosis.kind, error=text, others=[redact(line) for line in diagnosis.others]
     )
 
 
@@ -131,14 +131,14 @@ def _lost(folder: RunFolder, rank: int, text: str, step: int) -> None:
         folder.set_failed(text, step)
 
 
-def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Watch | None, rank: int) -> int:
+def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Watchdog | None, rank: int) -> int:
     """Log what went wrong on this rank, see to it that it is said once, and return the exit code."""
     log.error(error)
     code = 2 if isinstance(error, UserError) else 1
     text = str(error) if code == 2 else f"{_in_short(error)}; traceback: {log.path}"
     if watch is None or not watch.fail(text, code):
         say_own(text, rank)
-        folder.set_failed(text, watch.activity.step if watch else None)
+        folder.set_failed(text, watch.heartbeat.step if watch else None)
     return code
 
 

@@ -7,19 +7,19 @@ import torch.distributed as dist
 
 from data_prep.common.files import write_atomic
 from pipeline.parallel.trace import Recorder, Span, chrome_trace, measured_bubble
-from pipeline.planning.estimate import GIB, Load
-from pipeline.planning.run_plan import Blueprint
+from pipeline.planning.estimate import GIB, WorkloadEstimate
+from pipeline.planning.run_plan import RunPlan
 from pipeline.training.run.folder import RunFolder
 
 
 class StepTimer:
     """Records the steps that ``log.traffic`` and ``log.trace_step`` name; the same on every rank."""
 
-    def __init__(self, plan: Blueprint, folder: RunFolder, recorder: Recorder, device: torch.device) -> None:
+    def __init__(self, plan: RunPlan, folder: RunFolder, recorder: Recorder, device: torch.device) -> None:
         """Time what ``recorder`` sees."""
         self._plan, self._folder, self._recorder, self._device = plan, folder, recorder, device
         self._step, self._data_s = 0, 0.0
-        self.expected = Load.of(plan).bubble if plan.topology.pp > 1 else None
+        self.expected = WorkloadEstimate.of(plan).bubble if plan.topology.pp > 1 else None
         """The bubble of a step by the work of its parts."""
 
     def begin(self, step: int, data_s: float) -> None:
@@ -52,8 +52,8 @@ class StepTimer:
             print(f"trace of step {self._step}: {path} (open it in ui.perfetto.dev)", flush=True)
 
 
-def memory_line(plan: Blueprint, device: torch.device) -> str:
+def memory_line(plan: RunPlan, device: torch.device) -> str:
     """Return this rank's peak memory on a GPU beside its estimate."""
     peak = torch.cuda.max_memory_allocated(device)
-    need = Load.of(plan).memory(plan.topology.stage).total
+    need = WorkloadEstimate.of(plan).memory(plan.topology.stage).total
     return f"memory   rank {plan.topology.rank} peaked at {peak / GIB:.2f} GiB, estimated {need / GIB:.2f} GiB"

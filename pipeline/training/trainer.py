@@ -21,7 +21,8 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult
 from pipeline.planning.compatibility import changed_settings, is_export
-from pipeline.planning.run_plan import Blueprint
+from pipeline.planning.run_plan import RunPlan
+from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.engine import build_engine
 from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.lr_schedule import learning_rate
@@ -35,10 +36,9 @@ from pipeline.training.metrics import (
     samples_digest,
 )
 from pipeline.training.run.folder import RunFolder, State
-from pipeline.training.saving import Saver
 from pipeline.training.supervise import collective_limit
 from pipeline.training.tracing import StepTimer, memory_line
-from pipeline.watchdog.heartbeat import Activity
+from pipeline.watchdog.heartbeat import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -51,36 +51,36 @@ class _Totals:
     images: int
     stop: bool
     saving: float
-    """See `Saver.advance`."""
+    """See `CheckpointManager.advance`."""
 
 
 class Trainer:
     """Owns this rank's stage, its data and the run's state (one integer: steps done)."""
 
-    def __init__(self, plan: Blueprint, folder: RunFolder, activity: Activity) -> None:
+    def __init__(self, plan: RunPlan, folder: RunFolder, heartbeat: Heartbeat) -> None:
         """Build the stage, and load the newest whole checkpoint, or the weights the run starts from."""
-        self._plan, self._folder, self._activity = plan, folder, activity
+        self._plan, self._folder, self._heartbeat = plan, folder, heartbeat
         self._device = device_of_rank()
-        self._lead = plan.topology.rank == 0
-        activity.doing("creating process groups")
+        self._is_rank0 = plan.topology.rank == 0
+        heartbeat.doing("creating process groups")
         limit_s = collective_limit(plan.config.parallel.timeout_s)
-        groups = create_groups(plan.topology, limit_s, chunked=len(plan.chunks) > 1)
+        groups = create_groups(plan.topology, limit_s, ring=len(plan.virtual_stages) > 1)
         own = self._own_checkpoint()
         given = None if own else self._given_checkpoint()
-        self._stage = build_engine(plan, groups, self._device, activity, empty=own is not None or given is not None)
+        self._stage = build_engine(plan, groups, self._device, heartbeat, empty=own is not None or given is not None)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
-            schedule=plan.config.parallel.schedule, chunks=plan.chunks, doing=activity.doing,
+            schedule=plan.config.parallel.schedule, virtual_stages=plan.virtual_stages, doing=heartbeat.doing,
         )  # fmt: skip
         self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
-        activity.doing("loading a checkpoint")
+        heartbeat.doing("loading a checkpoint")
         self.step = self._load(own, given)
-        self._saver = Saver(plan, folder, self._stage, step=self.step)
+        self._checkpoints = CheckpointManager(plan, folder, self._stage, step=self.step)
         self._incidents = Incidents(plan, folder, step=self.step)
 
     def _say(self, text: str) -> None:
-        if self._lead:
+        if self._is_rank0:
             print(text, flush=True)
 
     def _own_checkpoint(self) -> Checkpoint | None:
@@ -127,7 +127,7 @@ class Trainer:
     def fit(self) -> State:
         """Train to the last step, or until asked to stop; save; return how it ended."""
         plan, config = self._plan, self._plan.config
-        metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._lead else None
+        metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._is_rank0 else None
         console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
         forget_events_from(self.step + 1, self._stage.engine.monitor)
         state: State = "done"
@@ -140,15 +140,15 @@ class Trainer:
                 if config.log.tensorboard:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
-            if stop or self._saver.due(self.step):
-                self._activity.doing("saving")
-                self._saver.save(self.step)
+            if stop or self._checkpoints.due(self.step):
+                self._heartbeat.doing("saving")
+                self._checkpoints.save(self.step)
             if stop:
                 state = "stopped"
                 break
-        self._activity.doing("saving")
-        self._saver.save(self.step)
-        self._saver.finish()
+        self._heartbeat.doing("saving")
+        self._checkpoints.save(self.step)
+        self._checkpoints.finish()
         if metrics is not None:
             metrics.close()
         if self._device.type == "cuda":
@@ -159,7 +159,7 @@ class Trainer:
         """Yield each step's batch and the seconds spent waiting for it."""
         plan = self._plan
         source = BatchSource(
-            plan.packs, order=plan.order, replica=plan.topology.replica, policy=plan.policy,
+            plan.packs, order=plan.order, dp_rank=plan.topology.dp_rank, policy=plan.policy,
             preprocess=plan.spec.preprocess if plan.topology.first else None,
             threads=plan.config.data.decode_threads, ahead=plan.config.data.prefetch_steps,
         )  # fmt: skip
@@ -167,7 +167,7 @@ class Trainer:
         try:
             while True:
                 began = time.monotonic()
-                self._activity.doing("reading rows")
+                self._heartbeat.doing("reading rows")
                 batch = next(steps, None)
                 if batch is None:
                     return
@@ -177,19 +177,19 @@ class Trainer:
 
     def _train_step(self, batch: StepBatch, data_s: float, run_began: float) -> tuple[StepStats, bool]:
         began = time.monotonic()
-        self._activity.begin_step(self.step + 1)
+        self._heartbeat.begin_step(self.step + 1)
         rate = learning_rate(self._plan.config.train, self.step, self._plan.steps)
         scale = self._plan.topology.dp / max(1, batch.targets)
         self._timer.begin(self.step + 1, data_s)
-        losses = self._runner.run(batch.micros, scale)
+        losses = self._runner.run(batch.microbatches, scale)
         with self._runner.recorder.span("optimizer", "optimizer step"):
             result = self._stage.step(rate)
         self.step += 1
-        self._activity.doing("adding up the step's totals")
+        self._heartbeat.doing("adding up the step's totals")
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
         self._look(Outcome(self.step, result, batch, totals.losses))
         stats = self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began)
-        self._saver.advance(totals.saving)
+        self._checkpoints.advance(totals.saving)
         return stats, totals.stop
 
     def _look(self, outcome: Outcome) -> None:
@@ -197,30 +197,30 @@ class Trainer:
         try:
             self._incidents.look(outcome)
         except UserError:
-            self._activity.doing("saving")
+            self._heartbeat.doing("saving")
             with suppress(UserError):  # why the run ends matters more
-                self._saver.finish()
+                self._checkpoints.finish()
             raise
 
     def _wants_stop(self, run_began: float) -> bool:
         limit = self._plan.config.train.max_hours
         late = bool(limit) and time.monotonic() - run_began > 3600 * limit
-        return self._lead and (late or self._folder.stop_asked())
+        return self._is_rank0 and (late or self._folder.stop_asked())
 
     def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
         """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
         topology, count = self._plan.topology, len(losses)
         shown = (batch.tokens, batch.images) if topology.first else (0, 0)
-        own = [*shown, float(stop), self._saver.pending]
+        own = [*shown, float(stop), self._checkpoints.pending]
         sums = torch.zeros(len(own) + topology.dp * count, dtype=torch.float64)
         sums[: len(own)] = torch.tensor(own, dtype=torch.float64)
         sums = sums.to(losses.device)
-        start = len(own) + topology.replica * count
+        start = len(own) + topology.dp_rank * count
         sums[start : start + count] = losses
-        self._activity.doing("waiting for all ranks: the step's totals")  # on GPUs, for all that the host is ahead of
+        self._heartbeat.doing("waiting for all ranks: the step's totals")  # on GPUs, for all that the host is ahead of
         dist.all_reduce(sums)
         tokens, images, stops, saving, *every_loss = sums.tolist()
-        self._activity.doing("recording the step")
+        self._heartbeat.doing("recording the step")
         return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0, saving)
 
     def _stats(
@@ -238,9 +238,9 @@ class Trainer:
             step=self.step, loss=sum(totals.losses) / max(1, batch.targets), lr=rate, grad_norm=norm,
             applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
             consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
-            memory_gib=memory, traffic=self._traffic(), save_s=self._saver.take_waited(),
+            memory_gib=memory, traffic=self._traffic(), save_s=self._checkpoints.take_waited(),
             bubble=self._timer.end(), expected_bubble=self._timer.expected,
-            samples=samples_digest(self._plan.packs, batch.rows) if self._lead else "",
+            samples=samples_digest(self._plan.packs, batch.rows) if self._is_rank0 else "",
         )  # fmt: skip
 
     def _traffic(self) -> StepTraffic | None:

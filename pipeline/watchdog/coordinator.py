@@ -10,23 +10,23 @@ from typing import Any
 
 from pipeline.watchdog.channel import Channel
 from pipeline.watchdog.monitor import SETTLE_S, TERMINATED, Monitor
-from pipeline.watchdog.watchdog import BYE, FAILED, PULSE_S, TERMINATED_CODE, Watch
+from pipeline.watchdog.watchdog import BYE, FAILED, HEARTBEAT_S, TERMINATED_CODE, Watchdog
 
 SUSPENDED_S = 30.0
 """A turn of this loop takes a second; after so many the process was not running (a suspended job), nor was training."""
 
 
-class Lead:
+class Coordinator:
     """Rank 0's thread."""
 
-    def __init__(self, watch: Watch, listener: socket.socket, secret: int) -> None:
+    def __init__(self, watch: Watchdog, listener: socket.socket, secret: int) -> None:
         self._watch, self._listener, self._secret = watch, listener, secret
         self._monitor = Monitor(watch.world, watch.timeout_s)
         self._selector = selectors.DefaultSelector()
         self._channels: dict[int, Channel] = {}
 
     def run(self) -> None:
-        """Watch until this rank is done or the job has failed."""
+        """Watchdog until this rank is done or the job has failed."""
         try:
             self._run()
         except Exception:
@@ -38,18 +38,18 @@ class Lead:
         self._listener.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
         self._selector.register(watch.wake_out, selectors.EVENT_READ)
-        last = beaten = time.monotonic()
+        last = last_heartbeat = time.monotonic()
         monitor.join(0, watch.place, last)
         while True:
-            events = self._selector.select(SETTLE_S / 2 if monitor.troubled else PULSE_S)
+            events = self._selector.select(SETTLE_S / 2 if monitor.troubled else HEARTBEAT_S)
             now = time.monotonic()
             if now - last > SUSPENDED_S:
-                monitor.forgive(now - last)
+                monitor.extend_deadline(now - last)
             last = now
             asked = self._serve(events, now)
-            if asked or now - beaten >= PULSE_S:
-                monitor.pulse(0, watch.beat(), now)
-                beaten = now
+            if asked or now - last_heartbeat >= HEARTBEAT_S:
+                monitor.record(0, watch.next_heartbeat(), now)
+                last_heartbeat = now
             elif not monitor.troubled:
                 continue
             if self._decide(asked, now):
@@ -61,14 +61,14 @@ class Lead:
         terminated = signal.SIGTERM in asked
         if FAILED in asked and watch.failure is not None:
             monitor.failed(0, *watch.failure, now)
-        verdict = monitor.verdict(now, terminated=terminated)
-        if verdict is not None:
-            stacks = verdict.kind != "error"
-            self._tell_all(stop=verdict.text, code=verdict.code, stacks=stacks)
+        diagnosis = monitor.diagnosis(now, terminated=terminated)
+        if diagnosis is not None:
+            stacks = diagnosis.kind != "error"
+            self._tell_all(stop=diagnosis.text, code=diagnosis.code, stacks=stacks)
             try:
-                watch.report(verdict)
+                watch.report(diagnosis)
             finally:  # whatever becomes of the report, the job ends
-                watch.leave(verdict.text, verdict.code, stacks=stacks)
+                watch.leave(diagnosis.text, diagnosis.code, stacks=stacks)
         elif BYE in asked:
             self._tell_all(bye=True)
         elif terminated:
@@ -117,7 +117,7 @@ class Lead:
         elif "failed" in message:
             self._monitor.failed(rank, str(message["failed"]), int(message["code"]), now)
         else:
-            self._monitor.pulse(rank, message, now)
+            self._monitor.record(rank, message, now)
 
     def drop(self, channel: Channel, rank: int | None, now: float) -> None:
         """Take note of a connection that has ended."""
@@ -135,7 +135,7 @@ class Lead:
 class _Guest:
     """A connection at rank 0: a stranger until it has said the secret."""
 
-    def __init__(self, lead: Lead, channel: Channel) -> None:
+    def __init__(self, lead: Coordinator, channel: Channel) -> None:
         self._lead, self._channel = lead, channel
         self._rank: int | None = None
 

@@ -14,7 +14,7 @@ LOOK_AFTER_S = 1.0
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/")
 
 
-class Activity:
+class Heartbeat:
     """What the training loop says that it does; said many times a step, read once a second by another thread."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Activity:
         """What was said last, and when in the run."""
         return f"{self._now[1]}, step {self.step}"
 
-    def pulse(self) -> dict[str, Any]:
+    def message(self) -> dict[str, Any]:
         """Return what is told to rank 0."""
         count, words, since = self._now
         where, held = "", False

@@ -46,13 +46,13 @@ class Member:
         return f"rank {self.rank} ({self.place})"
 
     @property
-    def activity(self) -> str:
+    def heartbeat(self) -> str:
         """What it does, in words."""
         return f"{self.doing}{f' ({self.where})' if self.where else ''}"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Diagnosis:
     """Why the job ends."""
 
     kind: Literal["died", "error", "hang"]
@@ -85,7 +85,7 @@ class Monitor:
         self.members[rank] = Member(rank, place, heard=now)
         self._progress = now
 
-    def pulse(self, rank: int, news: dict[str, Any], now: float) -> None:
+    def record(self, rank: int, news: dict[str, Any], now: float) -> None:
         """Take note of what a rank says that it does."""
         member = self.members[rank]
         member.heard = now
@@ -112,13 +112,13 @@ class Monitor:
         self.members[rank].state = state
         self._trouble = now if self._trouble is None else self._trouble
 
-    def forgive(self, seconds: float) -> None:
+    def extend_deadline(self, seconds: float) -> None:
         """Leave time out of account in which this process itself was held up, as in a suspended job."""
         self._progress += seconds
         for member in self.members.values():
             member.heard += seconds
 
-    def verdict(self, now: float, *, terminated: bool = False) -> Verdict | None:
+    def diagnosis(self, now: float, *, terminated: bool = False) -> Diagnosis | None:
         """Return why the job has failed, or None.
 
         ``terminated``: this process was told to end, so there is no time for more news; nor has the job failed
@@ -143,42 +143,42 @@ class Monitor:
     def _in_state(self, state: str) -> list[Member]:
         return [member for _, member in sorted(self.members.items()) if member.state == state]
 
-    def _death(self, died: Sequence[Member]) -> Verdict:
+    def _death(self, died: Sequence[Member]) -> Diagnosis:
         first = max(died, key=lambda member: (not member.waits, -member.rank))
         more = f", and so did {_ranks(died, first)}" if len(died) > 1 else ""
-        last = f"last heard of at step {first.step} in {first.activity}"
+        last = f"last heard of at step {first.step} in {first.heartbeat}"
         text = f"{first} died{more}: killed, or out of host memory; {last}"
-        return Verdict("died", text, self._others(died), first.step, 1)
+        return Diagnosis("died", text, self._others(died), first.step, 1)
 
-    def _error(self, failed: Sequence[Member]) -> Verdict:
+    def _error(self, failed: Sequence[Member]) -> Diagnosis:
         """The user's error comes first: others may have failed because that rank was no longer there."""
         first = next((member for member in failed if member.code == 2), failed[0])
         alike = {member.rank for member in failed if member.error == first.error}
         who = "" if first.code == 2 and (0 in alike or len(alike) > 1) else f"{first}, step {first.step}: "
-        return Verdict("error", f"{who}{first.error}", (), first.step, first.code)
+        return Diagnosis("error", f"{who}{first.error}", (), first.step, first.code)
 
-    def _hang(self, running: Sequence[Member], now: float) -> Verdict:
+    def _hang(self, running: Sequence[Member], now: float) -> Diagnosis:
         silent = [member for member in running if now - member.heard > SILENT_S]
         busy = [member for member in running if not member.waits and member not in silent]
-        guilty = silent or (busy if len(busy) < len(running) else [])
+        culprits = silent or (busy if len(busy) < len(running) else [])
         step = max(member.step for member in running)
         begin = f"no rank got any further for {self._limit:g} s (parallel.timeout_s) at step {step}: "
         if silent:
-            text = f"nothing was heard of {silent[0]} for {now - silent[0].heard:.0f} s, last in {silent[0].activity}"
-        elif guilty:
-            text = f"{guilty[0]} hangs in {guilty[0].activity} while the others wait"
+            text = f"nothing was heard of {silent[0]} for {now - silent[0].heard:.0f} s, last in {silent[0].heartbeat}"
+        elif culprits:
+            text = f"{culprits[0]} hangs in {culprits[0].heartbeat} while the others wait"
         else:
             text = f"all of them {'wait' if not busy else 'are busy'}, none is plainly the cause"
-        more = f"; so it is with {_ranks(guilty, guilty[0])}" if len(guilty) > 1 else ""
-        return Verdict("hang", f"{begin}{text}{more}", self._others(guilty), step, 1)
+        more = f"; so it is with {_ranks(culprits, culprits[0])}" if len(culprits) > 1 else ""
+        return Diagnosis("hang", f"{begin}{text}{more}", self._others(culprits), step, 1)
 
-    def _others(self, guilty: Iterable[Member]) -> tuple[str, ...]:
+    def _others(self, culprits: Iterable[Member]) -> tuple[str, ...]:
         """Return a line for each group of ranks that do the same, the guilty ones left out."""
-        known = {member.rank for member in guilty}
+        known = {member.rank for member in culprits}
         groups: dict[str, list[Member]] = {}
         for rank, member in sorted(self.members.items()):
             if rank not in known and member.state in ("running", "failed"):
-                words = member.activity if member.state == "running" else f"failed then: {member.error}"
+                words = member.heartbeat if member.state == "running" else f"failed then: {member.error}"
                 groups.setdefault(words, []).append(member)
         lines = [f"{_ranks(group)}: {words}" for words, group in groups.items()]
         missing = [rank for rank in range(self.world) if rank not in self.members]

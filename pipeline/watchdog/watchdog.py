@@ -12,16 +12,16 @@ from collections.abc import Callable
 from types import FrameType
 from typing import IO, Any
 
-from pipeline.watchdog.heartbeat import Activity
-from pipeline.watchdog.monitor import Verdict
+from pipeline.watchdog.heartbeat import Heartbeat
+from pipeline.watchdog.monitor import Diagnosis
 
-PULSE_S = 1.0
+HEARTBEAT_S = 1.0
 PATIENCE_S = 30.0
 TERMINATED_CODE = 128 + signal.SIGTERM
 BYE, FAILED = 200, 201  # beside numbers of signals, which come through the same pipe
 
 
-class Watch:
+class Watchdog:
     """One rank's part in the watchdog; `doing` and `step` are what the training loop tells it."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Watch:
         place: str,
         timeout_s: float,
         log: IO[str],
-        report: Callable[[Verdict], None],
+        report: Callable[[Diagnosis], None],
         lost: Callable[[str, int], None],
     ) -> None:
         """Prepare; nothing runs before `start`.
@@ -46,7 +46,7 @@ class Watch:
             report: Says and records why the job ends; called on rank 0, from the watchdog's thread.
             lost: The same on the other ranks when rank 0 is gone; told the text and the step.
         """
-        self.activity = Activity()
+        self.heartbeat = Heartbeat()
         self.rank, self.world, self.place, self.timeout_s = rank, world, place, timeout_s
         self._log, self.report, self.lost = log, report, lost
         self._wake_in, self.wake_out = socket.socketpair()
@@ -57,7 +57,7 @@ class Watch:
         self._old_signals: tuple[Any, int] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin to watch: ``work`` is what `Lead`, on rank 0, or `Follower` runs in the watchdog's thread."""
+        """Begin to watch: ``work`` is what `Coordinator`, on rank 0, or `Worker` runs in the watchdog's thread."""
         self._catch_signals()
         faulthandler.enable(self._log)
         self._thread = threading.Thread(target=self._guarded, args=(work,), name="watchdog", daemon=True)
@@ -122,10 +122,10 @@ class Watch:
             signal.set_wakeup_fd(self._old_signals[1])
             self._old_signals = None
 
-    def beat(self) -> dict[str, Any]:
+    def next_heartbeat(self) -> dict[str, Any]:
         """Return this rank's pulse, and see to it that the stacks are written even if no thread gets to run again."""
         faulthandler.dump_traceback_later(self.timeout_s + 15, file=self._log)
-        return self.activity.pulse()
+        return self.heartbeat.message()
 
     def leave(self, text: str, code: int, *, stacks: bool) -> None:
         """End this process from the watchdog's thread, unless its training thread ends by itself."""

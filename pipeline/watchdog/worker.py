@@ -9,17 +9,17 @@ import time
 
 from pipeline.watchdog.channel import Channel
 from pipeline.watchdog.monitor import SETTLE_S, TERMINATED
-from pipeline.watchdog.watchdog import BYE, FAILED, PULSE_S, TERMINATED_CODE, Watch
+from pipeline.watchdog.watchdog import BYE, FAILED, HEARTBEAT_S, TERMINATED_CODE, Watchdog
 
 CONNECT_S = 20.0
 
 
-class Follower:
+class Worker:
     """The thread of any other rank."""
 
-    def __init__(self, watch: Watch, address: tuple[str, int], secret: int) -> None:
+    def __init__(self, watch: Watchdog, address: tuple[str, int], secret: int) -> None:
         self._watch, self._address, self._secret = watch, address, secret
-        self._lead = "rank 0"
+        self._rank0 = "rank 0"
 
     def run(self) -> None:
         """Say what this rank does, until it is done, or told to stop, or rank 0 is gone."""
@@ -44,14 +44,14 @@ class Follower:
     def _turn(self, selector: selectors.BaseSelector, channel: Channel) -> bool:
         """Wait for news or the next pulse; return False at the end."""
         watch = self._watch
-        ready = {key.fileobj for key, _ in selector.select(PULSE_S)}
+        ready = {key.fileobj for key, _ in selector.select(HEARTBEAT_S)}
         asked = watch.commands()
-        if signal.SIGTERM in asked:  # the reason may be on its way: see Watch._catch_signals
+        if signal.SIGTERM in asked:  # the reason may be on its way: see Watchdog._catch_signals
             ready |= {key.fileobj for key, _ in selector.select(1.0)}
         if channel.socket in ready and not self._hear(channel):
             return False
         if FAILED in asked and watch.failure is not None:
-            channel.send(**watch.beat())  # the step it failed at
+            channel.send(**watch.next_heartbeat())  # the step it failed at
             channel.send(failed=watch.failure[0], code=watch.failure[1])
         elif BYE in asked:
             channel.send(bye=True)
@@ -60,7 +60,7 @@ class Follower:
             channel.send(failed=TERMINATED, code=TERMINATED_CODE)
             watch.leave(TERMINATED, TERMINATED_CODE, stacks=True)
         else:
-            channel.send(**watch.beat())
+            channel.send(**watch.next_heartbeat())
         return True
 
     def _hear(self, channel: Channel) -> bool:
@@ -68,8 +68,8 @@ class Follower:
         messages = channel.receive()
         if messages is None:
             time.sleep(SETTLE_S)  # if this rank is to die of the same kill, there is nothing to say
-            text = f"{self._lead} died: killed, or out of host memory; this rank was in {self._watch.activity.words}"
-            self._watch.lost(text, self._watch.activity.step)
+            text = f"{self._rank0} died: killed, or out of host memory; this rank was in {self._watch.heartbeat.words}"
+            self._watch.lost(text, self._watch.heartbeat.step)
             self._watch.leave(text, 1, stacks=True)
             return False
         for message in messages:
@@ -77,5 +77,5 @@ class Follower:
                 self._watch.leave(str(message["stop"]), int(message["code"]), stacks=bool(message["stacks"]))
             if "stop" in message or "bye" in message:
                 return False
-            self._lead = str(message.get("lead", self._lead))
+            self._rank0 = str(message.get("lead", self._rank0))
         return True

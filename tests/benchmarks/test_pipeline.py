@@ -17,7 +17,7 @@ COUNTED = {"gather_x": 1.0, "gathers": 3.0, "reduce_x": 1.0, "reductions": 1.0, 
 
 
 def case(engine: str, *, pp: int, seconds: float, cpu: float, zero: int = 3) -> dict[str, Any]:
-    settings = {"engine": engine, "pp": pp, "micros": 4, "zero": zero, "resident": 1.0, "once": None}
+    settings = {"engine": engine, "pp": pp, "microbatches": 4, "zero": zero, "gathered_fraction": 1.0, "once": None}
     return settings | COUNTED | {"seconds": seconds, "cpu_seconds": cpu, "tokens": 4096 // pp}
 
 

@@ -77,9 +77,9 @@ def recipe_dict(root: Path, out: Path) -> dict[str, Any]:
             "talk": {"type": "llava", "conversations": "llava.json", "images": "images"},
         },
         "packs": {
-            "pt": {"corpora": ["captions"], "template": "caption", "length": 64, "epochs": 2},
-            "sft": {"corpora": {"talk": 3.0, "captions": 1.0}, "template": "plain", "length": 96, "draws": 101},
-            "eval": {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1, "shuffle": False},
+            "pt": {"corpora": ["captions"], "template": "caption", "seq_len": 64, "epochs": 2},
+            "sft": {"corpora": {"talk": 3.0, "captions": 1.0}, "template": "plain", "seq_len": 96, "draws": 101},
+            "eval": {"corpora": ["talk"], "template": "plain", "seq_len": 96, "epochs": 1, "shuffle": False},
         },
     }
 

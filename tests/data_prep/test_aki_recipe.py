@@ -100,7 +100,7 @@ AKI = {  # written down from the description of the released implementation, its
 
 @pytest.mark.parametrize("asked", AKI.values(), ids=AKI)
 def test_with_parity_a_question_is_written_as_the_released_aki_writes_it(asked: str) -> None:
-    pack = PackConfig(corpora={"c": 1}, template="phi3", length=64, epochs=1, system="Be kind.", aki_parity=True)
+    pack = PackConfig(corpora={"c": 1}, template="phi3", seq_len=64, epochs=1, system="Be kind.", aki_parity=True)
     talk = (Turn("user", (ImageRef("i", data=b""), asked)), Turn("assistant", ("yes",)))
     more = (Turn("user", ("and now?",)), Turn("assistant", ("no",)))
     template = pack.to_template()
@@ -120,7 +120,7 @@ def test_with_parity_a_caption_ends_as_the_released_aki_ends_it() -> None:
     turns = (Turn("user", (ImageRef("i", data=b""),)), Turn("assistant", ("a red ring",)))
     caption = Example("e", turns, kind="document")
     for name in ("caption", "phi3"):
-        template = PackConfig(corpora={"c": 1}, template=name, length=64, epochs=1, aki_parity=True).to_template()
+        template = PackConfig(corpora={"c": 1}, template=name, seq_len=64, epochs=1, aki_parity=True).to_template()
         assert spell(template.pieces(caption)) == "[0]{a red ring}{<|endofchunk|>}{<eos>}"
         assert "<|endofchunk|>" in template.specials
 
@@ -131,7 +131,9 @@ def test_with_parity_a_caption_ends_as_the_released_aki_ends_it() -> None:
 )
 def test_parity_refuses_what_the_released_aki_does_not_have(changes: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match="aki_parity=true"):
-        PackConfig(**{"corpora": {"c": 1}, "template": "phi3", "length": 64, "epochs": 1, "aki_parity": True} | changes)
+        PackConfig(
+            **{"corpora": {"c": 1}, "template": "phi3", "seq_len": 64, "epochs": 1, "aki_parity": True} | changes
+        )
 
 
 def test_shipped_recipes_take_parity_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

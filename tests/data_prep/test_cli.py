@@ -98,7 +98,7 @@ def test_the_demo_recipe_leads_to_the_demo(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("step", ["run", "ingest", "plan", "plan --suggest-length", "materialize"])
+@pytest.mark.parametrize("step", ["run", "ingest", "plan", "plan --suggest-seq-len", "materialize"])
 def test_one_writer_at_a_time_but_shares_of_a_step_together(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -192,7 +192,7 @@ def test_a_wrong_word_is_one_line_with_the_closest_known_one(
 
 def test_row_lengths_are_suggested_and_nothing_is_planned(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in (made / "out" / "packs").rglob("*")}
-    assert main(["plan", str(made / "recipe.yaml"), "--suggest-length"]) == 0
+    assert main(["plan", str(made / "recipe.yaml"), "--suggest-seq-len"]) == 0
     shown = capsys.readouterr().out
     for name, length in (("pt", 64), ("sft", 96), ("eval", 96)):
         assert f"packs.{name}" in shown

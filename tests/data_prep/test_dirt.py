@@ -167,8 +167,8 @@ def recipe(root: Path, out: Path) -> dict[str, Any]:
         },
         "packs": {
             "all": {
-                "corpora": ["captions", "chat", "boxes"], "template": "plain", "length": 128, "epochs": 1,
-                "max_text_tokens": 100, "too_long": "cut", "shuffle": False,
+                "corpora": ["captions", "chat", "boxes"], "template": "plain", "seq_len": 128, "epochs": 1,
+                "max_text_tokens": 100, "too_long": "truncate", "shuffle": False,
             }
         },
     }  # fmt: skip

@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> tuple[Path, list[PackRow]]:
         write_rows(tmp_path / "rows-00001.arrow", rows[4:], LENGTH),
     )
     manifest = Manifest(
-        length=LENGTH, rows=7, targets=sum(row.n_target for row in rows), tokens=7 * 13, image_tokens=2, images=9,
+        seq_len=LENGTH, rows=7, targets=sum(row.n_target for row in rows), tokens=7 * 13, image_tokens=2, images=9,
         max_images=3, max_segment_tokens=13, vocab_size=100, pad_id=0, image_id=1, eos_ids=(2,), tokenizer="tokenizer",
         tokenizer_sha256="", template="plain", plan_sha256="", image_store="", files=files,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def test_damage_is_found_and_named(folder: tuple[Path, list[PackRow]], damage, w
 
 
 def test_a_row_file_of_another_length_is_refused(folder: tuple[Path, list[PackRow]]) -> None:
-    manifest = replace(Manifest.load(folder[0]), length=8)
+    manifest = replace(Manifest.load(folder[0]), seq_len=8)
     (folder[0] / "manifest.json").write_text(manifest.to_json())
     with pytest.raises(UserError, match="not the rows its manifest lists"):
         PackReader(folder[0])[0]
@@ -119,7 +119,7 @@ def test_a_row_file_of_another_size_is_refused(folder: tuple[Path, list[PackRow]
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "mma-pack", "version": 1})]
+    "text", ["{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "mma-pack", "version": 2})]
 )
 def test_a_foreign_manifest_is_a_user_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)

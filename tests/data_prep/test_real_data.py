@@ -25,4 +25,4 @@ def test_a_shipped_recipe_packs_its_real_data(tmp_path: Path, recipe: str, varia
     for name in sets:
         reader = PackReader(tmp_path / "packs" / name)
         assert reader.manifest.targets == sum(row.n_target for row in reader) > 0
-        assert reader.manifest.tokens / (len(reader) * reader.manifest.length) > 0.7
+        assert reader.manifest.tokens / (len(reader) * reader.manifest.seq_len) > 0.7

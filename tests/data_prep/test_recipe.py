@@ -38,20 +38,20 @@ def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatc
     ("path", "value", "message"),
     [
         ("sed", 1, "unknown key sed (did you mean 'seed'?)"),
-        ("packs.pt.lenght", 1, "unknown key packs.pt.lenght (did you mean 'length'?)"),
+        ("packs.pt.seq_length", 1, "unknown key packs.pt.seq_length (did you mean 'seq_len'?)"),
         ("tokenizer.tran", {}, "unknown key tokenizer.tran (did you mean 'train'?)"),
         ("tokenizer.train.vocab", 9, "unknown key tokenizer.train.vocab (did you mean 'vocab_size'?)"),
         ("image_tokens", ..., "image_tokens is missing: add it"),
         ("packs.pt.template", "phi", "packs.pt: template 'phi' is unknown (did you mean 'phi3'?)"),
         ("packs.pt.template", ..., "packs.pt.template is missing"),
-        ("packs.pt.length", "long", "packs.pt.length: "),
-        ("packs.pt.length", 4, "greater than or equal to 8"),
+        ("packs.pt.seq_len", "long", "packs.pt.seq_len: "),
+        ("packs.pt.seq_len", 4, "greater than or equal to 8"),
         ("packs.sft.epochs", 2, "packs.sft: give either draws or epochs"),
         ("packs.pt.epochs", ..., "packs.pt: give either draws or epochs"),
         ("packs.sft.corpora.talk", 0, "every weight must be a number above 0"),
         ("packs.sft.corpora.talk", float("inf"), "every weight must be a number above 0"),
         ("packs.sft.draws", 10**15, "packs.sft.draws: Input should be less than or equal to 1000000000 (found"),
-        ("packs.pt.length", 10**12, "packs.pt.length: Input should be less than or equal to 16777216 (found"),
+        ("packs.pt.seq_len", 10**12, "packs.pt.seq_len: Input should be less than or equal to 16777216 (found"),
         ("packs.pt.epochs", 10**9, "packs.pt.epochs: Input should be less than or equal to 10000 (found"),
         ("packs.pt.corpora", {"captions": 2.0}, "weights need draws"),
         ("packs.pt.corpora", ["caption"], "packs.pt.corpora.caption is not defined under corpora (did you mean"),
@@ -59,7 +59,7 @@ def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatc
         ("packs.pt.turns", "expand", "has no turns, so turns=expand has no meaning: remove it"),
         ("packs.sft.turns", "all", "packs.sft.turns: Input should be 'every', 'first' or 'expand' (found 'all')"),
         ("packs.pt.order", "text_first", "packs.pt: template 'caption' has no given text for order=text_first"),
-        ("image_tokens", 64, "packs.pt.length=64 cannot hold one image of image_tokens=64"),
+        ("image_tokens", 64, "packs.pt.seq_len=64 cannot hold one image of image_tokens=64"),
         ("tokenizer", {}, "tokenizer: name either a path or train"),
         ("out", "", "out: is empty: name a folder"),
         ("root", " ", "root: is empty: name a folder"),
@@ -96,8 +96,8 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
 
 
 def test_a_key_that_is_merged_in_may_be_given_anew() -> None:
-    text = "base: &base {length: 64, epochs: 1}\npt: {<<: *base, length: 128}"
-    assert read_yaml(text, "r.yaml")["pt"] == {"length": 128, "epochs": 1}
+    text = "base: &base {seq_len: 64, epochs: 1}\npt: {<<: *base, seq_len: 128}"
+    assert read_yaml(text, "r.yaml")["pt"] == {"seq_len": 128, "epochs": 1}
 
 
 def test_an_unknown_name_suggests_a_shipped_one() -> None:

@@ -25,9 +25,9 @@ from data_prep.corpora.base import Corpus
 from data_prep.corpora.llava import LLaVA
 from data_prep.example import ImageRef
 from data_prep.images.store import ImageStore
-from data_prep.ingest import unit_writer as units
+from data_prep.ingest import shard_writer as outputs
+from data_prep.ingest.shard_writer import check_annotated_size
 from data_prep.ingest.step import ingest
-from data_prep.ingest.unit_writer import check_annotated_size
 from data_prep.ingest.workspace import Workspace
 from data_prep.materialize import materialize
 from data_prep.packs import Manifest, PackReader
@@ -146,14 +146,14 @@ def test_a_rerun_does_nothing_and_a_change_redoes_only_what_it_touches(tmp_path:
     assert not any(line.startswith(("ingest (", "tokenizer")) for line in said)
 
 
-@pytest.mark.parametrize("change", ["length", "system", "epochs", "corpora", "seed", "fewer samples"])
+@pytest.mark.parametrize("change", ["seq_len", "system", "epochs", "corpora", "seed", "fewer samples"])
 def test_rows_are_not_made_by_a_plan_of_other_settings_or_samples(tmp_path: Path, change: str) -> None:
     write_world(tmp_path / "raw", tars=1, captions=8, talks=8)
     tokenizer = str(own_tokenizer(tmp_path))
-    pack = {"corpora": ["talk", "captions"], "template": "plain", "length": 96, "epochs": 2}
+    pack = {"corpora": ["talk", "captions"], "template": "plain", "seq_len": 96, "epochs": 2}
     prepare(make_recipe(tmp_path, tokenizer=tokenizer, packs={"sft": pack}))
     before = tree_hashes(tmp_path / "out")
-    changes = {"length": 128, "system": "be brief", "epochs": 1, "corpora": ["captions", "talk"]}
+    changes = {"seq_len": 128, "system": "be brief", "epochs": 1, "corpora": ["captions", "talk"]}
     if change == "fewer samples":
         write_llava(tmp_path / "raw", [("talk1", 1, ("what is it?", "it is 1."))])
     changed = {**pack, **({change: changes[change]} if change in changes else {})}
@@ -187,7 +187,7 @@ def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> N
 def test_where_no_sample_has_a_text_to_train_on_the_first_reject_says_why(tmp_path: Path) -> None:
     write_llava(tmp_path / "raw", [("t0", 0, ("what?", "")), ("t1", 1, ("what?", ""))])
     corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
-    packs = {"sft": {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1}}
+    packs = {"sft": {"corpora": ["talk"], "template": "plain", "seq_len": 96, "epochs": 1}}
     with pytest.raises(UserError, match=r"no text to train on: corpora.talk: t0-\w+ is rejected for no-answer \(.+\)$"):
         prepare(make_recipe(tmp_path, corpora=corpora, packs=packs))
 
@@ -222,8 +222,8 @@ def test_a_process_lists_the_raw_files_once_for_all_units(tmp_path: Path, monkey
         built[kind] += 1
         return build_corpus(kind, options, root)
 
-    monkeypatch.setattr(units, "build_corpus", count)
-    units._reader.cache_clear()
+    monkeypatch.setattr(outputs, "build_corpus", count)
+    outputs._reader.cache_clear()
     ingest(make_recipe(tmp_path), ALONE, QUIET)
     assert built == {"webdataset": 1, "llava": 1}  # of either writing
     write_tar(tmp_path / "raw" / "captions" / "00099.tar", {"000000099": (png(99), "something new")})
@@ -271,8 +271,8 @@ def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:
 def test_a_writing_that_loses_most_of_a_corpus_is_not_hidden_by_others(tmp_path: Path) -> None:
     write_llava(tmp_path / "raw", [(f"t{n}", n, ("what is this?", "a ring " * (1 + 30 * (n > 0)))) for n in range(8)])
     corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
-    whole = {"corpora": ["talk"], "template": "plain", "length": 512, "epochs": 1}
-    packs = {"a": whole, "b": {**whole, "system": "be kind"}, "short": {**whole, "length": 64}}
+    whole = {"corpora": ["talk"], "template": "plain", "seq_len": 512, "epochs": 1}
+    packs = {"a": whole, "b": {**whole, "system": "be kind"}, "short": {**whole, "seq_len": 64}}
     message = r"^corpora.talk \(in packs.short\): 7 of 8 samples \(87.5%\) were rejected, above max_bad_fraction=0.5"
     with pytest.raises(UserError, match=message):
         prepare(make_recipe(tmp_path, corpora=corpora, packs=packs, max_bad_fraction=0.5))
@@ -309,14 +309,14 @@ def test_boxes_drawn_on_another_shape_are_rejected(annotated: tuple[float, float
     [
         ({"template": "caption", "corpora": ["talk"]}, "wrong-template"),
         ({"max_text_tokens": 3}, "too-long"),
-        ({"max_text_tokens": 24, "too_long": "cut"}, "no draw supervises its end of turn"),
+        ({"max_text_tokens": 24, "too_long": "truncate"}, "no draw supervises its end of turn"),
     ],
 )
 def test_packs_that_would_teach_nothing_are_refused(tmp_path: Path, pack: dict[str, Any], message: str) -> None:
     write_llava(tmp_path / "raw", [(f"t{n}", n, ("what is this?", "a long and winding answer " * 4)) for n in range(9)])
     content = recipe_dict(tmp_path / "raw", tmp_path / "out")
     del content["corpora"]["captions"]
-    whole = {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1, **pack}
+    whole = {"corpora": ["talk"], "template": "plain", "seq_len": 96, "epochs": 1, **pack}
     with pytest.raises(UserError, match=message):
         prepare(make_recipe(tmp_path, corpora=content["corpora"], packs={"sft": whole}))
 
@@ -326,8 +326,8 @@ def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> Non
     write_llava(tmp_path / "raw", talks)
     corpora = {"talk": {"type": "llava", "conversations": "llava.json", "images": "images"}}
     packs = {
-        "sft": {"corpora": ["talk"], "template": "plain", "length": 64, "epochs": 1, "shuffle": False,
-                "max_text_tokens": 40, "too_long": "cut"}
+        "sft": {"corpora": ["talk"], "template": "plain", "seq_len": 64, "epochs": 1, "shuffle": False,
+                "max_text_tokens": 40, "too_long": "truncate"}
     }  # fmt: skip
     said = prepare(make_recipe(tmp_path, corpora=corpora, packs=packs))
     assert "note: packs.sft.corpora.talk: 1 of 2 draws have cut answers" in said
@@ -373,7 +373,7 @@ def test_an_image_that_comes_later_is_seen_however_deep_it_lies(tmp_path: Path) 
     (images / "a" / "b").mkdir(parents=True)
     (images / "a" / "b" / "1.png").write_bytes(png(1))
     corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
-    packs = {"sft": {"corpora": ["talk"], "template": "plain", "length": 96, "epochs": 1}}
+    packs = {"sft": {"corpora": ["talk"], "template": "plain", "seq_len": 96, "epochs": 1}}
     tokenizer = str(own_tokenizer(tmp_path))
     recipe = make_recipe(tmp_path, corpora=corpora, packs=packs, tokenizer=tokenizer, max_bad_fraction=1.0)
     assert "4 samples, 3 rejected" in " ".join(prepare(recipe))

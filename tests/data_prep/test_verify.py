@@ -12,13 +12,13 @@ import pyarrow as pa
 import pytest
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import digest, write_atomic
+from data_prep.common.files import hash_json, write_atomic
 from data_prep.common.workers import ALONE, LocalTeam
 from data_prep.images.store import ImageStore
 from data_prep.ingest.samples import Sample
 from data_prep.materialize import materialize, pack_row
 from data_prep.packs import Manifest, Source
-from data_prep.planning.step import Plan
+from data_prep.planning.step import PackingPlan
 from data_prep.progress import Reporter
 from data_prep.verify import verify, verify_part
 from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
@@ -121,13 +121,13 @@ def test_a_lost_shard_of_images_costs_its_own_unit_alone(out: Path, tmp_path: Pa
 def test_rows_never_follow_a_damaged_plan(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     plan = tmp_path / "out" / "packs" / "sft" / "plan.arrow"
-    made = Plan.load(plan)
+    made = PackingPlan.load(plan)
     with pa.OSFile(str(plan), "rb") as file:
         table = pa.ipc.open_file(file).read_all()
-    other = table.set_column(2, "unit", pa.array(made.unit[::-1]))  # a whole file with the same settings
+    other = table.set_column(2, "unit", pa.array(made.output[::-1]))  # a whole file with the same settings
     with pa.OSFile(str(plan), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(other)
-    assert Plan.load(plan).sha256 != made.sha256
+    assert PackingPlan.load(plan).sha256 != made.sha256
     prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
     assert tree_hashes(tmp_path / "out") == tree_hashes(out)
 
@@ -163,9 +163,9 @@ def test_ranks_share_the_work_and_miss_nothing(out: Path, parts: int) -> None:
 
 def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out, tmp_path / "out")
-    unit = next((tmp_path / "out").glob("ingest/captions/*/*00000.arrow"))
+    output = next((tmp_path / "out").glob("ingest/captions/*/*00000.arrow"))
     shard = next((tmp_path / "out").glob("images/*/images-00000.arrow"))
-    images = unit.with_suffix(".images")
+    images = output.with_suffix(".images")
     images.write_bytes(shard.read_bytes())
     list(verify(tmp_path / "out"))
     images.write_bytes(shard.read_bytes().replace(png(1), png(1)[:-1] + b"\0"))
@@ -179,7 +179,7 @@ def test_units_of_another_version_are_left_alone(out: Path, tmp_path: Path) -> N
     marker = next((tmp_path / "out").glob("ingest/captions/*/*00000.json"))
     old = {"raw": "", "kept": 3}  # no version, and other fields
     other = marker.parent.with_name("earlier") / marker.name
-    write_atomic(other, json.dumps({**old, "marker_sha256": digest(old)}).encode())
+    write_atomic(other, json.dumps({**old, "marker_sha256": hash_json(old)}).encode())
     assert list(verify(tmp_path / "out")) == whole
     other.write_bytes(other.read_bytes().replace(b'"kept": 3', b'"kept": 4'))
     assert named_by_verify(tmp_path / "out") == other

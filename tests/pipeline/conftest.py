@@ -27,6 +27,6 @@ def packs(tmp_path: Path) -> PackReader:
     entry = write_rows(tmp_path / "rows-00000.arrow", [pack_row(layout) for layout in LAYOUTS], 8)
     blanks = {"int": 1, "str": "", "tuple[int, ...]": ()}
     required = {f.name: blanks[str(f.type)] for f in fields(Manifest) if f.default is f.default_factory is MISSING}
-    manifest = Manifest(**(required | {"length": 8, "rows": len(LAYOUTS), "files": (entry,)}))
+    manifest = Manifest(**(required | {"seq_len": 8, "rows": len(LAYOUTS), "files": (entry,)}))
     write_atomic(tmp_path / "manifest.json", manifest.to_json().encode())
     return PackReader(tmp_path)

@@ -17,7 +17,7 @@ from tests.slurm.cluster import NODES, Cluster
 pytestmark = pytest.mark.slow
 
 STEPS = "40"
-BATCH = ["--train.batch-packs", "4", "--checkpoint.every-steps", "5"]
+BATCH = ["--train.global-batch-size", "4", "--checkpoint.every-steps", "5"]
 FLAGS = " ".join([*TINY, *BATCH])
 QUICK = {"RANKS_PER_NODE": "1", "CHECK_NODES": "no", "EXTRA_FLAGS": f"{FLAGS} --train.steps 3"}
 LONG = {**QUICK, "PT_RUN_DIR": "none", "EXTRA_FLAGS": f"{FLAGS} --train.steps {STEPS}"}

@@ -71,7 +71,7 @@ def _last_line(path: Path) -> dict[str, Any]:
         return {}
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Return a duration as ``42s``, ``3m07s`` or ``5h12m``."""
     whole = round(seconds)
     if whole < 60:

@@ -66,7 +66,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
                 "pt": {
                     "corpora": ["docs"],
                     "template": "caption",
-                    "length": LENGTH,
+                    "seq_len": LENGTH,
                     "epochs": 1,
                     "max_images": 3,
                     "prompts": ["Look: "],
@@ -154,7 +154,7 @@ def test_images_that_are_not_there_are_left_out_and_counted(
 def test_a_missing_image_may_cost_the_document(packed: tuple[Path, Any], tmp_path: Path) -> None:
     shutil.copytree(packed[0].parent / "raw", tmp_path / "raw")
     corpus = {"type": "interleaved", "data": "docs.jsonl", "id_column": "id", "missing": "reject"}
-    pack = {"corpora": ["docs"], "template": "plain", "length": 512, "epochs": 1}
+    pack = {"corpora": ["docs"], "template": "plain", "seq_len": 512, "epochs": 1}
     prepare(make_recipe(tmp_path, corpora={"docs": corpus}, packs={"pt": pack}, max_bad_fraction=0.5))
     reader = PackReader(tmp_path / "out" / "packs" / "pt")
     assert set(segments(reader)) == {"short", "opens", "long", "gallery"}

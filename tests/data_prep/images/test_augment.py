@@ -16,7 +16,17 @@ from data_prep.cli import main
 from data_prep.common.errors import UserError
 from data_prep.corpora import CORPORA, build_corpus
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.images.augment import CROP, FLIP, UNIT, WHOLE, Augment, allowed, allowed_by, apply_view, draw_views
+from data_prep.images.augment import (
+    CROP,
+    FLIP,
+    UNIT,
+    WHOLE,
+    Augment,
+    allowed,
+    allowed_by,
+    apply_augmentation,
+    draw_augmentations,
+)
 from data_prep.images.store import ImageStore, decode_rgb
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe
@@ -83,28 +93,30 @@ def test_every_text_of_a_sample_has_a_say_and_boxes_forbid_all() -> None:
 def test_a_mirrored_image_is_exact_to_the_pixel() -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 10, 3), dtype=np.uint8)
     image = Image.fromarray(pixels)
-    assert apply_view(image, np.array(WHOLE, dtype=np.int16)) is image
-    mirrored = apply_view(image, np.array((1, *WHOLE[1:]), dtype=np.int16))
+    assert apply_augmentation(image, np.array(WHOLE, dtype=np.int16)) is image
+    mirrored = apply_augmentation(image, np.array((1, *WHOLE[1:]), dtype=np.int16))
     assert np.array_equal(np.asarray(mirrored), pixels[:, ::-1])
-    cut = apply_view(image, np.array((1, 200, 0, 500, 1000), dtype=np.int16))
+    cut = apply_augmentation(image, np.array((1, 200, 0, 500, 1000), dtype=np.int16))
     assert np.array_equal(np.asarray(cut), pixels[:, 2:7][:, ::-1])
-    assert apply_view(image.crop((0, 0, 2, 2)), np.array((0, 999, 999, 1, 1), dtype=np.int16)).size == (1, 1)
+    assert apply_augmentation(image.crop((0, 0, 2, 2)), np.array((0, 999, 999, 1, 1), dtype=np.int16)).size == (1, 1)
 
 
 def test_views_depend_on_their_key_alone_keep_the_share_and_stay_inside() -> None:
     asked = Augment(flip=0.5, crop=0.7)
-    views = np.concatenate([draw_views(asked, FLIP | CROP, 2, 0, "c", "s", draw) for draw in range(2000)])
-    assert np.array_equal(views[:2], draw_views(asked, FLIP | CROP, 2, 0, "c", "s", 0))
-    assert np.array_equal(views[::2, 0], views[1::2, 0]), "all images of a draw are mirrored, or none"
-    assert abs(views[:, 0].mean() - 0.5) < 0.03
-    area = views[:, 3].astype(float) * views[:, 4] / UNIT**2
+    augmentations = np.concatenate(
+        [draw_augmentations(asked, FLIP | CROP, 2, 0, "c", "s", draw) for draw in range(2000)]
+    )
+    assert np.array_equal(augmentations[:2], draw_augmentations(asked, FLIP | CROP, 2, 0, "c", "s", 0))
+    assert np.array_equal(augmentations[::2, 0], augmentations[1::2, 0]), "all images of a draw are mirrored, or none"
+    assert abs(augmentations[:, 0].mean() - 0.5) < 0.03
+    area = augmentations[:, 3].astype(float) * augmentations[:, 4] / UNIT**2
     assert area.min() >= 0.7 and area.max() <= 1 and abs(area.mean() - 0.85) < 0.01
-    assert (views[:, 1:3] >= 0).all() and (views[:, 1:3] + views[:, 3:] <= UNIT).all()
-    assert len({tuple(view) for view in views[:, 1:].tolist()}) > 1900
-    flips = draw_views(Augment(flip=1.0), FLIP | CROP, 3, 1)
+    assert (augmentations[:, 1:3] >= 0).all() and (augmentations[:, 1:3] + augmentations[:, 3:] <= UNIT).all()
+    assert len({tuple(augmentation) for augmentation in augmentations[:, 1:].tolist()}) > 1900
+    flips = draw_augmentations(Augment(flip=1.0), FLIP | CROP, 3, 1)
     assert flips.tolist() == [[1, *WHOLE[1:]]] * 3
-    assert draw_views(Augment(flip=1.0, crop=0.5), 0, 1, 1).tolist() == [list(WHOLE)]
-    crops = np.concatenate([draw_views(Augment(flip=1.0, crop=0.5), CROP, 1, n) for n in range(50)])
+    assert draw_augmentations(Augment(flip=1.0, crop=0.5), 0, 1, 1).tolist() == [list(WHOLE)]
+    crops = np.concatenate([draw_augmentations(Augment(flip=1.0, crop=0.5), CROP, 1, n) for n in range(50)])
     assert not crops[:, 0].any() and (crops[:, 3:] < UNIT).any()
 
 
@@ -119,7 +131,7 @@ def world(root: Path, workers: int = 1, **changes: Any) -> PackReader:
         "plain": {"type": "webdataset", "tars": "plain.tar"},
         "changed": {"type": "webdataset", "tars": "changed.tar", "augment": {"flip": 0.5, "crop": 0.6}},
     }
-    pack = {"corpora": ["plain", "changed"], "template": "caption", "length": 64, "epochs": 4}
+    pack = {"corpora": ["plain", "changed"], "template": "caption", "seq_len": 64, "epochs": 4}
     prepare(make_recipe(root, **{"corpora": corpora, "packs": {"pt": pack}, **changes}), workers)
     return PackReader(root / "out" / "packs" / "pt", verify=True)
 
@@ -135,11 +147,11 @@ def test_only_the_corpus_that_asks_and_the_samples_that_allow_it_are_changed(
     changed: Counter[tuple[str, str]] = Counter()
     flips = crops = 0
     for row in made:
-        assert row.view is not None and row.view.shape == (len(row.image_row), 5)
-        for source, view in zip(row.source, row.view, strict=True):  # one image a sample
+        assert row.augmentation is not None and row.augmentation.shape == (len(row.image_row), 5)
+        for source, augmentation in zip(row.source, row.augmentation, strict=True):  # one image a sample
             number = int(source.sample[-9:])
             kind = "counts" if number % 2 == 0 else "sides" if number % 3 == 0 else "free"
-            mirrored, cropped = bool(view[0]), tuple(view[3:]) != (UNIT, UNIT)
+            mirrored, cropped = bool(augmentation[0]), tuple(augmentation[3:]) != (UNIT, UNIT)
             changed[source.dataset, kind] += 1
             flips, crops = flips + mirrored, crops + cropped
             assert not mirrored or (source.dataset == "changed" and kind != "sides")
@@ -150,7 +162,7 @@ def test_only_the_corpus_that_asks_and_the_samples_that_allow_it_are_changed(
     )
     assert main(["stats", str(made.directory)]) == 0
     assert f"images: {flips} of 192 mirrored, {crops} cropped" in " ".join(capsys.readouterr().out.split())
-    shown = [number for number, row in enumerate(made) if row.view is not None and row.view[:, 0].any()]
+    shown = [number for number, row in enumerate(made) if row.augmentation is not None and row.augmentation[:, 0].any()]
     assert main(["inspect", str(made.directory), "--row", str(shown[0])]) == 0
     assert "8x6 px, mirrored" in " ".join(capsys.readouterr().out.split())
 
@@ -164,24 +176,26 @@ def test_packs_do_not_depend_on_workers_and_asking_for_nothing_changes_no_byte(
     assert tree_hashes(tmp_path / "two" / "out") == tree_hashes(first)
     corpora = {name: {"type": "webdataset", "tars": f"{name}.tar"} for name in ("plain", "changed")}
     plain = world(tmp_path / "plain", corpora=corpora)
-    assert plain[0].view is None and plain.manifest.plan_sha256 != made.manifest.plan_sha256
+    assert plain[0].augmentation is None and plain.manifest.plan_sha256 != made.manifest.plan_sha256
     for ours, theirs in zip(plain, made, strict=True):
         assert np.array_equal(ours.input_ids, theirs.input_ids) and np.array_equal(ours.image_row, theirs.image_row)
         assert ours.source == theirs.source
     shutil.copytree(tmp_path / "plain" / "raw", tmp_path / "other" / "raw")
     other = world(tmp_path / "other", seed=4)
-    assert any(not np.array_equal(a.view, b.view) for a, b in zip(other, made, strict=False))
+    assert any(not np.array_equal(a.augmentation, b.augmentation) for a, b in zip(other, made, strict=False))
 
 
-def _pixels(reader: PackReader, replicas: int, first: int) -> torch.Tensor:
+def _pixels(reader: PackReader, dp: int, first: int) -> torch.Tensor:
     """All pixels of the steps from ``first`` on, in the order of rows."""
-    order = BatchOrder(batch_packs=2, replicas=replicas, micros=2 // replicas)
+    order = BatchOrder(global_batch_size=2, dp=dp, microbatches=2 // dp)
     kwargs = {"order": order, "policy": get_policy("mma"), "preprocess": Preprocess(8), "threads": 0, "ahead": 1}
-    sources = [BatchSource(reader, replica=replica, **kwargs) for replica in range(replicas)]  # type: ignore[arg-type]
+    sources = [BatchSource(reader, dp_rank=dp_rank, **kwargs) for dp_rank in range(dp)]  # type: ignore[arg-type]
     found = []
     for step in range(first, len(reader) // 2):
         for source in sources:
-            found += [micro.pixels for micro in source.read(step).micros if micro.pixels is not None]
+            found += [
+                microbatch.pixels for microbatch in source.read(step).microbatches if microbatch.pixels is not None
+            ]
     return torch.cat(found)
 
 
@@ -190,9 +204,9 @@ def test_the_trainer_shows_what_the_pack_says_on_any_ranks_and_after_a_resume(ma
     wanted = []
     for number in range(len(made) // 2 * 2):
         row = made[number]
-        assert row.view is not None
-        for index, view in zip(row.image_row.tolist(), row.view, strict=True):
-            wanted.append(apply_view(decode_rgb(store.read(index)), view))
+        assert row.augmentation is not None
+        for index, augmentation in zip(row.image_row.tolist(), row.augmentation, strict=True):
+            wanted.append(apply_augmentation(decode_rgb(store.read(index)), augmentation))
     whole = _pixels(made, 1, 0)
     assert torch.equal(whole, preprocess.batch(wanted))
     assert torch.equal(whole, _pixels(made, 2, 0))
@@ -203,8 +217,8 @@ def test_the_trainer_shows_what_the_pack_says_on_any_ranks_and_after_a_resume(ma
 @pytest.mark.parametrize("kind", ["refcoco", "visual_genome", "ocrvqa", "scienceqa", "vsr", "nlvr"])
 def test_corpora_of_boxes_places_and_written_text_refuse(kind: str, tmp_path: Path) -> None:
     fixtures = Path(__file__).parents[2] / "fixtures"
-    assert build_corpus(kind, {}, fixtures / kind).unalterable
-    pack = {"corpora": ["c"], "template": "plain", "length": 64, "epochs": 1}
+    assert build_corpus(kind, {}, fixtures / kind).never_augment
+    pack = {"corpora": ["c"], "template": "plain", "seq_len": 64, "epochs": 1}
     corpora = {"c": {"type": kind, "augment": {"flip": 0.5}}}
     with pytest.raises(UserError, match=r"corpora\.c\.augment: .*; remove it"):
         prepare(make_recipe(tmp_path, root=str(fixtures / kind), corpora=corpora, packs={"p": pack}))

@@ -20,23 +20,23 @@ from data_prep.common.files import sha256_file, temporary_beside, write_atomic
 from data_prep.common.workers import ALONE, LocalTeam
 from data_prep.images import store as images_module
 from data_prep.images.store import IMAGE_SCHEMA, ImageStore
-from data_prep.ingest import digests
-from data_prep.ingest import image_store_build as seal
-from data_prep.ingest.workspace import Unit, UnitReport
+from data_prep.ingest import image_hashes
+from data_prep.ingest import image_store_build as build
+from data_prep.ingest.workspace import ShardOutput, ShardReport
 from data_prep.quarantine import Tally
 from tests.data_prep.raw import tree_hashes
 
-Made = tuple[list[Unit], list[list[bytes]]]
+Made = tuple[list[ShardOutput], list[list[bytes]]]
 
 
-def make_unit(unit: Unit, images: list[bytes]) -> None:
+def make_unit(output: ShardOutput, images: list[bytes]) -> None:
     """Write what sealing reads of a unit."""
-    with ArrowWriter(unit.images, IMAGE_SCHEMA, batch_rows=images_module.SHARD_BATCH_ROWS) as writer:
+    with ArrowWriter(output.images, IMAGE_SCHEMA, batch_rows=images_module.SHARD_BATCH_ROWS) as writer:
         for data in images:
             writer.append((hashlib.sha256(data).digest(), len(data), 3, data))
-    write_atomic(unit.digests, digests.to_bytes(hashlib.sha256(data).digest() for data in images))
-    report = UnitReport("", Tally(1), writer.entry, 0, "", "", sha256_file(unit.digests), "", "")
-    write_atomic(unit.marker, report.to_json().encode())
+    write_atomic(output.image_hashes, image_hashes.to_bytes(hashlib.sha256(data).digest() for data in images))
+    report = ShardReport("", Tally(1), writer.entry, 0, "", "", sha256_file(output.image_hashes), "", "")
+    write_atomic(output.marker, report.to_json().encode())
 
 
 def make_units(root: Path, seed: int, count: int = 9) -> Made:
@@ -45,16 +45,16 @@ def make_units(root: Path, seed: int, count: int = 9) -> Made:
     pool = [rng.randbytes(rng.randint(1, 40)) for _ in range(60)]
     contents = [list(dict.fromkeys(rng.choices(pool, k=rng.randint(1, 25)))) for _ in range(count)]
     contents[count // 2] = []
-    units = [Unit("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
-    for unit, images in zip(units, contents, strict=True):
-        make_unit(unit, images)
-    return units, contents
+    outputs = [ShardOutput("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
+    for output, images in zip(outputs, contents, strict=True):
+        make_unit(output, images)
+    return outputs, contents
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, range_images: int, batch_rows: int) -> None:
-    monkeypatch.setattr(seal, "RANGE_IMAGES", range_images)
-    monkeypatch.setattr(seal, "RANGE_SHARE", 0)
-    for module in (seal, images_module):
+    monkeypatch.setattr(build, "RANGE_IMAGES", range_images)
+    monkeypatch.setattr(build, "RANGE_SHARE", 0)
+    for module in (build, images_module):
         monkeypatch.setattr(module, "SHARD_BATCH_ROWS", batch_rows)
 
 
@@ -63,7 +63,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     set_sizes(monkeypatch, *request.param)
 
 
-def check(units: list[Unit], contents: list[list[bytes]], store: ImageStore) -> None:
+def check(outputs: list[ShardOutput], contents: list[list[bytes]], store: ImageStore) -> None:
     """The slow oracle: distinct images in order of first use, and each unit's rows into them."""
     distinct = list(dict.fromkeys(data for images in contents for data in images))
     assert [store.read(row) for row in range(len(store))] == distinct
@@ -71,10 +71,10 @@ def check(units: list[Unit], contents: list[list[bytes]], store: ImageStore) -> 
     assert [store.size(row) for row in range(len(store))] == [(len(data), 3) for data in distinct]
     shuffled = np.random.default_rng(0).permutation(len(store))
     assert store.hashes(shuffled).tobytes() == b"".join(hashlib.sha256(distinct[row]).digest() for row in shuffled)
-    for unit, images in zip(units, contents, strict=True):
-        rows = np.fromfile(unit.rows(store.directory.name), dtype=np.int64)
+    for output, images in zip(outputs, contents, strict=True):
+        rows = np.fromfile(output.rows(store.directory.name), dtype=np.int64)
         assert rows.tolist() == [distinct.index(data) for data in images]
-        assert not unit.images.exists()
+        assert not output.images.exists()
     store.verify()
     assert not (store.directory / ".work").exists()
 
@@ -82,44 +82,44 @@ def check(units: list[Unit], contents: list[list[bytes]], store: ImageStore) -> 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.usefixtures("sizes")
 def test_a_store_holds_each_image_once_in_order_of_first_use(tmp_path: Path, seed: int) -> None:
-    units, contents = make_units(tmp_path, seed)
-    store = seal.seal_store(units, tmp_path / "images", ALONE)
-    check(units, contents, ImageStore(store))
-    assert seal.seal_store(units, tmp_path / "images", ALONE) == store
+    outputs, contents = make_units(tmp_path, seed)
+    store = build.build_image_store(outputs, tmp_path / "images", ALONE)
+    check(outputs, contents, ImageStore(store))
+    assert build.build_image_store(outputs, tmp_path / "images", ALONE) == store
 
 
 @pytest.mark.usefixtures("sizes")
 def test_units_without_images_give_an_empty_store(tmp_path: Path) -> None:
-    units, _ = make_units(tmp_path, 0, count=1)
-    assert len(ImageStore(seal.seal_store(units, tmp_path / "images", ALONE))) == 0
-    assert len(ImageStore(seal.seal_store([], tmp_path / "images", ALONE))) == 0
+    outputs, _ = make_units(tmp_path, 0, count=1)
+    assert len(ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE))) == 0
+    assert len(ImageStore(build.build_image_store([], tmp_path / "images", ALONE))) == 0
 
 
 @pytest.mark.usefixtures("sizes")
 def test_images_come_from_earlier_stores_and_a_deleted_one_is_named(tmp_path: Path) -> None:
-    units, contents = make_units(tmp_path, 4)
+    outputs, contents = make_units(tmp_path, 4)
     stores = tmp_path / "images"
-    first = seal.seal_store(units, stores, ALONE)
-    new = Unit("c", "000-new", units[0].folder, "")
+    first = build.build_image_store(outputs, stores, ALONE)
+    new = ShardOutput("c", "000-new", outputs[0].folder, "")
     make_unit(new, [b"never seen", contents[0][0]])
-    more, held = [units[3], new, *units[5:]], [contents[3], [b"never seen", contents[0][0]], *contents[5:]]
-    second = seal.seal_store(more, stores, ALONE)
+    more, held = [outputs[3], new, *outputs[5:]], [contents[3], [b"never seen", contents[0][0]], *contents[5:]]
+    second = build.build_image_store(more, stores, ALONE)
     assert second != first
     check(more, held, ImageStore(second))
     for store in (first, second):
         (store / "store.json").unlink()
     with pytest.raises(UserError, match=r"c/00\d: its images are in no store any more .* run ingest again"):
-        seal.seal_store(units, stores, ALONE)
-    assert not all(unit.marker.exists() for unit in units)
+        build.build_image_store(outputs, stores, ALONE)
+    assert not all(output.marker.exists() for output in outputs)
 
 
 def disjoint_units(root: Path, count: int = 4) -> Made:
     """Units that share no image."""
     contents = [[b"%d %d" % (number, image) for image in range(70)] for number in range(count)]
-    units = [Unit("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
-    for unit, images in zip(units, contents, strict=True):
-        make_unit(unit, images)
-    return units, contents
+    outputs = [ShardOutput("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
+    for output, images in zip(outputs, contents, strict=True):
+        make_unit(output, images)
+    return outputs, contents
 
 
 def inodes(paths: Iterable[Path]) -> list[int]:
@@ -131,13 +131,13 @@ def shards_of(store: Path) -> list[Path]:
 
 
 def test_images_that_only_one_unit_has_are_never_copied(tmp_path: Path) -> None:
-    units, contents = disjoint_units(tmp_path)
-    own = inodes(unit.images for unit in units)
-    first = seal.seal_store(units[:3], tmp_path / "images", ALONE)
+    outputs, contents = disjoint_units(tmp_path)
+    own = inodes(output.images for output in outputs)
+    first = build.build_image_store(outputs[:3], tmp_path / "images", ALONE)
     assert inodes(shards_of(first)) == own[:3]
-    second = seal.seal_store(units, tmp_path / "images", ALONE)  # three come from the first store
+    second = build.build_image_store(outputs, tmp_path / "images", ALONE)  # three come from the first store
     assert inodes(shards_of(second)) == own
-    check(units, contents, ImageStore(second))
+    check(outputs, contents, ImageStore(second))
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
@@ -150,42 +150,44 @@ def test_a_store_does_not_show_where_its_images_lay_before(
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", lambda self, target: os.link("/nowhere", self))
     for name, earlier in (("fresh", ()), ("late", ((0, 1, 2), (2,)))):
-        units, contents = disjoint_units(tmp_path / name, 3)
+        outputs, contents = disjoint_units(tmp_path / name, 3)
         contents = [contents[0], contents[0][60:] + contents[1], contents[2] + contents[0][:3]]
-        for unit, images in zip(units, contents, strict=True):
-            make_unit(unit, images)
+        for output, images in zip(outputs, contents, strict=True):
+            make_unit(output, images)
         for before in earlier:
-            seal.seal_store([units[which] for which in before], tmp_path / name / "images", ALONE)
-        store = seal.seal_store([units[which] for which in order], tmp_path / name / "images", ALONE)
-        check([units[which] for which in order], [contents[which] for which in order], ImageStore(store))
+            build.build_image_store([outputs[which] for which in before], tmp_path / name / "images", ALONE)
+        store = build.build_image_store([outputs[which] for which in order], tmp_path / name / "images", ALONE)
+        check([outputs[which] for which in order], [contents[which] for which in order], ImageStore(store))
         kept.append(tree_hashes(store))
     assert kept[0] == kept[1]
 
 
 def test_a_cut_copy_of_a_units_images_is_made_anew(tmp_path: Path) -> None:
-    (unit, *_), _ = disjoint_units(tmp_path)
-    for path in (unit.tokens, unit.facts, unit.rejects, unit.sources):
+    (output, *_), _ = disjoint_units(tmp_path)
+    for path in (output.tokens, output.stats, output.rejects, output.sources):
         path.touch()
-    assert unit.done() is not None
-    with unit.images.open("rb+") as file:
+    assert output.done() is not None
+    with output.images.open("rb+") as file:
         file.truncate(100)
-    assert unit.done() is None
+    assert output.done() is None
 
 
 def test_what_a_killed_attempt_left_goes_when_its_unit_is_made_anew(tmp_path: Path) -> None:
-    (unit, *_), _ = disjoint_units(tmp_path)
-    other = Unit(unit.corpus, f"{unit.shard}.seg", unit.folder, "")
-    left = [temporary_beside(path) for path in (unit.images, unit.tokens, unit.marker, other.images, other.marker)]
+    (output, *_), _ = disjoint_units(tmp_path)
+    other = ShardOutput(output.corpus, f"{output.shard}.seg", output.folder, "")
+    left = [
+        temporary_beside(path) for path in (output.images, output.tokens, output.marker, other.images, other.marker)
+    ]
     for path in left:
         path.touch()
-    unit.forget()
+    output.forget()
     assert [path.exists() for path in left] == [False, False, False, True, True]
 
 
 def test_many_threads_read_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images_module, "OPEN_SHARDS", 3)
-    units, contents = disjoint_units(tmp_path)
-    store = ImageStore(seal.seal_store(units, tmp_path / "images", ALONE))
+    outputs, contents = disjoint_units(tmp_path)
+    store = ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE))
     rows = np.random.default_rng(0).integers(len(store), size=2000).tolist()
     whole = [data for images in contents for data in images]
     with ThreadPoolExecutor(8) as pool:
@@ -205,10 +207,10 @@ def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     set_sizes(monkeypatch, 5, 5)
-    units, contents = make_units(tmp_path / "whole", 1)
-    whole = seal.seal_store(units, tmp_path / "whole" / "images", ALONE)
-    units, contents = make_units(tmp_path / "cut", 1)
-    rng, written = random.Random(seed), seal.write_atomic
+    outputs, contents = make_units(tmp_path / "whole", 1)
+    whole = build.build_image_store(outputs, tmp_path / "whole" / "images", ALONE)
+    outputs, contents = make_units(tmp_path / "cut", 1)
+    rng, written = random.Random(seed), build.write_atomic
     for _ in range(6):
         left = rng.randint(0, 25)
 
@@ -223,28 +225,28 @@ def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
             return run
 
         with monkeypatch.context() as patch, pytest.raises(Killed):
-            patch.setattr(seal, "write_atomic", dying(written))
-            patch.setattr(seal, "_write_shard", dying(seal._write_shard))
+            patch.setattr(build, "write_atomic", dying(written))
+            patch.setattr(build, "_write_shard", dying(build._write_shard))
             patch.setattr(Path, "unlink", dying(Path.unlink))
-            seal.seal_store(units, tmp_path / "cut" / "images", ALONE)
+            build.build_image_store(outputs, tmp_path / "cut" / "images", ALONE)
             raise Killed  # it was done before its time came
-    store = seal.seal_store(units, tmp_path / "cut" / "images", ALONE)
-    check(units, contents, ImageStore(store))
+    store = build.build_image_store(outputs, tmp_path / "cut" / "images", ALONE)
+    check(outputs, contents, ImageStore(store))
     assert tree_hashes(tmp_path / "cut") == tree_hashes(tmp_path / "whole") and store.name == whole.name
 
 
 @pytest.mark.slow
 def test_several_processes_seal_the_same_store(tmp_path: Path) -> None:
-    units, contents = make_units(tmp_path, 2)
-    check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", LocalTeam(3))))
+    outputs, contents = make_units(tmp_path, 2)
+    check(outputs, contents, ImageStore(build.build_image_store(outputs, tmp_path / "images", LocalTeam(3))))
 
 
 def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_path: Path) -> None:
-    jobs = [seal.ShardJob(tmp_path, number, number, number, number + 1) for number in range(10)]
+    jobs = [build.ShardJob(tmp_path, number, number, number, number + 1) for number in range(10)]
     (tmp_path / ".work").mkdir()
     written = list[int]()
     for member in range(3):
-        mine = seal.to_write(jobs, LocalTeam(1, member, 3))
+        mine = build.to_write(jobs, LocalTeam(1, member, 3))
         for job in mine[: 2 - member]:  # the next one looks when this one has done a part of its own
             job.path.touch()
             job.marker.touch()
@@ -255,25 +257,25 @@ def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_pat
 def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    units, _ = make_units(tmp_path, 3)
-    store = tmp_path / "images" / seal.store_key(units)
-    seal._prepare(units, store)
+    outputs, _ = make_units(tmp_path, 3)
+    store = tmp_path / "images" / build.store_key(outputs)
+    build._prepare(outputs, store)
     written = (store / ".work" / "rows").read_bytes()
 
-    def look(units: object, starts: object, owners: object) -> None:
+    def look(outputs: object, starts: object, owners: object) -> None:
         assert (store / ".work" / "rows").read_bytes() == written
         raise Killed
 
-    monkeypatch.setattr(seal, "_find_owners", look)
+    monkeypatch.setattr(build, "_find_owners", look)
     with pytest.raises(Killed):
-        seal._prepare(units, store)
+        build._prepare(outputs, store)
     assert (store / ".work" / "rows").read_bytes() == written
     assert [path.name for path in (store / ".work").glob(".*")] == []
 
 
 def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS keeps an open file under another name, so that its folder cannot be removed."""
-    units, contents = make_units(tmp_path, 3)
+    outputs, contents = make_units(tmp_path, 3)
     seen, remove = list[str](), shutil.rmtree
 
     def look(folder: Path) -> None:
@@ -282,16 +284,16 @@ def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path: Path, monkeypatch
         remove(folder)
 
     monkeypatch.setattr(shutil, "rmtree", look)
-    check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", ALONE)))
+    check(outputs, contents, ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE)))
     assert seen == []
 
 
 def test_what_a_killed_member_left_in_the_store_is_removed(tmp_path: Path) -> None:
-    units, contents = make_units(tmp_path, 3)
-    store = tmp_path / "images" / seal.store_key(units)
+    outputs, contents = make_units(tmp_path, 3)
+    store = tmp_path / "images" / build.store_key(outputs)
     store.mkdir(parents=True)
     (store / ".images-00000.arrow.12345678.tmp").touch()
-    check(units, contents, ImageStore(seal.seal_store(units, tmp_path / "images", ALONE)))
+    check(outputs, contents, ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE)))
     assert [path.name for path in store.glob(".*")] == []
 
 
@@ -302,17 +304,17 @@ def replaced(path: Path, old: bytes, new: bytes) -> None:
 
 
 def test_damaged_images_are_not_copied_into_a_store(tmp_path: Path) -> None:
-    units, contents = disjoint_units(tmp_path, 2)
-    make_unit(units[1], [contents[0][3], *contents[1]])
-    first = seal.seal_store(units[:1], tmp_path / "images", ALONE)
-    whole = units[1].images.read_bytes()
-    replaced(units[1].images, b"1 33", b"1 34")
-    with pytest.raises(UserError, match=rf"^{units[1].images}: differs from 001.json .* delete it and run"):
-        seal.seal_store(units, tmp_path / "images", ALONE)
-    units[1].images.write_bytes(whole)
+    outputs, contents = disjoint_units(tmp_path, 2)
+    make_unit(outputs[1], [contents[0][3], *contents[1]])
+    first = build.build_image_store(outputs[:1], tmp_path / "images", ALONE)
+    whole = outputs[1].images.read_bytes()
+    replaced(outputs[1].images, b"1 33", b"1 34")
+    with pytest.raises(UserError, match=rf"^{outputs[1].images}: differs from 001.json .* delete it and run"):
+        build.build_image_store(outputs, tmp_path / "images", ALONE)
+    outputs[1].images.write_bytes(whole)
     replaced(shards_of(first)[0], b"0 33", b"0 34")
     with pytest.raises(UserError, match=rf"^{first}: image 33 is damaged; `mma-prep verify` names the file"):
-        seal.seal_store(units[::-1], tmp_path / "images", ALONE)
+        build.build_image_store(outputs[::-1], tmp_path / "images", ALONE)
 
 
 def test_a_full_disk_is_not_left_full(tmp_path: Path) -> None:
@@ -329,4 +331,4 @@ def test_a_full_disk_is_not_left_full(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{tmp_path}: no room for 4,611,686,018,427,387,904 bytes \("):
-        seal.allocate(tmp_path / "rows", 1 << 62)
+        build.allocate(tmp_path / "rows", 1 << 62)

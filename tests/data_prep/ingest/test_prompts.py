@@ -25,7 +25,7 @@ EPOCHS, CAPTIONS, IMAGE_TOKENS = 8, 60, 4
 
 def pack(root: Path, workers: int = 1, **changes: Any) -> PackReader:
     sets = recipe_dict(root / "raw", root / "out")["packs"]
-    pt = {**sets["pt"], "epochs": EPOCHS, "length": 128, "prompts": PROMPTS, **changes}
+    pt = {**sets["pt"], "epochs": EPOCHS, "seq_len": 128, "prompts": PROMPTS, **changes}
     prepare(make_recipe(root, packs={"pt": pt, "sft": {**sets["sft"], "prompts": PROMPTS}}), workers)
     return PackReader(root / "out" / "packs" / "pt", verify=True)
 

@@ -7,12 +7,12 @@ from hypothesis import strategies as st
 
 from data_prep.planning.packing import (
     _OpenRows,
-    better_length,
+    better_seq_len,
     exact_draws,
-    fullness,
     interleave,
     pack_in_order,
     pack_windows,
+    packing_efficiency,
     sample_order,
 )
 
@@ -67,13 +67,13 @@ def test_every_prefix_of_the_blend_is_balanced(draws: list[int]) -> None:
 samples_of_rows = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3)), max_size=300)
 
 
-def check_rows(rows: np.ndarray, samples: list[tuple[int, int]], length: int, cap: int | None) -> None:
+def check_rows(rows: np.ndarray, samples: list[tuple[int, int]], seq_len: int, cap: int | None) -> None:
     """The slow oracle: no row is overfull, none is empty, and row numbers have no gaps."""
     tokens, images = Counter[int](), Counter[int]()
     for row, (size, count) in zip(rows.tolist(), samples, strict=True):
         tokens[row] += size
         images[row] += count
-    assert all(size <= length for size in tokens.values())
+    assert all(size <= seq_len for size in tokens.values())
     assert cap is None or all(count <= cap for count in images.values())
     assert sorted(tokens) == list(range(len(tokens)))
 
@@ -122,17 +122,17 @@ def aki_like(count: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize(("length", "at_least"), [(1024, 0.93), (2048, 0.96), (4096, 0.98)])
-def test_rows_come_out_full_on_lengths_as_in_the_paper(length: int, at_least: float) -> None:
+def test_rows_come_out_full_on_lengths_as_in_the_paper(seq_len: int, at_least: float) -> None:
     lengths = aki_like(60_000)
-    rows = pack_windows(lengths, np.ones_like(lengths), length, None, 0)
-    assert lengths.sum() / ((rows.max() + 1) * length) >= at_least
+    rows = pack_windows(lengths, np.ones_like(lengths), seq_len, None, 0)
+    assert lengths.sum() / ((rows.max() + 1) * seq_len) >= at_least
 
 
 def test_a_fuller_length_is_found() -> None:
     lengths = np.full(2000, 200)
     images = np.ones_like(lengths)
-    assert fullness(lengths, pack_windows(lengths, images, 512, None, 0), 512) == pytest.approx(400 / 512)
-    best, full = better_length(lengths, images, 512, None)
+    assert packing_efficiency(lengths, pack_windows(lengths, images, 512, None, 0), 512) == pytest.approx(400 / 512)
+    best, full = better_seq_len(lengths, images, 512, None)
     assert (best, full) == (1024, pytest.approx(1000 / 1024))  # five samples a row
 
 

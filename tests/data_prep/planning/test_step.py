@@ -10,10 +10,10 @@ import pytest
 
 from benchmarks.data.aki import CORPORA, make_workspace
 from data_prep.common.errors import UserError
-from data_prep.ingest.samples import FACTS
-from data_prep.ingest.workspace import Unit, Workspace
+from data_prep.ingest.samples import SAMPLE_STATS
+from data_prep.ingest.workspace import ShardOutput, Workspace
 from data_prep.planning.packing import exact_draws
-from data_prep.planning.step import Plan, plan, plan_path
+from data_prep.planning.step import PackingPlan, plan, plan_path
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
 from data_prep.recipe import Recipe
@@ -28,17 +28,17 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 
 
 @pytest.fixture(scope="module")
-def made(recipe: Recipe) -> Plan:
+def made(recipe: Recipe) -> PackingPlan:
     plan(recipe, Reporter(quiet=True))
-    return Plan.load(plan_path(Workspace(recipe).packs("sft")))
+    return PackingPlan.load(plan_path(Workspace(recipe).packs("sft")))
 
 
-def units_of(recipe: Recipe) -> list[Unit]:
+def units_of(recipe: Recipe) -> list[ShardOutput]:
     space = Workspace(recipe)
-    return [unit for intake in space.intakes(Tokenizer.load(space.tokenizer).sha256) for unit in intake.units]
+    return [output for variant in space.variants(Tokenizer.load(space.tokenizer).sha256) for output in variant.outputs]
 
 
-def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(made: Plan) -> None:
+def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(made: PackingPlan) -> None:
     weights = [corpus.weight for corpus in CORPORA.values()]
     counts = np.bincount(made.corpus, minlength=len(weights))
     assert counts.tolist() == exact_draws(weights, DRAWS)
@@ -50,22 +50,23 @@ def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(ma
         assert np.abs(seen - exact * first / DRAWS).max() <= (1 + len(weights)) / 2
 
 
-def test_every_sample_is_drawn_equally_often(made: Plan, recipe: Recipe) -> None:
-    units = units_of(recipe)
+def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) -> None:
+    outputs = units_of(recipe)
     drawn: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in CORPORA}
-    for corpus, unit, index in zip(made.corpus.tolist(), made.unit.tolist(), made.index.tolist(), strict=True):
-        assert units[unit].corpus == made.names[corpus] and index < units[unit].report().tally.kept
-        drawn[made.names[corpus]][unit, index] += 1
+    for corpus, output, index in zip(made.corpus.tolist(), made.output.tolist(), made.index.tolist(), strict=True):
+        assert outputs[output].corpus == made.names[corpus] and index < outputs[output].report().tally.kept
+        drawn[made.names[corpus]][output, index] += 1
     for name, counts in drawn.items():
         samples = int(CORPORA[name].samples * 0.002)
         assert set(counts.values()) <= {counts.total() // samples, counts.total() // samples + 1}
 
 
-def test_rows_hold_what_the_samples_say_and_no_more(made: Plan, recipe: Recipe) -> None:
-    units = units_of(recipe)
-    facts = {number: np.fromfile(units[number].facts, FACTS) for number in np.unique(made.unit).tolist()}
+def test_rows_hold_what_the_samples_say_and_no_more(made: PackingPlan, recipe: Recipe) -> None:
+    outputs = units_of(recipe)
+    stats = {number: np.fromfile(outputs[number].stats, SAMPLE_STATS) for number in np.unique(made.output).tolist()}
     lengths = [
-        int(facts[unit][index]["tokens"]) for unit, index in zip(made.unit.tolist(), made.index.tolist(), strict=True)
+        int(stats[output][index]["tokens"])
+        for output, index in zip(made.output.tolist(), made.index.tolist(), strict=True)
     ]
     filled = np.bincount(made.row, weights=lengths)
     assert filled.max() <= LENGTH and (np.diff(made.row) >= 0).all()
@@ -73,11 +74,13 @@ def test_rows_hold_what_the_samples_say_and_no_more(made: Plan, recipe: Recipe) 
     assert filled.mean() / LENGTH > 0.96
 
 
-def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: Recipe, made: Plan) -> None:
-    unit = units_of(recipe)[0]
-    report = unit.report()
+def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: Recipe, made: PackingPlan) -> None:
+    output = units_of(recipe)[0]
+    report = output.report()
     fewer = replace(report, tally=Tally(report.tally.kept - 1))
-    unit.marker.write_text(fewer.to_json())
-    with pytest.raises(UserError, match=rf"{unit.shard}.facts: cannot be read \({report.tally.kept} samples, .* says "):
+    output.marker.write_text(fewer.to_json())
+    with pytest.raises(
+        UserError, match=rf"{output.shard}.facts: cannot be read \({report.tally.kept} samples, .* says "
+    ):
         plan(recipe.model_copy(update={"seed": 1}), Reporter(quiet=True))
-    unit.marker.write_text(report.to_json())
+    output.marker.write_text(report.to_json())

@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_tar(folder / "raw" / "captions" / "0.tar", captions)
     write_llava(folder / "raw", TALKS)
     packs = recipe_dict(folder, folder)["packs"]
-    packs["sft"] |= {"corpora": ["talk", "captions"], "draws": None, "epochs": 1, "length": 512}
+    packs["sft"] |= {"corpora": ["talk", "captions"], "draws": None, "epochs": 1, "seq_len": 512}
     prepare(make_recipe(folder, packs={"sft": packs["sft"]}))
     return folder / "out" / "packs" / "sft"
 

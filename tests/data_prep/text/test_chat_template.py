@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.common.errors import UserError
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe
-from data_prep.text.chat_template import own_dialect
+from data_prep.text.chat_template import chat_format_of
 from data_prep.text.template import OWN, Template, template_of
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, write_llava, write_recipe
 from tests.data_prep.text.test_template import GOLDEN, TWO_TURNS, spell
@@ -55,7 +55,7 @@ def tokenizer(folder: Path, chat_template: str | None, *, separate: bool = True)
 def test_a_family_s_own_template_writes_what_the_template_of_that_name_writes(
     source: str, family: str, separate: bool, tmp_path: Path
 ) -> None:
-    own = own_dialect(tokenizer(tmp_path / "t", source, separate=separate), "")
+    own = chat_format_of(tokenizer(tmp_path / "t", source, separate=separate), "")
     assert spell(Template(OWN, system="be kind", own=own).pieces(TWO_TURNS)) == GOLDEN[family]
 
 
@@ -103,11 +103,11 @@ def test_a_template_that_cannot_be_followed_is_refused(
     source: str | None, system: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
-        own_dialect(tokenizer(tmp_path / "t", source), system)
+        chat_format_of(tokenizer(tmp_path / "t", source), system)
 
 
 def test_a_default_system_turn_is_no_matter_where_the_recipe_gives_one(tmp_path: Path) -> None:
-    own = own_dialect(tokenizer(tmp_path / "t", DEFAULT_SYSTEM), "be kind")
+    own = chat_format_of(tokenizer(tmp_path / "t", DEFAULT_SYSTEM), "be kind")
     assert spell(Template(OWN, system="be kind", own=own).pieces(TWO_TURNS)) == GOLDEN["qwen"]
 
 
@@ -115,7 +115,7 @@ def test_packs_supervise_what_the_library_s_own_mask_supervises(tmp_path: Path) 
     folder = tokenizer(tmp_path / "t", LLAMA3)
     said = [(f"t{n}", None, (f"what is {n}?", f"it is {n}.", "sure?", "yes <|eot_id|>")) for n in range(6)]
     write_llava(tmp_path / "raw", said)
-    pack: dict[str, Any] = {"corpora": ["talk"], "template": "tokenizer", "length": 256, "epochs": 1, "shuffle": False}
+    pack: dict[str, Any] = {"corpora": ["talk"], "template": "tokenizer", "seq_len": 256, "epochs": 1, "shuffle": False}
     corpora = {"talk": {"type": "llava", "conversations": "llava.json", "images": "images"}}
     prepare(make_recipe(tmp_path, tokenizer=str(folder), corpora=corpora, packs={"sft": pack}))
     reader = PackReader(tmp_path / "out" / "packs" / "sft")
@@ -132,7 +132,7 @@ def test_packs_supervise_what_the_library_s_own_mask_supervises(tmp_path: Path) 
         assert row.generated[places[:kept]].tolist() == masks[:kept]
         assert row.input_ids[places[-1]] == ids[-1] and row.generated[places[-1]] == masks[-1] == 1
         assert row.input_ids[places].tolist().count(ids[-1]) == 4
-    assert template_of(reader.manifest).own == load_recipe(str(tmp_path / "recipe.yaml")).packs["sft"].dialect
+    assert template_of(reader.manifest).own == load_recipe(str(tmp_path / "recipe.yaml")).packs["sft"].chat_format
 
 
 def test_a_trained_tokenizer_has_no_template(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 from data_prep.common.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
-from data_prep.text.template import DIALECTS, Image, Order, Piece, Special, Template, Text
+from data_prep.text.template import CHAT_FORMATS, Image, Order, Piece, Special, Template, Text
 from data_prep.text.turns import Turns, excerpts
 
 PICTURE = ImageRef("p", data=b"")
@@ -55,7 +55,7 @@ def test_a_conversation_is_written_as_its_model_family_does(name: str) -> None:
     assert spell(Template(name, system="be kind").pieces(TWO_TURNS)) == GOLDEN[name]
 
 
-@pytest.mark.parametrize("name", [name for name in DIALECTS if name != "caption"])
+@pytest.mark.parametrize("name", [name for name in CHAT_FORMATS if name != "caption"])
 @pytest.mark.parametrize("system", ["", "be kind"])
 def test_training_begins_with_the_prompt_of_inference(name: str, system: str) -> None:
     template = Template(name, system=system)
@@ -93,7 +93,7 @@ def test_texts_around_images_are_not_glued_together(texts: tuple[str, ...], join
     assert asked == "<user>" + "".join(f"[{number}]" for number in range(len(texts))) + joined + "<end><assistant>"
 
 
-@pytest.mark.parametrize("name", DIALECTS)
+@pytest.mark.parametrize("name", CHAT_FORMATS)
 def test_a_caption_is_a_document_in_every_template(name: str) -> None:
     assert spell(Template(name).pieces(CAPTION)) == "[0]{a red ring}{<eos>}"
     assert spell(Template(name).pieces(CAPTION, "Look: ")) == "[0]Look: {a red ring}{<eos>}"

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.common.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.ingest.unit_writer import cut_tail
+from data_prep.ingest.shard_writer import cut_tail
 from data_prep.quarantine import BadSample
 from data_prep.text.template import EOS, Image, Special, Template, Text
 from data_prep.text.tokenizer import COMPANIONS, IMAGE_TOKEN, PAD, Tokenizer, tokenizer_files, train_sentencepiece

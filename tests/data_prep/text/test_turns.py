@@ -82,7 +82,7 @@ def write_talks(root: Path) -> None:
 def pack(root: Path, turns: Turns, workers: int = 1, **changes: Any) -> list[str]:
     content = recipe_dict(root / "raw", root / "out")
     del content["corpora"]["captions"]
-    settings = {"corpora": ["talk"], "template": "plain", "length": 160, "epochs": 2, "turns": turns, **changes}
+    settings = {"corpora": ["talk"], "template": "plain", "seq_len": 160, "epochs": 2, "turns": turns, **changes}
     return prepare(
         make_recipe(root, corpora=content["corpora"], packs={"sft": settings}, max_bad_fraction=0.3), workers
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.attention import Plan, attend, build_plan
+from pipeline.attention import AttentionPlan, attend, build_plan
 from pipeline.masks import Policy, Sidecars
 
 
@@ -35,7 +35,7 @@ class Inputs:
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in (self.q, self.k, self.v))
         return Inputs(q, k, v, self.gradient.to(dtype))
 
-    def results(self, plan: Plan, backend: str, **options: float) -> list[torch.Tensor]:
+    def results(self, plan: AttentionPlan, backend: str, **options: float) -> list[torch.Tensor]:
         """Output and gradients of q, k and v."""
         out = attend(self.q, self.k, self.v, plan, backend=backend, **options)
         return [out.detach(), *torch.autograd.grad(out, (self.q, self.k, self.v), self.gradient)]

@@ -137,7 +137,7 @@ def test_plans_are_built_in_memory_proportional_to_the_row() -> None:
 
 def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.LogCaptureFixture) -> None:
     video = build_plan("mma", parse_layout("V4 Q1 " * 15 + "A3"))
-    assert video.copies > 8
+    assert video.gather_ratio > 8
     with caplog.at_level(logging.INFO):
         assert choose_backend(video, "cuda") == "lse"
         assert choose_backend(video, "cuda", flash_fits=False) == "runsplit"

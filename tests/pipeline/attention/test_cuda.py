@@ -44,5 +44,5 @@ def test_an_expanded_gradient_is_summed_as_a_whole_one() -> None:
     tokens = int(gather.offsets.numel()) - 1
     x = torch.randn(tokens, 2, 64, device="cuda", requires_grad=True)
     gather_rows(x, gather).sum().backward()
-    copies = torch.bincount(gather.rows, minlength=tokens).float()
-    assert x.grad is not None and torch.equal(x.grad, copies[:, None, None].expand_as(x))
+    gather_ratio = torch.bincount(gather.rows, minlength=tokens).float()
+    assert x.grad is not None and torch.equal(x.grad, gather_ratio[:, None, None].expand_as(x))

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from data_prep.common.errors import UserError
-from pipeline.attention import Plan, build_plan, register
+from pipeline.attention import AttentionPlan, build_plan, register
 from pipeline.masks import Policy, Sidecars, commit_index, dense_mask, get_policy, parse_layout, position_ids, prove
 
 LAYOUT = "S2 V9 Q5 A4 Q3 A2 | V9 V9 Q2 A3 | Q4 A5 P6"
@@ -44,7 +44,9 @@ def decoder(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{family}ForCausalLM")(config).double().eval().model
 
 
-def run_layers(model: Any, hidden: torch.Tensor, mask: Plan | torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def run_layers(
+    model: Any, hidden: torch.Tensor, mask: AttentionPlan | torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
     """Call the layers one by one, as a pipeline stage does; hidden is [1, T, C] after the last layer."""
     kinds = getattr(model.config, "layer_types", None) or [None] * len(model.layers)
     per_kind = "layer_type" in inspect.signature(model.rotary_emb.forward).parameters

@@ -25,7 +25,7 @@ from pipeline.checkpoints.checkpoint import (
     remove_unfinished,
 )
 from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry
-from pipeline.checkpoints.writing import Target, parts_of_save
+from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.config.schema import RunConfig
 from pipeline.planning.compatibility import changed_settings
 from pipeline.training.run.folder import RunFolder
@@ -101,13 +101,13 @@ def test_a_slice_is_read_from_the_files_that_hold_it_alone(tmp_path: Path) -> No
     """Of 7 elements on 3 ranks each has 3, the last two of them padding."""
     dp, share, values = 3, 3, torch.arange(1.0, 10.0)
     manifest = CheckpointManifest(
-        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=dp, config={},
+        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", global_batch_size=4, pp=1, dp=dp, config={},
         model={"spec": {"llm": {}}, "tokenizer_sha256": "0"}, params={"w": ParamEntry((7,), 0, True)},
     )  # fmt: skip
     (tmp_path / "tokenizer").mkdir()
     target = Target(tmp_path / "step-00000003", "token")
     saves = [
-        parts_of_save({"master|w": part}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
+        save_phases({"master|w": part}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
         for rank, part in enumerate(values.split(share))
     ]
     files = [next(save)() for save in saves]
@@ -123,13 +123,13 @@ def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path, monkey
     """Two ranks whose run folders lie on disks of their own."""
     monkeypatch.setattr(writing, "SHOWN_S", 0.0)
     manifest = CheckpointManifest(
-        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=2, config={},
+        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", global_batch_size=4, pp=1, dp=2, config={},
         model={"spec": {"llm": {}}}, params={"w": ParamEntry((4,), 0, True)},
     )  # fmt: skip
     (tmp_path / "tokenizer").mkdir()
     targets = [Target(tmp_path / disk / "step-00000003", "token") for disk in ("a", "b")]
     saves = [
-        parts_of_save({"master|w": torch.ones(2)}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
+        save_phases({"master|w": torch.ones(2)}, target, manifest, rank=rank, tokenizer=tmp_path / "tokenizer")
         for rank, target in enumerate(targets)
     ]
     files = [next(save)() for save in saves]
@@ -144,12 +144,12 @@ def whole(tmp_path: Path) -> Path:
     (tmp_path / "tokenizer").mkdir()
     for step in (1, 2):
         manifest = CheckpointManifest(
-            step=step, optimizer_steps=step, consumed_packs=4 * step, plan_sha256="0", batch_packs=4, pp=1, dp=1,
+            step=step, optimizer_steps=step, consumed_packs=4 * step, plan_sha256="0", global_batch_size=4, pp=1, dp=1,
             config={}, model={"spec": {"llm": {}}}, params={"w": ParamEntry((2,), 0, step == 1)},
         )  # fmt: skip
         target = Target(tmp_path / f"run/checkpoints/step-{step:08d}", "token")
         kind = "master" if step == 1 else "frozen"
-        save = parts_of_save({f"{kind}|w": torch.ones(2)}, target, manifest, rank=0, tokenizer=tmp_path / "tokenizer")
+        save = save_phases({f"{kind}|w": torch.ones(2)}, target, manifest, rank=0, tokenizer=tmp_path / "tokenizer")
         save.send([next(save)()])()
     return tmp_path / "run"
 
@@ -185,7 +185,7 @@ def test_a_frozen_weight_is_not_taken_for_its_moments(whole: Path) -> None:
     """A run that goes on with a tower it had frozen has no moments to go on from."""
     stage = SimpleNamespace(
         trainable=lambda: iter([("w", nn.Parameter(torch.zeros(2)))]), frozen=lambda: iter([]),
-        topology=SimpleNamespace(replica=0), full_shape=lambda param: param.shape, compute_shard=lambda param: param,
+        topology=SimpleNamespace(dp_rank=0), full_shape=lambda param: param.shape, compute_shard=lambda param: param,
         master_shard=lambda param, state: param.data, finish_load=lambda steps: None,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"w was frozen, .*keep it frozen, or .*--init-from"):

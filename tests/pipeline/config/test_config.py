@@ -49,13 +49,19 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
         pytest.param(["--recipe", "nowhere.yaml"], ["nowhere.yaml"], id="missing file"),
         pytest.param(["--train.beta2", "1"], ["train.beta2", "less than 1"], id="Adam would divide by 0"),
         pytest.param(["--train.lr", "fast"], ["train.lr", "number", "fast"], id="not a number"),
-        pytest.param(["--train.batch-packs", "0"], ["train.batch_packs", "greater than 0"], id="out of range"),
+        pytest.param(
+            ["--train.global-batch-size", "0"], ["train.global_batch_size", "greater than 0"], id="out of range"
+        ),
         pytest.param(["--parallel.schedule", "zigzag"], ["parallel.schedule", "1f1b"], id="not a choice"),
         pytest.param(
-            ["--parallel.pp", "2", "--parallel.chunks", "2"], ["chunks=2 needs schedule=interleaved"], id="chunks alone"
+            ["--parallel.pp", "2", "--parallel.virtual-stages", "2"],
+            ["virtual_stages=2 needs schedule=interleaved"],
+            id="chunks alone",
         ),
         pytest.param(
-            ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"], ["set pp to 2 or more"], id="one stage"
+            ["--parallel.schedule", "interleaved", "--parallel.virtual-stages", "2"],
+            ["set pp to 2 or more"],
+            id="one stage",
         ),
         pytest.param(
             ["--parallel.schedule", "interleaved", "--parallel.pp", "2"], ["set chunks to 2 or more"], id="one chunk"
@@ -77,7 +83,7 @@ def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
     ("text", "words"),
     [
         pytest.param(
-            "train: {batch_pakcs: 4}", ["unknown key 'train.batch_pakcs'", "train.batch_packs"], id="unknown key"
+            "train: {batch_pakcs: 4}", ["unknown key 'train.batch_pakcs'", "train.global_batch_size"], id="unknown key"
         ),
         pytest.param("train: [1", ["not valid YAML"], id="bad YAML"),
         pytest.param("- a", ["mapping"], id="not a mapping"),
@@ -101,7 +107,7 @@ def test_an_empty_run_folder_is_the_recipes() -> None:
 
 
 def test_flags_may_be_written_as_keys_are() -> None:
-    words = ["--train.batch_packs", "4", "--parallel.micro_batches=2", "--train.lr", "1e-3"]
+    words = ["--train.global_batch_size", "4", "--parallel.micro_batches=2", "--train.lr", "1e-3"]
     assert parse(words).config == parse([word.replace("_", "-") for word in words]).config
 
 

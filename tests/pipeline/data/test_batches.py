@@ -21,11 +21,9 @@ def packs(small_demo: Path) -> PackReader:
     return PackReader(small_demo / "packs/sft")
 
 
-def source(
-    packs: PackReader, *, replicas: int = 1, replica: int = 0, threads: int = 0, images: bool = True
-) -> BatchSource:
+def source(packs: PackReader, *, dp: int = 1, dp_rank: int = 0, threads: int = 0, images: bool = True) -> BatchSource:
     return BatchSource(
-        packs, order=BatchOrder(8, replicas, 2), replica=replica, policy=get_policy("mma"),
+        packs, order=BatchOrder(8, dp, 2), dp_rank=dp_rank, policy=get_policy("mma"),
         preprocess=Preprocess(48) if images else None, threads=threads, ahead=2,
     )  # fmt: skip
 
@@ -47,16 +45,18 @@ def test_labels_are_the_next_generated_token_of_the_same_sample(index: int, pack
     assert int((labels != IGNORE).sum()) == row.n_target == packs.n_target(index)
 
 
-@pytest.mark.parametrize(("replicas", "micros"), list(product([1, 2, 3], [1, 2, 4])))
-def test_every_row_of_a_step_is_trained_once_on_any_grid(replicas: int, micros: int) -> None:
-    order = BatchOrder(24, replicas, micros)
-    shares = [order.micro_rows(48, replica, micro) for replica in range(replicas) for micro in range(micros)]
+@pytest.mark.parametrize(("dp", "microbatches"), list(product([1, 2, 3], [1, 2, 4])))
+def test_every_row_of_a_step_is_trained_once_on_any_grid(dp: int, microbatches: int) -> None:
+    order = BatchOrder(24, dp, microbatches)
+    shares = [
+        order.rows_of_microbatch(48, dp_rank, microbatch) for dp_rank in range(dp) for microbatch in range(microbatches)
+    ]
     assert [row for share in shares for row in share] == list(order.global_rows(48)) == list(range(48, 72))
 
 
 def contents(batch: StepBatch) -> list[torch.Tensor]:
     fields = ("input_ids", "position_ids", "labels", "image_positions", "pixels", "supervised")
-    return [getattr(micro, name) for micro in batch.micros for name in fields]
+    return [getattr(microbatch, name) for microbatch in batch.microbatches for name in fields]
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -73,30 +73,32 @@ def test_threads_read_the_same_batches_in_the_same_order(threads: int, packs: Pa
 
 def test_replicas_share_a_step_and_agree_on_its_targets(packs: PackReader) -> None:
     whole = source(packs).read(2)
-    halves = [source(packs, replicas=2, replica=replica).read(2) for replica in range(2)]
+    halves = [source(packs, dp=2, dp_rank=dp_rank).read(2) for dp_rank in range(2)]
     assert [half.targets for half in halves] == [whole.targets] * 2
     assert sum(half.tokens for half in halves) == whole.tokens
     assert sum(half.images for half in halves) == whole.images
-    labels = torch.cat([micro.labels for half in halves for micro in half.micros])
-    assert torch.equal(labels, torch.cat([micro.labels for micro in whole.micros]))
+    labels = torch.cat([microbatch.labels for half in halves for microbatch in half.microbatches])
+    assert torch.equal(labels, torch.cat([microbatch.labels for microbatch in whole.microbatches]))
     assert int((labels != IGNORE).sum()) == whole.targets
 
 
 def test_a_stage_without_the_tower_reads_no_image(packs: PackReader) -> None:
-    for micro, other in zip(source(packs, images=False).read(0).micros, source(packs).read(0).micros, strict=True):
-        assert micro.pixels is None and other.pixels is not None
-        assert torch.equal(micro.input_ids, other.input_ids)
+    for microbatch, other in zip(
+        source(packs, images=False).read(0).microbatches, source(packs).read(0).microbatches, strict=True
+    ):
+        assert microbatch.pixels is None and other.pixels is not None
+        assert torch.equal(microbatch.input_ids, other.input_ids)
         assert len(other.pixels) * packs.manifest.image_tokens == len(other.image_positions)
 
 
 def test_a_micro_batch_moves_whole(packs: PackReader) -> None:
     """Every tensor reaches the device, the plan's too; what a stage is not given stays away."""
     for images in (True, False):
-        micro = source(packs, images=images).read(0).micros[0]
-        moved = to_device(micro, torch.device("meta"))
-        assert torch.equal(micro.supervised, torch.nonzero(micro.labels != IGNORE).squeeze(1))
+        microbatch = source(packs, images=images).read(0).microbatches[0]
+        moved = to_device(microbatch, torch.device("meta"))
+        assert torch.equal(microbatch.supervised, torch.nonzero(microbatch.labels != IGNORE).squeeze(1))
         for name in ("input_ids", "position_ids", "labels", "image_positions", "supervised"):
-            assert getattr(moved, name).is_meta and getattr(moved, name).shape == getattr(micro, name).shape
+            assert getattr(moved, name).is_meta and getattr(moved, name).shape == getattr(microbatch, name).shape
         assert moved.plan.device.type == "meta"
-        assert (moved.pixels is None) == (micro.pixels is None) == (not images)
+        assert (moved.pixels is None) == (microbatch.pixels is None) == (not images)
         assert moved.pixels is None or moved.pixels.is_meta

@@ -36,7 +36,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("from_raw")
     write_tar(root / "raw" / "captions" / "00000.tar", {f"{n:09d}": (png(n), f"ring {n}") for n in range(6)})
     write_llava(root / "raw", [(f"t{n}", n, SAID) for n in range(4)])
-    prepare(make_recipe(root, packs={name: {"length": 200, "epochs": 1, **pack} for name, pack in PACKS.items()}))
+    prepare(make_recipe(root, packs={name: {"seq_len": 200, "epochs": 1, **pack} for name, pack in PACKS.items()}))
     return root / "out" / "packs"
 
 

@@ -43,13 +43,15 @@ class Loader:
 
     def __init__(self) -> None:
         self.topology = Topology(dist.get_world_size(), dist.get_rank(), 1)
-        ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), RunConfig(), micro_packs=1, bf16=True)
+        ds_config = complete_ds_config(
+            read_ds_config("ds_configs/zero3.json"), RunConfig(), microbatch_rows=1, bf16=True
+        )
         self.shard = sharder(self.topology, create_groups(self.topology), ds_config)
 
     def load(self, spec: ModelSpec) -> Stage:
         return build_stage(
             spec, layers=range(spec.layers), first=True, last=True, dtype=torch.bfloat16, device="cpu", seed=3,
-            source=WeightSource.open(spec), reads=self.topology.replica == 0, shard=self.shard,
+            source=WeightSource.open(spec), reads=self.topology.dp_rank == 0, shard=self.shard,
         )  # fmt: skip
 
     def measure(self, folder: Path) -> dict[str, Any]:

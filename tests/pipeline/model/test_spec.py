@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.schema import ConfigError, ModelConfig
-from pipeline.model.counts import Counts
+from pipeline.model.counts import ParamCounts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import FAMILY_KEYS, IMAGE_TOKENS, SIDE, VOCAB, model_config, tiny_spec, whole_stage
@@ -139,4 +139,4 @@ def test_preprocessing_is_read_from_the_towers_folder(tmp_path: Path) -> None:
 def test_counts_are_those_of_the_built_model(vision: str, tied: bool) -> None:
     spec = tiny_spec(vision=vision, tie_word_embeddings=tied)
     built = sum(param.numel() for param in whole_stage(spec).parameters())
-    assert Counts.of(spec).total == built
+    assert ParamCounts.of(spec).total == built

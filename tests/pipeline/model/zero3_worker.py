@@ -24,7 +24,7 @@ from tests.pipeline.model.helpers import random_sidecars, stage_inputs, tiny_spe
 
 CASES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "llama-tied-true-zero3": {"llm": {"tie_word_embeddings": True}, "resident": 0.0},
+    "llama-tied-true-zero3": {"llm": {"tie_word_embeddings": True}, "gathered_fraction": 0.0},
     "gemma3_text-clip": {"vision": "clip_vision_model"},
     "phi3-trained-tower-checkpointing": {"frozen": False, "checkpointing": True},
 }
@@ -48,18 +48,18 @@ def spec_of(name: str) -> Any:
 def train_step(name: str, topology: Topology, groups: Any, out: Path) -> None:
     case, spec = CASES[name], spec_of(name)
     config = RunConfig.model_validate({"train": {"clip_norm": 0.0}, "log": {"tensorboard": False}})
-    ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), config, micro_packs=1, bf16=False)
+    ds_config = complete_ds_config(read_ds_config("ds_configs/zero3.json"), config, microbatch_rows=1, bf16=False)
     ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     module = build_stage(
         spec, layers=range(spec.layers), first=True, last=True, dtype=torch.float32, device="cpu", seed=3,
-        reads=topology.replica == 0, shard=sharder(topology, groups, ds_config),
+        reads=topology.dp_rank == 0, shard=sharder(topology, groups, ds_config),
         gradient_checkpointing=case.get("checkpointing", False),
     )  # fmt: skip
     optimizer = torch.optim.SGD([param for param in module.parameters() if param.requires_grad], lr=1.0)
-    resident = case.get("resident", 1.0)
+    gathered_fraction = case.get("gathered_fraction", 1.0)
     stage = Zero3Stage(
-        module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=resident,
-        reduce_once=resident > 0,
+        module, optimizer, topology=topology, groups=groups, ds_config=ds_config, gathered_fraction=gathered_fraction,
+        reduce_once=gathered_fraction > 0,
     )  # fmt: skip
     runner = Runner(stage, topology=topology, groups=groups, width=spec.width, dtype=torch.float32, schedule="1f1b")
     loss = runner.run(micro_batches(topology.rank), topology.dp / TARGETS).sum()

@@ -26,7 +26,7 @@ LONGER = float(os.environ.get("BUBBLE_SLEEP", "1"))
 MICROS, FORWARD_S = 4, {2: 0.25 * LONGER, 4: 0.2 * LONGER}
 """A stage of a grid sleeps so long a micro-batch forward, and twice that back, whatever its layers and chunks."""
 CASES: Mapping[str, Case] = {
-    "pp2-1f1b": Case(2, resident=0.0, reduce_once=False),
+    "pp2-1f1b": Case(2, gathered_fraction=0.0, reduce_once=False),
     "pp2-interleaved": Case(2, "interleaved"),
     "pp4-1f1b": Case(4),
     "pp4-gpipe": Case(4, "gpipe"),
@@ -59,8 +59,8 @@ def one_step(case: Case, topology: Topology, groups: Groups, wire: list[int]) ->
     """Time a step, after one without sleep; ``wire`` is left with the size of each of its messages."""
     number_from_zero()
     job = Job(case, topology, groups)
-    micros = [ROW] * MICROS
-    job.runner.run(micros, 1.0)
+    microbatches = [ROW] * MICROS
+    job.runner.run(microbatches, 1.0)
     job.stage.step(LR)
     layers = list(job.stage.module.model.layers.values())  # type: ignore[union-attr, operator]
     for layer in layers:
@@ -69,7 +69,7 @@ def one_step(case: Case, topology: Topology, groups: Groups, wire: list[int]) ->
     wire.clear()
     dist.barrier()
     job.runner.recorder.begin()
-    job.runner.run(micros, 1.0)
+    job.runner.run(microbatches, 1.0)
     spans = job.runner.recorder.take()
     assert job.stage.traffic.take().sent == sum(wire)
     return measured_bubble(spans, CPU), spans

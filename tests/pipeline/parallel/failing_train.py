@@ -94,7 +94,7 @@ def poison_token(token: int, step: int) -> None:
         param = dict(stage.trainable()).get(name)
         if param is not None:
             width, shard = stage.full_shape(param)[1], stage.master_shard(param)
-            first = stage.topology.replica * stage.compute_shard(param).numel()
+            first = stage.topology.dp_rank * stage.compute_shard(param).numel()
             places = torch.arange(first, first + len(shard)) // width == token
             shard[places] = torch.nan
             stage.finish_load(stage.optimizer_steps)

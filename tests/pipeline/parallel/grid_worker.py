@@ -27,7 +27,7 @@ from pipeline.parallel import zero3
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.groups import Groups, create_groups
 from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
-from pipeline.parallel.partition import split_stages
+from pipeline.parallel.partition import joined, split_stages
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
@@ -51,7 +51,7 @@ class Case:
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
     checkpointing: bool = False
     tied: bool = False
-    resident: float = 1.0
+    gathered_fraction: float = 1.0
     reduce_once: bool = True
     config: str = "zero3"
     """File of ds_configs."""
@@ -61,7 +61,7 @@ class Case:
     """Run a forward without gradients before every step."""
     persist: int = 0
     """Parameters of at most so many elements stay gathered between steps."""
-    micros: tuple[int, ...] = MICROS
+    microbatches: tuple[int, ...] = MICROS
     without: Literal["", "backward flag", "global norm", "one accumulation", "release", "cut stack"] = ""
     """A correction of `zero3` that is undone."""
     poisoned: int | None = None
@@ -72,27 +72,28 @@ class Case:
     """Train in bf16, and reduce in fp32."""
 
     @property
-    def chunks(self) -> int:
+    def virtual_stages(self) -> int:
         return 2 if self.schedule == "interleaved" else 1
 
     @property
     def layers(self) -> int:
-        return DEEP if self.deep else max(4, self.pp * self.chunks)
+        return DEEP if self.deep else max(4, self.pp * self.virtual_stages)
 
     def __str__(self) -> str:
         said = {
             "tied": self.tied, f"pp{self.pp}": True, self.schedule: True, "checkpointing": self.checkpointing,
-            self.config: True, f"resident{self.resident:g}": self.resident < 1, "each": not self.reduce_once,
+            self.config: True, f"gathered{self.gathered_fraction:g}": self.gathered_fraction < 1,
+            "each": not self.reduce_once,
             "leaves": self.leaves, "evaluate": self.evaluate, "persistent": self.persist,
-            "x".join(map(str, self.micros)): self.micros != MICROS, f"without {self.without}": self.without,
+            "x".join(map(str, self.microbatches)): self.microbatches != MICROS, f"without {self.without}": self.without,
             "poisoned": self.poisoned is not None, "deep": self.deep, "bf16": self.bf16,
         }  # fmt: skip
         return "-".join(word for word, so in said.items() if so)
 
 
-ONCE, EACH = Case(2, micros=EIGHT), Case(2, "gpipe", True, reduce_once=False, micros=EIGHT)
-ZERO1 = Case(2, tied=True, config="zero1", micros=EIGHT)
-ZERO2 = Case(2, "gpipe", reduce_once=False, config="zero2", micros=EIGHT)
+ONCE, EACH = Case(2, microbatches=EIGHT), Case(2, "gpipe", True, reduce_once=False, microbatches=EIGHT)
+ZERO1 = Case(2, tied=True, config="zero1", microbatches=EIGHT)
+ZERO2 = Case(2, "gpipe", reduce_once=False, config="zero2", microbatches=EIGHT)
 PERSIST, ODD = 1_200, {2: (6, 10, 2), 4: (6, 9, 7)}
 # Any two settings that go together meet in some case; `test_grid` counts.
 EQUAL = [
@@ -103,39 +104,48 @@ EQUAL = [
     Case(1, checkpointing=True, evaluate=True),
     Case(1, "gpipe", True, config="zero1", leaves=True, evaluate=True),
     Case(1, "gpipe", tied=True, reduce_once=False, config="zero2", evaluate=True),
-    Case(1, tied=True, resident=0.0, reduce_once=False, config="zero3_offload", persist=PERSIST),
-    Case(1, "gpipe", resident=0.5, config="zero3_offload_params", leaves=True),
-    Case(2, tied=True, resident=0.0, reduce_once=False),
-    Case(2, "interleaved", resident=0.5, reduce_once=False, config="zero3_offload", leaves=True, micros=ODD[2]),
-    Case(2, "interleaved", tied=True, resident=0.0, leaves=True, evaluate=True, persist=PERSIST, micros=ODD[2]),
+    Case(1, tied=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload", persist=PERSIST),
+    Case(1, "gpipe", gathered_fraction=0.5, config="zero3_offload_params", leaves=True),
+    Case(2, tied=True, gathered_fraction=0.0, reduce_once=False),
+    Case(
+        2, "interleaved", gathered_fraction=0.5, reduce_once=False, config="zero3_offload", leaves=True,
+        microbatches=ODD[2],
+    ),  # fmt: skip
+    Case(
+        2, "interleaved", tied=True, gathered_fraction=0.0, leaves=True, evaluate=True, persist=PERSIST,
+        microbatches=ODD[2],
+    ),  # fmt: skip
     Case(
         2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, evaluate=True,
-        micros=ODD[2],
+        microbatches=ODD[2],
     ),
-    Case(2, "interleaved", True, reduce_once=False, config="zero2", leaves=True, micros=ODD[2]),
-    Case(2, "interleaved", True, tied=True, resident=0.5, config="zero3_offload_params", micros=ODD[2]),
+    Case(2, "interleaved", True, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[2]),
+    Case(2, "interleaved", True, tied=True, gathered_fraction=0.5, config="zero3_offload_params", microbatches=ODD[2]),
     Case(2, "interleaved", True, tied=True, reduce_once=False, config="zero3_offload"),
-    Case(4, resident=0.5, reduce_once=False, evaluate=True),
-    Case(4, reduce_once=False, config="zero2", leaves=True, micros=ODD[4]),
-    Case(4, checkpointing=True, resident=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST),
+    Case(4, gathered_fraction=0.5, reduce_once=False, evaluate=True),
+    Case(4, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[4]),
     Case(
-        4, "gpipe", tied=True, resident=0.0, config="zero3_offload", leaves=True, evaluate=True, persist=PERSIST,
-        micros=ODD[4],
+        4, checkpointing=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST
     ),
-    Case(4, "interleaved", tied=True, config="zero1", leaves=True, micros=ODD[4]),
+    Case(
+        4, "gpipe", tied=True, gathered_fraction=0.0, config="zero3_offload", leaves=True, evaluate=True,
+        persist=PERSIST,
+        microbatches=ODD[4],
+    ),
+    Case(4, "interleaved", tied=True, config="zero1", leaves=True, microbatches=ODD[4]),
 ]  # fmt: skip
-NO_FLAG = Case(2, "gpipe", reduce_once=False, micros=(4,), without="backward flag")
+NO_FLAG = Case(2, "gpipe", reduce_once=False, microbatches=(4,), without="backward flag")
 NO_NORM = Case(2, without="global norm", poisoned=2)
-ACCUMULATED = Case(2, micros=(4,), without="one accumulation")
-UNRELEASED = Case(2, resident=0.0, reduce_once=False, micros=(4, 8), without="release")
-UNCUT = Case(2, checkpointing=True, micros=(4, 4), without="cut stack")
+ACCUMULATED = Case(2, microbatches=(4,), without="one accumulation")
+UNRELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, microbatches=(4, 8), without="release")
+UNCUT = Case(2, checkpointing=True, microbatches=(4, 4), without="cut stack")
 BROKEN = [NO_FLAG, NO_NORM, ACCUMULATED, UNRELEASED, UNCUT]
-POISONED = [Case(2, poisoned=1), Case(2, "gpipe", resident=0.0, reduce_once=False, poisoned=1)]
-RELEASED = Case(2, resident=0.0, reduce_once=False, deep=True, micros=(16, 16))
+POISONED = [Case(2, poisoned=1), Case(2, "gpipe", gathered_fraction=0.0, reduce_once=False, poisoned=1)]
+RELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, deep=True, microbatches=(16, 16))
 LEAVES = replace(RELEASED, leaves=True)
 BF16 = [
-    Case(2, "interleaved", True, tied=True, leaves=True, micros=(16,), bf16=True),
-    Case(2, config="zero3_offload", resident=0.0, reduce_once=False, micros=(16,), bf16=True),
+    Case(2, "interleaved", True, tied=True, leaves=True, microbatches=(16,), bf16=True),
+    Case(2, config="zero3_offload", gathered_fraction=0.0, reduce_once=False, microbatches=(16,), bf16=True),
 ]
 ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES, *BF16]
 
@@ -175,8 +185,8 @@ def captions(seed: int, samples: int, *, padding: int) -> Sidecars:
     return Sidecars(segment=seg, modality=(inst >= 0).long(), instance=inst, generated=((seg > 0) & (inst < 0)).long())
 
 
-def target_count(micros: Sequence[StageInputs]) -> int:
-    return sum(int((inputs.labels != IGNORE).sum()) for inputs in micros)
+def target_count(microbatches: Sequence[StageInputs]) -> int:
+    return sum(int((inputs.labels != IGNORE).sum()) for inputs in microbatches)
 
 
 class Job:
@@ -185,22 +195,22 @@ class Job:
     def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
         self.case, self.topology, self.groups = case, topology, groups
         self.spec = grid_spec(case.tied, case.layers)
-        parallel = {"resident": case.resident, "reduce_once": case.reduce_once}
+        parallel = {"gathered_fraction": case.gathered_fraction, "reduce_once": case.reduce_once}
         config = RunConfig.model_validate({"train": TRAIN, "parallel": parallel})
         config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
         raw = read_ds_config(f"ds_configs/{case.config}.json")
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = case.persist
         sharding = Sharding.of(raw, config.parallel)
-        ds_config = complete_ds_config(raw, config, micro_packs=1, bf16=case.bf16)
+        ds_config = complete_ds_config(raw, config, microbatch_rows=1, bf16=case.bf16)
         if case.bf16:
             ds_config["communication_data_type"] = "fp32"
         dtype = torch.bfloat16 if case.bf16 else torch.float32
         if case.without == "one accumulation":
-            ds_config["gradient_accumulation_steps"] = case.micros[0] // topology.dp
-        chunks = split_stages(case.layers, topology.pp, case.chunks)[topology.stage]
+            ds_config["gradient_accumulation_steps"] = case.microbatches[0] // topology.dp
+        virtual_stages = split_stages(case.layers, topology.pp, case.virtual_stages)[topology.stage]
         module = build_stage(
-            self.spec, layers=[layer for chunk in chunks for layer in chunk], first=topology.first,
-            last=topology.last, dtype=dtype, device="cpu", seed=3, reads=topology.replica == 0,
+            self.spec, layers=joined(virtual_stages), first=topology.first,
+            last=topology.last, dtype=dtype, device="cpu", seed=3, reads=topology.dp_rank == 0,
             shard=sharder(topology, groups, ds_config), gradient_checkpointing=case.checkpointing,
         )  # fmt: skip
         optimizer = torch.optim.AdamW(parameter_groups(module, TRAIN), lr=LR, eps=TRAIN.eps)
@@ -208,22 +218,23 @@ class Job:
             if case.without == "release":
                 patch.setattr(zero3, "_release_each_call", lambda offload, root: None)
             self.stage = Zero3Stage(
-                module, optimizer, topology=topology, groups=groups, ds_config=ds_config, resident=sharding.resident,
+                module, optimizer, topology=topology, groups=groups, ds_config=ds_config,
+                gathered_fraction=sharding.gathered_fraction,
                 reduce_once=sharding.reduce_once, tied=module.tied_copy, leaves=module.blocks() if case.leaves else (),
             )  # fmt: skip
         self.runner = Runner(
             self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=dtype,
-            schedule=case.schedule, chunks=chunks,
+            schedule=case.schedule, virtual_stages=virtual_stages,
         )  # fmt: skip
-        self.chunks = chunks
+        self.virtual_stages = virtual_stages
         if case.without:
             UNDO[case.without](self.stage)
 
-    def micros(self, step: int) -> tuple[list[StageInputs], float]:
+    def microbatches(self, step: int) -> tuple[list[StageInputs], float]:
         """Return this rank's micro-batches and what its token losses are scaled by."""
-        everything = [micro_batch(step, index) for index in range(self.case.micros[step])]
-        count = self.case.micros[step] // self.topology.dp
-        own = everything[self.topology.replica * count :][:count]
+        everything = [micro_batch(step, index) for index in range(self.case.microbatches[step])]
+        count = self.case.microbatches[step] // self.topology.dp
+        own = everything[self.topology.dp_rank * count :][:count]
         if not self.topology.first:
             own = [replace(inputs, pixels=None) for inputs in own]
         elif self.case.bf16:
@@ -237,11 +248,11 @@ class Job:
         peak = GatheredPeak(self.stage)
         if self.case.bf16:
             seen["one by one"] = [self.add_up_one_by_one()]
-        for step in range(len(self.case.micros)):
-            micros, scale = self.micros(step)
+        for step in range(len(self.case.microbatches)):
+            microbatches, scale = self.microbatches(step)
             if self.case.evaluate:
-                self.evaluate(micros[0])
-            seen["loss"].append(float(self.runner.run(micros, scale).sum()))
+                self.evaluate(microbatches[0])
+            seen["loss"].append(float(self.runner.run(microbatches, scale).sum()))
             if (step, self.topology.rank) == (self.case.poisoned, POISONED_RANK):
                 next(grad for _, grad in self.gradients())[0] = torch.nan
             seen["gradients"].append({name: grad.clone() for name, grad in self.gradients()})
@@ -262,9 +273,9 @@ class Job:
 
     def add_up_one_by_one(self) -> dict[str, torch.Tensor]:
         """Return the fp64 sums of the gradient shards of the first step's micro-batches, each run by itself."""
-        micros, scale = self.micros(0)
+        microbatches, scale = self.microbatches(0)
         total: dict[str, torch.Tensor] = {}
-        for inputs in micros:
+        for inputs in microbatches:
             self.runner.run([inputs], scale)
             for name, grad in self.gradients():
                 total[name] = total.get(name, 0) + grad.double()
@@ -282,18 +293,18 @@ class Job:
     def evaluate(self, inputs: StageInputs) -> None:
         """Pass one micro-batch through all stages without gradients, as a validation loss would."""
         stage, stages = self.topology.stage, self.topology.pp
-        for index, chunk in enumerate(self.chunks):
+        for index, virtual_stage in enumerate(self.virtual_stages):
             hidden = None
             if index or stage:
                 before = (stage - 1) % stages
                 hidden = torch.empty(1, inputs.input_ids.numel(), self.spec.width)
-                source = self.topology.rank_of(before, self.topology.replica)
-                dist.recv(hidden, source, group=self.groups.links[before, stage])
-            output = self.stage.forward(hidden, inputs, chunk)
-            if index + 1 < len(self.chunks) or stage + 1 < stages:
+                source = self.topology.rank_of(before, self.topology.dp_rank)
+                dist.recv(hidden, source, group=self.groups.p2p_groups[before, stage])
+            output = self.stage.forward(hidden, inputs, virtual_stage)
+            if index + 1 < len(self.virtual_stages) or stage + 1 < stages:
                 after = (stage + 1) % stages
-                target = self.topology.rank_of(after, self.topology.replica)
-                dist.send(output.contiguous(), target, group=self.groups.links[stage, after])
+                target = self.topology.rank_of(after, self.topology.dp_rank)
+                dist.send(output.contiguous(), target, group=self.groups.p2p_groups[stage, after])
 
 
 class GatheredPeak:

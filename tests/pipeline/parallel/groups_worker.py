@@ -32,7 +32,7 @@ def main() -> None:
     tried = {
         "data": groups.data,
         "ends": groups.ends,
-        **{f"link {link}": group for link, group in groups.links.items()},
+        **{f"link {link}": group for link, group in groups.p2p_groups.items()},
     }
     # In each group the first rank waits and the second stays away.
     waits = {name: group for name, group in tried.items() if dist.get_rank(group) == 0}

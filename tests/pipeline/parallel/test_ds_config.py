@@ -22,7 +22,7 @@ def shipped(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_file_runs_as_stage_3(name: str) -> None:
-    done = complete_ds_config(shipped(name), RunConfig(), micro_packs=2, bf16=True)
+    done = complete_ds_config(shipped(name), RunConfig(), microbatch_rows=2, bf16=True)
     assert done["zero_optimization"]["stage"] == 3
     assert done["gradient_clipping"] == RunConfig().train.clip_norm
     whole = done["zero_optimization"]["stage3_param_persistence_threshold"] > 1e12
@@ -36,7 +36,10 @@ def test_every_shipped_file_runs_as_stage_3(name: str) -> None:
         pytest.param("zero2", {}, "ZeRO-2, weights whole between steps, gradients reduced every micro", id="zero2"),
         pytest.param("zero3", {}, "ZeRO-3, resident 1, gradients reduced once a step", id="zero3"),
         pytest.param(
-            "zero3", {"resident": 0, "reduce_once": False}, "ZeRO-3, resident 0, gradients reduced every", id="true"
+            "zero3",
+            {"gathered_fraction": 0, "reduce_once": False},
+            "ZeRO-3, resident 0, gradients reduced every",
+            id="true",
         ),
         pytest.param("zero3_offload", {}, "optimizer on the CPU", id="offload"),
         pytest.param("zero3_offload_params", {}, "optimizer and parameters on the CPU", id="offload of all"),
@@ -49,7 +52,7 @@ def test_the_plan_says_what_is_sharded_and_when(name: str, keys: dict[str, Any],
 @pytest.mark.parametrize(
     ("name", "keys", "words"),
     [
-        ("zero1", {"resident": 0.5}, "parallel.resident=0.5 needs ZeRO stage 3"),
+        ("zero1", {"gathered_fraction": 0.5}, "parallel.gathered_fraction=0.5 needs ZeRO stage 3"),
         ("zero1", {"reduce_once": False}, r"reduce_once=false is ZeRO stage 2, .* says 1: .*zero2.json"),
         ("zero2", {"reduce_once": True}, r"reduce_once=true is ZeRO stage 1, .* says 2: .*zero1.json"),
     ],

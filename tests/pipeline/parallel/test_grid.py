@@ -59,7 +59,7 @@ class Reference:
 
 def reference(case: Case, skipped: int | None = None) -> Reference:
     """Train a case's whole model with torch alone; ``skipped`` is a step without an update."""
-    return _reference(case.tied, case.layers, case.micros, skipped)
+    return _reference(case.tied, case.layers, case.microbatches, skipped)
 
 
 @cache
@@ -71,12 +71,12 @@ def _reference(tied: bool, layers: int, micro_counts: tuple[int, ...], skipped: 
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay)
     for step, count in enumerate(micro_counts):
-        micros = [micro_batch(step, index) for index in range(count)]
+        microbatches = [micro_batch(step, index) for index in range(count)]
         optimizer.zero_grad()
-        losses = [stage(None, inputs) for inputs in micros]
+        losses = [stage(None, inputs) for inputs in microbatches]
         for loss in losses:
-            (loss / target_count(micros)).backward()
-        seen.loss.append(sum(loss.item() for loss in losses) / target_count(micros))
+            (loss / target_count(microbatches)).backward()
+        seen.loss.append(sum(loss.item() for loss in losses) / target_count(microbatches))
         seen.gradients.append({name: param.grad.clone() for name, param in trained.items()})  # type: ignore[union-attr]
         seen.norm.append(float(torch.nn.utils.clip_grad_norm_(trained.values(), TRAIN.clip_norm)))
         if step != skipped:
@@ -132,7 +132,7 @@ def targets(step: int, count: int) -> int:
 
 def mean_losses(ranks: Ranks, case: Case) -> list[float]:
     steps = range(len(ranks[0]["loss"]))
-    return [sum(rank["loss"][step] for rank in ranks) / targets(step, case.micros[step]) for step in steps]
+    return [sum(rank["loss"][step] for rank in ranks) / targets(step, case.microbatches[step]) for step in steps]
 
 
 def moved(rank: dict[str, Any], counted: str = "traffic") -> list[StepTraffic]:
@@ -144,16 +144,16 @@ def moved(rank: dict[str, Any], counted: str = "traffic") -> list[StepTraffic]:
 def settings(case: Case) -> dict[str, Any]:
     """What of a case must not change any result."""
     everything = asdict(case)
-    apart = ("without", "poisoned", "deep", "bf16", "micros")
-    odd = case.micros[0] // (RANKS // case.pp) % case.pp > 0
+    apart = ("without", "poisoned", "deep", "bf16", "microbatches")
+    odd = case.microbatches[0] // (RANKS // case.pp) % case.pp > 0
     return {name: value for name, value in everything.items() if name not in apart} | {"odd": odd}
 
 
 def go_together(one: tuple[str, Any], other: tuple[str, Any]) -> bool:
     excluded: Mapping[tuple[str, Any], Mapping[str, Any]] = {
-        ("config", "zero1"): {"reduce_once": True, "resident": 1.0, "persist": 0},
-        ("config", "zero2"): {"reduce_once": False, "resident": 1.0, "persist": 0},
-        ("persist", PERSIST): {"resident": 0.0},
+        ("config", "zero1"): {"reduce_once": True, "gathered_fraction": 1.0, "persist": 0},
+        ("config", "zero2"): {"reduce_once": False, "gathered_fraction": 1.0, "persist": 0},
+        ("persist", PERSIST): {"gathered_fraction": 0.0},
         ("pp", 1): {"odd": False},
     }
     if {one, other} == {("pp", 1), ("schedule", "interleaved")}:
@@ -246,7 +246,7 @@ def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(case:
     ranks, poisoned = ranks_of(results, case), case.poisoned
     assert poisoned is not None
     for rank in ranks:
-        assert rank["applied"] == [step != poisoned for step in range(len(case.micros))]
+        assert rank["applied"] == [step != poisoned for step in range(len(case.microbatches))]
         assert not math.isfinite(rank["norm"][poisoned])
         before, after = rank["weights"][poisoned - 1 : poisoned + 1]
         assert all(torch.equal(before[key], after[key]) for key in before)
@@ -256,7 +256,7 @@ def test_a_gradient_that_is_not_a_number_on_one_rank_skips_the_step_on_all(case:
 @pytest.mark.parametrize("case", [ONCE, EACH], ids=str)
 def test_weights_are_gathered_once_a_step_and_gradients_reduced_as_often_as_asked(case: Case, results: Path) -> None:
     for rank in ranks_of(results, case):
-        for step, count in zip(moved(rank), case.micros, strict=True):
+        for step, count in zip(moved(rank), case.microbatches, strict=True):
             assert 0.95 <= step.gather_x <= 1.1
             assert 0.99 <= step.reduce_x / (1 if case.reduce_once else count // 2) <= 1.1
 
@@ -286,14 +286,14 @@ def test_zero_1_and_2_gather_once_after_the_update_and_nothing_within_a_step(cas
         assert rank["whole"] == [1.0, 1.0, 1.0]
         assert within[1].gather_x == within[2].gather_x == 0
         assert all(0.99 <= step.gather_x <= 1.1 for step in after)
-        for step, count in zip(within, case.micros, strict=True):
+        for step, count in zip(within, case.microbatches, strict=True):
             assert 0.99 <= step.reduce_x / (1 if case is ZERO1 else count // 2) <= 1.1
 
 
 def test_only_hidden_states_cross_stages(results: Path) -> None:
     for index, rank in enumerate(ranks_of(results, ONCE)):
         for step, counted in enumerate(rank["traffic"]):
-            count = ONCE.micros[step] // 2
+            count = ONCE.microbatches[step] // 2
             own = [micro_batch(step, i) for i in range(2 * count)][count * (index % 2) :][:count]
             width = grid_spec(tied=False, layers=ONCE.layers).width
             assert counted["sent"] == sum(inputs.input_ids.numel() for inputs in own) * width * 4

@@ -9,15 +9,15 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.parallel.groups import neighbours
-from pipeline.parallel.schedule import SCHEDULES, Action, bubble, feeds, needs
-from pipeline.parallel.simulation import most_held, orders, receives, simulate
+from pipeline.parallel.schedule import SCHEDULES, Action, bubble, downstream, upstream
+from pipeline.parallel.simulation import orders, peak_in_flight, receives, simulate
 
 SHAPES = [
-    (name, stages, micros, chunks)
+    (name, stages, microbatches, virtual_stages)
     for name in SCHEDULES
     for stages in ((2, 3, 4, 5) if name == "interleaved" else (1, 2, 3, 4, 5))
-    for micros in (*range(1, 12), 17)
-    for chunks in ((2, 3) if name == "interleaved" else (1,))
+    for microbatches in (*range(1, 12), 17)
+    for virtual_stages in ((2, 3) if name == "interleaved" else (1,))
 ]
 
 
@@ -27,76 +27,85 @@ def cost(stage: int, action: Action) -> float:
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
-@pytest.mark.parametrize(("stages", "micros"), list(itertools.product([1, 2, 3, 4], [1, 2, 4, 7])))
-def test_schedules_run_every_micro_batch_once_and_cannot_deadlock(name: str, stages: int, micros: int) -> None:
+@pytest.mark.parametrize(("stages", "microbatches"), list(itertools.product([1, 2, 3, 4], [1, 2, 4, 7])))
+def test_schedules_run_every_micro_batch_once_and_cannot_deadlock(name: str, stages: int, microbatches: int) -> None:
     """Clocked by hand: an action runs when its input has arrived; all must finish, in order, within memory."""
-    queues = [list(SCHEDULES[name](stage, stages, micros, 1)) for stage in range(stages)]
+    queues = [list(SCHEDULES[name](stage, stages, microbatches, 1)) for stage in range(stages)]
     done: list[set[tuple[str, int]]] = [set() for _ in range(stages)]
     clock = 0
     while any(queues):
         ready = [
             s for s, queue in enumerate(queues)
             if queue and (
-                (queue[0].kind == "F" and (s == 0 or ("F", queue[0].micro) in done[s - 1]))
-                or (queue[0].kind == "B" and ("F", queue[0].micro) in done[s]
-                    and (s == stages - 1 or ("B", queue[0].micro) in done[s + 1]))
+                (queue[0].kind == "F" and (s == 0 or ("F", queue[0].microbatch) in done[s - 1]))
+                or (queue[0].kind == "B" and ("F", queue[0].microbatch) in done[s]
+                    and (s == stages - 1 or ("B", queue[0].microbatch) in done[s + 1]))
             )
         ]  # fmt: skip
         assert ready, f"deadlock: {queues}"
         for stage, action in [(s, queues[s].pop(0)) for s in ready]:
-            done[stage].add((action.kind, action.micro))
+            done[stage].add((action.kind, action.microbatch))
             held = sum(kind == "F" for kind, _ in done[stage]) - sum(kind == "B" for kind, _ in done[stage])
-            assert held <= (micros if name == "gpipe" else min(stages - stage, micros))
+            assert held <= (microbatches if name == "gpipe" else min(stages - stage, microbatches))
         clock += 1
-    assert all(len(d) == 2 * micros for d in done)
-    assert clock == 2 * (micros + stages - 1), "as long as theory says, for forwards and backwards of equal cost"
-    assert 1 - 2 * micros / clock == pytest.approx(bubble(stages, micros))
-    simulated = simulate(orders(name, stages, micros), lambda stage, action: 1.0)
+    assert all(len(d) == 2 * microbatches for d in done)
+    assert clock == 2 * (microbatches + stages - 1), "as long as theory says, for forwards and backwards of equal cost"
+    assert 1 - 2 * microbatches / clock == pytest.approx(bubble(stages, microbatches))
+    simulated = simulate(orders(name, stages, microbatches), lambda stage, action: 1.0)
     assert simulated.makespan == clock, "the simulation agrees"
 
 
 def test_every_action_runs_once_and_after_what_it_needs() -> None:
-    for name, stages, micros, chunks in SHAPES:
-        step = simulate(orders(name, stages, micros, chunks), cost, chunks)
-        wanted = {Action(k, m, c) for k in ("F", "B") for m in range(micros) for c in range(chunks)}  # type: ignore[arg-type]
+    for name, stages, microbatches, virtual_stages in SHAPES:
+        step = simulate(orders(name, stages, microbatches, virtual_stages), cost, virtual_stages)
+        wanted = {Action(k, m, c) for k in ("F", "B") for m in range(microbatches) for c in range(virtual_stages)}  # type: ignore[arg-type]
         ends = {(stage, slot.action): slot.end for stage, slots in enumerate(step.slots) for slot in slots}
         for stage, slots in enumerate(step.slots):
-            assert {slot.action for slot in slots} == wanted and len(slots) == len(wanted), (name, stages, micros)
+            assert {slot.action for slot in slots} == wanted and len(slots) == len(wanted), (name, stages, microbatches)
             for action, start, _ in slots:
-                peer = needs(stage, action, stages, chunks)
+                peer = upstream(stage, action, stages, virtual_stages)
                 assert peer is None or ends[peer] <= start
                 assert action.kind == "F" or ends[stage, action._replace(kind="F")] <= start
 
 
 def test_the_bubble_is_that_of_theory_on_any_number_of_micro_batches() -> None:
     """For every number at least that of the stages, where Megatron's interleaved order needs a multiple."""
-    for name, stages, micros, chunks in SHAPES:
-        step = simulate(orders(name, stages, micros, chunks), cost, chunks)
-        if micros >= stages or chunks == 1:
-            assert step.bubble == pytest.approx(bubble(stages, micros, chunks)), (name, stages, micros, chunks)
+    for name, stages, microbatches, virtual_stages in SHAPES:
+        step = simulate(orders(name, stages, microbatches, virtual_stages), cost, virtual_stages)
+        if microbatches >= stages or virtual_stages == 1:
+            assert step.bubble == pytest.approx(bubble(stages, microbatches, virtual_stages)), (
+                name,
+                stages,
+                microbatches,
+                virtual_stages,
+            )
         else:
-            assert step.bubble >= bubble(stages, micros, chunks)
+            assert step.bubble >= bubble(stages, microbatches, virtual_stages)
 
 
 def test_activations_stay_within_bounds() -> None:
-    for name, stages, micros, chunks in SHAPES:
-        group = max(stages, -(-micros // max(1, micros // stages)))
-        for stage, order in enumerate(orders(name, stages, micros, chunks)):
-            held = most_held(order, [1.0] * chunks)
+    for name, stages, microbatches, virtual_stages in SHAPES:
+        group = max(stages, -(-microbatches // max(1, microbatches // stages)))
+        for stage, order in enumerate(orders(name, stages, microbatches, virtual_stages)):
+            held = peak_in_flight(order, [1.0] * virtual_stages)
             if name == "1f1b":
-                assert held == min(stages - stage, micros)
+                assert held == min(stages - stage, microbatches)
             elif name == "gpipe":
-                assert held == micros
+                assert held == microbatches
             else:
-                assert held <= min(2 * (stages - 1 - stage) + (chunks - 1) * group + 1, chunks * micros)
+                assert held <= min(
+                    2 * (stages - 1 - stage) + (virtual_stages - 1) * group + 1, virtual_stages * microbatches
+                )
 
 
 def test_a_held_activation_counts_as_much_as_its_chunk() -> None:
     order = [Action("F", 0, 0), Action("F", 0, 1), Action("B", 0, 1), Action("F", 1, 0), Action("B", 0, 0)]
-    assert most_held(order, [3, 2]) == 6
+    assert peak_in_flight(order, [3, 2]) == 6
 
 
-def step_ends(of_stages: Sequence[Sequence[Action]], posted: Sequence[Sequence[Sequence[Action]]], chunks: int) -> bool:
+def step_ends(
+    of_stages: Sequence[Sequence[Action]], posted: Sequence[Sequence[Sequence[Action]]], virtual_stages: int
+) -> bool:
     """Whether a step ends on GPUs, all of whose actions synchronise the device as they are launched.
 
     Then an action waits for every receive posted so far, whoever it is for, and for every message sent so far to be
@@ -108,14 +117,14 @@ def step_ends(of_stages: Sequence[Sequence[Action]], posted: Sequence[Sequence[S
     sent: list[list[tuple[int, Action]]] = [[] for _ in range(stages)]
 
     def goes_on(stage: int) -> bool:
-        sources = {action: needs(stage, action, stages, chunks) for action in coming[stage]}
+        sources = {action: upstream(stage, action, stages, virtual_stages) for action in coming[stage]}
         coming[stage] = {a for a, peer in sources.items() if peer and places[peer[0]][peer[1]] >= done[peer[0]]}
         sent[stage] = [(peer, action) for peer, action in sent[stage] if action not in received[peer]]
         return done[stage] < len(of_stages[stage]) and not coming[stage] and not sent[stage]
 
     while going := [stage for stage in range(stages) if goes_on(stage)]:
         for stage in going:
-            sent[stage] += filter(None, [feeds(stage, of_stages[stage][done[stage]], stages, chunks)])
+            sent[stage] += filter(None, [downstream(stage, of_stages[stage][done[stage]], stages, virtual_stages)])
             done[stage] += 1
             for row in posted[stage][done[stage] : done[stage] + 1]:
                 received[stage].update(row)
@@ -124,58 +133,73 @@ def step_ends(of_stages: Sequence[Sequence[Action]], posted: Sequence[Sequence[S
 
 
 def test_no_receive_is_posted_before_what_its_message_waits_for_may_be_launched() -> None:
-    for name, stages, micros, chunks in SHAPES:
-        of_stages = orders(name, stages, micros, chunks)
-        posted = [receives(name, stage, stages, micros, chunks) for stage in range(stages)]
-        assert step_ends(of_stages, posted, chunks), (name, stages, micros, chunks)
+    for name, stages, microbatches, virtual_stages in SHAPES:
+        of_stages = orders(name, stages, microbatches, virtual_stages)
+        posted = [receives(name, stage, stages, microbatches, virtual_stages) for stage in range(stages)]
+        assert step_ends(of_stages, posted, virtual_stages), (name, stages, microbatches, virtual_stages)
 
 
 def test_receives_two_actions_ahead_would_hang_a_step_that_synchronises() -> None:
     of_stages = orders("1f1b", 2, 4)
-    ahead = [[[a for a in order[max(i + 2, 0) if i else 0 : i + 3] if needs(stage, a, 2, 1)] for i in range(len(order))]
-             for stage, order in enumerate(of_stages)]  # fmt: skip
+    ahead = [
+        [[a for a in order[max(i + 2, 0) if i else 0 : i + 3] if upstream(stage, a, 2, 1)] for i in range(len(order))]
+        for stage, order in enumerate(of_stages)
+    ]
     assert not step_ends(of_stages, ahead, 1)
 
 
 def test_messages_are_received_while_stages_compute() -> None:
     """Posted when the action is launched at the latest; in full pipelines a third of them before."""
-    for name, stages, micros, chunks in SHAPES:
+    for name, stages, microbatches, virtual_stages in SHAPES:
         early = total = 0
-        for stage, order in enumerate(orders(name, stages, micros, chunks)):
-            rows = receives(name, stage, stages, micros, chunks)
+        for stage, order in enumerate(orders(name, stages, microbatches, virtual_stages)):
+            rows = receives(name, stage, stages, microbatches, virtual_stages)
             places = {action: index for index, row in enumerate(rows) for action in row}
-            assert set(places) == {action for action in order if needs(stage, action, stages, chunks)}
+            assert set(places) == {action for action in order if upstream(stage, action, stages, virtual_stages)}
             assert all(places[action] <= order.index(action) for action in places)
             early += sum(places[action] < order.index(action) for action in places)
             total += len(places)
-        assert micros < 2 * stages or early >= total // 3, (name, stages, micros, chunks)
+        assert microbatches < 2 * stages or early >= total // 3, (name, stages, microbatches, virtual_stages)
 
 
 def test_receives_in_flight_are_few_however_many_micro_batches() -> None:
-    for name, stages, _, chunks in {(n, s, 0, c) for n, s, _, c in SHAPES}:
-        for micros in (2 * stages - 1, 2 * stages, 5 * stages):
-            for stage, order in enumerate(orders(name, stages, micros, chunks)):
+    for name, stages, _, virtual_stages in {(n, s, 0, c) for n, s, _, c in SHAPES}:
+        for microbatches in (2 * stages - 1, 2 * stages, 5 * stages):
+            for stage, order in enumerate(orders(name, stages, microbatches, virtual_stages)):
                 held = most = 0
-                for action, coming in zip(order, receives(name, stage, stages, micros, chunks), strict=True):
+                for action, coming in zip(
+                    order, receives(name, stage, stages, microbatches, virtual_stages), strict=True
+                ):
                     most = max(most, held := held + len(coming))
-                    held -= needs(stage, action, stages, chunks) is not None
-                assert held == 0 and most <= (2 if chunks == 1 else stages + 2), (name, stages, micros, chunks, stage)
+                    held -= upstream(stage, action, stages, virtual_stages) is not None
+                assert held == 0 and most <= (2 if virtual_stages == 1 else stages + 2), (
+                    name,
+                    stages,
+                    microbatches,
+                    virtual_stages,
+                    stage,
+                )
 
 
 def test_messages_of_a_pair_are_received_in_the_order_they_are_sent() -> None:
     """Each ordered pair of ranks is a queue: messages carry no names."""
-    for name, stages, micros, chunks in SHAPES:
-        of_stages = orders(name, stages, micros, chunks)
+    for name, stages, microbatches, virtual_stages in SHAPES:
+        of_stages = orders(name, stages, microbatches, virtual_stages)
         for source, target in itertools.permutations(range(stages), 2):
-            fed = (feeds(source, action, stages, chunks) for action in of_stages[source])
+            fed = (downstream(source, action, stages, virtual_stages) for action in of_stages[source])
             sent = [each[1] for each in fed if each is not None and each[0] == target]
-            received = [a for row in receives(name, target, stages, micros, chunks) for a in row]
-            assert sent == [a for a in received if (needs(target, a, stages, chunks) or (None,))[0] == source]
+            received = [a for row in receives(name, target, stages, microbatches, virtual_stages) for a in row]
+            assert sent == [
+                a for a in received if (upstream(target, a, stages, virtual_stages) or (None,))[0] == source
+            ]
             used = [a for a in of_stages[target] if a in sent]
-            assert chunks > 1 or sent == used, "without chunks they are used in that order, too"
-            assert not sent or (source, target) in neighbours(stages, chunks > 1), "on a link"
+            assert virtual_stages > 1 or sent == used, "without chunks they are used in that order, too"
+            assert not sent or (source, target) in neighbours(stages, virtual_stages > 1), "on a link"
             for action in sent:
-                assert feeds(*needs(target, action, stages, chunks), stages, chunks) == (target, action)  # type: ignore[misc]
+                assert downstream(*upstream(target, action, stages, virtual_stages), stages, virtual_stages) == (
+                    target,
+                    action,
+                )  # type: ignore[misc]
 
 
 def test_an_order_that_hangs_is_found() -> None:
@@ -200,8 +224,8 @@ def test_a_step_is_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--chunks", "2"], "chunks=2 needs schedule=interleaved"),
-        (["--schedule", "interleaved", "--chunks", "2", "--pp", "1"], "set pp to 2 or more"),
+        (["--virtual-stages", "2"], "virtual_stages=2 needs schedule=interleaved"),
+        (["--schedule", "interleaved", "--virtual-stages", "2", "--pp", "1"], "set pp to 2 or more"),
         (["--pp", "0"], "parallel.pp: Input should be greater than 0"),
         (["--micro-batches", "0"], "a step has at least 1"),
     ],

@@ -8,7 +8,7 @@ import pytest
 
 from data_prep.common.errors import UserError
 from pipeline.data.order import BatchOrder
-from pipeline.model.counts import Counts
+from pipeline.model.counts import ParamCounts
 from pipeline.parallel.partition import split_layers, split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from tests.pipeline.model.helpers import tiny_spec
@@ -17,28 +17,28 @@ from tests.pipeline.model.helpers import tiny_spec
 @pytest.mark.parametrize(("world", "pp"), [(1, 1), (4, 1), (4, 2), (4, 4), (6, 3)])
 def test_every_place_of_the_grid_is_taken_once(world: int, pp: int) -> None:
     grid = [Topology(world, rank, pp) for rank in range(world)]
-    assert {(t.stage, t.replica) for t in grid} == set(itertools.product(range(pp), range(world // pp)))
+    assert {(t.stage, t.dp_rank) for t in grid} == set(itertools.product(range(pp), range(world // pp)))
     for t in grid:
-        assert t.rank_of(t.stage, t.replica) == t.rank
+        assert t.rank_of(t.stage, t.dp_rank) == t.rank
         assert t.rank in t.stage_ranks(t.stage)
-        assert t.rank in t.replica_ranks(t.replica)
+        assert t.rank in t.replica_ranks(t.dp_rank)
         assert t.stage_ranks(t.stage) == list(range(t.stage * t.dp, (t.stage + 1) * t.dp)), "a stage is contiguous"
 
 
 def test_ranks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.pp=3 does not divide 4 ranks.*1, 2, 4"):
         Topology(4, 0, 3)
-    with pytest.raises(UserError, match=r"train.batch_packs=8 cannot be shared by 3"):
+    with pytest.raises(UserError, match=r"train.global_batch_size=8 cannot be shared by 3"):
         micro_batches(8, 3, 0)
     with pytest.raises(UserError, match=r"micro_batches=3 does not divide the 4 packs"):
         micro_batches(8, 2, 3)
 
 
-@pytest.mark.parametrize(("replicas", "micros"), [(1, 1), (1, 12), (2, 3), (3, 4), (4, 1), (6, 2)])
-def test_global_batches_do_not_depend_on_ranks(replicas: int, micros: int) -> None:
-    order = BatchOrder(12, replicas, micros)
+@pytest.mark.parametrize(("dp", "microbatches"), [(1, 1), (1, 12), (2, 3), (3, 4), (4, 1), (6, 2)])
+def test_global_batches_do_not_depend_on_ranks(dp: int, microbatches: int) -> None:
+    order = BatchOrder(12, dp, microbatches)
     for step in range(3):
-        rows = [i for r in range(replicas) for m in range(micros) for i in order.micro_rows(12 * step, r, m)]
+        rows = [i for r in range(dp) for m in range(microbatches) for i in order.rows_of_microbatch(12 * step, r, m)]
         assert rows == list(order.global_rows(12 * step)) == list(range(12 * step, 12 * step + 12))
 
 
@@ -64,15 +64,17 @@ def test_split_is_the_best_of_all_splits(layers: int, stages: int, ends: tuple[f
 )
 def test_split_by_hand_is_checked(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        split_layers(12, 3, by_hand=text)
-    assert [len(r) for r in split_layers(12, 3, by_hand="3,4,5")] == [3, 4, 5]
+        split_layers(12, 3, layers_per_stage=text)
+    assert [len(r) for r in split_layers(12, 3, layers_per_stage="3,4,5")] == [3, 4, 5]
 
 
 def test_chunks_of_a_stage_are_every_so_manyth_piece() -> None:
-    stages = split_stages(8, 2, 2, by_hand="1,2,2,3")
+    stages = split_stages(8, 2, 2, layers_per_stage="1,2,2,3")
     assert stages == ((range(0, 1), range(3, 5)), (range(1, 3), range(5, 8)))
     assert split_stages(8, 4, 1) == tuple((piece,) for piece in split_layers(8, 4))
-    with pytest.raises(UserError, match=r"parallel.pp x parallel.chunks = 12 .* 8 decoder layers: use at most 8"):
+    with pytest.raises(
+        UserError, match=r"parallel.pp x parallel.virtual_stages = 12 .* 8 decoder layers: use at most 8"
+    ):
         split_stages(8, 4, 3)
 
 
@@ -81,7 +83,7 @@ def test_stages_of_chunks_cost_about_the_same(before: float, after: float) -> No
     """The dearest stage is within one layer of an even share, though one piece is much dearer than the others."""
     costs = [before, *[1.0] * 32, after]
     stages = split_stages(32, 4, 2, costs=costs)
-    assert sorted(layer for own in stages for chunk in own for layer in chunk) == list(range(32))
+    assert sorted(layer for own in stages for virtual_stage in own for layer in virtual_stage) == list(range(32))
     shares = [float(sum(map(len, own))) for own in stages]
     shares[0] += before
     shares[-1] += after
@@ -95,13 +97,13 @@ def test_stages_beside_a_dear_one_are_even() -> None:
     assert max(len(own[0]) for own in stages[1:]) - min(len(own[0]) for own in stages[1:]) <= 1
 
 
-@pytest.mark.parametrize(("stages", "chunks"), [(1, 1), (3, 1), (6, 1), (2, 2), (3, 2), (2, 3)])
-def test_every_stage_trains_something_whatever_the_split(stages: int, chunks: int) -> None:
+@pytest.mark.parametrize(("stages", "virtual_stages"), [(1, 1), (3, 1), (6, 1), (2, 2), (3, 2), (2, 3)])
+def test_every_stage_trains_something_whatever_the_split(stages: int, virtual_stages: int) -> None:
     """DeepSpeed cannot run where nothing trains: each chunk has a decoder layer, however costly the frozen tower."""
-    counts = Counts.of(tiny_spec(num_hidden_layers=6))
+    counts = ParamCounts.of(tiny_spec(num_hidden_layers=6))
     assert counts.vision_frozen
     for before, after in ((0.0, 0.0), (1e9, 0.0), (0.0, 1e9)):
-        for stage, own in enumerate(split_stages(6, stages, chunks, costs=[before, *[1.0] * 6, after])):
-            layers = [layer for chunk in own for layer in chunk]
+        for stage, own in enumerate(split_stages(6, stages, virtual_stages, costs=[before, *[1.0] * 6, after])):
+            layers = [layer for virtual_stage in own for layer in virtual_stage]
             trained, frozen = counts.of_stage(layers, first=stage == 0, last=stage == stages - 1)
             assert trained >= min(counts.layers) and bool(frozen) == (stage == 0)

@@ -32,13 +32,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 def messages(name: str) -> int:
     """Messages of a step, over all replicas: each edge between chunks is passed forth and back."""
     case = CASES[name]
-    return 2 * (case.pp * case.chunks - 1) * MICROS * (RANKS // case.pp)
+    return 2 * (case.pp * case.virtual_stages - 1) * MICROS * (RANKS // case.pp)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_measured_bubble_is_that_of_theory(name: str, seen: dict[str, dict[str, Any]]) -> None:
     """Within 0.05 of the step, for a busy machine; with ``BUBBLE_SLEEP=10``, within 0.005: 5 % of the least bubble."""
-    theory = bubble(CASES[name].pp, MICROS, CASES[name].chunks)
+    theory = bubble(CASES[name].pp, MICROS, CASES[name].virtual_stages)
     print(f"{name}: bubble {seen[name]['bubble']:.4f}, {seen[name]['bubble'] / theory - 1:+.1%} of theory")
     assert seen[name]["bubble"] == pytest.approx(theory, abs=0.05 / LONGER)
 
@@ -60,7 +60,7 @@ def test_only_hidden_states_and_their_gradients_are_sent(name: str, seen: dict[s
 def test_a_trace_shows_every_action_and_every_message(name: str, seen: dict[str, dict[str, Any]]) -> None:
     case, events = CASES[name], seen[name]["trace"]["traceEvents"]
     kinds = Counter(event.get("cat") for event in events if event["ph"] == "X")
-    actions = RANKS * case.chunks * MICROS
+    actions = RANKS * case.virtual_stages * MICROS
     assert kinds == {"forward": actions, "backward": actions, "wait": messages(name)}
     starts = {event["id"]: event["ts"] for event in events if event["ph"] == "s"}
     ends = {event["id"]: event["ts"] for event in events if event["ph"] == "f"}

@@ -8,25 +8,25 @@ from dataclasses import replace
 import pytest
 
 from pipeline.cli import main
-from pipeline.commands.estimate import draw_load, image_tokens, work_shares
+from pipeline.commands.estimate import build_workload_estimate, image_tokens, work_shares
 from pipeline.config.flags import parse
 from pipeline.model.counts import Cost
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.parallel.partition import split_stages
 from pipeline.parallel.schedule import bubble
-from pipeline.planning.estimate import Load
+from pipeline.planning.estimate import WorkloadEstimate
 
 SHARES = (0.01, 0.3)
 OFFLOADED = ("zero3_offload", "zero3_offload_params")
-GRID = ["--train.batch-packs", "16", "--parallel.micro-batches", "0"]
+GRID = ["--train.global-batch-size", "16", "--parallel.micro-batches", "0"]
 
 
-def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> Load:
+def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> WorkloadEstimate:
     config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
     sharding = Sharding.of(read_ds_config(f"ds_configs/{zero}.json"), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
-    return draw_load(config, sharding, spec, ranks=ranks, length=length, shares=SHARES)
+    return build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=length, shares=SHARES)
 
 
 @pytest.mark.parametrize("pp", [1, 2])
@@ -40,13 +40,13 @@ def test_states_of_all_ranks_sum_to_the_model(ranks: int, pp: int) -> None:
     assert sum(work_shares(load)) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("resident", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
-def test_what_is_held_follows_the_settings(resident: float, once: bool) -> None:
-    load = load_of("--parallel.resident", str(resident), "--parallel.reduce-once", str(once).lower())
+@pytest.mark.parametrize(("gathered_fraction", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
+def test_what_is_held_follows_the_settings(gathered_fraction: float, once: bool) -> None:
+    load = load_of("--parallel.gathered-fraction", str(gathered_fraction), "--parallel.reduce-once", str(once).lower())
     trained, frozen = load.stage_parameters(0)
     counts = load.counts
     largest = max(*counts.layers, counts.connector, counts.embed, counts.head)  # whole while it runs, whatever stays
-    assert load.memory(0).gathered == 2 * max(resident * (trained + frozen), largest) + 4 * once * trained
+    assert load.memory(0).gathered == 2 * max(gathered_fraction * (trained + frozen), largest) + 4 * once * trained
 
 
 def test_zero_stages_differ_in_the_gradient_that_is_held() -> None:
@@ -66,7 +66,7 @@ def test_what_is_offloaded_is_counted_for_the_host() -> None:
 
 def test_activations_follow_schedule_and_recomputation() -> None:
     def activations(stage: int, *flags: str) -> float:
-        return load_of("--parallel.pp", "2", "--parallel.split", "2,1", *flags).memory(stage).activations
+        return load_of("--parallel.pp", "2", "--parallel.layers-per-stage", "2,1", *flags).memory(stage).activations
 
     assert activations(0) == 2 * 2 * activations(1), "two micro-batches alive, two layers each, against one and one"
     assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"
@@ -80,23 +80,29 @@ def test_open_losses_hold_the_heads_gradient() -> None:
 
     spec = load_of().spec
     assert losses(0) == 0 and losses(1) == 4 * spec.vocab_rows * spec.width
-    assert losses(1, "--parallel.schedule", "gpipe") == load_of("--parallel.pp", "2").micros * losses(1)
+    assert losses(1, "--parallel.schedule", "gpipe") == load_of("--parallel.pp", "2").microbatches * losses(1)
 
 
-@pytest.mark.parametrize("flags", [[], ["--parallel.schedule", "interleaved", "--parallel.chunks", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--parallel.schedule", "interleaved", "--parallel.virtual-stages", "2"]])
 def test_every_part_of_the_model_is_the_work_of_one_chunk(flags: list[str]) -> None:
     load = load_of("--parallel.pp", "2", "--model.llm.config.num_hidden_layers", "6", *flags)
-    work = [load.work(stage, chunk) for stage, chunks in enumerate(load.splits) for chunk in range(len(chunks))]
+    work = [
+        load.work(stage, virtual_stage)
+        for stage, virtual_stages in enumerate(load.stage_layers)
+        for virtual_stage in range(len(virtual_stages))
+    ]
     assert sum(part.forward for part in work) == pytest.approx(sum(part.forward for part in load.costs))
     assert sum(part.backward for part in work) == pytest.approx(sum(part.backward for part in load.costs))
-    assert flags or load.bubble > bubble(2, load.micros), "unequal stages wait longer than equal ones"
-    chunks = 3 if flags else 1
-    even = replace(load, costs=[Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)], splits=split_stages(6, 2, chunks))
-    assert even.bubble == pytest.approx(bubble(2, load.micros, chunks))
+    assert flags or load.bubble > bubble(2, load.microbatches), "unequal stages wait longer than equal ones"
+    virtual_stages = 3 if flags else 1
+    even = replace(
+        load, costs=[Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)], stage_layers=split_stages(6, 2, virtual_stages)
+    )
+    assert even.bubble == pytest.approx(bubble(2, load.microbatches, virtual_stages))
 
 
 def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["estimate", "demo_sft", "--ranks", "2", "4", "--length", "512", "--parallel.pp", "2", *GRID]
+    words = ["estimate", "demo_sft", "--ranks", "2", "4", "--seq-len", "512", "--parallel.pp", "2", *GRID]
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert "demo_sft on 2 ranks" in shown and "demo_sft on 4 ranks" in shown
@@ -108,7 +114,7 @@ def test_the_command_needs_neither_packs_nor_ranks(capsys: pytest.CaptureFixture
     [
         (["nonsense"], "unknown recipe 'nonsense'"),
         (["demo_sft", "--ranks", "3", "--parallel.pp", "2"], "parallel.pp=2 does not divide 3 ranks"),
-        (["demo_sft", "--length", "8"], "cannot hold one image"),
+        (["demo_sft", "--seq-len", "8"], "cannot hold one image"),
         (["demo_sft", "--train.batch-packz", "4"], "unknown flag"),
     ],
 )

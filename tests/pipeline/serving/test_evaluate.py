@@ -139,6 +139,6 @@ def test_the_table_and_the_file_say_the_same(tmp_path: Path) -> None:
 def test_packs_of_another_model_are_refused(packs: PackReader, model: MultimodalModel, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="gives an image 16 tokens, the model 5"):
         evaluate(load_model(make_export(tmp_path)), packs)
-    other = MultimodalModel(model.card, model._stage, Tokenizer.load(tmp_path / "tokenizer"))
+    other = MultimodalModel(model.export_config, model._stage, Tokenizer.load(tmp_path / "tokenizer"))
     with pytest.raises(UserError, match="another tokenizer"):
         evaluate(other, packs)

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from data_prep.common.errors import UserError
 from pipeline.model.weights import WeightSource
 from pipeline.serving import export as export_module
-from pipeline.serving.card import ModelCard
 from pipeline.serving.export import export
+from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.model import load_model
 from tests.pipeline.model.helpers import plain_llm, whole_stage
 from tests.pipeline.serving.helpers import CONVERSATIONS, Saved, make_export, make_saved
@@ -50,7 +50,7 @@ def test_every_weight_comes_back_whatever_the_shards(
     monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
     saved = make_saved(tmp_path, tie_word_embeddings=tied)
     folder = export(saved, tmp_path / "export")
-    spec = ModelCard.load(folder).spec
+    spec = ExportConfig.load(folder).spec
     source = WeightSource.open_export(spec, folder)
     assert "lm_head.weight" in source
     loaded = whole_stage(spec, source=source)
@@ -133,7 +133,7 @@ def spoil_version(folder: Path) -> None:
     [
         pytest.param(lambda f: (f / "config.json").unlink(), "not an exported model", id="no-config"),
         pytest.param(lambda f: (f / "config.json").write_text("{}"), "does not describe an export", id="foreign"),
-        pytest.param(spoil_version, "version 1; export the run again", id="version"),
+        pytest.param(spoil_version, "version 99, this release reads version 2; export the run again", id="version"),
         pytest.param(lambda f: (f / "tokenizer" / "mma_tokenizer.json").unlink(), "tokenizer folder", id="tokenizer"),
         pytest.param(lambda f: next(f.glob("model-*")).unlink(), "not a file of the folder", id="weights"),
     ],

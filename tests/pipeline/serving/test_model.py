@@ -123,7 +123,7 @@ def test_no_prompts_no_answers(model: MultimodalModel) -> None:
 def test_answers_stop_at_the_first_end(model: MultimodalModel) -> None:
     red = model.tokenizer.encode(model.template.prompt_pieces([user("red")]), 1).ids
     word = [int(index) for index in red if model.tokenizer.decode([int(index)])]
-    assert model.answer_text([*word, model.card.eos_ids[0], *word]) == "red"
+    assert model.answer_text([*word, model.export_config.eos_ids[0], *word]) == "red"
 
 
 @pytest.mark.parametrize(

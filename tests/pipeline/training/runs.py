@@ -20,7 +20,7 @@ TINY = [
     "--model.llm.config.hidden_size", "32", "--model.llm.config.intermediate_size", "64",
     "--model.llm.config.num_hidden_layers", "2", "--model.vision.config.hidden_size", "32",
     "--model.vision.config.intermediate_size", "32", "--train.steps", str(STEPS), "--train.warmup-steps", "2",
-    "--train.batch-packs", "12", "--parallel.micro-batches", "0", "--log.every-steps", "1",
+    "--train.global-batch-size", "12", "--parallel.micro-batches", "0", "--log.every-steps", "1",
     "--log.tensorboard", "false",
 ]  # fmt: skip
 COMPARED = ("step", "loss", "lr", "grad_norm", "targets", "tokens", "images", "consumed_packs")

@@ -27,7 +27,7 @@ KILL_POINTS = int(os.environ.get("KILL_POINTS", "20"))
 SEED = int(os.environ.get("KILL_SEED", "0"))
 RANKS, STEPS = 2, 2 * KILL_POINTS
 WORDS = [
-    "--train.steps", str(STEPS), "--train.batch-packs", "4", "--checkpoint.every-steps", "1",
+    "--train.steps", str(STEPS), "--train.global-batch-size", "4", "--checkpoint.every-steps", "1",
     "--checkpoint.keep-last", "3", "--parallel.micro-batches", "1",
 ]  # fmt: skip
 MOMENTS = ("in a step", "in a save", "at the start", "while publishing", "in a save")

@@ -18,14 +18,14 @@ MODEL = ["--model.llm.config.num_hidden_layers", "4", "--train.steps", str(len(G
 def test_a_run_goes_on_on_any_grid_as_if_undisturbed(small_demo: Path, tmp_path: Path) -> None:
     train(small_demo, tmp_path / "undisturbed", *MODEL, "--checkpoint.every-steps", "0").check()
     run_dir = tmp_path / "run"
-    for step, (stages, replicas) in enumerate(GRIDS, start=1):
+    for step, (stages, dp) in enumerate(GRIDS, start=1):
         run_dir.mkdir(exist_ok=True)
         (run_dir / "STOP").touch()  # there before the start: it ends after one step, saved
         grid = ["--parallel.pp", str(stages)]
-        output = train(small_demo, run_dir, *MODEL, *grid, ranks=stages * replicas).check().output
+        output = train(small_demo, run_dir, *MODEL, *grid, ranks=stages * dp).check().output
         assert f"at step {step}/{len(GRIDS)}" in output
         manifest = open_checkpoint(run_dir).manifest
-        assert (manifest.step, manifest.pp, manifest.dp) == (step, stages, replicas)
+        assert (manifest.step, manifest.pp, manifest.dp) == (step, stages, dp)
     ours, reference = metrics(run_dir), metrics(tmp_path / "undisturbed")
     for name in ("step", "samples", "consumed_packs", "targets", "tokens", "images", "lr"):
         assert [line[name] for line in ours] == [line[name] for line in reference], name

@@ -52,7 +52,7 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             None, ["--model.llm.config.max_position_embeddings", "20"], ["sample of", "20"], id="positions too short"
         ),
         pytest.param(manifest_edit(targets=0), [], ["0 supervised tokens"], id="nothing supervised"),
-        pytest.param(manifest_edit(rows=3), [], ["3 packs", "batch_packs=12"], id="fewer packs than a step"),
+        pytest.param(manifest_edit(rows=3), [], ["3 packs", "global_batch_size=12"], id="fewer packs than a step"),
         pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
         pytest.param(manifest_edit(image_store_sha256="0"), [], ["other images", "mma-prep"], id="other images"),
         pytest.param(
@@ -102,7 +102,7 @@ def test_verify_names_a_damaged_file_of_packs_or_image_store(
         pytest.param('{"zero_optimization": {"stage": 7}}', ["stage=7"], id="unknown stage"),
         pytest.param(
             '{"train_batch_size": 8, "zero_optimization": {"stage": 3}}',
-            ["train_batch_size", "batch_packs"],
+            ["train_batch_size", "global_batch_size"],
             id="batch",
         ),
         pytest.param(

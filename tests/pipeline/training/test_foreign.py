@@ -18,7 +18,7 @@ from data_prep.common import yaml_files
 from data_prep.common.errors import UserError
 from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_whole
 from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
-from pipeline.checkpoints.writing import Target, parts_of_save
+from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.train import main
 from pipeline.training.run.folder import RunFolder
 from tests.launch import ROOT
@@ -36,11 +36,11 @@ def folder(tmp_path: Path) -> Path:
     (tokenizer / "tokenizer.model").write_bytes(b"pieces")
     target = Target(tmp_path / "run/checkpoints/step-00000003", "token")
     manifest = CheckpointManifest(
-        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", batch_packs=4, pp=1, dp=1, config={},
+        step=3, optimizer_steps=3, consumed_packs=12, plan_sha256="0", global_batch_size=4, pp=1, dp=1, config={},
         model={"spec": {"llm": {}}, "tokenizer_sha256": "0"}, params={"w": ParamEntry((2, 3), 0, True)},
     )  # fmt: skip
     own = {f"{kind}|w": torch.arange(6.0) for kind in KINDS}
-    parts = parts_of_save(own, target, manifest, rank=0, tokenizer=tokenizer)
+    parts = save_phases(own, target, manifest, rank=0, tokenizer=tokenizer)
     parts.send([next(parts)()])()
     return target.final
 
@@ -102,7 +102,7 @@ ENTRY = {"bytes": 6, "xxh3": "0" * 32}
         pytest.param(("model",), {}, "no description of a language model", id="no model"),
         pytest.param(("model", "spec"), [], "no description of a language model", id="a model of another kind"),
         pytest.param(("format",), "pickle", "mma-checkpoint", id="another format"),
-        pytest.param(("version",), 2, "version", id="another version"),
+        pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 2", id="another version"),
         pytest.param(("more",), 1, "more", id="a key too many"),
     ],
 )
@@ -214,7 +214,7 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
 PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/checkpoints/writing.py", "all_gather_object"),
-    ("pipeline/training/saving.py", "all_gather_object"),
+    ("pipeline/training/checkpoint_manager.py", "all_gather_object"),
     ("pipeline/commands/doctor.py", "broadcast_object_list"),
     ("pipeline/commands/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),

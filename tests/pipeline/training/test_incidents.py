@@ -105,7 +105,7 @@ def tampered(demo: Path, out: Path) -> int:
     rows = [named(first, number) for number in range(ROWS)]
     rows[POISONED] = with_token(rows[POISONED], token)
     rows[SHUFFLED] = with_other_answers(rows[SHUFFLED], np.array(sorted(used - {packs.manifest.image_id})))
-    entry = write_rows(out / "rows-00000.arrow", rows, packs.manifest.length)
+    entry = write_rows(out / "rows-00000.arrow", rows, packs.manifest.seq_len)
     store = (packs.directory / packs.manifest.image_store).resolve()
     manifest = replace(packs.manifest, rows=ROWS, files=(entry,), tokenizer="tokenizer", image_store=str(store))
     (out / "manifest.json").write_text(manifest.to_json())
@@ -133,8 +133,8 @@ def with_other_answers(row: PackRow, pool: np.ndarray) -> PackRow:
 def test_a_run_over_tampered_rows_names_them(small_demo: Path, tmp_path: Path) -> None:
     packs, run_dir = tmp_path / "packs", tmp_path / "run"
     token = tampered(small_demo, packs)
-    more = ["--data.packs", str(packs), "--train.batch-packs", "2", "--train.steps", str(STEPS), "--log.every-steps",
-            "50", "--checkpoint.every-steps", "0", "--mask.prove-rows", "0", "--train.lr", "1e-2"]  # fmt: skip
+    more = ["--data.packs", str(packs), "--train.global-batch-size", "2", "--train.steps", str(STEPS)]
+    more += ["--log.every-steps", "50", "--checkpoint.every-steps", "0", "--mask.prove-rows", "0", "--train.lr", "1e-2"]
     script = ROOT / "tests/pipeline/parallel/failing_train.py"
     words = ["poisoned-token", str(token), "0", *flags(small_demo, run_dir, *more)]
     output = run(2, script, *words, env={"PYTHONPATH": str(ROOT)}, launcher="srun").check().output

@@ -14,7 +14,14 @@ import pytest
 from data_prep.packs import PackReader
 from pipeline.config.schema import TrainSection
 from pipeline.training.lr_schedule import learning_rate
-from pipeline.training.metrics import MetricsFile, StepStats, clock, forget_events_from, known_peak, samples_digest
+from pipeline.training.metrics import (
+    MetricsFile,
+    StepStats,
+    forget_events_from,
+    known_peak,
+    samples_digest,
+)
+from pipeline.training.run.state import format_duration
 
 STATS = StepStats(
     step=1, loss=2.5, lr=1e-3, grad_norm=0.5, applied=True, targets=3, tokens=8, images=1, consumed_packs=4,
@@ -91,4 +98,4 @@ def test_the_rate_warms_up_to_the_peak_and_falls_to_the_floor() -> None:
 
 @pytest.mark.parametrize(("seconds", "text"), [(41.6, "42s"), (187, "3m07s"), (18_720, "5h12m")])
 def test_durations_are_short(seconds: float, text: str) -> None:
-    assert clock(seconds) == text
+    assert format_duration(seconds) == text

@@ -15,8 +15,8 @@ from tests.pipeline.training.runs import furthest, metrics, train, weights
 
 pytestmark = pytest.mark.slow
 STEPS, TRACED = 4, 3
-DEEP = ["--model.llm.config.num_hidden_layers", "4", "--train.batch-packs", "4", "--train.steps", str(STEPS)]
-INTERLEAVED = ["--parallel.pp", "2", "--parallel.schedule", "interleaved", "--parallel.chunks", "2"]
+DEEP = ["--model.llm.config.num_hidden_layers", "4", "--train.global-batch-size", "4", "--train.steps", str(STEPS)]
+INTERLEAVED = ["--parallel.pp", "2", "--parallel.schedule", "interleaved", "--parallel.virtual-stages", "2"]
 
 
 @pytest.fixture(scope="module")

@@ -61,7 +61,9 @@ def test_a_second_start_says_that_all_is_done(small_demo: Path, undisturbed: Pat
         pytest.param(1, ["--parallel.micro-batches", "2"], id="1 rank, 2 micro-batches"),
         pytest.param(3, [], id="3 ranks"),
         pytest.param(2, ["--parallel.pp", "2"], id="2 stages"),
-        pytest.param(2, ["--parallel.resident", "0", "--parallel.reduce-once", "false"], id="true ZeRO-3 memory"),
+        pytest.param(
+            2, ["--parallel.gathered-fraction", "0", "--parallel.reduce-once", "false"], id="true ZeRO-3 memory"
+        ),
         pytest.param(2, ["--train.gradient-checkpointing", "true"], id="recomputed layers"),
     ],
 )
@@ -242,8 +244,8 @@ def test_other_packs_and_other_tokenizers_are_refused(
 ) -> None:
     assert main(flags(small_demo, undisturbed, packs="pt")) == 2
     assert "another plan" in capsys.readouterr().err
-    assert main(flags(small_demo, undisturbed, "--train.batch-packs", "6")) == 2
-    assert "batch_packs=12, now 6" in capsys.readouterr().err
+    assert main(flags(small_demo, undisturbed, "--train.global-batch-size", "6")) == 2
+    assert "global_batch_size=12, now 6" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(undisturbed / "checkpoints/step-00000006", other)
     text = (other / "manifest.json").read_text()

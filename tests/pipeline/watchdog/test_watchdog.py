@@ -18,11 +18,11 @@ from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.logs import RankLog
 from pipeline.training.supervise import end_with
 from pipeline.watchdog.channel import LOST_S, Channel, listen
-from pipeline.watchdog.coordinator import Lead
-from pipeline.watchdog.heartbeat import Activity
+from pipeline.watchdog.coordinator import Coordinator
+from pipeline.watchdog.heartbeat import Heartbeat
 from pipeline.watchdog.monitor import SETTLE_S, SILENT_S, START_S, TERMINATED, Monitor
-from pipeline.watchdog.watchdog import TERMINATED_CODE, Watch
-from pipeline.watchdog.worker import Follower
+from pipeline.watchdog.watchdog import TERMINATED_CODE, Watchdog
+from pipeline.watchdog.worker import Worker
 from tests.launch import ROOT, environment
 
 LIMIT_S = 5.0
@@ -41,11 +41,11 @@ class Ranks:
         self._count += anew
         count = self._count if anew else 0
         news = {"step": 3, "begun": begun, "count": count, "doing": doing, "where": "", "waits": waits}
-        self.monitor.pulse(rank, news, self.now)
+        self.monitor.record(rank, news, self.now)
 
-    def verdict(self, after_s: float, *, terminated: bool = False) -> str:
-        verdict = self.monitor.verdict(self.now + after_s, terminated=terminated)
-        return "" if verdict is None else "\n".join([verdict.text, *verdict.others])
+    def diagnosis(self, after_s: float, *, terminated: bool = False) -> str:
+        diagnosis = self.monitor.diagnosis(self.now + after_s, terminated=terminated)
+        return "" if diagnosis is None else "\n".join([diagnosis.text, *diagnosis.others])
 
 
 @pytest.fixture
@@ -59,8 +59,8 @@ def ranks() -> Ranks:
 
 
 def test_the_rank_that_does_not_wait_is_the_one_that_hangs(ranks: Ranks) -> None:
-    assert ranks.verdict(LIMIT_S - 0.1) == ""
-    said = ranks.verdict(LIMIT_S + 0.1)
+    assert ranks.diagnosis(LIMIT_S - 0.1) == ""
+    said = ranks.diagnosis(LIMIT_S + 0.1)
     assert "rank 1 (host h, pid 1) hangs in forward of micro-batch 2 while the others wait" in said
     assert "ranks 0, 2-3: waiting for rank 1: hidden states of micro-batch 2" in said
 
@@ -68,15 +68,15 @@ def test_the_rank_that_does_not_wait_is_the_one_that_hangs(ranks: Ranks) -> None
 def test_any_progress_of_any_rank_is_progress(ranks: Ranks) -> None:
     ranks.now += LIMIT_S - 1
     ranks.say(3, "backward of micro-batch 0")
-    assert ranks.verdict(LIMIT_S - 0.1) == ""
-    assert "no rank got any further" in ranks.verdict(LIMIT_S + 0.1)
+    assert ranks.diagnosis(LIMIT_S - 0.1) == ""
+    assert "no rank got any further" in ranks.diagnosis(LIMIT_S + 0.1)
 
 
 def test_starting_takes_its_time() -> None:
     ranks = Ranks(1)
     ranks.say(0, "building the stage", begun=1)
-    assert ranks.verdict(START_S - 1) == ""
-    assert "hangs in building the stage" not in ranks.verdict(START_S + 1), "alone, it is not compared with others"
+    assert ranks.diagnosis(START_S - 1) == ""
+    assert "hangs in building the stage" not in ranks.diagnosis(START_S + 1), "alone, it is not compared with others"
 
 
 def test_a_pulse_without_news_is_no_progress() -> None:
@@ -86,21 +86,21 @@ def test_a_pulse_without_news_is_no_progress() -> None:
     ranks.now += LIMIT_S + 1
     for rank in (0, 1):
         ranks.say(rank, "forward", anew=False)
-    assert "all of them are busy, none is plainly the cause" in ranks.verdict(0)
+    assert "all of them are busy, none is plainly the cause" in ranks.diagnosis(0)
 
 
 def test_silence_tells_more_than_what_was_said_last(ranks: Ranks) -> None:
     ranks.now += SILENT_S + LIMIT_S
     for rank in (0, 1, 3):
         ranks.monitor.members[rank].heard = ranks.now
-    assert "nothing was heard of rank 2 (host h, pid 2) for 15 s, last in waiting for rank 1" in ranks.verdict(0)
+    assert "nothing was heard of rank 2 (host h, pid 2) for 15 s, last in waiting for rank 1" in ranks.diagnosis(0)
 
 
 def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
     ranks.monitor.failed(0, "RuntimeError: Connection closed by peer", 1, ranks.now)
     ranks.monitor.gone(2, ranks.now)
-    assert ranks.verdict(SETTLE_S / 2) == "", "more news may come"
-    said = ranks.verdict(2 * SETTLE_S)
+    assert ranks.diagnosis(SETTLE_S / 2) == "", "more news may come"
+    said = ranks.diagnosis(2 * SETTLE_S)
     assert said.startswith("rank 2 (host h, pid 2) died: killed") and "at step 3 in waiting for rank 1" in said
     assert "rank 0: failed then: RuntimeError: Connection closed by peer" in said
 
@@ -108,41 +108,41 @@ def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
 def test_a_lost_node_is_all_its_ranks(ranks: Ranks) -> None:
     for rank in (2, 3, 1):
         ranks.monitor.gone(rank, ranks.now)
-    said = ranks.verdict(2 * SETTLE_S)
+    said = ranks.diagnosis(2 * SETTLE_S)
     assert said.startswith("rank 1 (host h, pid 1) died, and so did ranks 2-3: killed")
     assert "last heard of at step 3 in forward of micro-batch 2" in said
 
 
 def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
     ranks.monitor.failed(3, "the image cannot be read", 2, ranks.now)
-    assert ranks.verdict(2 * SETTLE_S) == "rank 3 (host h, pid 3), step 3: the image cannot be read"
+    assert ranks.diagnosis(2 * SETTLE_S) == "rank 3 (host h, pid 3), step 3: the image cannot be read"
     for rank in (0, 1):
         ranks.monitor.failed(rank, "the image cannot be read", 2, ranks.now)
-    assert ranks.verdict(2 * SETTLE_S) == "the image cannot be read"
+    assert ranks.diagnosis(2 * SETTLE_S) == "the image cannot be read"
 
 
 def test_who_takes_leave_does_not_die(ranks: Ranks) -> None:
     for rank in (1, 2, 3):
         ranks.monitor.left(rank)
         ranks.monitor.gone(rank, ranks.now)
-    assert ranks.verdict(2 * SETTLE_S) == ""
+    assert ranks.diagnosis(2 * SETTLE_S) == ""
 
 
 def test_a_suspended_job_has_not_hung(ranks: Ranks) -> None:
     ranks.now += 3600
-    ranks.monitor.forgive(3600)
-    assert ranks.verdict(LIMIT_S - 0.1) == ""
+    ranks.monitor.extend_deadline(3600)
+    assert ranks.diagnosis(LIMIT_S - 0.1) == ""
 
 
 def test_ranks_that_were_all_told_to_end_have_not_failed(ranks: Ranks) -> None:
     ranks.monitor.failed(3, TERMINATED, TERMINATED_CODE, ranks.now)
-    assert ranks.verdict(0, terminated=True) == ""
-    assert ranks.verdict(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "it alone was"
+    assert ranks.diagnosis(0, terminated=True) == ""
+    assert ranks.diagnosis(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "it alone was"
 
 
 def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
     del ranks.monitor.members[3]
-    assert ranks.verdict(LIMIT_S + 0.1).endswith("rank 3: not watched")
+    assert ranks.diagnosis(LIMIT_S + 0.1).endswith("rank 3: not watched")
 
 
 @pytest.mark.parametrize(
@@ -158,8 +158,8 @@ def test_who_is_held_by_a_collective_or_a_gpu_waits(
     path: str, name: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.watchdog.heartbeat.LOOK_AFTER_S", -1.0)
-    activity, release = Activity(), threading.Lock()
-    activity.doing("backward of micro-batch 1")
+    heartbeat, release = Heartbeat(), threading.Lock()
+    heartbeat.doing("backward of micro-batch 1")
 
     def held() -> None:
         release.acquire()
@@ -168,8 +168,8 @@ def test_who_is_held_by_a_collective_or_a_gpu_waits(
     with release:
         training = threading.Thread(target=held)
         training.start()
-        activity._thread = training.ident or 0
-        while not (news := activity.pulse())["where"].endswith(f"in {name}"):
+        heartbeat._thread = training.ident or 0
+        while not (news := heartbeat.message())["where"].endswith(f"in {name}"):
             time.sleep(0.001)
     training.join()
     assert news["waits"] == waits, news
@@ -232,12 +232,12 @@ def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
 @pytest.mark.parametrize("line", [b"1", b"[]", b"nonsense", b"[" * 60_000, b'{"rank": 1}'])
 def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
-        watch = Watch(
+        watch = Watchdog(
             rank=0, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
         )  # fmt: skip
         listener = listen()
         address = ("localhost", listener.getsockname()[1])
-        watch.start(Lead(watch, listener, 7).run)
+        watch.start(Coordinator(watch, listener, 7).run)
         with socket.create_connection(address) as stranger:
             stranger.sendall(line + b"\n")
             stranger.settimeout(30)
@@ -270,10 +270,10 @@ def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFix
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with (tmp_path / "log").open("w") as log:
-            watch = Watch(
+            watch = Watchdog(
                 rank=1, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
             )  # fmt: skip
-            watch.start(Follower(watch, closed.getsockname(), 1).run)
+            watch.start(Worker(watch, closed.getsockname(), 1).run)
             watch.close()
             assert not watch.fail("an error", 2), "nobody listens: the rank says it by itself"
     assert "warning: rank 1 cannot reach the watchdog of rank 0 at 127.0.0.1:" in capfd.readouterr().err

@@ -9,30 +9,30 @@ import time
 from pathlib import Path
 
 from pipeline.watchdog.channel import listen
-from pipeline.watchdog.coordinator import Lead
-from pipeline.watchdog.monitor import Verdict
-from pipeline.watchdog.watchdog import Watch
-from pipeline.watchdog.worker import Follower
+from pipeline.watchdog.coordinator import Coordinator
+from pipeline.watchdog.monitor import Diagnosis
+from pipeline.watchdog.watchdog import Watchdog
+from pipeline.watchdog.worker import Worker
 
 SECRET, TIMEOUT_S = 77, 5.0
 
 
-def report(verdict: Verdict) -> None:
-    print("\n".join([verdict.kind, verdict.text, *verdict.others]), flush=True)
+def report(diagnosis: Diagnosis) -> None:
+    print("\n".join([diagnosis.kind, diagnosis.text, *diagnosis.others]), flush=True)
 
 
-def meet(watch: Watch, place: Path, rank: int, world: int) -> None:
+def meet(watch: Watchdog, place: Path, rank: int, world: int) -> None:
     """Make progress until all ranks have been watched for a while."""
-    watch.activity.begin_step(6)
-    watch.activity.begin_step(7)
-    watch.activity.doing("waiting for rank 1: hidden states of micro-batch 1")
+    watch.heartbeat.begin_step(6)
+    watch.heartbeat.begin_step(7)
+    watch.heartbeat.doing("waiting for rank 1: hidden states of micro-batch 1")
     place.with_suffix(f".{rank}").touch()
     while not all(place.with_suffix(f".{peer}").exists() for peer in range(world)):
         time.sleep(0.01)
     time.sleep(0.5)
 
 
-def work(watch: Watch, fault: str) -> int:
+def work(watch: Watchdog, fault: str) -> int:
     """Do as ``fault`` says; return the exit code of a process that got that far."""
     if fault in ("killed", "terminated", "stopped"):
         sig = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM, "stopped": signal.SIGSTOP}[fault]
@@ -44,7 +44,7 @@ def work(watch: Watch, fault: str) -> int:
         watch.close()
         return 0
     if fault == "hangs":
-        watch.activity.doing("a long forward")
+        watch.heartbeat.doing("a long forward")
     time.sleep(60)
     return 0
 
@@ -52,7 +52,7 @@ def work(watch: Watch, fault: str) -> int:
 def main() -> int:
     rank, world, place, log, fault = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
     with Path(log).open("a", encoding="utf-8") as stream:
-        watch = Watch(
+        watch = Watchdog(
             rank=rank, world=world, place=f"pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,
             lost=lambda text, step: print(text, flush=True),
         )  # fmt: skip
@@ -61,11 +61,11 @@ def main() -> int:
             part = place.with_suffix(".part")
             part.write_text(str(listener.getsockname()[1]))
             part.rename(place)
-            watch.start(Lead(watch, listener, SECRET).run)
+            watch.start(Coordinator(watch, listener, SECRET).run)
         else:
             while not place.is_file():
                 time.sleep(0.01)
-            watch.start(Follower(watch, ("localhost", int(place.read_text())), SECRET).run)
+            watch.start(Worker(watch, ("localhost", int(place.read_text())), SECRET).run)
         meet(watch, place, rank, world)
         return work(watch, fault)
 

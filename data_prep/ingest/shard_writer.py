@@ -21,10 +21,10 @@ from data_prep.corpora.base import Input
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.images.augment import allowed_by
 from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, check_image, misnamed
-from data_prep.ingest import digests, sources
+from data_prep.ingest import image_hashes, sources
 from data_prep.ingest.prompts import NO_PROMPT, prompt_ids
-from data_prep.ingest.samples import FACTS, SAMPLE_SCHEMA
-from data_prep.ingest.workspace import Intake, Unit, UnitReport, Writing
+from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
+from data_prep.ingest.workspace import CorpusVariant, EncodingConfig, ShardOutput, ShardReport
 from data_prep.packs import IMAGE
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.text.documents import Room, Size, fitting, without_images
@@ -39,11 +39,11 @@ _RAW_CHARACTERS = 400  # of a rejected sample, in its list
 
 
 @dataclass(frozen=True, slots=True)
-class UnitJob:
+class ShardJob:
     """One unit to be made, with all a worker process needs to know."""
 
-    unit: Unit
-    intake: Intake
+    output: ShardOutput
+    variant: CorpusVariant
 
 
 @functools.lru_cache(maxsize=4)
@@ -58,29 +58,29 @@ def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
     return Tokenizer.load(folder)
 
 
-def ingest_unit(job: UnitJob) -> UnitReport:
+def ingest_shard(job: ShardJob) -> ShardReport:
     """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
-    intake, unit = job.intake, job.unit
-    corpus = _reader(intake.kind, json.dumps(intake.options, sort_keys=True), str(intake.root), intake.raw)
-    tokenizer = _tokenizer(str(intake.tokenizer), (intake.tokenizer / "origin.json").read_bytes())
-    unit.forget()
-    with UnitWriter(unit, intake.writing, tokenizer) as writer:
-        for item in corpus.examples(unit.shard):
+    variant, output = job.variant, job.output
+    corpus = _reader(variant.kind, json.dumps(variant.options, sort_keys=True), str(variant.root), variant.raw)
+    tokenizer = _tokenizer(str(variant.tokenizer), (variant.tokenizer / "origin.json").read_bytes())
+    output.forget()
+    with UnitWriter(output, variant.encoding, tokenizer) as writer:
+        for item in corpus.examples(output.shard):
             writer.take(item)
     folders = [path for kind, path in corpus.inputs().values() if kind is Input.FOLDER] if writer.misses_images else []
-    write_atomic(unit.sources, sources.describe([*writer.files, *sources.watched(folders)], intake.root))
+    write_atomic(output.sources, sources.describe([*writer.files, *sources.watched(folders)], variant.root))
     report = writer.report()
-    write_atomic(unit.marker, report.to_json().encode())
+    write_atomic(output.marker, report.to_json().encode())
     return report
 
 
 class UnitWriter:
     """Writes the files of one unit in constant memory."""
 
-    def __init__(self, unit: Unit, writing: Writing, tokenizer: Tokenizer) -> None:
-        self._unit, self._writing, self._tokenizer = unit, writing, tokenizer
-        self._ends = {tokenizer.id_of(token) for token in writing.template.ends}
-        self._prompt_room = max(map(len, prompt_ids(tokenizer, writing.template.prompts)), default=0)
+    def __init__(self, output: ShardOutput, encoding: EncodingConfig, tokenizer: Tokenizer) -> None:
+        self._unit, self._writing, self._tokenizer = output, encoding, tokenizer
+        self._ends = {tokenizer.id_of(token) for token in encoding.template.ends}
+        self._prompt_room = max(map(len, prompt_ids(tokenizer, encoding.template.prompts)), default=0)
         self._images: dict[bytes, int] = {}
         self._outcomes: dict[bytes, tuple[int, int] | tuple[str, str]] = {}
         self._codes: Counter[str] = Counter()
@@ -95,8 +95,8 @@ class UnitWriter:
             self._pixels = stack.enter_context(
                 ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS)
             )
-            facts = stack.enter_context(atomic_path(self._unit.facts))
-            self._facts: BinaryIO = stack.enter_context(facts.open("wb"))
+            stats = stack.enter_context(atomic_path(self._unit.stats))
+            self._stats: BinaryIO = stack.enter_context(stats.open("wb"))
             rejects = stack.enter_context(atomic_path(self._unit.rejects))
             self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
             self._stack = stack.pop_all()
@@ -105,13 +105,13 @@ class UnitWriter:
     def __exit__(self, *failure: object) -> None:
         self._stack.__exit__(*failure)  # type: ignore[arg-type]
         if failure[0] is None:
-            write_atomic(self._unit.digests, digests.to_bytes(self._images))
+            write_atomic(self._unit.image_hashes, image_hashes.to_bytes(self._images))
 
-    def report(self) -> UnitReport:
+    def report(self) -> ShardReport:
         """Return what the unit holds, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
-        others = (self._unit.facts, self._unit.digests, self._unit.rejects, self._unit.sources)
-        return UnitReport(
+        others = (self._unit.stats, self._unit.image_hashes, self._unit.rejects, self._unit.sources)
+        return ShardReport(
             self._unit.raw, tally, self._pixels.entry, entry.bytes, entry.sha256, *map(sha256_file, others)
         )
 
@@ -160,8 +160,8 @@ class UnitWriter:
         if example.kind == "chat":
             yield from excerpts(example, self._writing.template.turns)
             return
-        writing = self._writing
-        room = Room(writing.length, writing.max_text_tokens, writing.max_images)
+        encoding = self._writing
+        room = Room(encoding.seq_len, encoding.max_text_tokens, encoding.max_images)
         yield from map(Excerpt, fitting(example, room, self._measure))
 
     def _measure(self, example: Example) -> Size:
@@ -193,9 +193,9 @@ class UnitWriter:
         arrays = (encoded.ids, encoded.generated, images)
         self._samples.append((example.id, example.family, *arrays, prompt_at, allowed_by(example)))
         counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
-        facts = np.zeros((), dtype=FACTS)  # zeros: bytes between the fields are written too
-        facts[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
-        self._facts.write(facts.tobytes())
+        stats = np.zeros((), dtype=SAMPLE_STATS)  # zeros: bytes between the fields are written too
+        stats[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
+        self._stats.write(stats.tobytes())
         self._kept += 1
 
     def _repeated(self, excerpt: Excerpt) -> int:
@@ -213,20 +213,20 @@ class UnitWriter:
         return 0 if template.order == "text_first" else int(np.argmax(encoded.generated))
 
     def _encode(self, example: Example) -> tuple[Encoded, bool]:
-        writing, count = self._writing, len(example.images)
-        if writing.max_images is not None and count > writing.max_images:
-            raise BadSample("too-many-images", f"{count} images, max_images={writing.max_images}")
-        encoded = self._tokenizer.encode(writing.template.pieces(example), writing.image_tokens)
+        encoding, count = self._writing, len(example.images)
+        if encoding.max_images is not None and count > encoding.max_images:
+            raise BadSample("too-many-images", f"{count} images, max_images={encoding.max_images}")
+        encoded = self._tokenizer.encode(encoding.template.pieces(example), encoding.image_tokens)
         if not encoded.generated[1:].any():
             raise BadSample("no-target", "no generated token after the first")
-        limit = writing.length
-        if writing.max_text_tokens is not None:
-            limit = min(limit, writing.max_text_tokens + count * writing.image_tokens)
-        if writing.template.takes_prompt(example):
+        limit = encoding.seq_len
+        if encoding.max_text_tokens is not None:
+            limit = min(limit, encoding.max_text_tokens + count * encoding.image_tokens)
+        if encoding.template.takes_prompt(example):
             limit -= self._prompt_room  # whichever prompt is drawn, it fits
         if len(encoded) <= limit:
             return encoded, False
-        if writing.too_long == "reject":
+        if encoding.too_long == "reject":
             raise BadSample("too-long", f"{len(encoded)} tokens with {count} images, {limit} fit")
         return cut_tail(encoded, limit), True
 

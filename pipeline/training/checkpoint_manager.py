@@ -17,13 +17,13 @@ from data_prep.common.errors import UserError
 from data_prep.text.template import template_of
 from pipeline.checkpoints.checkpoint import prune, remove_unfinished
 from pipeline.checkpoints.manifest import CheckpointManifest
-from pipeline.checkpoints.writing import HostCopy, Part, Target, describe, parts_of_save, shards, together
+from pipeline.checkpoints.writing import HostCopy, Phase, Target, describe, gather_phase, save_phases, shards
 from pipeline.parallel.zero3 import Zero3Stage
-from pipeline.planning.run_plan import Blueprint
+from pipeline.planning.run_plan import RunPlan
 from pipeline.training.run.folder import RunFolder
 
 
-class Saver:
+class CheckpointManager:
     """Writes a run's checkpoints from all ranks and removes old ones.
 
     With ``checkpoint.asynchronous`` training only waits while shards are copied to host memory; a thread of each rank
@@ -31,23 +31,23 @@ class Saver:
     go on with the save after the same step: no thread takes part in a collective. One save is under way at a time.
     """
 
-    def __init__(self, plan: Blueprint, folder: RunFolder, stage: Zero3Stage, *, step: int) -> None:
+    def __init__(self, plan: RunPlan, folder: RunFolder, stage: Zero3Stage, *, step: int) -> None:
         """Save ``stage`` into ``folder``; ``step`` is the one its newest checkpoint holds (0 = none). Collective."""
         self._plan, self._folder, self._stage = plan, folder, stage
-        self._lead = plan.topology.rank == 0
+        self._is_rank0 = plan.topology.rank == 0
         self._place = folder.path / "checkpoints"
         self._newest = step
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host = HostCopy(stage) if plan.config.checkpoint.asynchronous else None
-        self._parts: Generator[Part, list[Any], None] | None = None  # what is left of the save under way
-        self._part: Future[Any] = Future()
+        self._phases: Generator[Phase, list[Any], None] | None = None  # what is left of the save under way
+        self._phase: Future[Any] = Future()
         self._waited = 0.0
-        if self._lead:
+        if self._is_rank0:
             remove_unfinished(folder.path)
-        said: list[Any] = [None] * plan.topology.world
-        dist.all_gather_object(said, (describe(stage), uuid.uuid4().hex[:8]))
-        self._params = {name: entry for params, _ in said for name, entry in params.items()}
-        self._token: str = said[0][1]
+        gathered: list[Any] = [None] * plan.topology.world
+        dist.all_gather_object(gathered, (describe(stage), uuid.uuid4().hex[:8]))
+        self._params = {name: entry for params, _ in gathered for name, entry in params.items()}
+        self._token: str = gathered[0][1]
 
     def due(self, step: int) -> bool:
         """Whether the recipe asks for a checkpoint after this step."""
@@ -57,17 +57,17 @@ class Saver:
     @property
     def pending(self) -> float:
         """This rank's share of the number that ranks add up: 1 while it writes, infinite once it has failed, else 0."""
-        if self._parts is None or (self._part.done() and self._part.exception() is None):
+        if self._phases is None or (self._phase.done() and self._phase.exception() is None):
             return 0.0
-        return math.inf if self._part.done() else 1.0
+        return math.inf if self._phase.done() else 1.0
 
     def advance(self, pending: float) -> None:
         """Go on with a save under way if no rank is at work on it any more, or one has failed.
 
         ``pending`` is the sum over all ranks. Raises UserError on all ranks alike when one of them could not write.
         """
-        if self._parts is not None and (pending == 0 or math.isinf(pending)):
-            self._timed(self._next_part)
+        if self._phases is not None and (pending == 0 or math.isinf(pending)):
+            self._timed(self._next_phase)
 
     def save(self, step: int) -> None:
         """Begin to save, unless this step's checkpoint is there. Every rank must call it at the same step.
@@ -83,15 +83,15 @@ class Saver:
 
     def finish(self) -> None:
         """Wait for the save under way. Every rank must call it at the same step; raises UserError as `save` does."""
-        while self._parts is not None:
-            self._timed(self._next_part)
+        while self._phases is not None:
+            self._timed(self._next_phase)
 
     def take_waited(self) -> float:
         """Return the seconds that training stood still for saves since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
-    def _timed(self, work: Part) -> None:
+    def _timed(self, work: Phase) -> None:
         began = time.monotonic()
         work()
         self._waited += time.monotonic() - began
@@ -101,29 +101,29 @@ class Saver:
         own = self._host.take() if self._host else dict(shards(self._stage))
         self._step, self._target = step, Target(self._place / f"step-{step:08d}", self._token)
         tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
-        self._parts = parts_of_save(
+        self._phases = save_phases(
             own, self._target, self._manifest(step), rank=plan.topology.rank, tokenizer=tokenizer
         )
-        self._part = self._pool.submit(next(self._parts))
+        self._phase = self._pool.submit(next(self._phases))
 
-    def _next_part(self) -> None:
+    def _next_phase(self) -> None:
         """End a part on all ranks and begin the next."""
-        assert self._parts is not None
+        assert self._phases is not None
         try:
-            said = together(self._part, self._target.final)
-            self._part = self._pool.submit(self._parts.send(said))
+            gathered = gather_phase(self._phase, self._target.final)
+            self._phase = self._pool.submit(self._phases.send(gathered))
         except StopIteration:
-            self._parts = None
+            self._phases = None
             self._saved()
         except UserError:
-            self._parts = None
-            if self._lead:
+            self._phases = None
+            if self._is_rank0:
                 shutil.rmtree(self._target.hidden, ignore_errors=True)
             raise
 
     def _saved(self) -> None:
         self._newest = self._step
-        if self._lead:
+        if self._is_rank0:
             kept = self._plan.config.checkpoint
             prune(self._folder.path, kept.keep_last, newest=self._target.final, keep_every=kept.keep_every)
             self._folder.set_status("running", self._step)
@@ -132,13 +132,13 @@ class Saver:
     def _manifest(self, step: int) -> CheckpointManifest:
         plan = self._plan
         return CheckpointManifest(
-            step=step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=step * plan.order.batch_packs,
-            plan_sha256=plan.packs.manifest.plan_sha256, batch_packs=plan.order.batch_packs, pp=plan.topology.pp,
-            dp=plan.topology.dp, config=plan.config.model_dump(), model=model_card(plan), params=self._params,
+            step=step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=step * plan.order.global_batch_size,
+            plan_sha256=plan.packs.manifest.plan_sha256, global_batch_size=plan.order.global_batch_size,
+            pp=plan.topology.pp, dp=plan.topology.dp, config=plan.config.model_dump(), model=describe_model(plan), params=self._params,
         )  # fmt: skip
 
 
-def model_card(plan: Blueprint) -> dict[str, object]:
+def describe_model(plan: RunPlan) -> dict[str, object]:
     """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
     manifest = plan.packs.manifest
     return {

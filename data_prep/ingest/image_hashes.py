@@ -17,7 +17,7 @@ _WIDTHS = (32, 4)
 
 
 @dataclass(frozen=True, slots=True)
-class Digests:
+class ImageHashes:
     """Arrays of one length, sorted by ``sha256``; views into the mapped file."""
 
     sha256: npt.NDArray[np.bytes_]
@@ -26,7 +26,7 @@ class Digests:
     """Place among the unit's distinct images, in order of first use."""
 
     @classmethod
-    def open(cls, path: Path) -> Digests:
+    def open(cls, path: Path) -> ImageHashes:
         """Map a file written from ``to_bytes``. Raises OSError."""
         size = path.stat().st_size
         data = np.memmap(path, np.uint8, "r") if size else np.empty(0, np.uint8)
@@ -34,11 +34,11 @@ class Digests:
         sha256, index, _ = np.split(data, ends)
         return cls(sha256.view("S32"), index.view("<u4"))
 
-    def between(self, first: bytes, stop: bytes) -> Digests:
+    def between(self, first: bytes, stop: bytes) -> ImageHashes:
         """Return the images whose hash is at least ``first`` and below ``stop``; no bytes stand for no limit."""
         low = int(np.searchsorted(self.sha256, np.array(first, "S32"))) if first else 0
         high = int(np.searchsorted(self.sha256, np.array(stop, "S32"))) if stop else len(self.sha256)
-        return Digests(self.sha256[low:high], self.index[low:high])
+        return ImageHashes(self.sha256[low:high], self.index[low:high])
 
 
 def to_bytes(hashes: Iterable[bytes]) -> bytes:

@@ -15,16 +15,17 @@ from typing import Any
 import torch
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import check_format
 from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
 
-FORMAT, VERSION = "mma-export", 1
+FORMAT, VERSION = "mma-export", 2
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
-class ModelCard:
+class ExportConfig:
     """What a model was and how it is to be asked."""
 
     spec: ModelSpec
@@ -52,7 +53,7 @@ class ModelCard:
         return DTYPES[self.dtype]
 
     @classmethod
-    def from_meta(cls, meta: Mapping[str, Any], **over: Any) -> ModelCard:
+    def from_meta(cls, meta: Mapping[str, Any], **over: Any) -> ExportConfig:
         """Read what a checkpoint says of its model. Raises UserError when something is missing."""
         try:
             raw = {**meta, **over}
@@ -88,15 +89,14 @@ class ModelCard:
         return {**spec["llm"], **ends, "dtype": self.dtype, "mma": own}
 
     @classmethod
-    def load(cls, directory: Path | str) -> ModelCard:
+    def load(cls, directory: Path | str) -> ExportConfig:
         """Read an export's card. Raises UserError when the folder is not an export of this version."""
         path = Path(directory) / CONFIG
         if not path.is_file():
             raise UserError(f"{directory} is not an exported model (no {CONFIG}): make one with mma export RUN OUT")
         try:
             own = json.loads(path.read_text(encoding="utf-8"))["mma"]
-            if (own["format"], own["version"]) != (FORMAT, VERSION):
-                raise UserError(f"{path}: not an {FORMAT} of version {VERSION}; export the run again")
+            check_format(path, own, format=FORMAT, version=VERSION, fix="export the run again")
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, UserError):
                 raise

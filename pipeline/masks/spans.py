@@ -18,14 +18,14 @@ PAIRS_PER_BATCH = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
-class Atoms:
-    """Atoms [start, end) in order; the first key of all of an atom's tokens is ``first_key``."""
+class TokenSpans:
+    """TokenSpans [start, end) in order; the first key of all of an atom's tokens is ``first_key``."""
 
     start: IntArray
     end: IntArray
     first_key: IntArray
     """Where the atom's segment begins."""
-    full: BoolArray
+    bidirectional: BoolArray
     """Tokens of the atom see each other both ways."""
     left: IntArray
     """Unlocked pairs, ascending: atom ``left[n]`` sees all of the later atom ``right[n]``."""
@@ -35,27 +35,29 @@ class Atoms:
         return len(self.start)
 
 
-def cut_atoms(policy: Policy, table: TokenTable, opens: BoolArray) -> Atoms:
+def token_spans(policy: Policy, table: TokenTable, segment_starts: BoolArray) -> TokenSpans:
     """Cut a row into atoms and evaluate the policy once per pair of them within reach of each other.
 
     Args:
         policy: whose predicate decides.
         table: the row's tokens, in the order of :func:`causal_order`.
-        opens: where segments begin; padding may be cut into any number of them. bool[T].
+        segment_starts: where segments begin; padding may be cut into any number of them. bool[T].
     """
-    first = run_first(opens)
+    first = run_first(segment_starts)
     if policy.unlock is None:
-        start = np.flatnonzero(opens)
+        start = np.flatnonzero(segment_starts)
         none = np.zeros(0, dtype=np.int64)
-        return Atoms(start, np.append(start[1:], len(table)), start, np.zeros(len(start), dtype=np.bool_), none, none)
-    starts = opens | run_starts(table.modality, table.instance, table.generated, table.ring)
+        return TokenSpans(
+            start, np.append(start[1:], len(table)), start, np.zeros(len(start), dtype=np.bool_), none, none
+        )
+    starts = segment_starts | run_starts(table.modality, table.instance, table.generated, table.ring)
     start = np.flatnonzero(starts)
     end = np.append(start[1:], len(table))
     heads = table[start]
     limit = heads.segment_end if policy.leaks else heads.commit
     last = (np.cumsum(starts) - 1)[limit]
-    full = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
-    return Atoms(start, end, first[start], full, *_unlocked_pairs(policy.unlock, heads, last))
+    bidirectional = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
+    return TokenSpans(start, end, first[start], bidirectional, *_unlocked_pairs(policy.unlock, heads, last))
 
 
 def _unlocked_pairs(unlock: Unlock, heads: TokenTable, last: IntArray) -> tuple[IntArray, IntArray]:
@@ -63,8 +65,8 @@ def _unlocked_pairs(unlock: Unlock, heads: TokenTable, last: IntArray) -> tuple[
     own = np.arange(len(last))
     batch = np.cumsum(last - own) // PAIRS_PER_BATCH
     lefts, rights = [], []
-    for atoms in np.split(own, np.flatnonzero(np.diff(batch)) + 1):
-        left, right = np.repeat(atoms, last[atoms] - atoms), expand(atoms + 1, last[atoms] + 1)
+    for spans in np.split(own, np.flatnonzero(np.diff(batch)) + 1):
+        left, right = np.repeat(spans, last[spans] - spans), expand(spans + 1, last[spans] + 1)
         unlocked = unlock(heads[left], heads[right])
         lefts.append(left[unlocked])
         rights.append(right[unlocked])

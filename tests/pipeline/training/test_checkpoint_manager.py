@@ -20,15 +20,15 @@ from pipeline.checkpoints import writing
 from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
 from pipeline.config.schema import CheckpointConfig
 from pipeline.parallel.topology import Topology
-from pipeline.training import saving
+from pipeline.training import checkpoint_manager
+from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.run.folder import RunFolder
-from pipeline.training.saving import Saver
 from pipeline.training.trainer import Trainer
-from pipeline.watchdog.heartbeat import Activity
+from pipeline.watchdog.heartbeat import Heartbeat
 
 
 class OneRank:
-    """What a Saver asks of a stage, for a rank that holds all of two parameters."""
+    """What a CheckpointManager asks of a stage, for a rank that holds all of two parameters."""
 
     def __init__(self) -> None:
         self.topology = Topology(1, 0, 1)
@@ -87,20 +87,22 @@ def stage() -> OneRank:
 
 
 @pytest.fixture
-def saver(alone: None, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Saver:
+def saver(alone: None, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckpointManager:
     return make_saver(stage, tmp_path, monkeypatch)
 
 
-def make_saver(stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **checkpoint: Any) -> Saver:
-    monkeypatch.setattr(saving, "model_card", lambda plan: {"spec": {"llm": {}}})
+def make_saver(stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **checkpoint: Any) -> CheckpointManager:
+    monkeypatch.setattr(checkpoint_manager, "describe_model", lambda plan: {"spec": {"llm": {}}})
     (tmp_path / "tokenizer").mkdir(parents=True, exist_ok=True)
     (tmp_path / "tokenizer/tokenizer.model").write_bytes(b"pieces")
     config = SimpleNamespace(checkpoint=CheckpointConfig(every_steps=1, **checkpoint), model_dump=lambda: {})
     packs = SimpleNamespace(directory=tmp_path, manifest=SimpleNamespace(tokenizer="tokenizer", plan_sha256="0"))
-    plan = SimpleNamespace(config=config, packs=packs, topology=stage.topology, order=SimpleNamespace(batch_packs=4))
+    plan = SimpleNamespace(
+        config=config, packs=packs, topology=stage.topology, order=SimpleNamespace(global_batch_size=4)
+    )
     folder = RunFolder(str(tmp_path / "run"))
     folder.create()
-    return Saver(cast(Any, plan), folder, cast(Any, stage), step=0)
+    return CheckpointManager(cast(Any, plan), folder, cast(Any, stage), step=0)
 
 
 def saved(run_dir: Path) -> dict[str, list[float]]:
@@ -108,7 +110,7 @@ def saved(run_dir: Path) -> dict[str, list[float]]:
 
 
 def test_a_copy_holds_the_moment_it_was_taken_whatever_is_trained_meanwhile(
-    saver: Saver, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     stage.train(1.0)
@@ -127,7 +129,7 @@ def test_a_copy_holds_the_moment_it_was_taken_whatever_is_trained_meanwhile(
 
 
 def test_a_save_that_is_due_waits_for_the_one_under_way(
-    saver: Saver, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = Gate(monkeypatch)
     stage.train(1.0)
@@ -145,22 +147,22 @@ def test_a_save_that_is_due_waits_for_the_one_under_way(
 
 
 def test_ranks_go_on_only_when_all_have_written_and_at_once_when_one_has_failed(
-    saver: Saver, stage: OneRank, tmp_path: Path
+    saver: CheckpointManager, stage: OneRank, tmp_path: Path
 ) -> None:
     saver.save(1)
-    saver._part.result()
+    saver._phase.result()
     assert saver.pending == 0, "this rank is done, but"
     saver.advance(1.0)
     assert checkpoint_folders(tmp_path / "run") == [], "another one writes"
     saver.advance(0.0)  # published from here on, by a thread
-    saver._part.result()
+    saver._phase.result()
     saver.advance(0.0)
     assert [folder.name for folder in checkpoint_folders(tmp_path / "run")] == ["step-00000001"]
     assert json.loads((tmp_path / "run/status.json").read_text())["step"] == 1
 
 
 def test_a_failure_is_told_at_the_next_step_and_nothing_is_left(
-    saver: Saver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: CheckpointManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: object, path: Path) -> None:
         path.write_bytes(b"half")
@@ -169,7 +171,7 @@ def test_a_failure_is_told_at_the_next_step_and_nothing_is_left(
     monkeypatch.setattr(writing, "save_file", full)
     saver.save(1)
     with pytest.raises(OSError):
-        saver._part.result()
+        saver._phase.result()
     assert saver.pending == math.inf
     with pytest.raises(UserError, match=r"step-00000001 cannot be written .*No space left on device"):
         saver.advance(saver.pending)
@@ -177,7 +179,7 @@ def test_a_failure_is_told_at_the_next_step_and_nothing_is_left(
 
 
 def test_both_ways_write_the_same_bytes_and_the_slow_one_is_done_at_once(
-    saver: Saver, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stage.train(3.0)
     saver.save(1)
@@ -190,7 +192,7 @@ def test_both_ways_write_the_same_bytes_and_the_slow_one_is_done_at_once(
         assert path.is_dir() or path.read_bytes() == theirs.read_bytes(), path
 
 
-def test_what_waiting_cost_is_told_once(saver: Saver) -> None:
+def test_what_waiting_cost_is_told_once(saver: CheckpointManager) -> None:
     assert saver.take_waited() == 0
     saver.save(1)
     saver.finish()
@@ -198,7 +200,7 @@ def test_what_waiting_cost_is_told_once(saver: Saver) -> None:
     assert saver.take_waited() == 0
 
 
-def test_a_step_that_is_saved_is_not_saved_again(saver: Saver, tmp_path: Path) -> None:
+def test_a_step_that_is_saved_is_not_saved_again(saver: CheckpointManager, tmp_path: Path) -> None:
     saver.save(1)
     saver.finish()
     made = (tmp_path / "run/checkpoints/step-00000001").stat().st_ino
@@ -208,7 +210,7 @@ def test_a_step_that_is_saved_is_not_saved_again(saver: Saver, tmp_path: Path) -
 
 
 def test_a_run_that_ends_by_itself_finishes_the_save_under_way(
-    saver: Saver, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_many(outcome: object) -> None:
         raise UserError("20 steps in a row had a non-finite loss")
@@ -218,7 +220,7 @@ def test_a_run_that_ends_by_itself_finishes_the_save_under_way(
     saver.save(1)
     assert gate.inside.wait(60)
     threading.Timer(0.2, gate.open.set).start()
-    trainer = SimpleNamespace(_saver=saver, _incidents=SimpleNamespace(look=too_many), _activity=Activity())
+    trainer = SimpleNamespace(_checkpoints=saver, _incidents=SimpleNamespace(look=too_many), _heartbeat=Heartbeat())
     with pytest.raises(UserError, match="20 steps in a row"):
         Trainer._look(cast(Any, trainer), cast(Any, None))
     assert saved(tmp_path / "run")["w"] == [1.0] * 4

@@ -7,33 +7,33 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional as F
 
-from pipeline.attention.runs import Part
+from pipeline.attention.runs import VarlenBatch
 
 QUERY_BLOCK = 256
 """Queries of a long run are taken in blocks, so that the mask of a block stays O(T) and later keys are skipped."""
 
 
-def attend_pieces(
+def attend_sdpa_runs(
     q_BHTD: torch.Tensor,
     k_BHkKD: torch.Tensor,
     v_BHkKD: torch.Tensor,
-    part: Part,
+    batch: VarlenBatch,
     *,
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
     """Attend the T queries of a part to its K gathered keys, run by run; out[1, H, T, D]."""
-    lengths = [list(part.q_lengths), list(part.k_lengths), list(part.k_lengths)]
+    lengths = [list(batch.q_lengths), list(batch.k_lengths), list(batch.k_lengths)]
     # Pieces come from split, never from slices: the backward of each slice would fill a whole row with zeros.
     q_runs, k_runs, v_runs = (
         torch.split(x, sizes, dim=2) for x, sizes in zip((q_BHTD, k_BHkKD, v_BHkKD), lengths, strict=True)
     )
-    pieces = [
+    runs = [
         piece
         for q, k, v in zip(q_runs, k_runs, v_runs, strict=True)
-        for piece in _run(q, k, v, part.causal, scaling, softcap)
+        for piece in _run(q, k, v, batch.causal, scaling, softcap)
     ]
-    return torch.cat(pieces, dim=2)
+    return torch.cat(runs, dim=2)
 
 
 def sdpa(

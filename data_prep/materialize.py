@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import FileEntry, hash_json, sha256_file, sha256_line, write_atomic
+from data_prep.common.modalities import IMAGE, TEXT
+from data_prep.common.supervision import predicts_target
 from data_prep.common.workers import Team
 from data_prep.images.augment import Augment, Augmentations, draw_augmentations
 from data_prep.images.store import ImageStore
@@ -25,7 +27,7 @@ from data_prep.ingest.prompts import insert_prompt, prompt_ids
 from data_prep.ingest.samples import Sample, SampleReader
 from data_prep.ingest.step import Ingested, pack_units, require_ingested, tallies_by_corpus
 from data_prep.ingest.workspace import ShardOutput, Workspace
-from data_prep.packs import IMAGE, TEXT, CorpusStats, Manifest, PackRow, Source, count_targets, write_rows
+from data_prep.packs import CorpusStats, Manifest, PackRow, Source, write_rows
 from data_prep.planning.step import PackingPlan, pack_variants, plan_path, require_plan
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally
@@ -243,7 +245,7 @@ def pack_row(
         instance=_padded(instance, seq_len, -1),
         generated=generated,
         image_row=image_row,
-        n_target=count_targets(segment, generated),
+        n_target=int(np.count_nonzero(predicts_target(segment, generated))),
         source=sources,
     )
 

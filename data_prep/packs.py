@@ -43,7 +43,6 @@ from data_prep.common.files import RERUN, FileEntry, check_format, sha256_file, 
 
 FORMAT = "mma-pack"
 VERSION = 2
-TEXT, IMAGE, VIDEO, AUDIO = 0, 1, 2, 3
 TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, npt.DTypeLike]] = {
     "input_ids": (pa.int32(), np.int32),
     "modality": (pa.int8(), np.int8),
@@ -87,12 +86,6 @@ class PackRow:
     source: tuple[Source, ...]
     augmentation: npt.NDArray[np.int16] | None = None
     """int16[images, 5], see ``data_prep.images.augment``; None where images are shown as they are."""
-
-
-def count_targets(segment: npt.NDArray[np.int32], generated: npt.NDArray[np.uint8]) -> int:
-    """Count supervised tokens of a row: generated, and not the first token of their segment."""
-    follows = segment[1:] == segment[:-1]
-    return int(np.count_nonzero(generated[1:].astype(bool) & follows & (segment[1:] > 0)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.validation import Place, problems, report
 from data_prep.common.yaml_files import expand, read_mapping
 from data_prep.images.augment import Augment, allowed
 from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
@@ -299,7 +300,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
     try:
         return _with_own_dialects(Recipe.model_validate(expand(raw, path.name)))
     except ValidationError as error:
-        raise UserError(f"{path.name}: {_describe(error)}") from error
+        raise UserError(report(path.name, problems(error, _known_at))) from error
 
 
 def _with_own_dialects(recipe: Recipe) -> Recipe:
@@ -319,19 +320,8 @@ def _with_own_dialects(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"packs": {**recipe.packs, **filled}})
 
 
-def _describe(error: ValidationError) -> str:
-    """Return the first problem as ``a.b.c: what and how to mend it``; a misspelt key before what it leaves out."""
-    first = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-    place: Sequence[Any] = first["loc"]
-    path = ".".join(str(part) for part in place)
-    if first["type"] == "extra_forbidden":
-        models = _LEVELS.get(len(place), {})
-        model = models.get(str(place[0])) or models.get("")
-        return f"unknown key {path}{did_you_mean(str(place[-1]), model.model_fields if model else ())}"
-    if first["type"] == "missing":
-        return f"{path} is missing: add it"
-    if first["type"] in ("model_type", "dict_type"):
-        return f"{path}: a mapping of keys belongs here (found {first['input']!r})"
-    message = str(first["msg"]).removeprefix("Value error, ")
-    shown = "" if first["type"] == "value_error" or isinstance(first["input"], dict) else f" (found {first['input']!r})"
-    return f"{path}: {message}{shown}" if path else f"{message}{shown}"
+def _known_at(place: Place) -> Iterable[str]:
+    """Return the keys that may stand at the place of a misspelt one."""
+    models = _LEVELS.get(len(place), {})
+    model = models.get(str(place[0])) or models.get("")
+    return model.model_fields if model else ()

@@ -9,6 +9,13 @@ from typing import Any, NoReturn
 from data_prep.common.errors import did_you_mean
 
 
+def positive_int(text: str) -> int:
+    """Parse a whole number above 0; an argparse ``type``."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An argparse parser that prints one line, not its usage too, and exits with code 2."""
 

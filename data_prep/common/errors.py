@@ -17,5 +17,10 @@ def one_line(problem: object) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    guess = closest(word, known)
+    return f" (did you mean '{guess}'?)" if guess else ""
+
+
+def closest(word: str, known: Iterable[str]) -> str:
+    """Return the known word most like ``word``, or an empty string."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")

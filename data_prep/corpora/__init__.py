@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.validation import problems
 from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
 from data_prep.corpora.captions import Captions
@@ -65,11 +66,7 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     try:
         corpus = reader(root=root, **options)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        where = ".".join([kind, *map(str, first["loc"])])
-        if first["type"] == "missing":
-            raise UserError(f"{where} is missing: add it") from None
-        raise UserError(f"{where}={first['input']!r}: {first['msg'].removeprefix('Value error, ')}") from None
+        raise UserError("; ".join(f"{kind}.{line}" for line in problems(problem))) from None
     _check_inputs(kind, corpus)
     return corpus
 

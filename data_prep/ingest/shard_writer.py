@@ -16,6 +16,7 @@ import numpy as np
 
 from data_prep.common.arrow_files import ArrowWriter, atomic_path
 from data_prep.common.files import sha256_file, write_atomic
+from data_prep.common.modalities import IMAGE
 from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Input
 from data_prep.example import Example, ImageRef, Reject
@@ -25,7 +26,6 @@ from data_prep.ingest import image_hashes, sources
 from data_prep.ingest.prompts import NO_PROMPT, prompt_ids
 from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
 from data_prep.ingest.workspace import CorpusVariant, EncodingConfig, ShardOutput, ShardReport
-from data_prep.packs import IMAGE
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.text.documents import Room, Size, fitting, without_images
 from data_prep.text.tokenizer import Encoded, Tokenizer

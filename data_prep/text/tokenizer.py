@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
-from data_prep.packs import IMAGE, TEXT
+from data_prep.common.modalities import IMAGE, TEXT
 from data_prep.text.template import EOS, Image, Piece, Special, Text
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -14,23 +14,10 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from data_prep.common.errors import UserError
 from pipeline.attention.runs import QueryRuns, query_runs
 from pipeline.masks.policies import Policy
-from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable
+from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, SpanColumns, TokenTable
 from pipeline.masks.spans import expand
 
 BLOCK = 128
-
-
-class _Token(NamedTuple):
-    """What predicates read of a token, as tensors on the device."""
-
-    segment: torch.Tensor
-    modality: torch.Tensor
-    instance: torch.Tensor
-    generated: torch.Tensor
-    turn: torch.Tensor
-    ring: torch.Tensor
-    limit: torch.Tensor
-    """The last token this one may see, should the predicate unlock it."""
 
 
 def attend_flex(
@@ -122,17 +109,18 @@ def _mask_mod(policy: Policy, table: TokenTable, pad: int, device: torch.device)
     def column(values: IntArray, fill: int) -> torch.Tensor:
         return torch.from_numpy(np.append(values, np.full(pad, fill))).to(device)
 
-    limit = table.segment_end if policy.leaks else table.commit
-    names = ("segment", "modality", "instance", "generated", "turn", "ring")
-    tokens = _Token(limit=column(limit, -1), **{name: column(getattr(table, name), 0) for name in names})
+    limit = column(table.segment_end if policy.leaks else table.commit, -1)
+    tokens = SpanColumns(*(column(values, 0) for values in table.span_columns))  # type: ignore[arg-type]
     unlock: Any = policy.unlock  # predicates only compare and combine, so tensors do as well as arrays
 
     def allowed(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        i, j = _Token(*(field[q] for field in tokens)), _Token(*(field[k] for field in tokens))
-        visible = k <= q
+        i, j = tokens.at(q), tokens.at(k)
+        visible: torch.Tensor = k <= q
         if unlock is not None:
-            visible = visible | (unlock(i, j) & (k <= i.limit))
-        return (visible & (i.segment == j.segment) & (i.segment > 0)) | (q == k)
+            visible = visible | (unlock(i, j) & (k <= limit[q]))
+        same: Any = (i.segment == j.segment) & (i.segment > 0)
+        result: torch.Tensor = (visible & same) | (q == k)
+        return result
 
     return allowed
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from pipeline.attention.runs import VarlenBatch
+from pipeline.attention.runs import AttentionState, Gradients, VarlenBatch
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -26,16 +26,10 @@ def forward_with_lse(
 
 
 def backward_with_lse(
-    gradient_THD: torch.Tensor,
-    q_THD: torch.Tensor,
-    k_KHkD: torch.Tensor,
-    v_KHkD: torch.Tensor,
-    out_THD: torch.Tensor,
-    lse_HT: torch.Tensor,
-    batch: VarlenBatch,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradient_THD: torch.Tensor, state: AttentionState, batch: VarlenBatch, scaling: float
+) -> Gradients:
     """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
+    q_THD, k_KHkD, v_KHkD, out_THD, lse_HT = state
     groups = q_THD.shape[1] // k_KHkD.shape[1]
     collected: list[tuple[torch.Tensor, ...]] = []
     lse_TH = lse_HT.T

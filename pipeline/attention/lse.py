@@ -16,7 +16,7 @@ import torch
 
 from data_prep.common.errors import UserError
 from pipeline.attention.gather import scatter_sum
-from pipeline.attention.runs import Gather, QueryRuns, VarlenBatch
+from pipeline.attention.runs import AttentionState, Gather, Gradients, QueryRuns, VarlenBatch
 from pipeline.masks.spans import expand
 
 
@@ -71,16 +71,8 @@ class Kernels(Protocol):
         ...
 
     def backward_with_lse(
-        self,
-        gradient_THD: torch.Tensor,
-        q_THD: torch.Tensor,
-        k_KHkD: torch.Tensor,
-        v_KHkD: torch.Tensor,
-        out_THD: torch.Tensor,
-        lse_HT: torch.Tensor,
-        batch: VarlenBatch,
-        scaling: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        self, gradient_THD: torch.Tensor, state: AttentionState, batch: VarlenBatch, scaling: float
+    ) -> Gradients:
         """Return the gradients of q, k and v."""
         ...
 
@@ -130,19 +122,20 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Return the gradients of q, k and v: the sums of both parts', each with the merged output and log-sum-exp."""
         gradient = gradients[0]
-        q, k, v, out, lse = ctx.saved_tensors
+        state = AttentionState(*ctx.saved_tensors)
         tables, scaling, kernels = ctx.tables, ctx.scaling, ctx.kernels
-        dq, dk, dv = kernels.backward_with_lse(gradient, q, k, v, out, lse, tables.segments, scaling)
+        dq, dk, dv = kernels.backward_with_lse(gradient, state, tables.segments, scaling)
         if tables.rectangles.q_tokens:
             rows, keys = tables.queries, tables.keys
-            gradient_rows, q_rows, out_rows = (x.index_select(0, rows) for x in (gradient, q, out))
-            k_rows, v_rows, lse_rows = (
-                k.index_select(0, keys.rows),
-                v.index_select(0, keys.rows),
-                lse.index_select(1, rows),
+            far = AttentionState(
+                q_THD=state.q_THD.index_select(0, rows),
+                k_KHkD=state.k_KHkD.index_select(0, keys.rows),
+                v_KHkD=state.v_KHkD.index_select(0, keys.rows),
+                out_THD=state.out_THD.index_select(0, rows),
+                lse_HT=state.lse_HT.index_select(1, rows),
             )
             far_dq, far_dk, far_dv = kernels.backward_with_lse(
-                gradient_rows, q_rows, k_rows, v_rows, out_rows, lse_rows, tables.rectangles, scaling
+                gradient.index_select(0, rows), far, tables.rectangles, scaling
             )
             dq.index_copy_(0, rows, dq.index_select(0, rows) + far_dq)  # rows are distinct: no atomics
             dk, dv = dk + scatter_sum(far_dk, keys), dv + scatter_sum(far_dv, keys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -66,6 +67,21 @@ class VarlenBatch:
         return VarlenBatch(
             self.causal, self.q_lengths, self.k_lengths, _move(self.cu_q, device), _move(self.cu_k, device)
         )
+
+
+class AttentionState(NamedTuple):
+    """What the backward pass of an attention call needs of its forward pass."""
+
+    q_THD: torch.Tensor
+    k_KHkD: torch.Tensor
+    v_KHkD: torch.Tensor
+    out_THD: torch.Tensor
+    lse_HT: torch.Tensor
+    """Log-sum-exp of the logits."""
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of queries, keys and values."""
 
 
 @dataclass(frozen=True)

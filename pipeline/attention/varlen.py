@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.nn.attention import varlen
 
-from pipeline.attention.runs import VarlenBatch
+from pipeline.attention.runs import AttentionState, Gradients, VarlenBatch
 
 MAX_HEAD_SIZE = 256
 _PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
@@ -47,20 +47,14 @@ def forward_with_lse(
 
 
 def backward_with_lse(
-    gradient_THD: torch.Tensor,
-    q_THD: torch.Tensor,
-    k_KHkD: torch.Tensor,
-    v_KHkD: torch.Tensor,
-    out_THD: torch.Tensor,
-    lse_HT: torch.Tensor,
-    batch: VarlenBatch,
-    scaling: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    gradient_THD: torch.Tensor, state: AttentionState, batch: VarlenBatch, scaling: float
+) -> Gradients:
     """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
+    q_THD, k_KHkD, v_KHkD, out_THD, lse_HT = state
     _check_cover(q_THD, k_KHkD, batch)
     # Without dropout the random state is never read, but the operator wants one.
-    state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
-    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(batch, scaling), "rng_state": state}
+    random_state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
+    given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(batch, scaling), "rng_state": random_state}
     given |= {"grad_out": gradient_THD.contiguous(), "out": out_THD, "lse": lse_HT.contiguous()}
     dq, dk, dv = _call(torch.ops.torch_attn._varlen_attn_backward.default, given)
     return dq, dk, dv

@@ -17,6 +17,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from data_prep.common.errors import UserError
+from data_prep.common.validation import first_problem
 
 FORMAT: Final = "mma-checkpoint"
 VERSION: Final = 2
@@ -40,7 +41,7 @@ class ParamEntry:
 
 
 @dataclass(frozen=True, config=_STRICT)
-class FileEntry:
+class FileDigest:
     """One file of a checkpoint: its size in bytes and its xxh3-128 in hex."""
 
     bytes: Count
@@ -65,7 +66,7 @@ class CheckpointManifest:
     model: dict[str, Any]
     """What export needs to rebuild the model (see `pipeline.model.spec`)."""
     params: dict[str, ParamEntry] = field(default_factory=dict)
-    files: dict[str, FileEntry] = field(default_factory=dict)
+    files: dict[str, FileDigest] = field(default_factory=dict)
     """By name: ``rank-NNNNN.safetensors`` of every rank, and ``tokenizer/NAME``."""
     format: Literal["mma-checkpoint"] = FORMAT
     version: Literal[2] = VERSION
@@ -102,15 +103,17 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         manifest = _MANIFEST.validate_json(path.read_bytes())
         _check(manifest)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "version":
-            found = first["input"]
-            raise UserError(f"{folder}: {FORMAT} version {found}, this release reads version {VERSION}") from error
-        raise UserError(f"{folder} is not a whole checkpoint ({where or MANIFEST}: {first['msg']})") from error
+        raise UserError(f"{folder} is not a whole checkpoint ({_fault(error)})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
     return manifest
+
+
+def _fault(error: ValidationError) -> str:
+    for problem in error.errors():
+        if problem["loc"] == ("version",):
+            return f"{FORMAT} version {problem['input']}, this release reads version {VERSION}"
+    return first_problem(error)
 
 
 def _check(manifest: CheckpointManifest) -> None:

@@ -22,12 +22,12 @@ from safetensors.torch import save_file
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from pipeline.checkpoints.checkpoint import SHOWN_S, hash_file
-from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileEntry, ParamEntry, rank_file
+from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileDigest, ParamEntry, rank_file
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 Phase = Callable[[], Any]
 """What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""
-Files = dict[str, FileEntry]
+Files = dict[str, FileDigest]
 
 
 @dataclass(frozen=True)
@@ -139,11 +139,11 @@ def _write(own: dict[str, torch.Tensor], folder: Path, rank: int, tokenizer: Pat
     return files
 
 
-def _seal(path: Path) -> FileEntry:
+def _seal(path: Path) -> FileDigest:
     """Bring a file to the disk; return its entry in the manifest."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
-    return FileEntry(path.stat().st_size, hash_file(path))
+    return FileDigest(path.stat().st_size, hash_file(path))
 
 
 def _publish(target: Target, manifest: CheckpointManifest) -> None:

@@ -180,7 +180,9 @@ def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Find
                 f"a rank needs about {need:.1f} GiB, its GPU has {total:.1f}: add ranks or stages (parallel.pp), "
                 "or set parallel.gathered_fraction to 0"
             )
-    yield from check_disk(Path(plan.config.run_dir), 14 * plan.counts.total * (plan.config.checkpoint.keep_last + 1))
+    yield from check_disk(
+        Path(plan.config.run_dir), 14 * plan.split.counts.total * (plan.config.checkpoint.keep_last + 1)
+    )
 
 
 def check_local_network() -> Iterator[Finding]:

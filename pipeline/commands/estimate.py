@@ -9,18 +9,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.common.command_line import OneLineParser
+from data_prep.common.command_line import OneLineParser, positive_int
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
-from pipeline.model.counts import ParamCounts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.parallel.launch import configure_libraries
-from pipeline.parallel.partition import split_stages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.dry_run import millions, shown_bubble, shown_layers
 from pipeline.planning.estimate import GIB, WorkloadEstimate
+from pipeline.planning.stage_split import StageSplit
 
 DESCRIPTION = """\
 Estimate what each rank of a training run needs, before there are packs, and on a machine without GPUs. Any flag of the
@@ -37,9 +36,9 @@ def estimate_command(argv: Sequence[str]) -> int:
         "mma estimate", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")
-    parser.add_argument("--ranks", type=_positive, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
-    parser.add_argument("--seq-len", type=_positive, default=4096, help="tokens of a pack (default: 4096)")
-    parser.add_argument("--vocab", type=_positive, default=32064, help="token ids of the packs (default: 32064)")
+    parser.add_argument("--ranks", type=positive_int, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
+    parser.add_argument("--seq-len", type=positive_int, default=4096, help="tokens of a pack (default: 4096)")
+    parser.add_argument("--vocab", type=positive_int, default=32064, help="token ids of the packs (default: 32064)")
     parser.add_argument("--images", type=float, default=8.0, help="images in a pack, on average (default: 8)")
     parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
     parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
@@ -55,12 +54,6 @@ def estimate_command(argv: Sequence[str]) -> int:
         load = build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=options.seq_len, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
 
 
 def image_tokens(config: RunConfig) -> int:
@@ -81,45 +74,38 @@ def build_workload_estimate(
     microbatches, microbatch_rows = micro_batches(
         config.train.global_batch_size, topology.dp, config.parallel.micro_batches
     )
-    counts = ParamCounts.of(spec)
-    costs = counts.part_costs(
-        image_share=shares[0], target_share=shares[1], recomputed=config.train.gradient_checkpointing
-    )
-    stage_layers = split_stages(
-        spec.layers,
-        topology.pp,
-        config.parallel.virtual_stages,
-        layers_per_stage=config.parallel.layers_per_stage,
-        costs=[*map(sum, costs)],
-    )
+    split = StageSplit.of(spec, config, image_share=shares[0], target_share=shares[1])
     bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
-    return WorkloadEstimate(
-        config, sharding, spec, counts, stage_layers, costs, topology.dp, microbatches, microbatch_rows * seq_len, bf16
-    )
+    return WorkloadEstimate(config, sharding, spec, split, topology.dp, microbatches, microbatch_rows * seq_len, bf16)
 
 
 def work_shares(load: WorkloadEstimate) -> list[float]:
     """Return each stage's share of a step's floating-point operations."""
     work = [
-        sum(sum(load.work(stage, virtual_stage)) for virtual_stage in range(len(own)))
-        for stage, own in enumerate(load.stage_layers)
+        sum(sum(load.split.work(stage, virtual_stage)) for virtual_stage in range(len(own)))
+        for stage, own in enumerate(load.split.stage_layers)
     ]
     return [stage / sum(work) for stage in work]
 
 
 def table(load: WorkloadEstimate, title: str) -> Table:
     """Return a line for each stage; memory is in GiB a rank: sharded states, what is held whole, activations, all."""
-    stages, parallel = len(load.stage_layers), load.config.parallel
+    stages, parallel = len(load.split.stage_layers), load.config.parallel
     grid = (
-        f"{stages} stages x {load.dp} data-parallel ranks, {load.microbatches} micro-batches of {load.microbatch_tokens:,} tokens, "
-        f"{parallel.schedule}, bubble {shown_bubble(load)}, {millions(load.counts.total)} parameters, "
+        f"{stages} stages x {load.dp} data-parallel ranks, {load.microbatches} micro-batches "
+        f"of {load.microbatch_tokens:,} tokens, "
+        f"{parallel.schedule}, bubble {shown_bubble(load)}, {millions(load.split.counts.total)} parameters, "
         f"{'bf16' if load.bf16 else 'fp32'}, {load.sharding}"
     )
     out = Table(title=title, caption=grid, title_justify="left", caption_justify="left")
     for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):
         out.add_column(name, justify="right")
     for stage, work in enumerate(work_shares(load)):
-        (trained, frozen), need, split = load.stage_parameters(stage), load.memory(stage), load.stage_layers[stage]
+        (trained, frozen), need, split = (
+            load.split.parameters(stage),
+            load.memory(stage),
+            load.split.stage_layers[stage],
+        )
         parts = (need.states, need.gathered, need.activations + need.losses, need.total)
         memory = [f"{part / GIB:.2f}" for part in parts]
         row = [str(stage), shown_layers(split), millions(trained), millions(frozen), f"{work:.1%}"]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_prep.common.command_line import positive_int
 from data_prep.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -62,12 +63,6 @@ def _load(folder: str, device: str) -> MultimodalModel:
     return load_model(folder, device=device)
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma export``."""
     parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint), or one checkpoint folder")
@@ -84,8 +79,8 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
     parser.add_argument("--system", default="", metavar="TEXT", help="system turn; default: the template's")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N")
-    parser.add_argument("--beams", type=_positive, default=1, metavar="N", help="beam search; 1: greedy")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N")
+    parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beam search; 1: greedy")
     parser.set_defaults(command=_generate)
 
 
@@ -94,7 +89,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
     parser.add_argument("--packs", required=True, metavar="DIR", help="held-out pack folder")
     parser.add_argument("--compare", metavar="DIR", help="second model folder, shown beside the first")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="questions asked together")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N questions")
+    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions asked together")
     parser.add_argument("--json", metavar="FILE", help="where scores and answers go; default: DIR/evaluation.json")
     parser.set_defaults(command=_evaluate)

@@ -11,7 +11,7 @@ from rich.text import Text
 from data_prep.common.command_line import OneLineParser
 from pipeline.config.schema import ConfigError, build_config
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble
-from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate
+from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate, unit_cost
 
 DESCRIPTION = """\
 Draw what every stage does in one optimizer step, with stages of equal cost, where a backward takes twice as long as a
@@ -43,7 +43,7 @@ def schedule_command(argv: Sequence[str]) -> int:
         raise ConfigError(f"--micro-batches {options.micro_batches}: a step has at least 1")
     console = Console()
     of_stages = orders(options.schedule, options.pp, options.micro_batches, options.virtual_stages)
-    step = simulate(of_stages, lambda stage, action: 1.0 if action.kind == "F" else 2.0, options.virtual_stages)
+    step = simulate(of_stages, unit_cost, options.virtual_stages)
     for line in timeline(step, digits=len(str(options.micro_batches - 1))):
         console.print(line, soft_wrap=True)
     held = [peak_in_flight(order, [1 / options.virtual_stages] * options.virtual_stages) for order in of_stages]

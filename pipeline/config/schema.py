@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError
+from data_prep.common.validation import Place, problems, report
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -259,10 +260,12 @@ def build_config(raw: dict[str, Any], origin: str) -> RunConfig:
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            raise ConfigError(f"{origin}: unknown key '{key}'{did_you_mean(key, known_keys())}") from None
-        if first["type"] == "value_error":  # a combination of keys, which the message names
-            raise ConfigError(f"{origin}: {key}: {first['ctx']['error']}") from None
-        raise ConfigError(f"{origin}: {key}: {first['msg']}, got {first.get('input')!r}") from None
+        raise ConfigError(report(origin, problems(error, lambda place: _names_in(place[:-1])))) from None
+
+
+def _names_in(section: Place) -> list[str]:
+    """Return the keys of a section of the run configuration."""
+    prefix = "".join(f"{name}." for name in section)
+    return [
+        key.removeprefix(prefix) for key in known_keys() if key.startswith(prefix) and "." not in key[len(prefix) :]
+    ]

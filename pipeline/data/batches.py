@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from data_prep.common.errors import UserError
+from data_prep.common.supervision import predicts_target
 from data_prep.images.augment import apply_augmentation
 from data_prep.images.store import BadImage, ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
@@ -41,11 +42,8 @@ class StepBatch:
 
 def shifted_labels(row: PackRow) -> torch.Tensor:
     """Return int64[L]: the supervised token that each position predicts, IGNORE where there is none."""
-    ids, segment = row.input_ids.astype(np.int64), row.segment
-    labels = np.full(len(ids), IGNORE, dtype=np.int64)
-    predicts = (row.generated[1:] == 1) & (segment[1:] == segment[:-1]) & (segment[1:] > 0)
-    labels[:-1][predicts] = ids[1:][predicts]
-    return torch.from_numpy(labels)
+    following = np.roll(row.input_ids.astype(np.int64), -1)
+    return torch.from_numpy(np.where(predicts_target(row.segment, row.generated), following, IGNORE))
 
 
 def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None) -> StageInputs:

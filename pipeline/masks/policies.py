@@ -15,15 +15,25 @@ import numpy as np
 import torch
 
 from data_prep.common.errors import UserError, did_you_mean
-from pipeline.masks.sidecars import IMAGE, TEXT, BoolArray, Sidecars, TokenTable, token_table
+from data_prep.common.modalities import IMAGE, TEXT
+from pipeline.masks.sidecars import BoolArray, Sidecars, SpanColumns, TokenTable, token_table
 
-Unlock: TypeAlias = Callable[[TokenTable, TokenTable], BoolArray]
-"""``unlock(i, j)``: may i see j although j comes later? Called on tables of equal or broadcastable shape."""
+_PROBES = 64
+
+Unlock: TypeAlias = Callable[[SpanColumns, SpanColumns], BoolArray]
+"""``unlock(i, j)``: may token i see token j although j comes later?
+
+Called on columns of equal or broadcastable shape. It must depend on the values of the pair alone.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who may see whom in a packed row."""
+    """Who may see whom in a packed row.
+
+    Raises UserError when ``unlock`` reads a column that can change within a token span, or depends on anything but
+    the values of the pair.
+    """
 
     name: str
     summary: str
@@ -37,9 +47,32 @@ class Policy:
     grid: tuple[int, int] | None = None
     """Patches per image as (rows, columns), for policies that need it."""
 
+    def __post_init__(self) -> None:
+        if self.unlock is not None:
+            _check_predicate(self.name, self.unlock)
+
     def table(self, sidecars: Sidecars) -> TokenTable:
         """Return the columns this policy's predicate reads. Raises UserError when an image does not fit the grid."""
         return token_table(sidecars, self.grid)
+
+
+def _check_predicate(name: str, unlock: Unlock) -> None:
+    """Try a predicate on pairs of made-up tokens, all at once, in reverse and one by one. Raises UserError."""
+    values = np.random.default_rng(0).integers(0, 3, (2, len(SpanColumns._fields), _PROBES))
+    i, j = (SpanColumns(*columns) for columns in values)
+    backwards = np.arange(_PROBES)[::-1]
+    try:
+        together, reverse = unlock(i, j), unlock(i.at(backwards), j.at(backwards))
+        alone = [unlock(i.at([pair]), j.at([pair])) for pair in range(_PROBES)]
+    except AttributeError as error:
+        raise UserError(
+            f"mask policy '{name}' reads '{error.name}': a predicate may read only {', '.join(SpanColumns._fields)}, "
+            "which do not change within a token span"
+        ) from error
+    if not isinstance(together, np.ndarray) or together.dtype != np.bool_ or together.shape != (_PROBES,):
+        raise UserError(f"mask policy '{name}': the predicate must return one boolean per pair of tokens")
+    if not np.array_equal(together, reverse[backwards]) or not np.array_equal(together, np.concatenate(alone)):
+        raise UserError(f"mask policy '{name}': the predicate must depend on the values of the two tokens alone")
 
 
 _POLICIES = (
@@ -139,11 +172,11 @@ def dense_mask(policy: Policy | str, sidecars: Sidecars) -> torch.Tensor:
     i, j = table[:, None], table[None, :]
     past = index[None, :] <= index[:, None]
     if policy.grid is not None:  # inside an image the order is by ring, not by index
-        inside = (i.modality == 1) & (i.instance == j.instance)
+        inside = (i.modality == IMAGE) & (i.instance == j.instance)
         past = np.where(inside, j.ring <= i.ring, past)
     allowed = past
     if policy.unlock is not None:
         clamp = i.segment_end if policy.leaks else i.commit
-        allowed = past | (policy.unlock(i, j) & (index[None, :] <= clamp))
+        allowed = past | (policy.unlock(i.span_columns, j.span_columns) & (index[None, :] <= clamp))
     same = (i.segment == j.segment) & (i.segment > 0)
     return torch.from_numpy((same & allowed) | np.eye(len(table), dtype=np.bool_)).to(sidecars.segment.device)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.common.errors import UserError
+from data_prep.common.supervision import predicts_target
 from pipeline.masks.policies import Policy, get_policy
 from pipeline.masks.sidecars import BoolArray, IntArray, Sidecars, TokenTable, run_starts
 from pipeline.masks.spans import TokenSpans, causal_order, token_spans
@@ -71,9 +72,7 @@ def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
     graph = _Graph.build(policy, sidecars)
     table = graph.table
     index = np.arange(len(table))
-    predicts = np.zeros(len(table), dtype=np.bool_)
-    predicts[:-1] = (table.generated[1:] == 1) & (table.segment[1:] == table.segment[:-1])
-    predicts &= table.segment > 0
+    predicts = predicts_target(table.segment, table.generated)
     answers = np.where((table.generated == 1) & (table.segment > 0), index, -1)
     return Proof(
         policy=policy.name,

@@ -7,22 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from data_prep.common.errors import UserError
+from data_prep.common.modalities import IMAGE, MODALITIES, TEXT
 
 if TYPE_CHECKING:  # pyarrow stays optional for whoever only computes masks
     from data_prep.packs import PackRow
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
-
-MODALITIES = ("text", "image", "video", "audio")
-TEXT, IMAGE = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +75,30 @@ class Sidecars:
         )
 
 
+class SpanColumns(NamedTuple):
+    """The columns a policy's predicate may read (int64[T] each): token spans are cut wherever one of them changes.
+
+    Masks and proofs evaluate a predicate once per pair of token spans. A column that changes inside a span would give
+    a wrong mask and a wrong proof, so predicates get no other.
+    """
+
+    segment: IntArray
+    modality: IntArray
+    instance: IntArray
+    generated: IntArray
+    turn: IntArray
+    """Number of generated runs that began in the segment at or before the token: 0 in the first given run."""
+    ring: IntArray
+    """Distance to the border of the image's grid; 0 without a grid."""
+
+    def at(self, index: Any) -> SpanColumns:
+        """Return these columns for the tokens of any index array, so one predicate serves masks and lists of pairs."""
+        return SpanColumns(*(column[index] for column in self))
+
+
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """Numpy columns of a row (int64[T] each), sidecars beside what is derived from them; policies are written on these.
-
-    Indexing with any index array gives the same table for those tokens, so one predicate serves whole masks and lists
-    of token pairs alike.
-    """
+    """Numpy columns of a row (int64[T] each): sidecars and what is derived from them."""
 
     segment: IntArray
     modality: IntArray
@@ -97,6 +112,11 @@ class TokenTable:
     """Number of generated runs that began in the segment at or before the token: 0 in the first given run."""
     ring: IntArray
     """Distance to the border of the image's grid; 0 without a grid."""
+
+    @property
+    def span_columns(self) -> SpanColumns:
+        """What policies may read of these tokens."""
+        return SpanColumns(*(getattr(self, name) for name in SpanColumns._fields))
 
     def __getitem__(self, index: Any) -> TokenTable:
         return TokenTable(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
@@ -221,8 +241,8 @@ def _check_values(sidecars: Sidecars) -> None:
         "segment below 0": segment < 0,
         f"modality outside 0..{len(MODALITIES) - 1}": (modality < 0) | (modality >= len(MODALITIES)),
         "generated that is neither 0 nor 1": (generated != 0) & (generated != 1),
-        "generated medium (the model writes text only)": (generated == 1) & (modality != 0),
-        "text with an instance, or a medium without one": (modality == 0) != (instance < 0),
+        "generated medium (the model writes text only)": (generated == 1) & (modality != TEXT),
+        "text with an instance, or a medium without one": (modality == TEXT) != (instance < 0),
     }
     for fault, where in bad.items():
         if where.any():

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pipeline.masks.policies import Policy, Unlock
-from pipeline.masks.sidecars import BoolArray, IntArray, TokenTable, run_first, run_starts
+from pipeline.masks.sidecars import BoolArray, IntArray, SpanColumns, TokenTable, run_first, run_starts
 
 PAIRS_PER_BATCH = 1 << 16
 
@@ -50,24 +50,25 @@ def token_spans(policy: Policy, table: TokenTable, segment_starts: BoolArray) ->
         return TokenSpans(
             start, np.append(start[1:], len(table)), start, np.zeros(len(start), dtype=np.bool_), none, none
         )
-    starts = segment_starts | run_starts(table.modality, table.instance, table.generated, table.ring)
+    starts = segment_starts | run_starts(*table.span_columns)
     start = np.flatnonzero(starts)
     end = np.append(start[1:], len(table))
     heads = table[start]
     limit = heads.segment_end if policy.leaks else heads.commit
     last = (np.cumsum(starts) - 1)[limit]
-    bidirectional = policy.unlock(heads, heads) & (limit >= end - 1) & (heads.segment > 0)
-    return TokenSpans(start, end, first[start], bidirectional, *_unlocked_pairs(policy.unlock, heads, last))
+    columns = heads.span_columns
+    bidirectional = policy.unlock(columns, columns) & (limit >= end - 1) & (heads.segment > 0)
+    return TokenSpans(start, end, first[start], bidirectional, *_unlocked_pairs(policy.unlock, columns, last))
 
 
-def _unlocked_pairs(unlock: Unlock, heads: TokenTable, last: IntArray) -> tuple[IntArray, IntArray]:
+def _unlocked_pairs(unlock: Unlock, heads: SpanColumns, last: IntArray) -> tuple[IntArray, IntArray]:
     """Return the pairs (atom, later atom up to ``last[atom]``) that are unlocked, evaluated in bounded batches."""
     own = np.arange(len(last))
     batch = np.cumsum(last - own) // PAIRS_PER_BATCH
     lefts, rights = [], []
     for spans in np.split(own, np.flatnonzero(np.diff(batch)) + 1):
         left, right = np.repeat(spans, last[spans] - spans), expand(spans + 1, last[spans] + 1)
-        unlocked = unlock(heads[left], heads[right])
+        unlocked = unlock(heads.at(left), heads.at(right))
         lefts.append(left[unlocked])
         rights.append(right[unlocked])
     return np.concatenate(lefts), np.concatenate(rights)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_prep.common.errors import did_you_mean
+from data_prep.common.validation import first_problem
 from pipeline.config.schema import ConfigError, ParallelConfig, RunConfig
 
 _OWNED = {
@@ -97,11 +98,7 @@ def _unknown_to_deepspeed(zero: dict[str, Any]) -> str:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        first = error.errors()[0]
-        key, value = ".".join(map(str, first["loc"])), json.dumps(first["input"])
-        if first["type"] == "extra_forbidden":
-            return f"{key}: DeepSpeed knows no such key: correct or remove it"
-        return f"{key}={value}: {first['msg']}"
+        return f"{first_problem(error)}: correct or remove it, for DeepSpeed refuses it"
     return ""
 
 

@@ -59,10 +59,6 @@ class Topology:
         """Return the ranks that hold one stage: a data-parallel group."""
         return [self.rank_of(stage, dp_rank) for dp_rank in range(self.dp)]
 
-    def replica_ranks(self, dp_rank: int) -> list[int]:
-        """Return the ranks one micro-batch passes through: a pipeline group."""
-        return [self.rank_of(stage, dp_rank) for stage in range(self.pp)]
-
 
 def divisors(number: int) -> list[int]:
     """Return all divisors in ascending order."""

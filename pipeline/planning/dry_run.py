@@ -20,7 +20,7 @@ def _model_lines(plan: RunPlan) -> Iterator[str]:
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
     parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
     trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
-    yield f"model    {parts}: {millions(plan.counts.total)} parameters, {trained}"
+    yield f"model    {parts}: {millions(plan.split.counts.total)} parameters, {trained}"
     proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
     yield f"mask     {plan.policy.name}: {'LEAKS answers, on purpose' if plan.policy.leaks else proof}"
 
@@ -56,8 +56,8 @@ def _stage_lines(plan: RunPlan) -> Iterator[str]:
         f"expected bubble {shown_bubble(load)}"
     )
     yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
-    for stage, virtual_stages in enumerate(plan.stage_layers):
-        trained, frozen = load.stage_parameters(stage)
+    for stage, virtual_stages in enumerate(plan.split.stage_layers):
+        trained, frozen = load.split.parameters(stage)
         need = load.memory(stage)
         names = ("states", "gathered", "activations", *(name for name in ("losses", "host") if getattr(need, name)))
         parts = ", ".join(f"{name} {getattr(need, name) / GIB:.2f}" for name in names)
@@ -69,7 +69,7 @@ def _stage_lines(plan: RunPlan) -> Iterator[str]:
 
 def shown_bubble(load: WorkloadEstimate) -> str:
     """Return the bubble of a step, and what it would be if all chunks cost the same."""
-    even = bubble(len(load.stage_layers), load.microbatches, load.config.parallel.virtual_stages)
+    even = bubble(len(load.split.stage_layers), load.microbatches, load.config.parallel.virtual_stages)
     return f"{load.bubble:.1%} ({even:.1%} with equal stages)"
 
 

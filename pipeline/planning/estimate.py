@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
-from pipeline.model.counts import Cost, ParamCounts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding
-from pipeline.parallel.partition import VirtualStages, joined
+from pipeline.parallel.partition import joined
 from pipeline.parallel.schedule import Action
 from pipeline.parallel.simulation import orders, peak_in_flight, simulate
 from pipeline.planning.run_plan import RunPlan
+from pipeline.planning.stage_split import StageSplit
 
 GIB = 2**30
 
@@ -49,11 +49,7 @@ class WorkloadEstimate:
     config: RunConfig
     sharding: Sharding
     spec: ModelSpec
-    counts: ParamCounts
-    stage_layers: tuple[VirtualStages, ...]
-    """Decoder layers of each stage, chunk by chunk."""
-    costs: Sequence[Cost]
-    """Work of the model's parts, see `ParamCounts.part_costs`."""
+    split: StageSplit
     dp: int
     microbatches: int
     """Micro-batches of a step on each data-parallel rank."""
@@ -65,48 +61,36 @@ class WorkloadEstimate:
         """Take the load of a checked run."""
         tokens = plan.order.microbatch_rows * plan.packs.manifest.seq_len
         return cls(
-            plan.config, plan.sharding, plan.spec, plan.counts, plan.stage_layers, plan.costs, plan.topology.dp,
+            plan.config, plan.sharding, plan.spec, plan.split, plan.topology.dp,
             plan.order.microbatches, tokens, plan.bf16,
         )  # fmt: skip
-
-    def stage_parameters(self, stage: int) -> tuple[int, int]:
-        """Return (trained, frozen) parameters of one stage."""
-        layers = joined(self.stage_layers[stage])
-        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
-
-    def work(self, stage: int, virtual_stage: int) -> Cost:
-        """Return the operations of one chunk for a packed token."""
-        before, *layers, after = self.costs
-        parts = [layers[layer] for layer in self.stage_layers[stage][virtual_stage]]
-        parts += [before] if (stage, virtual_stage) == (0, 0) else []
-        parts += (
-            [after] if (stage + 1, virtual_stage + 1) == (len(self.stage_layers), len(self.stage_layers[-1])) else []
-        )
-        return Cost(sum(part.forward for part in parts), sum(part.backward for part in parts))
 
     @property
     def orders(self) -> list[Sequence[Action]]:
         """What every stage does in a step, in order."""
         return orders(
-            self.config.parallel.schedule, len(self.stage_layers), self.microbatches, len(self.stage_layers[0])
+            self.config.parallel.schedule,
+            len(self.split.stage_layers),
+            self.microbatches,
+            len(self.split.stage_layers[0]),
         )
 
     @property
     def bubble(self) -> float:
         """Share of a step in which stages wait for each other, for what their parts really cost."""
         costs = [
-            [self.work(stage, virtual_stage) for virtual_stage in range(len(own))]
-            for stage, own in enumerate(self.stage_layers)
+            [self.split.work(stage, virtual_stage) for virtual_stage in range(len(own))]
+            for stage, own in enumerate(self.split.stage_layers)
         ]
 
         def cost(stage: int, action: Action) -> float:
             return costs[stage][action.virtual_stage][action.kind == "B"]
 
-        return simulate(self.orders, cost, len(self.stage_layers[0])).bubble
+        return simulate(self.orders, cost, len(self.split.stage_layers[0])).bubble
 
     def memory(self, stage: int) -> MemoryEstimate:
         """Estimate the peak device memory of a rank of one stage."""
-        trained, frozen = self.stage_parameters(stage)
+        trained, frozen = self.split.parameters(stage)
         size, sharding = (2 if self.bf16 else 4), self.sharding
         shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
@@ -117,11 +101,11 @@ class WorkloadEstimate:
 
     def _largest_unit(self, stage: int) -> int:
         """Parameters of the piece that must be whole while it runs, however little stays gathered."""
-        units = [self.counts.layers[layer] for layer in joined(self.stage_layers[stage])]
+        units = [self.split.counts.layers[layer] for layer in joined(self.split.stage_layers[stage])]
         if stage == 0:
-            units += [self.counts.connector, self.counts.embed]
-        if stage == len(self.stage_layers) - 1:
-            units.append(self.counts.head or self.counts.embed)
+            units += [self.split.counts.connector, self.split.counts.embed]
+        if stage == len(self.split.stage_layers) - 1:
+            units.append(self.split.counts.head or self.split.counts.embed)
         return max(units)
 
     def _activations(self, stage: int, size: int) -> float:
@@ -129,13 +113,15 @@ class WorkloadEstimate:
         width = self.spec.width
         feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
         one_layer = float(self.microbatch_tokens * (16 * width + 3 * feed_forward) * size)
-        layers = peak_in_flight(self.orders[stage], [len(virtual_stage) for virtual_stage in self.stage_layers[stage]])
+        layers = peak_in_flight(
+            self.orders[stage], [len(virtual_stage) for virtual_stage in self.split.stage_layers[stage]]
+        )
         if self.config.train.gradient_checkpointing:
             return layers * self.microbatch_tokens * width * size + one_layer
         return layers * one_layer
 
     def _open_losses(self, stage: int) -> float:
         """Most micro-batches at once between the loss and its backward: their gradients are made with the loss."""
-        if stage < len(self.stage_layers) - 1:
+        if stage < len(self.split.stage_layers) - 1:
             return 0.0
-        return peak_in_flight(self.orders[stage], [0] * (len(self.stage_layers[stage]) - 1) + [1])
+        return peak_in_flight(self.orders[stage], [0] * (len(self.split.stage_layers[stage]) - 1) + [1])

@@ -5,7 +5,6 @@ Every rank draws the same blueprint from the same files, so an error found here 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,12 @@ from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
-from pipeline.model.counts import Cost, ParamCounts
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
-from pipeline.parallel.partition import VirtualStages, joined, split_stages
+from pipeline.parallel.partition import VirtualStages
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.compatibility import check_init_from, check_resume, check_tokenizer
+from pipeline.planning.stage_split import StageSplit
 
 
 @dataclass(frozen=True)
@@ -67,11 +66,7 @@ class RunPlan(ParallelSettings):
     packs: PackReader
     policy: Policy
     spec: ModelSpec
-    counts: ParamCounts
-    stage_layers: tuple[VirtualStages, ...]
-    """Decoder layers of each pipeline stage, chunk by chunk."""
-    costs: Sequence[Cost]
-    """Work of the model's parts, see `ParamCounts.part_costs`."""
+    split: StageSplit
     steps: int
     """Optimizer steps of the whole run."""
 
@@ -91,35 +86,16 @@ class RunPlan(ParallelSettings):
         steps = _count_steps(config, manifest)
         if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
-        counts = ParamCounts.of(spec)
-        costs = counts.part_costs(
+        split = StageSplit.of(
+            spec, config,
             image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
-            recomputed=config.train.gradient_checkpointing,
         )  # fmt: skip
-        stage_layers = split_stages(
-            spec.layers, settings.topology.pp, config.parallel.virtual_stages,
-            layers_per_stage=config.parallel.layers_per_stage, costs=[*map(sum, costs)],
-        )  # fmt: skip
-        return cls(
-            **vars(settings),
-            packs=packs,
-            policy=policy,
-            spec=spec,
-            counts=counts,
-            stage_layers=stage_layers,
-            costs=costs,
-            steps=steps,
-        )
+        return cls(**vars(settings), packs=packs, policy=policy, spec=spec, split=split, steps=steps)
 
     @property
     def virtual_stages(self) -> VirtualStages:
         """Decoder layers of this rank's stage, chunk by chunk."""
-        return self.stage_layers[self.topology.stage]
-
-    def stage_parameters(self, stage: int) -> tuple[int, int]:
-        """Return (trained, frozen) parameters of one stage."""
-        layers = joined(self.stage_layers[stage])
-        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
+        return self.split.stage_layers[self.topology.stage]
 
 
 def _open_packs(config: RunConfig, topology: Topology) -> PackReader:

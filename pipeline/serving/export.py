@@ -1,6 +1,6 @@
 """Exports a checkpoint as one self-contained folder of safetensors: ``mma export RUN OUT``.
 
-The folder holds ``config.json`` (see `pipeline.serving.export_config`), ``model-00001-of-000NN.safetensors`` with index,
+The folder holds ``config.json`` (see `pipeline.serving.export_config`), sharded safetensors with an index,
 and ``tokenizer/``. It appears whole or not at all, and no more than one shard is in memory at a time.
 """
 

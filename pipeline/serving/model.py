@@ -74,13 +74,6 @@ class MultimodalModel:
         return Prompt(encoded, tuple(read_image(image) for image in images))
 
     @torch.inference_mode()
-    def image_features(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return what the language model reads of images: [n, image_tokens, width]."""
-        pixels = self.spec.preprocess.batch(images).to(self.device)
-        like = next(self._stage.connector.parameters())
-        return self._stage.image_tokens(pixels, like).view(len(images), self.spec.image_tokens, self.spec.width)
-
-    @torch.inference_mode()
     def logits(self, prompt: Prompt) -> torch.Tensor:
         """Return the logits after every token, at least fp32[T, V]: one full forward pass under the training mask."""
         inputs = self._inputs(prompt)

@@ -132,9 +132,11 @@ class CheckpointManager:
     def _manifest(self, step: int) -> CheckpointManifest:
         plan = self._plan
         return CheckpointManifest(
-            step=step, optimizer_steps=self._stage.optimizer_steps, consumed_packs=step * plan.order.global_batch_size,
+            step=step, optimizer_steps=self._stage.optimizer_steps,
+            consumed_packs=step * plan.order.global_batch_size,
             plan_sha256=plan.packs.manifest.plan_sha256, global_batch_size=plan.order.global_batch_size,
-            pp=plan.topology.pp, dp=plan.topology.dp, config=plan.config.model_dump(), model=describe_model(plan), params=self._params,
+            pp=plan.topology.pp, dp=plan.topology.dp, config=plan.config.model_dump(),
+            model=describe_model(plan), params=self._params,
         )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from data_prep.common.errors import UserError
+from data_prep.common.validation import first_problem
 from pipeline.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
 from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.topology import Topology
@@ -149,8 +150,7 @@ def say_own(error: UserError | str, rank: int) -> None:
 
 def _in_short(error: BaseException) -> str:
     if isinstance(error, ValidationError):  # its first line says only that there are some
-        first = error.errors()[0]
-        return f"{type(error).__name__}: {error.title}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        return f"{type(error).__name__}: {error.title}: {first_problem(error)}"
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 

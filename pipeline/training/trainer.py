@@ -231,7 +231,9 @@ class Trainer:
         if self._device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak is not None:
-            flops = self._plan.counts.step_flops(tokens=totals.tokens, targets=batch.targets, images=totals.images)
+            flops = self._plan.split.counts.step_flops(
+                tokens=totals.tokens, targets=batch.targets, images=totals.images
+            )
             mfu = flops / step_s / (self._peak * self._plan.topology.world)
         norm = result.grad_norm if result.applied else None
         return StepStats(
@@ -248,5 +250,5 @@ class Trainer:
         plan = self._plan
         if not plan.config.log.traffic:
             return None
-        trained, frozen = plan.stage_parameters(plan.topology.stage)
+        trained, frozen = plan.split.parameters(plan.topology.stage)
         return StepTraffic.of(self._stage.traffic.take(), trained=trained, frozen=frozen, size=plan.dtype.itemsize)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep.common.errors import UserError
-from data_prep.packs import Manifest, PackReader, PackRow, Source, count_targets, write_rows
+from data_prep.common.supervision import predicts_target
+from data_prep.packs import Manifest, PackReader, PackRow, Source, write_rows
 
 LENGTH = 16
 
@@ -23,7 +24,7 @@ def random_row(rng: np.random.Generator) -> PackRow:
         instance=rng.integers(-1, 3, LENGTH).astype(np.int16),
         generated=generated,
         image_row=rng.integers(0, 9, int(rng.integers(0, 4))).astype(np.int64),
-        n_target=count_targets(segment, generated),
+        n_target=int(predicts_target(segment, generated).sum()),
         source=(Source("a", "b", 3, "colour"), Source("c", "d", 4)),
     )
 
@@ -68,7 +69,7 @@ def test_targets_are_counted_by_the_definition() -> None:
     expected = sum(
         bool(generated[t]) and segment[t] > 0 and segment[t] == segment[t - 1] for t in range(1, len(segment))
     )
-    assert count_targets(segment, generated) == expected == 2
+    assert predicts_target(segment, generated).sum() == expected == 2
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def aki_like(count: int) -> np.ndarray:
     return (169 + np.choose(kind, [words, phrases, talks])).astype(np.int64)
 
 
-@pytest.mark.parametrize(("length", "at_least"), [(1024, 0.93), (2048, 0.96), (4096, 0.98)])
+@pytest.mark.parametrize(("seq_len", "at_least"), [(1024, 0.93), (2048, 0.96), (4096, 0.98)])
 def test_rows_come_out_full_on_lengths_as_in_the_paper(seq_len: int, at_least: float) -> None:
     lengths = aki_like(60_000)
     rows = pack_windows(lengths, np.ones_like(lengths), seq_len, None, 0)

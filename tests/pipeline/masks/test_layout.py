@@ -17,7 +17,7 @@ def test_letters_counts_segments_and_padding() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "part"),
+    ("text", "batch"),
     [("V4 X3", "'X3'"), ("V4, Q2", "','"), ("12", "'1'"), ("", "holds no tokens"), ("V0 |", "holds no tokens")],
 )
 def test_what_cannot_be_read_is_named(text: str, batch: str) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 
 from data_prep.common.errors import UserError
 from pipeline.masks import POLICIES, Sidecars, commit_index, dense_mask, get_policy, parse_layout
+from pipeline.masks.policies import Policy, Unlock
+from pipeline.masks.sidecars import run_starts, token_table
+from pipeline.masks.spans import token_spans
 from tests.pipeline.masks.rows import GRID, PlainRow, rows
 
 SAFE = [name for name, policy in POLICIES.items() if not policy.leaks]
@@ -71,3 +75,36 @@ def test_a_policy_of_rings_needs_a_grid_that_fits() -> None:
         get_policy("cca")
     with pytest.raises(UserError, match="image 0 at token 1 has 5 tokens, its grid 3 x 4"):
         dense_mask(get_policy("cca", grid=GRID), parse_layout("Q1 V5 Q2"))
+
+
+@pytest.mark.parametrize("column", ["commit", "segment_end", "position"])
+def test_a_predicate_reads_only_what_is_constant_over_a_token_span(column: str) -> None:
+    """Spans are evaluated once: a column that changes inside one would give a wrong mask and a wrong proof."""
+    with pytest.raises(UserError, match=rf"'early' reads '{column}': a predicate may read only segment, modality"):
+        Policy("early", "reads what it must not", lambda i, j: getattr(i, column) <= getattr(j, column))
+
+
+@pytest.mark.parametrize(
+    ("unlock", "words"),
+    [
+        pytest.param(lambda i, j: np.arange(len(i.turn)) < 3, "must depend on the values", id="its-place"),
+        pytest.param(lambda i, j: i.turn > i.turn.mean(), "must depend on the values", id="the-other-pairs"),
+        pytest.param(lambda i, j: i.turn, "one boolean per pair", id="numbers"),
+        pytest.param(lambda i, j: True, "one boolean per pair", id="one-answer"),
+    ],
+)
+def test_a_predicate_is_a_function_of_two_tokens(unlock: Unlock, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        Policy("odd", "no function of a pair", unlock)
+
+
+@given(row=rows)
+@settings(max_examples=50, deadline=None)
+def test_spans_are_cut_where_any_column_a_predicate_reads_changes(row: Sidecars) -> None:
+    table = token_table(row)
+    starts = run_starts(table.segment) | (table.segment == 0)
+    spans = token_spans(POLICIES["mma"], table, starts)
+    inside = np.ones(len(table), dtype=bool)
+    inside[spans.start] = False
+    for column in table.span_columns:
+        assert not np.any((column[1:] != column[:-1]) & inside[1:])

@@ -110,11 +110,11 @@ EQUAL = [
     Case(
         2, "interleaved", gathered_fraction=0.5, reduce_once=False, config="zero3_offload", leaves=True,
         microbatches=ODD[2],
-    ),  # fmt: skip
+    ),
     Case(
         2, "interleaved", tied=True, gathered_fraction=0.0, leaves=True, evaluate=True, persist=PERSIST,
         microbatches=ODD[2],
-    ),  # fmt: skip
+    ),
     Case(
         2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, evaluate=True,
         microbatches=ODD[2],

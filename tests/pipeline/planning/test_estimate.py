@@ -34,31 +34,31 @@ def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3")
 def test_states_of_all_ranks_sum_to_the_model(ranks: int, pp: int) -> None:
     """16 bytes of states a trained parameter beside its compute type (arXiv 1910.02054), 0 a frozen one."""
     load = load_of("--parallel.pp", str(pp), ranks=ranks)
-    trained = load.counts.total - load.counts.vision
+    trained = load.split.counts.total - load.split.counts.vision
     summed = sum(load.memory(stage).states * load.dp for stage in range(pp))
-    assert summed == pytest.approx(trained * (2 + 16) + load.counts.vision * 2)
+    assert summed == pytest.approx(trained * (2 + 16) + load.split.counts.vision * 2)
     assert sum(work_shares(load)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize(("gathered_fraction", "once"), itertools.product([0.0, 0.5, 1.0], [False, True]))
 def test_what_is_held_follows_the_settings(gathered_fraction: float, once: bool) -> None:
     load = load_of("--parallel.gathered-fraction", str(gathered_fraction), "--parallel.reduce-once", str(once).lower())
-    trained, frozen = load.stage_parameters(0)
-    counts = load.counts
+    trained, frozen = load.split.parameters(0)
+    counts = load.split.counts
     largest = max(*counts.layers, counts.connector, counts.embed, counts.head)  # whole while it runs, whatever stays
     assert load.memory(0).gathered == 2 * max(gathered_fraction * (trained + frozen), largest) + 4 * once * trained
 
 
 def test_zero_stages_differ_in_the_gradient_that_is_held() -> None:
     one, two, three = (load_of(zero=name).memory(0) for name in ("zero1", "zero2", "zero3"))
-    trained, frozen = load_of().stage_parameters(0)
+    trained, frozen = load_of().split.parameters(0)
     assert one == three, "ZeRO-3 gathered once a step and reduced once a step"
     assert (one.gathered - two.gathered, two.gathered) == (4 * trained, 2 * (trained + frozen))
 
 
 def test_what_is_offloaded_is_counted_for_the_host() -> None:
     here, there, all_there = (load_of(zero=name).memory(0) for name in ("zero3", *OFFLOADED))
-    trained, frozen = load_of().stage_parameters(0)
+    trained, frozen = load_of().split.parameters(0)
     assert (there.host, all_there.host) == (trained * 16 / 4, trained * 16 / 4 + (trained + frozen) * 2 / 4)
     assert here.host == all_there.states == 0
     assert here.states == there.states + there.host == all_there.host
@@ -87,17 +87,17 @@ def test_open_losses_hold_the_heads_gradient() -> None:
 def test_every_part_of_the_model_is_the_work_of_one_chunk(flags: list[str]) -> None:
     load = load_of("--parallel.pp", "2", "--model.llm.config.num_hidden_layers", "6", *flags)
     work = [
-        load.work(stage, virtual_stage)
-        for stage, virtual_stages in enumerate(load.stage_layers)
+        load.split.work(stage, virtual_stage)
+        for stage, virtual_stages in enumerate(load.split.stage_layers)
         for virtual_stage in range(len(virtual_stages))
     ]
-    assert sum(part.forward for part in work) == pytest.approx(sum(part.forward for part in load.costs))
-    assert sum(part.backward for part in work) == pytest.approx(sum(part.backward for part in load.costs))
+    assert sum(part.forward for part in work) == pytest.approx(sum(part.forward for part in load.split.costs))
+    assert sum(part.backward for part in work) == pytest.approx(sum(part.backward for part in load.split.costs))
     assert flags or load.bubble > bubble(2, load.microbatches), "unequal stages wait longer than equal ones"
     virtual_stages = 3 if flags else 1
-    even = replace(
-        load, costs=[Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)], stage_layers=split_stages(6, 2, virtual_stages)
-    )
+    costs = [Cost(0, 0), *[Cost(1, 2)] * 6, Cost(0, 0)]
+    split = replace(load.split, costs=costs, stage_layers=split_stages(6, 2, virtual_stages))
+    even = replace(load, split=split)
     assert even.bubble == pytest.approx(bubble(2, load.microbatches, virtual_stages))
 
 

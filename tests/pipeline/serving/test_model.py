@@ -108,14 +108,6 @@ def test_a_prompt_has_the_ids_of_the_training_prefix(model: MultimodalModel) -> 
     assert int((prompt.encoded.modality == 1).sum()) == 2 * IMAGE_TOKENS
 
 
-def test_image_features_are_what_the_language_model_reads(model: MultimodalModel) -> None:
-    prompt = model.prompt(CONVERSATIONS[1])
-    features = model.image_features(prompt.images)
-    embeds = model._stage.embed(model._inputs(prompt))[0]
-    assert features.shape == (2, IMAGE_TOKENS, model.spec.width)
-    assert torch.equal(embeds[prompt.sidecars.instance >= 0], features.flatten(0, 1))
-
-
 def test_no_prompts_no_answers(model: MultimodalModel) -> None:
     assert model.generate([]) == []
 

@@ -1,0 +1,59 @@
+"""A model cut into pipeline stages: which decoder layers each holds, and what each part costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.config.schema import RunConfig
+from pipeline.model.counts import Cost, ParamCounts
+from pipeline.model.spec import ModelSpec
+from pipeline.parallel.partition import VirtualStages, joined, split_stages
+
+
+@dataclass(frozen=True)
+class StageSplit:
+    """The stages of a model; the same for a run and for an estimate without packs."""
+
+    counts: ParamCounts
+    costs: Sequence[Cost]
+    """Operations of the model's parts per packed token, see `ParamCounts.part_costs`."""
+    stage_layers: tuple[VirtualStages, ...]
+    """Decoder layers of each pipeline stage, by virtual stage."""
+
+    @classmethod
+    def of(cls, spec: ModelSpec, config: RunConfig, *, image_share: float, target_share: float) -> StageSplit:
+        """Split a model by cost, or as ``parallel.layers_per_stage`` says.
+
+        Args:
+            spec: the model.
+            config: its run.
+            image_share: images per packed token.
+            target_share: supervised tokens per packed token.
+
+        Raises:
+            ConfigError: there are more stages than layers, or ``layers_per_stage`` does not fit.
+        """
+        counts, parallel = ParamCounts.of(spec), config.parallel
+        costs = counts.part_costs(
+            image_share=image_share, target_share=target_share, recomputed=config.train.gradient_checkpointing
+        )
+        stage_layers = split_stages(
+            spec.layers, parallel.pp, parallel.virtual_stages,
+            layers_per_stage=parallel.layers_per_stage, costs=[*map(sum, costs)],
+        )  # fmt: skip
+        return cls(counts, costs, stage_layers)
+
+    def parameters(self, stage: int) -> tuple[int, int]:
+        """Return (trained, frozen) parameters of one stage."""
+        layers = joined(self.stage_layers[stage])
+        return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
+
+    def work(self, stage: int, virtual_stage: int) -> Cost:
+        """Return the operations of one virtual stage per packed token."""
+        before, *layers, after = self.costs
+        parts = [layers[layer] for layer in self.stage_layers[stage][virtual_stage]]
+        parts += [before] if (stage, virtual_stage) == (0, 0) else []
+        is_last = (stage + 1, virtual_stage + 1) == (len(self.stage_layers), len(self.stage_layers[-1]))
+        parts += [after] if is_last else []
+        return Cost(sum(part.forward for part in parts), sum(part.backward for part in parts))

@@ -71,7 +71,8 @@ def table_line(case: dict[str, Any]) -> str:
     cells = [
         f"**{case['engine']}**" if ours else case["engine"],
         str(case["pp"]), str(case["microbatches"]), str(case["zero"]),
-        f"{case['resident']:g}" if ours and case["zero"] == 3 else "-", ("once" if once else "each") if ours else "-",
+        f"{case['gathered_fraction']:g}" if ours and case["zero"] == 3 else "-",
+        ("once" if once else "each") if ours else "-",
         f"{1000 * case['seconds']:,.0f}", f"{case['tokens_per_s']:,.0f}", f"{case['vs_baseline']:.2f}",
         f"{case['cpu_vs_baseline']:.2f}", *(traffic if counted else ["-"] * 3),
         f"{case['sent_bytes'] / 1024:,.0f}" if ours else "-",

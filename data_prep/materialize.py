@@ -118,7 +118,7 @@ def _prepare(
         ]
     )
     context = {
-        "units": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
+        "shards": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
         "store": ready.images.name,
         "image_tokens": space.recipe.image_tokens,
         "seq_len": pack.seq_len,
@@ -155,7 +155,7 @@ class _Context:
 @functools.lru_cache(maxsize=1)
 def _context(folder: Path, key: str) -> _Context:
     raw = json.loads((_work(folder) / f"context-{key[:12]}.json").read_text(encoding="utf-8"))
-    outputs = [ShardOutput(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["units"]]
+    outputs = [ShardOutput(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["shards"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
     samples = SampleReader(outputs, raw["store"])
     settings = {name: raw[name] for name in ("image_tokens", "seq_len", "prompts", "seed")}
@@ -211,7 +211,7 @@ def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Sourc
 def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
     """Yield the samples of draws, with the prompts drawn for them."""
     plan = context.plan
-    samples = context.samples.read(plan.output[draws], plan.index[draws])
+    samples = context.samples.read(plan.shard[draws], plan.index[draws])
     for sample, prompt in zip(samples, plan.prompt[draws].tolist(), strict=True):
         yield sample if prompt < 0 else insert_prompt(sample, context.prompts[prompt])
 

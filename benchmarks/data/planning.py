@@ -71,7 +71,7 @@ def _tokens(recipe: Recipe, made: PackingPlan) -> Ints:
     kept = [output.report().tally.kept for output in outputs]
     starts = np.cumsum([0, *kept])
     tokens = np.empty(len(made.row), dtype=np.int64)
-    chosen = read_sample_stats(outputs, kept, starts[made.output] + made.index)
+    chosen = read_sample_stats(outputs, kept, starts[made.shard] + made.index)
     tokens[made.draw[chosen.place]] = chosen.stats["tokens"]
     return tokens
 

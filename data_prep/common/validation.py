@@ -13,21 +13,31 @@ Place = Sequence[int | str]
 """Where a value stands in nested settings."""
 
 
-def problems(error: ValidationError, known: Callable[[Place], Iterable[str]] = lambda place: ()) -> list[str]:
+KnownKeys = Callable[[Place], Iterable[str]]
+"""Returns the keys that may stand at the place of a misspelt one, for "did you mean"."""
+
+
+def no_keys(place: Place) -> Iterable[str]:
+    """Suggest nothing."""
+    return ()
+
+
+def problems(error: ValidationError, known: KnownKeys = no_keys, *, within: str = "") -> list[str]:
     """Return every problem as ``a.b.c: what is wrong and how to fix it``, misspelt keys first.
 
     Args:
         error: of one validation.
-        known: returns the keys that may stand at the place of a misspelt one, for "did you mean".
+        known: see `KnownKeys`.
+        within: dotted place of what was validated, such as ``zero_optimization``.
     """
     found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     meant = set(_meant(found, known))
-    return [_line(problem, known) for problem in found if (problem["type"], tuple(problem["loc"])) not in meant]
+    return [_line(problem, known, within) for problem in found if (problem["type"], tuple(problem["loc"])) not in meant]
 
 
-def first_problem(error: ValidationError, known: Callable[[Place], Iterable[str]] = lambda place: ()) -> str:
+def first_problem(error: ValidationError, known: KnownKeys = no_keys, *, within: str = "") -> str:
     """Return the first of `problems`."""
-    return problems(error, known)[0]
+    return problems(error, known, within=within)[0]
 
 
 def report(origin: str, lines: Sequence[str]) -> str:
@@ -42,7 +52,7 @@ def dotted(place: Place) -> str:
     return ".".join(map(str, place))
 
 
-def _meant(found: Sequence[Any], known: Callable[[Place], Iterable[str]]) -> Iterator[tuple[str, Place]]:
+def _meant(found: Sequence[Any], known: KnownKeys) -> Iterator[tuple[str, Place]]:
     """Yield the missing keys that a misspelt one stands for: one problem, not two."""
     for problem in found:
         if problem["type"] == "extra_forbidden":
@@ -52,16 +62,16 @@ def _meant(found: Sequence[Any], known: Callable[[Place], Iterable[str]]) -> Ite
                 yield "missing", (*parent, guess)
 
 
-def _line(problem: Any, known: Callable[[Place], Iterable[str]]) -> str:
-    place, kind = problem["loc"], problem["type"]
-    key = dotted(place)
+def _line(problem: Any, known: KnownKeys, within: str) -> str:
+    place, kind, value = problem["loc"], problem["type"], problem["input"]
+    key = dotted([*filter(None, [within]), *place])
     if kind == "extra_forbidden":
         return f"unknown key {key}{did_you_mean(str(place[-1]), known(place))}"
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: a mapping of keys belongs here (found {problem['input']!r})"
+        return f"{key}: a mapping of keys belongs here (found {value!r})"
     message = str(problem["msg"]).removeprefix("Value error, ")
-    if kind != "value_error" and not isinstance(problem["input"], dict):
-        message += f" (found {problem['input']!r})"
+    if kind != "value_error" or isinstance(value, str | int | float):
+        message += f" (found {value!r})"
     return f"{key}: {message}" if key else message

@@ -66,7 +66,7 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     try:
         corpus = reader(root=root, **options)
     except ValidationError as problem:
-        raise UserError("; ".join(f"{kind}.{line}" for line in problems(problem))) from None
+        raise UserError("; ".join(problems(problem, within=kind))) from None
     _check_inputs(kind, corpus)
     return corpus
 

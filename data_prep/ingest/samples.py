@@ -48,7 +48,7 @@ class Chosen:
 
     place: npt.NDArray[np.int64]
     """Where the sample stood among the chosen ones."""
-    output: npt.NDArray[np.int32]
+    shard: npt.NDArray[np.int32]
     """Number of the unit within ``units``."""
     index: npt.NDArray[np.int32]
     """Number of the sample within its unit."""
@@ -56,7 +56,7 @@ class Chosen:
     """``SAMPLE_STATS`` of the sample."""
 
     def __len__(self) -> int:
-        return len(self.output)
+        return len(self.shard)
 
 
 def read_sample_stats(outputs: Sequence[ShardOutput], kept: Sequence[int], chosen: npt.NDArray[np.int64]) -> Chosen:

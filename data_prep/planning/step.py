@@ -45,7 +45,7 @@ PLAN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
         ("corpus", pa.int16()),
-        ("unit", pa.int32()),
+        ("shard", pa.int32()),
         ("index", pa.int32()),
         ("draw", pa.int64()),
         ("prompt", pa.int16()),
@@ -59,7 +59,7 @@ class PackingPlan:
 
     row: Ints
     corpus: npt.NDArray[np.int16]
-    output: npt.NDArray[np.int32]
+    shard: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     draw: Ints
     """Number of the draw in the blended order."""
@@ -165,7 +165,7 @@ def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> d
         "version": PLAN_VERSION,
         "seed": recipe.seed,
         "pack": pack.model_dump(mode="json", include=_PLANNED),
-        "units": [
+        "shards": [
             [source.corpus, output.shard, report.sha256, report.stats_sha256]
             for source in sources
             for output, report in zip(source.outputs, source.reports, strict=True)
@@ -198,7 +198,7 @@ def _is_current(path: Path, settings: dict[str, Any]) -> bool:
 class _Draws:
     """Draws; arrays of one length."""
 
-    output: npt.NDArray[np.int32]
+    shard: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     """With the prompt."""
@@ -264,7 +264,7 @@ def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], to
     values: list[npt.NDArray[Any]] = [
         rows,
         blend.corpus,
-        draws.output,
+        draws.shard,
         draws.index,
         np.arange(len(order)),
         draws.prompt,
@@ -305,7 +305,7 @@ def _drawn(
     part = read_sample_stats(source.outputs, source.kept, chosen)
     prompt = draw_prompts(part.place, part.stats["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
     tokens = part.stats["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(part.output + np.int32(first_unit), part.index, tokens, part.stats["images"], prompt)
+    draws = _Draws(part.shard + np.int32(first_unit), part.index, tokens, part.stats["images"], prompt)
     return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
 
 

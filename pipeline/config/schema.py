@@ -177,9 +177,11 @@ class ParallelConfig(Section):
         if interleaved and self.pp == 1:
             raise ValueError("schedule=interleaved needs stages to go around: set pp to 2 or more, or schedule to 1f1b")
         if interleaved and self.virtual_stages == 1:
-            raise ValueError("schedule=interleaved needs chunks to go through: set chunks to 2 or more")
+            raise ValueError("schedule=interleaved needs virtual stages: set virtual_stages to 2 or more")
         if self.virtual_stages > 1 and not interleaved:
-            raise ValueError(f"chunks={self.virtual_stages} needs schedule=interleaved: set it, or chunks to 1")
+            raise ValueError(
+                f"virtual_stages={self.virtual_stages} needs schedule=interleaved: set it, or virtual_stages to 1"
+            )
         return self
 
 

@@ -85,7 +85,9 @@ def _dtype_fault(raw: dict[str, Any]) -> str:
 
 def _zero_fault(zero: dict[str, Any]) -> str:
     """Return what of a ``zero_optimization`` section cannot be run, and the way out; empty when all can."""
-    fault = _unknown_to_deepspeed(zero) or _not_run_here(zero)
+    if fault := _unknown_to_deepspeed(zero):
+        return fault
+    fault = _not_run_here(zero)
     return f"zero_optimization.{fault}" if fault else ""
 
 
@@ -94,11 +96,12 @@ def _unknown_to_deepspeed(zero: dict[str, Any]) -> str:
 
     for key, name in _RENAMED.items():
         if key in zero:
-            return f'{key} has another name now: use "{name}": {{"device": "cpu"}}'
+            return f'zero_optimization.{key} has another name now: use "{name}": {{"device": "cpu"}}'
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        return f"{first_problem(error)}: correct or remove it, for DeepSpeed refuses it"
+        known = DeepSpeedZeroConfig.model_fields
+        return f"{first_problem(error, lambda place: known, within='zero_optimization')}: correct or remove it"
     return ""
 
 

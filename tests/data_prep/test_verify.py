@@ -33,13 +33,13 @@ KINDS = {
     "shard of the store": "images/*/images-*.arrow",
     "tokenizer": "tokenizer/tokenizer.model",
     "table of special tokens": "tokenizer/mma_tokenizer.json",
-    "marker of a unit": "ingest/*/*/*.json",
-    "tokens of a unit": "ingest/*/*/*.arrow",
-    "facts of a unit": "ingest/*/*/*.facts",
-    "digests of a unit": "ingest/*/*/*.sha256",
-    "image files of a unit": "ingest/*/*/*.sources",
-    "rejects of a unit": "ingest/*/*/*.rejects",
-    "store rows of a unit": "ingest/*/*/*.rows-*",
+    "marker of a shard": "ingest/*/*/*.json",
+    "tokens of a shard": "ingest/*/*/*.arrow",
+    "stats of a shard": "ingest/*/*/*.stats",
+    "image hashes of a shard": "ingest/*/*/*.sha256",
+    "image files of a shard": "ingest/*/*/*.sources",
+    "rejects of a shard": "ingest/*/*/*.rejects",
+    "store rows of a shard": "ingest/*/*/*.rows-*",
     "list of shards": "ingest/*/shards-*.json",
     "list of rejects": "rejects.jsonl",
     "hash of the rejects": "rejects.sha256",
@@ -48,7 +48,7 @@ KINDS = {
 }
 
 
-MADE_WHEN_MISSING = ("marker of a unit", "store rows of a unit", "list of shards", "trained tokenizer")
+MADE_WHEN_MISSING = ("marker of a shard", "store rows of a shard", "list of shards", "trained tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_rows_never_follow_a_damaged_plan(out: Path, tmp_path: Path) -> None:
     made = PackingPlan.load(plan)
     with pa.OSFile(str(plan), "rb") as file:
         table = pa.ipc.open_file(file).read_all()
-    other = table.set_column(2, "unit", pa.array(made.output[::-1]))  # a whole file with the same settings
+    other = table.set_column(2, "shard", pa.array(made.shard[::-1]))  # a whole file with the same settings
     with pa.OSFile(str(plan), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(other)
     assert PackingPlan.load(plan).sha256 != made.sha256

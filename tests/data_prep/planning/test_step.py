@@ -53,7 +53,7 @@ def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(ma
 def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) -> None:
     outputs = units_of(recipe)
     drawn: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in CORPORA}
-    for corpus, output, index in zip(made.corpus.tolist(), made.output.tolist(), made.index.tolist(), strict=True):
+    for corpus, output, index in zip(made.corpus.tolist(), made.shard.tolist(), made.index.tolist(), strict=True):
         assert outputs[output].corpus == made.names[corpus] and index < outputs[output].report().tally.kept
         drawn[made.names[corpus]][output, index] += 1
     for name, counts in drawn.items():
@@ -63,10 +63,10 @@ def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) 
 
 def test_rows_hold_what_the_samples_say_and_no_more(made: PackingPlan, recipe: Recipe) -> None:
     outputs = units_of(recipe)
-    stats = {number: np.fromfile(outputs[number].stats, SAMPLE_STATS) for number in np.unique(made.output).tolist()}
+    stats = {number: np.fromfile(outputs[number].stats, SAMPLE_STATS) for number in np.unique(made.shard).tolist()}
     lengths = [
         int(stats[output][index]["tokens"])
-        for output, index in zip(made.output.tolist(), made.index.tolist(), strict=True)
+        for output, index in zip(made.shard.tolist(), made.index.tolist(), strict=True)
     ]
     filled = np.bincount(made.row, weights=lengths)
     assert filled.max() <= LENGTH and (np.diff(made.row) >= 0).all()
@@ -80,7 +80,7 @@ def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: R
     fewer = replace(report, tally=Tally(report.tally.kept - 1))
     output.marker.write_text(fewer.to_json())
     with pytest.raises(
-        UserError, match=rf"{output.shard}.facts: cannot be read \({report.tally.kept} samples, .* says "
+        UserError, match=rf"{output.shard}.stats: cannot be read \({report.tally.kept} samples, .* says "
     ):
         plan(recipe.model_copy(update={"seed": 1}), Reporter(quiet=True))
     output.marker.write_text(report.to_json())

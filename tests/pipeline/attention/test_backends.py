@@ -160,7 +160,7 @@ def test_flash_attention_is_called_with_heads_it_takes(size: int, dtype: str, fi
 def test_a_row_that_would_be_copied_too_often_is_refused_or_merged() -> None:
     row = parse_layout("V1 Q1 " * 200 + "A3")
     inputs, plan = Inputs.draw(row), build_plan("mma", row)
-    with pytest.raises(UserError, match=r"keys \d+ times over"):
+    with pytest.raises(UserError, match=r"gather \d+ keys per token"):
         inputs.results(plan, "runsplit")
     assert max(errors("mma", row, "auto", inputs)) <= 1e-12
 

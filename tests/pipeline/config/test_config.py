@@ -83,7 +83,9 @@ def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
     ("text", "words"),
     [
         pytest.param(
-            "train: {batch_pakcs: 4}", ["unknown key 'train.batch_pakcs'", "train.global_batch_size"], id="unknown key"
+            "train: {global_batch_sise: 4}",
+            ["key train.global_batch_sise", "global_batch_size"],
+            id="unknown key",
         ),
         pytest.param("train: [1", ["not valid YAML"], id="bad YAML"),
         pytest.param("- a", ["mapping"], id="not a mapping"),

@@ -75,11 +75,17 @@ def test_a_recipe_that_contradicts_the_stage_is_refused(name: str, keys: dict[st
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "needs offload_optimizer too"),
         (
             {"stage": 3, "offload_optimizer": "cpu"},
-            'zero_optimization.offload_optimizer="cpu": Input should be a valid',
+            "zero_optimization.offload_optimizer: a mapping of keys belongs here (found 'cpu')",
         ),
-        ({"stage": 3, "offload_optimizer": {"device": "cpu", "pin": 1}}, "offload_optimizer.pin: DeepSpeed knows no"),
-        ({"stage": 3, "overlap_com": True}, "zero_optimization.overlap_com: DeepSpeed knows no such key"),
-        ({"stage": 3, "reduce_bucket_size": "big"}, 'reduce_bucket_size="big": Input should be a valid integer'),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu", "pin": 1}},
+            "key zero_optimization.offload_optimizer.pin",
+        ),
+        ({"stage": 3, "overlap_com": True}, "unknown key zero_optimization.overlap_com (did you mean 'overlap_comm'?)"),
+        (
+            {"stage": 3, "reduce_bucket_size": "big"},
+            "zero_optimization.reduce_bucket_size: Input should be",
+        ),
         ({"stage": 3, "zero_hpz_partition_size": "8"}, "zero_hpz_partition_size=8 is not supported"),
         ({"stage": 3, "zenflow": {"topk_ratio": 0.1}}, "zenflow brings an optimizer of its own"),
         ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "offload_optimizer.ratio brings"),

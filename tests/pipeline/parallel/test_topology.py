@@ -59,7 +59,7 @@ def test_split_is_the_best_of_all_splits(layers: int, stages: int, ends: tuple[f
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("4,5", "3 counts"), ("4,4,5", "sum to 12"), ("0,6,6", "at least 1"), ("a,b,c", "list")]
+    ("text", "words"), [("4,5", "3 counts"), ("4,4,5", "add up to 12"), ("0,6,6", "at least 1"), ("a,b,c", "list")]
 )
 def test_split_by_hand_is_checked(text: str, words: str) -> None:
     with pytest.raises(UserError, match=words):

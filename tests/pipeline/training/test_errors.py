@@ -99,9 +99,7 @@ def test_verify_names_a_damaged_file_of_packs_or_image_store(
     [
         pytest.param("{'stage': 3}", ["not valid JSON"], id="bad JSON"),
         pytest.param("[3]", ["JSON object"], id="not an object"),
-        pytest.param(
-            '{"zero_optimization": {"stage": 7}}', ["zero_optimization.stage: "], id="unknown stage"
-        ),
+        pytest.param('{"zero_optimization": {"stage": 7}}', ["zero_optimization.stage: "], id="unknown stage"),
         pytest.param(
             '{"train_batch_size": 8, "zero_optimization": {"stage": 3}}',
             ["train_batch_size", "global_batch_size"],

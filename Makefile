@@ -16,10 +16,11 @@ $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 demo: setup  ## raw corpora -> packs -> PT -> SFT with MMA on 2 ranks -> export -> held-out accuracy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/mma demo $(DEMO_FLAGS)
 
-check: setup  ## style, types, shell scripts
+check: setup  ## style, types, shell scripts, sizes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tests.structure
 	find slurm -name '*.sh' -exec $(BIN)/shellcheck {} +
 
 test: check slurm-for-tests  ## every test, slow ones included

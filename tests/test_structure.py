@@ -13,31 +13,12 @@ import pytest
 
 from tests.structure import ROOT, Sizes, allowed_imports, imports, room
 
-RIDDLES = [
-    "anew",
-    "mend",
-    "mends",
-    "mended",
-    "mending",
-    "guilty",
-    "forgive",
-    "forgives",
-    "blueprint",
-    "blueprints",
-    "verdict",
-    "replica",
-    "replicas",
-    "atom",
-    "atoms",
-    "intake",
-    "intakes",
-    "dialect",
-    "dialects",
-    "fullness",
-    "unalterable",
-    "alterable",
-]  # the field has a word for each
-PHRASES = ("whole way", "takes up only", "made again", "in thought", "for ever")
+RIDDLES = re.compile(
+    r"\b(anew|mend(s|ed|ing)?|guilty|forg[ia]ven?s?|blueprints?|verdicts?|replicas?|atoms?|intakes?|dialects?|fullness"
+    r"|(un)?alterable|whole way|takes up only|made again|in thought|for ever)\b",
+    re.IGNORECASE,
+)
+"""Words that the field has a standard term for."""
 USER_TEXT = sorted(
     path
     for pattern in ("*.md", "docs/**/*.md", "benchmarks/*.md", "slurm/**/*.sh", "*/recipes/*.yaml", "ds_configs/*.json")
@@ -99,6 +80,4 @@ def _prose(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _riddles(text: str) -> Iterator[str]:
-    plain = " ".join(text.split())
-    yield from re.findall(rf"\b(?:{'|'.join(RIDDLES)})\b", plain, re.IGNORECASE)
-    yield from (phrase for phrase in PHRASES if phrase in plain)
+    return (found.group() for found in RIDDLES.finditer(" ".join(text.split())))

@@ -10,7 +10,7 @@ BLOCK = 1024
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _sum_rows(source, bag, offsets, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _sum_rows(source, bag, offsets, out, width, BLOCK: tl.constexpr) -> None:  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

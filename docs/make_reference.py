@@ -1,0 +1,181 @@
+"""Write docs/reference.md from the code: recipe keys, reader options, commands. ``python docs/make_reference.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from data_prep.corpora import CORPORA
+from data_prep.recipe import Recipe
+from pipeline.config.schema import RunConfig
+
+TARGET = ROOT / "docs/reference.md"
+
+
+def reference() -> str:
+    """Return the whole page."""
+    return "\n".join(
+        [
+            "# Reference",
+            "",
+            "Generated from the code by `python docs/make_reference.py`; a test compares the two.",
+            "",
+            "- [Training recipes](#training-recipes): every key is a flag as well (`train.lr` is `--train.lr`)",
+            "- [Data recipes](#data-recipes)",
+            "- [Corpus types](#corpus-types)",
+            "- [Commands](#commands)",
+            "",
+            "## Training recipes",
+            "",
+            *table(keys(RunConfig)),
+            "",
+            "## Data recipes",
+            "",
+            *table(keys(Recipe)),
+            "",
+            "## Corpus types",
+            "",
+            *corpora(),
+            "## Commands",
+            "",
+            *commands(),
+        ]
+    )
+
+
+Row = tuple[str, str, str, str]
+"""Key, type, default, meaning."""
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
+    """Yield every key of a model, those of its sections and of the values of its mappings too."""
+    for name, field in model.model_fields.items():
+        key = prefix + name
+        inner, step = section_of(field.annotation)
+        yield key, type_name(field), default_of(field), one_line(field.description)
+        if inner is not None:
+            yield from keys(inner, f"{key}{step}.")
+
+
+def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
+    """Return the model that a key holds, and ``.NAME`` where it holds a mapping of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, ""
+    inner = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict and isinstance(inner[1], type) and issubclass(inner[1], BaseModel):
+        return inner[1], ".NAME"
+    found = [each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)]
+    return (found[0], "") if found else (None, "")
+
+
+def type_name(field: FieldInfo) -> str:
+    """Return a field's type in words."""
+    limits = [
+        f"{sign} {getattr(limit, attribute):g}"
+        for limit in field.metadata
+        for attribute, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if getattr(limit, attribute, None) is not None
+    ]
+    return " ".join([_type_name(field.annotation), *(f"({', '.join(limits)})" for _ in limits[:1])])
+
+
+def _type_name(annotation: Any) -> str:
+    origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Literal:
+        return ", ".join(map(str, inner))
+    if origin is typing.Annotated:
+        return _type_name(inner[0])
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("none" if each is type(None) else _type_name(each) for each in inner)
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return "section"
+    if origin is dict:
+        return "mapping"
+    if origin in (tuple, list):
+        return "list"
+    names = {bool: "true or false", int: "integer", float: "number", str: "text", Path: "path"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def default_of(field: FieldInfo) -> str:
+    """Return a field's default as YAML would have it."""
+    value = field.get_default(call_default_factory=True) if not field.is_required() else PydanticUndefined
+    if value is PydanticUndefined:
+        return "required"
+    if isinstance(value, BaseModel):
+        return ""
+    if value is None or value in ("", (), {}, []):
+        return "-"
+    return f"`{str(value).lower()}`" if isinstance(value, bool) else f"`{value}`"
+
+
+def one_line(text: str | None) -> str:
+    """Return a description in one line, safe inside a table."""
+    return " ".join((text or "").split()).replace("``", "`").replace("|", "\\|")
+
+
+def table(rows: Iterator[Row]) -> Iterator[str]:
+    """Yield a Markdown table."""
+    yield "| key | type | default | meaning |"
+    yield "|---|---|---|---|"
+    for key, kind, default, meaning in rows:
+        yield f"| `{key}` | {kind} | {default} | {meaning} |"
+
+
+def corpora() -> Iterator[str]:
+    """Yield a section for each corpus type."""
+    for name, reader in CORPORA.items():
+        yield f"### `{name}`"
+        yield ""
+        yield " ".join((reader.__doc__ or "").split("\n\n")[0].split())
+        yield ""
+        yield from table(row for row in keys(reader) if row[0] != "root")
+        yield ""
+
+
+def commands() -> Iterator[str]:
+    """Yield a section for each command: its help line and its options."""
+    from data_prep.cli import build_parser as prep_parser
+    from pipeline.cli import build_parser as mma_parser
+
+    for parser in (prep_parser(), mma_parser()):
+        for name, command in subcommands(parser).items():
+            yield f"### `{parser.prog} {name}`"
+            yield ""
+            yield one_line((command.description or "").split("\n\n")[0])
+            yield ""
+            yield "| argument | meaning |"
+            yield "|---|---|"
+            yield from (f"| {shown(action)} | {one_line(action.help)} |" for action in command._actions if action.help)
+            yield ""
+
+
+def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """Return the commands of a parser."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(found[0].choices) if found else {}
+
+
+def shown(action: argparse.Action) -> str:
+    """Return an argument as one types it."""
+    value = action.metavar or (f"{{{','.join(map(str, action.choices))}}}" if action.choices else action.dest.upper())
+    value = "" if action.nargs == 0 else f" {value}"
+    names = ", ".join(f"`{option}{value}`" for option in action.option_strings)
+    return names or f"`{action.metavar or action.dest}`"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(reference(), encoding="utf-8")
+    print(f"wrote {TARGET.relative_to(ROOT)}")

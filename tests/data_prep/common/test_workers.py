@@ -1,4 +1,4 @@
-"""Processes that share the work."""
+"""Teams of processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_ctrl_c_ends_the_workers_at_once_and_without_a_word(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("share", ["0", "1/1", "-1/2", "0/\u00b2", "a/b", "0/0"])
-def test_a_share_is_two_numbers(share: str) -> None:
+def test_malformed_shares_are_refused(share: str) -> None:
     assert parse_share("1/2") == (1, 2)
     with pytest.raises(UserError, match="give i/n"):
         parse_share(share)
@@ -77,7 +77,7 @@ class _OneRank:
 
 
 @pytest.mark.parametrize("by_all", [False, True])
-def test_mpi_ranks_report_a_folder_that_cannot_be_written_as_any_other_error(tmp_path: Path, by_all: bool) -> None:
+def test_mpi_ranks_report_an_unwritable_folder_like_any_user_error(tmp_path: Path, by_all: bool) -> None:
     team, file = MpiTeam(_OneRank()), tmp_path / "file"
     file.touch()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from data_prep.common.errors import closest, did_you_mean
 
 Place = Sequence[int | str]
 """Path of a value in nested settings."""
+_SHOWN_CHARACTERS = 80
 
 
 KnownKeys = Callable[[Place], Iterable[str]]
@@ -70,8 +72,16 @@ def _line(problem: Any, known: KnownKeys, within: str) -> str:
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: expected a mapping of keys (found {value!r})"
+        return f"{key}: expected a mapping of keys (found {_shown(value)})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error" or isinstance(value, str | int | float):
-        message += f" (found {value!r})"
+        message += f" (found {_shown(value)})"
     return f"{key}: {message}" if key else message
+
+
+def _shown(value: object) -> str:
+    """Return a value as it is quoted in a message: short, on one line."""
+    try:
+        return textwrap.shorten(repr(value), _SHOWN_CHARACTERS)
+    except ValueError:  # an integer of thousands of digits cannot be printed
+        return f"a huge {type(value).__name__}"

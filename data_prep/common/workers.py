@@ -6,16 +6,15 @@ Tasks are independent and their outputs are files, so the assignment of tasks to
 from __future__ import annotations
 
 import os
-import signal
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import worker_pool
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,9 +77,7 @@ class LocalTeam(Team):
             done(result)
 
     def _spread(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        # "spawn" starts clean interpreters: forking would copy the caller's open files and threads.
-        workers, interrupt = min(self.workers, len(items)), (signal.SIGINT, signal.SIG_DFL)
-        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, interrupt) as pool:
+        with worker_pool(min(self.workers, len(items))) as pool:
             futures = [pool.submit(task, item) for item in items]
             try:
                 for future in as_completed(futures):

@@ -31,6 +31,14 @@ SETS = ("pt", "sft", "eval")
 _LAUNCHER_PREFIXES = ("PMI", "OMPI_", "MPI")
 """Environment of an MPI launch, which a child process must not inherit."""
 
+_CHILD = """\
+import sys
+from data_prep.common.processes import end_with_parent
+end_with_parent(int(sys.argv[1]))
+from data_prep.cli import main
+sys.exit(main(sys.argv[2:]))
+"""
+
 
 def recipe_version() -> str:
     """Return a short hash of the shipped demo recipe and of the code versions that determine its packs."""
@@ -90,7 +98,7 @@ def ensure_demo(out: Path, demo: Demo | None = None, *, quiet: bool = False) -> 
     environment = {key: value for key, value in os.environ.items() if not key.startswith(_LAUNCHER_PREFIXES)}
     source = str(Path(__file__).parents[2])
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [source, environment.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "data_prep", "demo", str(out), *flags]
+    command = [sys.executable, "-c", _CHILD, str(os.getpid()), "demo", str(out), *flags]
     sink = subprocess.DEVNULL if quiet else None
     if subprocess.run(command, env=environment, check=False, stdout=sink, stderr=sink).returncode:
         raise UserError(f"the demo data could not be prepared in {out} (see the message above)")

@@ -15,15 +15,14 @@ Layout of the output folder; every file is in the published format of the corpus
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import worker_pool
 from data_prep.demo import raw
 from data_prep.demo.scenes import Scene, draw_scenes
 
@@ -89,7 +88,7 @@ def _write(folder: Path, world: World, workers: int) -> None:
             _draw_batch(batch, folder=folder)
         _write_tables(folder, train, val)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         drawn = pool.map(partial(_draw_batch, folder=folder), _batches(train, val))
         _write_tables(folder, train, val)
         for _ in drawn:  # raises a worker's exception

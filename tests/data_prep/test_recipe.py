@@ -86,16 +86,16 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(
         ("a: [", "not valid YAML"),
         ("- 1", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
-        ("seed: 1\npacks:\n  pt: {}\n  pt: {}\n", r"r\.yaml: not valid YAML: the key 'pt' stands twice \(line 4\)"),
+        ("seed: 1\npacks:\n  pt: {}\n  pt: {}\n", r"r\.yaml: not valid YAML: the key 'pt' occurs twice \(line 4\)"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
-def test_a_key_that_is_merged_in_may_be_given_anew() -> None:
+def test_a_merged_key_may_be_overridden() -> None:
     text = "base: &base {seq_len: 64, epochs: 1}\npt: {<<: *base, seq_len: 128}"
     assert read_yaml(text, "r.yaml")["pt"] == {"seq_len": 128, "epochs": 1}
 

@@ -1,1 +1,1 @@
-"""What every room of data preparation may use."""
+"""Utilities shared by all packages of data preparation."""

@@ -1,4 +1,4 @@
-"""Arrow IPC files that appear whole or not at all: streamed to a temporary file, synced, hashed, renamed."""
+"""Atomic Arrow IPC files: streamed to a temporary file, synced, hashed, then renamed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import pyarrow as pa
 from data_prep.common.files import FileEntry, sha256_file, temporary_beside
 
 BATCH_ROWS = 1024
-"""Rows of every record batch but the last: readers find row ``i`` in batch ``i // BATCH_ROWS``."""
+"""Rows per record batch (the last may hold fewer), so row ``i`` is in batch ``i // BATCH_ROWS``."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that becomes ``path`` when the block ends well and vanishes when it does not."""
+    """Yield a temporary path; rename it to ``path`` on success, remove it on failure."""
     temporary = temporary_beside(path)
     try:
         yield temporary
@@ -31,9 +31,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 class ArrowWriter:
-    """Streams rows to one Arrow IPC file in batches of ``batch_rows``; use as a context manager.
+    """Context manager that streams rows to one Arrow IPC file in batches of ``batch_rows``.
 
-    ``entry`` holds the file's size, hash and number of rows once the block has ended well.
+    After the block has succeeded, ``entry`` holds the file's size, hash and row count.
     """
 
     def __init__(self, path: Path, schema: pa.Schema, *, batch_rows: int = BATCH_ROWS) -> None:
@@ -43,7 +43,7 @@ class ArrowWriter:
         self.entry = FileEntry(path.name, 0, "")
 
     def __enter__(self) -> Self:
-        with ExitStack() as stack:  # each part is closed even where one before cannot be: the disk may be full
+        with ExitStack() as stack:  # closes every layer even if closing an inner one fails (disk full)
             self._temporary = stack.enter_context(atomic_path(self._path))
             stack.push(self._describe)
             sink = stack.enter_context(pa.OSFile(str(self._temporary), "wb"))
@@ -53,7 +53,7 @@ class ArrowWriter:
         return self
 
     def append(self, row: tuple[Any, ...]) -> None:
-        """Add one row: values in the order of the schema."""
+        """Append one row: its values in schema order."""
         self._rows.append(row)
         if len(self._rows) == self._batch_rows:
             self._flush()
@@ -83,7 +83,7 @@ class ArrowWriter:
 
 
 def open_batches(path: Path) -> list[pa.RecordBatch]:
-    """Map an Arrow IPC file into memory and return its record batches; they keep the map, no file stays open.
+    """Memory-map an Arrow IPC file and return its record batches. They own the mapping; no file stays open.
 
     Raises OSError or ArrowInvalid.
     """

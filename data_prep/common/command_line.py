@@ -1,4 +1,4 @@
-"""Command lines whose mistakes are one line, with the closest word that is known."""
+"""Command-line parser that reports a mistake in one line with a suggestion."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def positive_int(text: str) -> int:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser that prints one line, not its usage too, and exits with code 2."""
+    """An argparse parser whose errors are one line without the usage; the exit code is 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but look at the command first."""
+        """Parse as argparse does, but check the command name first."""
         words = list(sys.argv[1:] if args is None else args)
         known = self._commands()
         if known and words and not words[0].startswith("-") and words[0] not in known:

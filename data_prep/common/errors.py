@@ -1,4 +1,4 @@
-"""Errors a user can mend; every command prints them as one line and exits with code 2."""
+"""Errors the user can fix. Every command prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave (a file, a key, a flag) is wrong; the message names it and the fix."""
+    """A file, key or flag from the user is wrong. The message names it and the fix."""
 
 
 def one_line(problem: object) -> str:
-    """Return the words of a library's error without its line ends."""
+    """Return the message of an error on one line."""
     return " ".join(str(problem).split())
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
+    """Return `` (did you mean 'x'?)`` with the closest known word, or an empty string."""
     guess = closest(word, known)
     return f" (did you mean '{guess}'?)" if guess else ""
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """Return the known word most like ``word``, or an empty string."""
+    """Return the known word closest to ``word``, or an empty string."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)), "")

@@ -1,4 +1,4 @@
-"""Files that are written atomically, hashed, and named with their hashes."""
+"""Atomic writes and file hashes."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Any
 from data_prep.common.errors import UserError
 
 RERUN = "run mma-prep again"
-REBUILD = "delete it and run mma-prep again"  # a step only looks whether most files exist, and at their size
+REBUILD = "delete it and run mma-prep again"  # a step checks only the existence and size of most files
 
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of the folder: path relative to it, size in bytes, sha256, and rows for row files."""
+    """One file of a folder: relative path, size in bytes, sha256 and, for row files, the row count."""
 
     name: str
     bytes: int
@@ -28,12 +28,12 @@ class FileEntry:
 
 
 def sha256_line(sha256: str, name: str) -> bytes:
-    """Return what ``sha256sum`` writes, and checks, of a file."""
+    """Return a file's line in the format of ``sha256sum``."""
     return f"{sha256}  {name}\n".encode()
 
 
 def sha256_file(path: Path) -> str:
-    """Return the hex sha256 of a file, read in pieces."""
+    """Return the hex sha256 of a file, read block by block."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -42,7 +42,7 @@ def sha256_file(path: Path) -> str:
 
 
 def is_of_size(path: Path, size: int) -> bool:
-    """Return whether there is a file of ``size`` bytes."""
+    """Return whether the file exists and has ``size`` bytes."""
     try:
         return path.stat().st_size == size
     except (FileNotFoundError, NotADirectoryError):
@@ -50,13 +50,13 @@ def is_of_size(path: Path, size: int) -> bool:
 
 
 def temporary_beside(path: Path) -> Path:
-    """Return a name for what is to become ``path``, in its folder; no other process, of any host, has the same."""
+    """Return a temporary path in the folder of ``path``, unique across processes and hosts; make the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write_atomic(path: Path, data: bytes | memoryview) -> None:
-    """Write a file so that a reader sees all of it or none: temporary file, fsync, rename."""
+    """Write a file atomically: temporary file, fsync, rename."""
     temporary = temporary_beside(path)
     with temporary.open("wb") as stream:
         stream.write(data)
@@ -66,12 +66,12 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
 
 
 def with_hash(value: Any) -> bytes:
-    """Return a JSON-able value with its own hash, as the content of a file."""
+    """Serialize a JSON-able value together with its hash, as the content of a file."""
     return json.dumps({"value": value, "sha256": hash_json(value)}).encode() + b"\n"
 
 
 def read_hashed(path: Path) -> Any:
-    """Return the value of a file made by ``with_hash``, or None where there is none, or it was damaged."""
+    """Return the value of a file written with ``with_hash``, or None if the file is missing or damaged."""
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return raw["value"] if raw["sha256"] == hash_json(raw["value"]) else None
@@ -80,7 +80,7 @@ def read_hashed(path: Path) -> Any:
 
 
 def check_format(path: Path, raw: Mapping[str, Any], *, format: str, version: int, fix: str) -> None:
-    """Refuse a file of another kind or format version. Raises UserError naming both versions and the fix."""
+    """Raise UserError, naming both versions and the fix, if a file has another format or version."""
     if raw.get("format") != format:
         raise UserError(f"{path}: not a file of format {format}; {fix}")
     if raw.get("version") != version:
@@ -94,7 +94,7 @@ def hash_json(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Hashed:
-    """A file and the hash it must have."""
+    """A file and its expected hash."""
 
     path: Path
     sha256: str
@@ -102,7 +102,7 @@ class Hashed:
     """The file that lists it."""
 
     def check(self) -> None:
-        """Raise UserError when the file is missing or altered."""
+        """Raise UserError if the file is missing or altered."""
         if not self.path.is_file():
             raise UserError(f"{self.path}: listed in {self.listing} but missing; {RERUN}")
         if sha256_file(self.path) != self.sha256:

@@ -1,7 +1,7 @@
-"""Modality codes of tokens, shared by packs and masks."""
+"""Token modality codes, shared by packs and masks."""
 
 from __future__ import annotations
 
 MODALITIES = ("text", "image", "video", "audio")
-"""Name of each code."""
+"""Modality names by code."""
 TEXT, IMAGE, VIDEO, AUDIO = range(len(MODALITIES))

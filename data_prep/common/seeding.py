@@ -1,4 +1,4 @@
-"""Random generators seeded by what they draw for."""
+"""Random generators seeded by their purpose."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 
 
 def seeded(*parts: object) -> np.random.Generator:
-    """Return a generator whose stream depends on ``parts`` alone, on every machine."""
+    """Return a generator whose stream depends only on ``parts``, on every machine."""
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))

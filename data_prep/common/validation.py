@@ -1,7 +1,8 @@
-"""What pydantic found wrong, as lines a user can act on: the key, the problem, the fix."""
+"""Readable pydantic errors: one line per problem with the key, the problem and the fix."""
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -10,11 +11,12 @@ from pydantic import ValidationError
 from data_prep.common.errors import closest, did_you_mean
 
 Place = Sequence[int | str]
-"""Where a value stands in nested settings."""
+"""Path of a value in nested settings."""
+_SHOWN_CHARACTERS = 80
 
 
 KnownKeys = Callable[[Place], Iterable[str]]
-"""Returns the keys that may stand at the place of a misspelt one, for "did you mean"."""
+"""Returns the valid keys at the place of a misspelt one, for "did you mean"."""
 
 
 def no_keys(place: Place) -> Iterable[str]:
@@ -23,12 +25,12 @@ def no_keys(place: Place) -> Iterable[str]:
 
 
 def problems(error: ValidationError, known: KnownKeys = no_keys, *, within: str = "") -> list[str]:
-    """Return every problem as ``a.b.c: what is wrong and how to fix it``, misspelt keys first.
+    """Return every problem as ``a.b.c: problem and fix``, misspelt keys first.
 
     Args:
-        error: of one validation.
+        error: from one validation.
         known: see `KnownKeys`.
-        within: dotted place of what was validated, such as ``zero_optimization``.
+        within: dotted path of the validated value, such as ``zero_optimization``.
     """
     found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     meant = set(_meant(found, known))
@@ -36,24 +38,24 @@ def problems(error: ValidationError, known: KnownKeys = no_keys, *, within: str 
 
 
 def first_problem(error: ValidationError, known: KnownKeys = no_keys, *, within: str = "") -> str:
-    """Return the first of `problems`."""
+    """Return the first problem."""
     return problems(error, known, within=within)[0]
 
 
 def report(origin: str, lines: Sequence[str]) -> str:
-    """Return one line for one problem, a list for several."""
+    """Return a single problem as one line, several as a list."""
     if len(lines) == 1:
         return f"{origin}: {lines[0]}"
     return "\n".join([f"{origin}: {len(lines)} problems", *(f"  - {line}" for line in lines)])
 
 
 def dotted(place: Place) -> str:
-    """Return a place as ``packs.sft.seq_len``."""
+    """Return a place in dotted form, such as ``packs.sft.seq_len``."""
     return ".".join(map(str, place))
 
 
 def _meant(found: Sequence[Any], known: KnownKeys) -> Iterator[tuple[str, Place]]:
-    """Yield the missing keys that a misspelt one stands for: one problem, not two."""
+    """Yield the missing keys that are present but misspelt, so that each is reported once."""
     for problem in found:
         if problem["type"] == "extra_forbidden":
             *parent, name = problem["loc"]
@@ -70,8 +72,16 @@ def _line(problem: Any, known: KnownKeys, within: str) -> str:
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: a mapping of keys belongs here (found {value!r})"
+        return f"{key}: expected a mapping of keys (found {_shown(value)})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error" or isinstance(value, str | int | float):
-        message += f" (found {value!r})"
+        message += f" (found {_shown(value)})"
     return f"{key}: {message}" if key else message
+
+
+def _shown(value: object) -> str:
+    """Return a value as it is quoted in a message: short, on one line."""
+    try:
+        return textwrap.shorten(repr(value), _SHOWN_CHARACTERS)
+    except ValueError:  # an integer of thousands of digits cannot be printed
+        return f"a huge {type(value).__name__}"

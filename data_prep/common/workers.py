@@ -1,46 +1,45 @@
-"""Who does the work: local processes, one share of a Slurm array, or MPI ranks.
+"""Parallel work: local processes, one share of a Slurm array, or MPI ranks.
 
-The work is a list of independent units whose outputs are files, so who does a unit never changes a byte.
+Tasks are independent and their outputs are files, so the assignment of tasks to processes never changes a byte.
 """
 
 from __future__ import annotations
 
 import os
-import signal
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
 from typing import Any, TypeVar
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import worker_pool
 
 T = TypeVar("T")
 R = TypeVar("R")
 _RANK_VARIABLES = ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK")
-"""Set by mpiexec for each rank: MPICH and Intel MPI, PMIx, Open MPI."""
+"""Rank variables set by mpiexec: MPICH and Intel MPI, PMIx, Open MPI."""
 
 
 class Team(ABC):
-    """Runs tasks over units."""
+    """Runs a task over a list of items."""
 
     description: str
 
     @abstractmethod
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run ``task`` on the items; ``done`` gets each result as it comes, in any order."""
+        """Run ``task`` on the items; call ``done`` with each result as it arrives, in any order."""
 
     @abstractmethod
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items this process answers for.
+        """Return the items assigned to this process.
 
-        Always divide the whole list: what is left to do differs from one member to the next.
+        Always divide the complete list: members may disagree about which items are unfinished.
         """
 
     def serial(self, task: Callable[[], R]) -> R:
-        """Run a task that must run once; every member of the team returns its result."""
+        """Run a task on one member only; every member returns its result."""
         return task()
 
     @property
@@ -50,12 +49,12 @@ class Team(ABC):
 
     @property
     def covers_all(self) -> bool:
-        """Whether the team does all of the work, not a share beside other jobs."""
+        """Whether the team does all of the work, rather than one share of several jobs."""
         return True
 
 
 class LocalTeam(Team):
-    """``workers`` processes on this machine, over share ``index`` of ``count`` (a Slurm array's task)."""
+    """``workers`` processes on this machine, for share ``index`` of ``count`` (a Slurm array task)."""
 
     def __init__(self, workers: int, index: int = 0, count: int = 1) -> None:
         self.workers, self.index, self.count = workers, index, count
@@ -63,7 +62,7 @@ class LocalTeam(Team):
         self.description = f"{workers} process{'es' * (workers > 1)}{part}"
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items this process answers for."""
+        """Return the items assigned to this process."""
         return items[self.index :: self.count]
 
     @property
@@ -78,18 +77,15 @@ class LocalTeam(Team):
             done(result)
 
     def _spread(self, task: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
-        # "spawn" starts clean interpreters: forking would copy open files and threads of whoever calls us.
-        # Ctrl-C reaches every process: the workers die of it without a word, and what stopped is said here.
-        workers, interrupt = min(self.workers, len(items)), (signal.SIGINT, signal.SIG_DFL)
-        with ProcessPoolExecutor(workers, get_context("spawn"), signal.signal, interrupt) as pool:
+        with worker_pool(min(self.workers, len(items))) as pool:
             futures = [pool.submit(task, item) for item in items]
             try:
                 for future in as_completed(futures):
                     yield future.result()
             except BrokenProcessPool as error:
                 raise UserError(
-                    "a worker process was killed (out of memory?): run the same command again, finished units are "
-                    "kept; use fewer --workers if it repeats"
+                    "a worker process was killed (out of memory?): run the same command again, finished shards are "
+                    "kept; use fewer --workers if it happens again"
                 ) from error
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
@@ -97,11 +93,11 @@ class LocalTeam(Team):
 
 
 ALONE = LocalTeam(1)
-"""This process does everything."""
+"""A single process without workers."""
 
 
 class MpiTeam(Team):
-    """The ranks of an MPI launch; unit ``k`` belongs to rank ``k % size``."""
+    """The ranks of an MPI launch; item ``k`` is assigned to rank ``k % size``."""
 
     def __init__(self, comm: Any) -> None:
         self._comm = comm
@@ -109,15 +105,15 @@ class MpiTeam(Team):
 
     @property
     def is_reporter(self) -> bool:
-        """Only rank 0 talks."""
+        """Only rank 0 reports."""
         return bool(self._comm.Get_rank() == 0)
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Return the items this process answers for."""
+        """Return the items assigned to this process."""
         return items[self._comm.Get_rank() :: self._comm.Get_size()]
 
     def map(self, task: Callable[[T], R], items: Sequence[T], done: Callable[[R], None]) -> None:
-        """Run this rank's items, then wait for the other ranks; an error a user can mend is raised on all."""
+        """Run this rank's items, then wait for the other ranks; a user error is raised on every rank."""
 
         def work() -> None:
             for item in items:
@@ -129,7 +125,7 @@ class MpiTeam(Team):
             raise UserError(problems[0])
 
     def serial(self, task: Callable[[], R]) -> R:
-        """Run the task on rank 0; an error a user can mend is raised on every rank."""
+        """Run the task on rank 0; a user error is raised on every rank."""
         result, problem = self._comm.bcast(self._attempt(task) if self.is_reporter else None, root=0)
         if problem:
             raise UserError(problem)
@@ -137,9 +133,9 @@ class MpiTeam(Team):
         return returned
 
     def _attempt(self, task: Callable[[], R]) -> tuple[R | None, str]:
-        """Return the task's result, or the words of what a user can mend: a UserError, a folder without permission.
+        """Return the task's result, or the message of a UserError or OSError.
 
-        Any other failure ends all ranks, which would wait.
+        Any other failure aborts all ranks, because the others would wait forever.
         """
         try:
             return task(), ""
@@ -152,7 +148,7 @@ class MpiTeam(Team):
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """Parse ``i/n`` (0-based). Raises UserError when it is not one."""
+    """Parse ``i/n`` (0-based). Raises UserError if malformed."""
     index, slash, count = text.partition("/")
     if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
         return int(index), int(count)
@@ -162,9 +158,9 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def form_team(workers: int | None, share: str | None, say: Callable[[str], None]) -> Team | None:
-    """Return who does the work: MPI ranks under mpiexec, else local processes (default: one per core).
+    """Return the team: MPI ranks under mpiexec, else local processes (default: one per core).
 
-    Returns None for a process that has nothing to do: rank > 0 of an mpiexec launch without an MPI library.
+    Returns None for a process without work: rank > 0 of an mpiexec launch without an MPI library.
 
     Raises:
         UserError: ``workers`` or ``share`` is malformed, or ``share`` is combined with MPI.
@@ -178,7 +174,7 @@ def form_team(workers: int | None, share: str | None, say: Callable[[str], None]
             return None
         if comm is not None and comm.Get_size() > 1:
             if share:
-                raise UserError("--shard divides work between separate jobs; under mpiexec leave it out")
+                raise UserError("--shard divides work between separate jobs; do not use it under mpiexec")
             return MpiTeam(comm)
     index, count = parse_share(share) if share else (0, 1)
     return LocalTeam(workers or _cores(), index, count)
@@ -187,7 +183,7 @@ def form_team(workers: int | None, share: str | None, say: Callable[[str], None]
 def _world(say: Callable[[str], None]) -> Any:
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, an MPI library is not
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed, an MPI library is not
         reason = str(error).splitlines()[0]
         say(f"launched by mpiexec, but MPI cannot be loaded ({reason}): using local processes on rank 0")
         return None

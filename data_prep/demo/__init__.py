@@ -1,4 +1,4 @@
-"""A small drawn world in the official raw formats: the newcomer's first run takes the same way as real data."""
+"""A small drawn world in the official raw formats: the first run follows the same path as real data."""
 
 from data_prep.demo.world import write_world
 

@@ -1,4 +1,4 @@
-"""Pictures of scenes: shapes drawn once with Pillow, then stamped in colour onto a dark ground."""
+"""Pictures of scenes: each shape is drawn once with Pillow, then pasted in colour onto a dark background."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ CELL_PX = 12
 SIDE_PX = GRID * CELL_PX
 GROUND = (20, 20, 20)
 RGB = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 220, 50)}
-RADIUS = {"small": 0.26, "big": 0.42}  # in cells: a big object still clears its cell after a shift of one pixel
+RADIUS = {"small": 0.26, "big": 0.42}  # in cells: a big object stays inside its cell after a shift of one pixel
 OVERSAMPLING = 8
 
 
 @cache
 def stamp(size: str, shape: str) -> Image.Image:
-    """Return the antialiased 12 x 12 coverage mask (mode L) of a shape."""
+    """Return the antialiased 12 x 12 px coverage mask (mode L) of a shape."""
     side = CELL_PX * OVERSAMPLING
     centre, r = side / 2, RADIUS[size] * side
     mask = Image.new("L", (side, side))
@@ -41,13 +41,13 @@ def stamp(size: str, shape: str) -> Image.Image:
 
 
 def corner(thing: Thing) -> tuple[int, int]:
-    """Return the pixel ``(x, y)`` of the upper left corner of the thing's stamp."""
+    """Return the pixel ``(x, y)`` of the upper left corner of a thing's stamp."""
     row, column = divmod(thing.cell, GRID)
     return column * CELL_PX + thing.dx, row * CELL_PX + thing.dy
 
 
 def bounding_box(thing: Thing) -> tuple[int, int, int, int]:
-    """Return ``(x, y, width, height)`` in pixels of what is at least half covered."""
+    """Return ``(x, y, width, height)`` in pixels of the area that is at least half covered."""
     extent = stamp(thing.look.size, thing.look.shape).point(lambda coverage: 255 * (coverage >= 128)).getbbox()
     assert extent is not None
     (x, y), (left, top, right, bottom) = corner(thing), extent
@@ -55,7 +55,7 @@ def bounding_box(thing: Thing) -> tuple[int, int, int, int]:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """Return the scene as a 48 x 48 RGB picture."""
+    """Return the scene as a 48 x 48 px RGB picture."""
     image = Image.new("RGB", (SIDE_PX, SIDE_PX), GROUND)
     for thing in scene.things:
         image.paste(RGB[thing.look.colour], corner(thing), stamp(thing.look.size, thing.look.shape))
@@ -63,7 +63,7 @@ def draw(scene: Scene) -> Image.Image:
 
 
 def encode(scene: Scene) -> bytes:
-    """Return the scene as a JPEG, nearly lossless: COCO's file names end in .jpg and must not lie."""
+    """Return the scene as a nearly lossless JPEG: COCO file names end in .jpg."""
     buffer = io.BytesIO()
     draw(scene).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()

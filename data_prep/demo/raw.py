@@ -14,13 +14,13 @@ from data_prep.demo.draw import SIDE_PX, bounding_box, encode
 from data_prep.demo.scenes import Scene
 
 ANSWER_TYPES = {"colour": "other", "exist": "yes/no", "count": "number"}
-ANNOTATORS = 10  # VQAv2 publishes ten people's answers to each question
+ANNOTATORS = 10  # VQAv2 publishes ten answers per question
 SCENES_PER_CONVERSATION = 4
 DESCRIBE = "what is in the picture?"
 
 
 class Split(NamedTuple):
-    """A split's names in paths, and where its image ids begin (ids are unique over both splits, as in COCO)."""
+    """A split's names in paths and its first image id (ids are unique over both splits, as in COCO)."""
 
     name: str
     coco_name: str
@@ -40,7 +40,7 @@ VAL = Split("val", "val2014", 500_000_001)
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write compact JSON, the same bytes for the same content."""
+    """Write compact JSON, deterministic to the byte."""
     path.write_text(json.dumps(content, separators=(",", ":")))
 
 
@@ -53,14 +53,14 @@ def write_images(folder: Path, split: Split, first: int, scenes: Sequence[Scene]
 
 
 def write_captions(path: Path, first: int, scenes: Sequence[Scene], pictures: Sequence[bytes]) -> None:
-    """Write one webdataset tar in the layout of img2dataset, with no trace of when or by whom."""
+    """Write one webdataset tar in img2dataset's layout, without times or owners."""
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
         for index, (scene, picture) in enumerate(zip(scenes, pictures, strict=True), first):
             key, caption = f"{index:09d}", scene.caption()
-            about = {"caption": caption, "key": key, "status": "success", "width": SIDE_PX, "height": SIDE_PX}
+            metadata = {"caption": caption, "key": key, "status": "success", "width": SIDE_PX, "height": SIDE_PX}
             for suffix, data in (
                 ("jpg", picture),
-                ("json", json.dumps(about).encode()),
+                ("json", json.dumps(metadata).encode()),
                 ("txt", caption.encode()),
             ):
                 member = tarfile.TarInfo(f"{key}.{suffix}")
@@ -69,7 +69,7 @@ def write_captions(path: Path, first: int, scenes: Sequence[Scene], pictures: Se
 
 
 def vqav2(split: Split, scenes: Sequence[Scene]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the questions file and the annotations file, joined by question_id, families interleaved."""
+    """Return the contents of the questions and annotations files, joined by question_id, families interleaved."""
     questions, annotations = [], []
     for index, scene in enumerate(scenes):
         image_id = split.image_id(index)
@@ -96,7 +96,7 @@ def vqav2(split: Split, scenes: Sequence[Scene]) -> tuple[dict[str, Any], dict[s
 
 
 def refcoco(split: Split, scenes: Sequence[Scene]) -> dict[str, Any]:
-    """Return one referring expression for each scene that holds an object singled out by its look."""
+    """Return one referring expression per scene that holds an object with a unique look."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index, scene in enumerate(scenes):
@@ -132,7 +132,7 @@ def refcoco(split: Split, scenes: Sequence[Scene]) -> dict[str, Any]:
 
 
 def llava(split: Split, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
-    """Return a conversation about every fourth scene: its questions in any order, then a description."""
+    """Return a conversation about every fourth scene: its questions in random order, then a description."""
     conversations = []
     for index in range(0, len(scenes), SCENES_PER_CONVERSATION):
         scene, rng = scenes[index], random.Random(index)
@@ -140,7 +140,7 @@ def llava(split: Split, scenes: Sequence[Scene]) -> list[dict[str, Any]]:
         turns = []
         for question, answer in [*asked, (DESCRIBE, scene.caption())]:
             turns += [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-        # The marker stands before or after the first question, as in the published file.
+        # The marker is before or after the first question, as in the published file.
         first = turns[0]["value"]
         turns[0]["value"] = f"<image>\n{first}" if rng.random() < 0.5 else f"{first}\n<image>"
         conversations.append(

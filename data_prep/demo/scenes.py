@@ -1,8 +1,8 @@
 """Seeded scenes of coloured shapes with questions that cannot be answered without looking.
 
-Balance is by construction. Each question family is a deck of cards, one per (question, answer) pair; every scene is
-dealt one card of each family and then composed so that all three cards hold. A deck deals all of its cards before it
-starts again, so within every exact question string all answers come equally often: the question alone tells nothing.
+Answers are balanced by construction. Each question family is a deck of cards, one per (question, answer) pair. Every
+scene is dealt one card from each family and composed to satisfy all three. A deck deals all of its cards before it
+repeats one, so all answers to a given question string are equally frequent: the question alone reveals nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Pair: TypeAlias = tuple[str, str]
 
 
 class Look(NamedTuple):
-    """What an object looks like, wherever it stands."""
+    """What an object looks like, independent of its position."""
 
     size: str
     colour: str
@@ -32,7 +32,7 @@ class Look(NamedTuple):
 
     @property
     def pair(self) -> Pair:
-        """Colour and shape, what *exist* and *count* questions ask about."""
+        """Colour and shape: the subject of *exist* and *count* questions."""
         return self.colour, self.shape
 
     def __str__(self) -> str:
@@ -52,14 +52,14 @@ class Thing(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Its position in words."""
+        """Position in words."""
         row, column = divmod(self.cell, GRID)
         return f"row {row + 1} column {column + 1}"
 
 
 @dataclass(frozen=True, slots=True)
 class ColourCard:
-    """``what colour is the big ring?``: the anchor is the only object of its size and shape."""
+    """``what colour is the big ring?``: only one object has this size and shape."""
 
     size: str
     shape: str
@@ -82,13 +82,13 @@ class ColourCard:
         return (self.colour, self.shape), True
 
     def holds(self, looks: Sequence[Look]) -> bool:
-        """Tell whether the question is well posed in the scene and has this answer."""
+        """Return whether the question is well posed in the scene and has this answer."""
         return [look.colour for look in looks if (look.size, look.shape) == (self.size, self.shape)] == [self.colour]
 
 
 @dataclass(frozen=True, slots=True)
 class ExistCard:
-    """``is there a red circle?``: a scene answering no still holds the colour and the shape, apart."""
+    """``is there a red circle?``: if the answer is no, the scene still holds the colour and the shape separately."""
 
     colour: str
     shape: str
@@ -111,7 +111,7 @@ class ExistCard:
         return (self.colour, self.shape), self.present
 
     def holds(self, looks: Sequence[Look]) -> bool:
-        """Tell whether the question is well posed in the scene and has this answer."""
+        """Return whether the question is well posed in the scene and has this answer."""
         colour_seen = any(look.colour == self.colour for look in looks)
         shape_seen = any(look.shape == self.shape for look in looks)
         together = any(look.pair == (self.colour, self.shape) for look in looks)
@@ -143,7 +143,7 @@ class CountCard:
         return (self.colour, self.shape), self.number > 0
 
     def holds(self, looks: Sequence[Look]) -> bool:
-        """Tell whether the question has this answer in the scene."""
+        """Return whether the question has this answer in the scene."""
         return sum(look.pair == (self.colour, self.shape) for look in looks) == self.number
 
 
@@ -153,27 +153,27 @@ CardT = TypeVar("CardT", ColourCard, ExistCard, CountCard)
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One picture in words: its objects in reading order and the questions it answers, one per family."""
+    """Description of one picture: its objects in reading order and one question per family."""
 
     things: tuple[Thing, ...]
     cards: tuple[Card, ...]
 
     @property
     def looks(self) -> list[Look]:
-        """The objects without their places."""
+        """The objects' looks without their positions."""
         return [thing.look for thing in self.things]
 
     def caption(self) -> str:
-        """List every object with its place, in reading order."""
+        """List every object with its position, in reading order."""
         return "; ".join(f"{thing.place}: a {thing.look}" for thing in self.things)
 
     def unique_things(self) -> list[Thing]:
-        """Return the objects that their look alone singles out, for referring expressions."""
+        """Return the objects with a unique look, for referring expressions."""
         return [thing for thing in self.things if self.looks.count(thing.look) == 1]
 
 
 class Deck(Generic[CardT]):
-    """Deals all cards equally often, passing over those that do not fit the hand so far."""
+    """Deals all cards equally often, skipping cards that do not fit the current hand."""
 
     def __init__(self, cards: Sequence[CardT], rng: random.Random) -> None:
         self._cards: Sequence[CardT] = cards
@@ -181,7 +181,7 @@ class Deck(Generic[CardT]):
         self._left: list[CardT] = []
 
     def deal(self, fits: Callable[[CardT], bool]) -> CardT:
-        """Take the next card that fits; a shuffled full deck is added when none is left that does."""
+        """Deal the next card that fits; if none is left, first add a shuffled full deck."""
         chosen = next((position for position, card in enumerate(self._left) if fits(card)), None)
         if chosen is None:
             self._left += self._rng.sample(self._cards, len(self._cards))
@@ -190,7 +190,7 @@ class Deck(Generic[CardT]):
 
 
 def agree(card: Card, others: Sequence[Card]) -> bool:
-    """Tell whether a card contradicts none of the others about a colour and shape standing together."""
+    """Return whether a card is consistent with the others about the presence of a colour and shape."""
     pair, present = card.claim
     return (pair, not present) not in [other.claim for other in others]
 
@@ -209,7 +209,7 @@ def draw_scenes(number: int, seed: str) -> Iterator[Scene]:
 
 
 def _compose(colour: ColourCard, exist: ExistCard, count: CountCard, rng: random.Random) -> list[Look]:
-    """Choose objects for which all three cards hold; the cards agree, so this always succeeds."""
+    """Choose objects that satisfy all three cards; the cards are consistent, so this always succeeds."""
     asked_apart = (exist.colour, exist.shape) if not exist.present else None
     asked_number = (count.colour, count.shape)
     beside_anchor = [look for look in LOOKS if (look.size, look.shape) != (colour.size, colour.shape)]
@@ -230,7 +230,7 @@ def _compose(colour: ColourCard, exist: ExistCard, count: CountCard, rng: random
 
 
 def _place(looks: Sequence[Look], rng: random.Random) -> tuple[Thing, ...]:
-    """Put the objects into distinct cells, slightly off centre, and return them in reading order."""
+    """Place the objects in distinct cells, slightly off centre; return them in reading order."""
     cells = rng.sample(range(GRID * GRID), len(looks))
     things = [
         Thing(look, cell, rng.randint(-1, 1), rng.randint(-1, 1)) for look, cell in zip(looks, cells, strict=True)

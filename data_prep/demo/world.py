@@ -1,29 +1,28 @@
-"""Write the demo world as raw corpora, exactly once per folder.
+"""Write the demo world as raw corpora, once per folder.
 
-Layout under the output folder, every file in the format that the corpus of its name is published in::
+Layout of the output folder; every file is in the published format of the corpus it is named after::
 
-    raw/world.json                                   what was drawn: written last, so its presence means complete
+    raw/world.json                                   settings; written last, so it marks a complete world
     raw/captions/00000.tar ...                       webdataset: KEY.jpg, KEY.txt, KEY.json (training scenes)
     raw/images/train/COCO_train2014_%012d.jpg        48 x 48 JPEG, the same bytes as in the tars
     raw/images/val/COCO_val2014_%012d.jpg            held-out scenes
     raw/vqav2/{train,val}_questions.json             VQAv2; question_type is the family: colour, exist, count
     raw/vqav2/{train,val}_annotations.json
-    raw/refcoco/finetune_refcoco_train.json          MDETR's COCO format, one expression a scene
+    raw/refcoco/finetune_refcoco_train.json          MDETR's COCO format, one expression per scene
     raw/llava/llava_instruct.json                    multi-turn conversations about every fourth training scene
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import worker_pool
 from data_prep.demo import raw
 from data_prep.demo.scenes import Scene, draw_scenes
 
@@ -34,7 +33,7 @@ MARKER = "world.json"
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What decides every byte of the world; the content of its marker file."""
+    """Settings that determine every byte of the world; the content of its marker file."""
 
     scenes: int
     held_out: int
@@ -43,14 +42,14 @@ class World:
 
 
 def write_world(out: Path, *, scenes: int = 20_000, held_out: int = 600, seed: int = 0, workers: int = 1) -> None:
-    """Draw the demo world into ``out/raw`` (the module's table says what is where), or return at once if it is there.
+    """Draw the demo world into ``out/raw`` (layout: see the module), or return at once if it exists.
 
-    Each scene carries one question of each of the three families, so there are ``3 * scenes`` training questions and
-    ``held_out`` questions of each family on scenes of their own. The bytes depend on the numbers and the seed only,
-    never on ``workers``. The folder appears complete or not at all; one call at a time may write the same ``out``.
+    Each scene has one question from each of the three families, so there are ``3 * scenes`` training questions, and
+    ``held_out`` questions per family on separate scenes. The bytes depend only on the sizes and the seed, never on
+    ``workers``. The folder is written atomically; only one call at a time may write to the same ``out``.
 
     Raises:
-        UserError: a number is out of range, or ``out/raw`` holds something else than this world.
+        UserError: a size is out of range, or ``out/raw`` holds something other than this world.
     """
     if min(scenes, held_out, workers) < 1:
         raise UserError(f"scenes={scenes}, held_out={held_out} and workers={workers} must each be at least 1")
@@ -65,7 +64,7 @@ def write_world(out: Path, *, scenes: int = 20_000, held_out: int = 600, seed: i
 
 
 def is_complete(folder: Path, world: World) -> bool:
-    """Tell whether ``folder`` holds this world. Raises UserError where it holds anything else."""
+    """Return whether ``folder`` holds this world. Raises UserError if it holds anything else."""
     if not folder.exists():
         return False
     try:
@@ -79,7 +78,7 @@ def is_complete(folder: Path, world: World) -> bool:
 
 
 def _write(folder: Path, world: World, workers: int) -> None:
-    """Draw both splits with a pool of processes while this one writes the JSON files."""
+    """Draw both splits in a process pool while this process writes the JSON files."""
     train = list(draw_scenes(world.scenes, f"{world.seed}/train"))
     val = list(draw_scenes(world.held_out, f"{world.seed}/val"))
     for name in ("captions", "images/train", "images/val", "vqav2", "refcoco", "llava"):
@@ -89,10 +88,10 @@ def _write(folder: Path, world: World, workers: int) -> None:
             _draw_batch(batch, folder=folder)
         _write_tables(folder, train, val)
         return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers) as pool:
         drawn = pool.map(partial(_draw_batch, folder=folder), _batches(train, val))
         _write_tables(folder, train, val)
-        for _ in drawn:  # a worker's exception is raised here
+        for _ in drawn:  # raises a worker's exception
             pass
 
 

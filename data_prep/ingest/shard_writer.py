@@ -27,7 +27,7 @@ from data_prep.ingest.prompts import NO_PROMPT, prompt_ids
 from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
 from data_prep.ingest.workspace import CorpusVariant, EncodingConfig, ShardOutput, ShardReport
 from data_prep.quarantine import CODES, BadSample, Tally
-from data_prep.text.documents import Room, Size, fitting, without_images
+from data_prep.text.documents import Limits, Size, split_to_fit, without_images
 from data_prep.text.tokenizer import Encoded, Tokenizer
 from data_prep.text.turns import Excerpt, excerpts
 
@@ -161,8 +161,8 @@ class UnitWriter:
             yield from excerpts(example, self._writing.template.turns)
             return
         encoding = self._writing
-        room = Room(encoding.seq_len, encoding.max_text_tokens, encoding.max_images)
-        yield from map(Excerpt, fitting(example, room, self._measure))
+        limits = Limits(encoding.seq_len, encoding.max_text_tokens, encoding.max_images)
+        yield from map(Excerpt, split_to_fit(example, limits, self._measure))
 
     def _measure(self, example: Example) -> Size:
         tokens = len(self._tokenizer.encode(self._writing.template.pieces(example), self._writing.image_tokens))

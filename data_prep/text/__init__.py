@@ -1,1 +1,1 @@
-"""Samples as text and as tokens: turns and documents, templates, the tokenizer."""
+"""Turns, documents, chat templates and the tokenizer."""

@@ -1,8 +1,7 @@
-"""Interleaved documents: images and text in turn, longer than a row as often as not.
+"""Interleaved documents of images and text, often longer than a row.
 
-A document is a list of units, each the images before a text and that text. It is cut between units only: an image is
-never parted from the text behind it, nor a text in the middle. What a cut leaves open gets no end token, because the
-document goes on.
+A document is a list of blocks: some images and the text after them. It is split only between blocks, so an image always
+stays with its text and no text is split. A part that is not the last gets no end token, because the document continues.
 """
 
 from __future__ import annotations
@@ -12,43 +11,43 @@ from dataclasses import dataclass, replace
 
 from data_prep.example import Example, ImageRef, Turn
 
-_PARAGRAPHS = "\n\n"  # between texts that meet where an image is left out
+_PARAGRAPHS = "\n\n"  # between texts that become neighbours when an image is dropped
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """What one sample may hold."""
+class Limits:
+    """Size limits of one sample."""
 
     tokens: int
-    """With its images."""
+    """Including image tokens."""
     text_tokens: int | None
     images: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """What a part of a document takes."""
+    """Size of a part of a document."""
 
     tokens: int
     images: int
     image_tokens: int
-    """Of each image."""
+    """Tokens per image."""
 
     def __add__(self, other: Size) -> Size:
         return Size(self.tokens + other.tokens, self.images + other.images, self.image_tokens)
 
-    def fits(self, room: Room) -> bool:
-        """Return whether there is room for it and an end token."""
+    def fits(self, limits: Limits) -> bool:
+        """Return whether it fits together with an end token."""
         text = self.tokens - self.images * self.image_tokens
         return (
-            self.tokens < room.tokens
-            and (room.text_tokens is None or text < room.text_tokens)
-            and (room.images is None or self.images <= room.images)
+            self.tokens < limits.tokens
+            and (limits.text_tokens is None or text < limits.text_tokens)
+            and (limits.images is None or self.images <= limits.images)
         )
 
 
-def units(document: Example) -> list[Example]:
-    """Return the units of a document as documents that go on: each ends with a text."""
+def blocks(document: Example) -> list[Example]:
+    """Return the blocks of a document as documents that continue; each ends with a text."""
     found, turns = [], list[Turn]()
     for turn in document.turns:
         turns.append(turn)
@@ -58,36 +57,36 @@ def units(document: Example) -> list[Example]:
     return found
 
 
-def fitting(document: Example, room: Room, measure: Callable[[Example], Size]) -> Iterator[Example]:
-    """Yield a document, or the parts of it that fit into ``room``, with ids ``ID#1``, ``ID#2``, ...
+def split_to_fit(document: Example, limits: Limits, measure: Callable[[Example], Size]) -> Iterator[Example]:
+    """Yield the document, or parts of it that fit into ``limits``, with ids ``ID#1``, ``ID#2``, ...
 
-    A unit that is too large by itself is a part of its own, to be cut or rejected as any other sample. ``measure``
-    must be additive over units, which it is because texts on both sides of an image are encoded apart.
+    A block that exceeds the limits becomes its own part, to be truncated or rejected like any other sample. ``measure``
+    must be additive over blocks; it is, because the texts before and after an image are encoded separately.
     """
-    whole = units(document)
+    whole = blocks(document)
     if len(whole) < 2:
         yield document
         return
     parts, sizes = list[list[Example]](), list[Size]()
-    for unit in whole:
-        size = measure(unit)
-        if parts and (sizes[-1] + size).fits(room):
-            parts[-1].append(unit)
+    for block in whole:
+        size = measure(block)
+        if parts and (sizes[-1] + size).fits(limits):
+            parts[-1].append(block)
             sizes[-1] += size
         else:
-            parts.append([unit])
+            parts.append([block])
             sizes.append(size)
     if len(parts) < 2:
         yield document
         return
     for number, part in enumerate(parts, start=1):
-        turns = tuple(turn for unit in part for turn in unit.turns)
-        goes_on = number < len(parts)
-        yield replace(document, id=f"{document.id}#{number}", turns=turns, continues=goes_on)
+        turns = tuple(turn for block in part for turn in block.turns)
+        continues = number < len(parts)
+        yield replace(document, id=f"{document.id}#{number}", turns=turns, continues=continues)
 
 
 def without_images(example: Example, dropped: Collection[ImageRef]) -> Example:
-    """Return an example without some of its images; texts that meet join, and what follows the last text goes."""
+    """Return an example without some images; texts that become neighbours are joined, trailing images dropped."""
     turns = list[Turn]()
     for turn in example.turns:
         parts = tuple(part for part in turn.parts if isinstance(part, str) or not any(part is one for one in dropped))

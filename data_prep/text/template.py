@@ -1,7 +1,7 @@
-"""Prompt templates: an example becomes pieces of text, special tokens and images, each given or generated.
+"""Prompt templates: turn an example into pieces of text, special tokens and images, each given or generated.
 
-Templates are data: a *dialect* says how a model family writes a turn. Training and inference call the same code
-(``pieces`` begins with exactly what ``prompt_pieces`` returns), so they cannot disagree.
+Templates are data: a `ChatFormat` describes how a model family writes a turn. Training and inference share the code:
+``pieces`` begins with exactly what ``prompt_pieces`` returns.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from data_prep.quarantine import BadSample
 from data_prep.text.turns import Turns
 
 EOS = "<eos>"
-"""Stands for the tokenizer's own end-of-text token, whatever it is called there."""
+"""Alias of the tokenizer's own end-of-text token."""
 AKI_CHUNK_END = "<|endofchunk|>"
-"""What the released AKI writes behind every caption."""
+"""Token that the released AKI writes after every caption."""
 Order: TypeAlias = Literal["image_first", "text_first", "as_written"]
 ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Ordinary text; it never yields a special token, whatever it spells."""
+    """Ordinary text; never encoded as a special token, even if it spells one."""
 
     text: str
     generated: bool = False
     isolated: bool = False
-    """Never encoded together with the text beside it: an earlier answer keeps the ids it had when it was generated."""
+    """Encoded separately from neighbouring text, so an earlier answer keeps the ids it had when generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Special:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """The place of image ``index`` (reading order within the example)."""
+    """The position of image ``index`` (reading order within the example)."""
 
     index: int
 
@@ -60,19 +60,19 @@ class ChatFormat:
     """How a model family writes a conversation."""
 
     headers: Mapping[str, tuple[Piece, ...]]
-    """What opens a turn, by role."""
+    """What begins a turn, by role."""
     end: str
     """The special token that ends a turn; supervised where the turn is generated."""
     start: tuple[Piece, ...] = ()
-    """What opens the conversation."""
+    """What begins the conversation."""
     turn_separator: str = ""
     """Text between the end of a turn and the next header."""
     image_separator: str = ""
-    """Text between an image and what follows it inside a turn."""
+    """Text between an image and the content after it inside a turn."""
 
     @property
     def specials(self) -> tuple[str, ...]:
-        """Names of all special tokens the dialect writes."""
+        """Names of all special tokens this format writes."""
         pieces = [*self.start, *(piece for header in self.headers.values() for piece in header)]
         names = [piece.token for piece in pieces if isinstance(piece, Special)]
         return tuple(dict.fromkeys([*names, self.end]))
@@ -98,14 +98,14 @@ CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
         image_separator="\n",
     ),
 }
-"""Registered templates; ``caption`` writes documents only, the others write documents and conversations."""
+"""Templates by name. ``caption`` writes documents only; the others write documents and conversations."""
 OWN = "tokenizer"
-"""Name of the template whose dialect is read off the tokenizer's chat template (``data_prep.text.chat_template``)."""
+"""Name of the template that follows the tokenizer's own chat template (``data_prep.text.chat_template``)."""
 
 
 @functools.lru_cache(maxsize=8)
 def _chat_format_from_json(own: str) -> ChatFormat:
-    """Return a dialect from its JSON: pieces are ``[text, whether it is a special token]``."""
+    """Parse a chat format from JSON; a piece is ``[text, is_special]``."""
     raw = json.loads(own)
 
     def pieces(listed: Sequence[tuple[str, bool]]) -> tuple[Piece, ...]:
@@ -120,25 +120,25 @@ class Template:
     """A named template with its settings.
 
     Raises:
-        UserError: the name is not registered, or a template without turns is given a setting of turns.
+        UserError: the name is unknown, or a template without turns is given a setting about turns.
     """
 
     name: str
     system: str = ""
-    """System turn put before conversations that bring none; empty for no system turn."""
+    """System turn for conversations without one; empty for none."""
     prompts: tuple[str, ...] = ()
-    """Given texts; one stands beside the images of a document that gives no text. Inference takes the first."""
+    """Given texts; one is put beside the images of a document without given text. Inference uses the first."""
     order: Order = "image_first"
-    """Where images go: before the text of their user turn (or the prompt of their document), after it, or as written.
+    """Position of images: before or after the text of their user turn (or their document's prompt), or as written.
 
-    A document as written has its prompt behind its images.
+    With ``as_written`` a document's prompt follows its images.
     """
     turns: Turns = "every"
-    """Whether the answers before the last one are generated; with ``expand`` they are given."""
+    """See ``data_prep.text.turns``; with ``expand`` only the last answer is generated."""
     own: str = ""
-    """The dialect of the template ``tokenizer``, as JSON."""
+    """The chat format of the template ``tokenizer``, as JSON."""
     chunk_end: str = ""
-    """Special token behind every generated text of a document; empty for none."""
+    """Special token after every generated text of a document; empty for none."""
 
     def __post_init__(self) -> None:
         if self.name not in CHAT_FORMATS and not (self.name == OWN and self.own):
@@ -146,21 +146,23 @@ class Template:
             hint = did_you_mean(self.name, known)
             raise UserError(f"template {self.name!r} is unknown{hint}: use one of {', '.join(known)}")
         if self.system and self.chat_format is None:
-            raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} has no place: remove it")
+            raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} cannot be used: remove it")
         if self.turns != "every" and self.chat_format is None:
-            raise UserError(f"template {self.name!r} has no turns, so turns={self.turns} has no meaning: remove it")
+            raise UserError(f"template {self.name!r} has no turns, so turns={self.turns} cannot be used: remove it")
         if self.order == "text_first" and self.chat_format is None and not self.prompts:
-            raise UserError(f"template {self.name!r} has no given text for order=text_first: give prompts")
-        object.__setattr__(self, "prompts", tuple(self.prompts))  # a list where the settings come from JSON
+            raise UserError(
+                f"template {self.name!r} has no given text to put first: set prompts, or remove order=text_first"
+            )
+        object.__setattr__(self, "prompts", tuple(self.prompts))  # settings from JSON hold a list
 
     @property
     def chat_format(self) -> ChatFormat | None:
-        """How turns are written; None where the template writes documents only."""
+        """How turns are written; None if the template writes documents only."""
         return _chat_format_from_json(self.own) if self.own else CHAT_FORMATS[self.name]
 
     @property
     def specials(self) -> tuple[str, ...]:
-        """Special tokens the tokenizer must know."""
+        """Special tokens the tokenizer must have."""
         chunk_end = (self.chunk_end,) if self.chunk_end else ()
         return (EOS, *chunk_end, *(self.chat_format.specials if self.chat_format else ()))
 
@@ -170,33 +172,33 @@ class Template:
         return (EOS,) if self.chat_format is None else (self.chat_format.end, EOS)
 
     def pieces(self, example: Example, prompt: str = "") -> list[Piece]:
-        """Return a whole example for training.
+        """Return the pieces of a whole example for training.
 
         Args:
-            example: with ``turns="expand"``, one of its excerpts: only the last answer is supervised.
-            prompt: given text for a document that takes one.
+            example: with ``turns="expand"``, one of its excerpts; only the last answer is supervised.
+            prompt: given text for a document that takes a prompt.
 
         Raises:
-            BadSample: the template cannot write the example's kind.
+            BadSample: the template cannot write this kind of example.
         """
         if example.kind == "document":
             return self._document(example.turns, prompt, open_ended=example.continues)
         return self._chat(example.turns, answered=True)
 
     def takes_prompt(self, example: Example) -> bool:
-        """Return whether a prompt is to stand in an example: in documents that give images, then a text alone."""
+        """Return whether an example takes a prompt: a document of images followed by one text."""
         roles = [turn.role for turn in example.turns]
         captions = roles.count("assistant") == 1 and roles[-1] == "assistant"
-        return bool(self.prompts) and example.kind == "document" and captions and _only_shows(example.turns)
+        return bool(self.prompts) and example.kind == "document" and captions and _only_images(example.turns)
 
     def prompt_pieces(self, turns: Sequence[Turn]) -> list[Piece]:
-        """Return what the model is given at inference: everything up to and including the assistant's header.
+        """Return the prompt for inference: everything up to and including the assistant's header.
 
-        A last assistant turn in ``turns`` (the answer) is dropped.
+        A final assistant turn in ``turns`` (the answer) is dropped.
         """
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
         if self.chat_format is None:
-            prompt = self.prompts[0] if self.prompts and _only_shows(asked) else ""
+            prompt = self.prompts[0] if self.prompts and _only_images(asked) else ""
             return self._document(asked, prompt, open_ended=True)
         chat_format = self.chat_format
         before = [Text(chat_format.turn_separator)] if chat_format.turn_separator and self._with_system(asked) else []
@@ -221,7 +223,7 @@ class Template:
         return [Turn("system", (self.system,)), *turns]
 
     def _chat(self, turns: Sequence[Turn], *, answered: bool) -> list[Piece]:
-        """Write turns; ``answered`` says that the last one is what the model is to write."""
+        """Write turns; ``answered`` means that the last turn is the answer to generate."""
         chat_format = self.chat_format
         if chat_format is None:
             raise BadSample("wrong-template", f"template {self.name!r} cannot write a conversation")
@@ -230,13 +232,13 @@ class Template:
         turns = self._with_system(turns)
         history = len(turns) - answered if self.turns == "expand" else 0
         for position, turn in enumerate(turns):
-            spoken = turn.role == "assistant"
-            generated = spoken and position >= history
+            is_answer = turn.role == "assistant"
+            generated = is_answer and position >= history
             if position and chat_format.turn_separator:
                 pieces.append(Text(chat_format.turn_separator))
             pieces += chat_format.headers[turn.role]
             pieces += _parts(
-                self._arranged(turn, chat_format.image_separator), numbers, generated=generated, isolated=spoken
+                self._arranged(turn, chat_format.image_separator), numbers, generated=generated, isolated=is_answer
             )
             pieces.append(Special(chat_format.end, generated))
         return pieces
@@ -252,7 +254,7 @@ class Template:
 
 
 def _sentence(texts: Iterable[str]) -> str:
-    """Join the texts around images that stand elsewhere now: by a line end where one stood, else by a space."""
+    """Join the texts around images that were moved: with a line break if there was one, else with a space."""
     whole = ""
     for text in texts:
         bare = whole.rstrip()
@@ -265,8 +267,8 @@ def _is_generated(piece: Piece) -> bool:
     return not isinstance(piece, Image) and piece.generated
 
 
-def _only_shows(turns: Iterable[Turn]) -> bool:
-    """Return whether what turns give is images, without a word."""
+def _only_images(turns: Iterable[Turn]) -> bool:
+    """Return whether the given turns hold images and no text."""
     given = [part for turn in turns if turn.role != "assistant" for part in turn.parts if part != ""]
     return bool(given) and not any(isinstance(part, str) for part in given)
 
@@ -274,7 +276,7 @@ def _only_shows(turns: Iterable[Turn]) -> bool:
 def _parts(
     parts: Iterable[Part], numbers: Iterator[int], *, generated: bool, isolated: bool = False
 ) -> Iterator[Piece]:
-    """Yield the pieces of parts in order; images are numbered as they come and are always given."""
+    """Yield the pieces of parts in order; images are numbered in order and always given."""
     for part in parts:
         if not isinstance(part, str):
             yield Image(next(numbers))
@@ -283,7 +285,7 @@ def _parts(
 
 
 def template_of(manifest: Manifest) -> Template:
-    """Return the template that packs were written with, for writing prompts at inference."""
+    """Return the template that packs were written with, to write prompts at inference."""
     settings = manifest.recipe
     return Template(
         manifest.template,

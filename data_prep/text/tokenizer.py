@@ -1,7 +1,7 @@
-"""One tokenizer for every half of the project: Hugging Face fast tokenizers and SentencePiece models alike.
+"""One tokenizer for data preparation and training, over Hugging Face fast tokenizers and SentencePiece models.
 
 Special tokens come only from ``Special`` pieces. Text that spells one (``<image>``, ``<|assistant|>``) is encoded as
-ordinary text, so no caption can open a turn or claim an image.
+ordinary text, so no caption can start a turn or claim an image.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Ids: TypeAlias = npt.NDArray[np.int32]
 _NO_IDS = np.empty(0, dtype=np.int32)
 _SHORT_CHARACTERS = 256
 _SHORT_TEXTS, _LONG_TEXTS = 1 << 14, 1 << 8
-"""Texts that are remembered. Short ones come again all the time (system prompts, names of roles, answers); long ones
-only within a document or conversation, and thousands of them would fill the memory."""
+"""Cached encodings. Short texts (system prompts, role names, answers) repeat all the time; long ones repeat only within
+a document or conversation, and thousands of them would fill memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +62,13 @@ class Encoded:
 
 
 class _Backend(ABC):
-    """What differs between the two kinds of tokenizer."""
+    """Operations that differ between the two kinds of tokenizer."""
 
     filename: str
 
     @abstractmethod
     def payload(self) -> bytes:
-        """Return the bytes of the saved file."""
+        """Return the content of the saved file."""
 
     @abstractmethod
     def size(self) -> int:
@@ -84,18 +84,18 @@ class _Backend(ABC):
 
     @abstractmethod
     def reserved(self) -> Mapping[int, str]:
-        """Return id -> name of tokens that text must never yield."""
+        """Return id -> name of the tokens that text must never encode to."""
 
     @abstractmethod
     def encode(self, text: str) -> Ids:
-        """Encode text without adding anything around it."""
+        """Encode text without adding any special token."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids that hold no reserved token."""
 
     def strips_after(self, name: str) -> bool:
-        """Return whether white space after a special token is dropped (Phi-3 does)."""
+        """Return whether white space after a special token is dropped (as Phi-3 does)."""
         return False
 
 
@@ -105,7 +105,7 @@ class _HuggingFace(_Backend):
     def __init__(self, tokenizer: tokenizers.Tokenizer, config: Mapping[str, Any], specials: Sequence[str]) -> None:
         from tokenizers import AddedToken
 
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a batch of one needs no thread for every core
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # batches of one gain nothing from threads
         tokenizer.no_padding()
         tokenizer.no_truncation()
         tokenizer.encode_special_tokens = True  # text that spells a special token stays text
@@ -133,7 +133,7 @@ class _HuggingFace(_Backend):
             return None
         if name not in {token.content for token in self._added.values()}:
             raise UserError(
-                f"tokenizer: its {role}_token {name!r} is ordinary text, which would be cut out of every sample: name "
+                f"tokenizer: its {role}_token {name!r} is ordinary text, which would be removed from every sample: set "
                 "one of the added_tokens of tokenizer.json in tokenizer_config.json"
             )
         return name
@@ -142,7 +142,7 @@ class _HuggingFace(_Backend):
         return {index: token.content for index, token in self._added.items() if token.special}
 
     def encode(self, text: str) -> Ids:
-        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # fast: offsets are not kept
+        (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)  # fast: no offsets
         return np.array(encoded.ids, dtype=np.int32)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -197,7 +197,7 @@ class _SentencePiece(_Backend):
 
 
 class Tokenizer:
-    """Pieces to ids with sidecars, and back. Make one with ``open`` (raw files) or ``load`` (a saved folder)."""
+    """Encodes pieces to ids with sidecars and decodes ids. Create with ``open`` (raw files) or ``load`` (saved)."""
 
     def __init__(self, backend: _Backend, tokens: Mapping[str, int], companions: Mapping[str, bytes]) -> None:
         self._backend = backend
@@ -216,14 +216,14 @@ class Tokenizer:
 
     @classmethod
     def open(cls, path: Path, specials: Sequence[str]) -> Tokenizer:
-        """Open raw tokenizer files and add what is missing of ``specials``, ``<pad>``, ``<eos>`` and ``<image>``.
+        """Open raw tokenizer files; add those of ``specials``, ``<pad>``, ``<eos>`` and ``<image>`` that are missing.
 
         Args:
             path: a folder with ``tokenizer.json`` or ``tokenizer.model``, or one such file.
-            specials: names of special tokens the templates write.
+            specials: names of the special tokens that templates write.
 
         Raises:
-            UserError: there is no tokenizer at ``path``, or it cannot be read.
+            UserError: ``path`` holds no tokenizer, or it cannot be read.
         """
         file = _tokenizer_file(path)
         companions = {name: (file.parent / name).read_bytes() for name in COMPANIONS if (file.parent / name).is_file()}
@@ -231,7 +231,7 @@ class Tokenizer:
         names = {name: name for name in (*specials, IMAGE_TOKEN)}
         names |= {alias: probe.own(role) or alias for alias, role in ((EOS, "eos"), (PAD, "pad"))}
         if IMAGE_TOKEN in (names[EOS], names[PAD]):
-            raise UserError(f"tokenizer: {path} ends or pads text with {IMAGE_TOKEN}: name another token for that")
+            raise UserError(f"tokenizer: {path} uses {IMAGE_TOKEN} as its eos or pad token: use another token for that")
         backend = _backend(file, companions, sorted(set(names.values())))
         tokens = {alias: index for alias, name in names.items() if (index := backend.find(name)) is not None}
         assert tokens.keys() == names.keys()
@@ -239,10 +239,12 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> Tokenizer:
-        """Load a folder written by ``save``. Raises UserError when it is absent or malformed."""
+        """Load a folder written by ``save``. Raises UserError if it is missing or malformed."""
         folder = Path(directory)
         if not (folder / META).is_file():
-            raise UserError(f"{folder}: not a tokenizer folder of this project ({META} is missing); run mma-prep again")
+            raise UserError(
+                f"{folder}: not a tokenizer folder written by mma-prep ({META} is missing); run mma-prep again"
+            )
         try:
             tokens: dict[str, int] = json.loads((folder / META).read_text(encoding="utf-8"))["tokens"]
         except (ValueError, KeyError, TypeError) as error:
@@ -254,7 +256,7 @@ class Tokenizer:
         return cls(_backend(file, companions, [name for _, name in appended]), tokens, companions)
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer to a folder, atomically file by file, and remove what another one left there."""
+        """Write the tokenizer to a folder, each file atomically; remove files of a previous tokenizer."""
         files = self._files()
         for name in {_HuggingFace.filename, _SentencePiece.filename, *COMPANIONS} - files.keys():
             (directory / name).unlink(missing_ok=True)
@@ -265,20 +267,20 @@ class Tokenizer:
 
     @property
     def sha256(self) -> str:
-        """Identity of everything that shapes ids: the tokenizer's file and the special-token table."""
+        """Hash of everything that determines ids: the tokenizer file and the special-token table."""
         files = self._files()
         return hashlib.sha256(files[self._backend.filename] + files[META]).hexdigest()
 
     def __len__(self) -> int:
-        """Embedding rows the ids need."""
+        """Number of embedding rows the ids need."""
         return self._size
 
     def is_special(self, index: int) -> bool:
-        """Return whether an id is a special token, which ordinary text never yields."""
+        """Return whether an id is a special token; ordinary text never encodes to one."""
         return index in self._reserved
 
     def id_of(self, token: str) -> int:
-        """Return the id of a special token by the name templates use. Raises UserError when it was never added."""
+        """Return the id of a special token by its name in templates. Raises UserError if it was never added."""
         if token not in self._tokens:
             raise UserError(f"the tokenizer has no special token {token!r}: prepare the packs with a template using it")
         return self._tokens[token]
@@ -286,8 +288,8 @@ class Tokenizer:
     def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
         """Return ids and sidecars of pieces; every image takes ``image_tokens`` positions.
 
-        Neighbouring texts are encoded together, but never across the border of given and generated text, or of a text
-        that stands apart: a prompt at inference has exactly the ids of the training prefix.
+        Neighbouring texts are encoded together, but never given text with generated text, or isolated text with any
+        other: a prompt at inference has exactly the ids of the training prefix.
         """
         runs = list(self._runs(pieces, image_tokens))
         lengths = [len(run) for run, _, _ in runs]
@@ -298,7 +300,7 @@ class Tokenizer:
         return Encoded(ids, modality, instance, generated)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
-        """Return the text of ids; special tokens are written by name when ``specials``, else left out."""
+        """Return the text of ids; special tokens appear by name if ``specials``, else they are dropped."""
         words: list[str] = []
         for special, run in groupby(ids, key=lambda index: int(index) in self._reserved):
             if not special:
@@ -323,7 +325,7 @@ class Tokenizer:
         return self._short(text) if len(text) <= _SHORT_CHARACTERS else self._long(text)
 
     def _encode_ordinary(self, text: str) -> Ids:
-        """Encode text so that no special token comes out, even where the tokenizer would match one."""
+        """Encode text without producing a special token, even where the tokenizer would match one."""
         ids = self._backend.encode(text)
         reserved = self._is_reserved.take(ids)
         if not np.count_nonzero(reserved):
@@ -331,8 +333,8 @@ class Tokenizer:
         if len(text) < 2:
             return ids[~reserved]
         match = self._spelled.search(text)
-        # A cut inside the spelled token: neither half spells it. Normalisers can spell one out of look-alike
-        # characters; then halving finds the place. A token of one character is cut off, and then left out.
+        # Split inside the spelled token, so neither half spells it. A normaliser may turn look-alike characters into
+        # one; then repeated halving finds the place. A token of one character is isolated and dropped.
         middle = min(match.start() + 1, len(text) - 1) if match else len(text) // 2
         return np.concatenate([self._encode_ordinary(text[:middle]), self._encode_ordinary(text[middle:])])
 
@@ -342,7 +344,7 @@ class Tokenizer:
 
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield pieces with neighbouring texts of one kind (given, generated or given apart) joined."""
+    """Yield pieces, joining neighbouring texts of one kind (given, generated or isolated)."""
     last: Text | None = None
     for piece in pieces:
         text = piece if isinstance(piece, Text) else None
@@ -363,11 +365,13 @@ def _tokenizer_file(path: Path) -> Path:
     for candidate in candidates:
         if candidate.is_file() and candidate.suffix in (".json", ".model"):
             return candidate
-    raise UserError(f"tokenizer: {path} holds neither tokenizer.json nor tokenizer.model; name the folder of one")
+    raise UserError(
+        f"tokenizer: {path} holds neither tokenizer.json nor tokenizer.model; give the folder of a tokenizer"
+    )
 
 
 def tokenizer_files(path: Path) -> list[Path]:
-    """Return the files of a raw tokenizer that ``Tokenizer.open`` reads. Raises UserError where there is none."""
+    """Return the files that ``Tokenizer.open`` reads. Raises UserError if there is no tokenizer."""
     file = _tokenizer_file(path)
     return [file, *(file.parent / name for name in COMPANIONS if (file.parent / name).is_file())]
 
@@ -380,18 +384,17 @@ def _backend(file: Path, companions: Mapping[str, bytes], specials: Sequence[str
 
         config = json.loads(companions.get("tokenizer_config.json", b"{}"))
         return _HuggingFace(tokenizers.Tokenizer.from_file(str(file)), config, specials)
-    except Exception as error:  # both libraries raise bare Exception and RuntimeError on a damaged file
+    except Exception as error:  # both libraries raise plain Exception and RuntimeError on damaged files
         raise UserError(f"tokenizer: {file} cannot be read ({error})") from error
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequence[str], out: Path) -> None:
-    """Train a byte-pair model on ``texts`` and write it to the file ``out``; the same texts give the same bytes.
+    """Train a byte-pair model on ``texts`` and write it to the file ``out``; deterministic to the byte.
 
     Args:
-        texts: sentences; long ones are split at line ends.
-        vocab_size: largest number of pieces, special tokens and the 256 byte pieces included; fewer where the texts
-            do not hold as many.
-        specials: names that become control symbols: text never encodes to them.
+        texts: training texts, split at line breaks.
+        vocab_size: largest number of pieces, including special tokens and the 256 byte pieces.
+        specials: names that become control symbols, to which text never encodes.
         out: path of the model file, replaced atomically.
 
     Raises:
@@ -401,19 +404,19 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequenc
 
     lines = [line for text in texts for line in text.splitlines() if line.strip()]
     if not lines:
-        raise UserError("tokenizer.train: the corpora hold no text to train on; mend their paths")
+        raise UserError("tokenizer.train: the corpora hold no text to train on; fix their paths")
     model = io.BytesIO()
     symbols = [name for name in dict.fromkeys((*specials, PAD, IMAGE_TOKEN)) if name not in (EOS, PAD)]
     try:
         SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
             model_writer=model,
-            model_type="bpe",  # whole frequent words; unigram falls back to letters on small vocabularies
+            model_type="bpe",  # learns whole frequent words; unigram falls back to letters with small vocabularies
             vocab_size=vocab_size,
             hard_vocab_limit=False,
             byte_fallback=True,
             character_coverage=1.0,
-            normalization_rule_name="identity",  # lossless: decoding gives the text back
+            normalization_rule_name="identity",  # lossless: decoding returns the text
             remove_extra_whitespaces=False,
             max_sentence_length=1 << 16,
             num_threads=1,
@@ -429,6 +432,6 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, specials: Sequenc
     except RuntimeError as error:
         reason = str(error).splitlines()[-1]
         raise UserError(
-            f"tokenizer.train.vocab_size={vocab_size}: SentencePiece refused ({reason}); raise it"
+            f"tokenizer.train.vocab_size={vocab_size}: SentencePiece failed ({reason}); raise it"
         ) from error
     write_atomic(out, model.getvalue())

@@ -1,15 +1,15 @@
-"""Conversations of several turns: which of their turns a sample holds, and which of its answers are supervised.
+"""Multi-turn conversations: which turns a sample holds, and which answers are supervised.
 
-Under Modality-Mutual Attention an image may read the given text that follows it up to the next supervised answer. So
-the setting decides what images read, and what that costs:
+Under Modality-Mutual Attention an image may attend to the given text that follows it, up to the next supervised answer.
+This setting therefore decides what images attend to, and at what cost:
 
 ``every``
-    One sample; every answer is supervised; an image reads the text of its own turn.
+    One sample; every answer is supervised; an image attends to the text of its own turn.
 ``first``
-    One sample that ends with the first answer (as the released AKI does); the rest is left out.
+    One sample that ends with the first answer, as in the released AKI; the rest is dropped.
 ``expand``
-    One sample for each answer: all before it is given, earlier answers too, so every image reads every question up to
-    the last one. The same tokens are supervised as with ``every``; the history is repeated.
+    One sample per answer. Everything before that answer is given, including earlier answers, so every image attends to
+    every question so far. The same tokens are supervised as with ``every``; the history is repeated.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Turns: TypeAlias = Literal["every", "first", "expand"]
 
 @dataclass(frozen=True, slots=True)
 class Excerpt:
-    """The turns of an example that become one sample."""
+    """Turns of an example that become one sample."""
 
     example: Example
     left_out: int = 0
-    """Answers that no sample holds."""
+    """Answers that are in no sample."""
     repeated: int = 0
-    """Turns at its beginning that the excerpt before holds too."""
+    """Leading turns that the previous excerpt also holds."""
 
 
 def excerpts(example: Example, turns: Turns) -> Iterator[Excerpt]:
-    """Yield what one example becomes; at least one excerpt. Documents have no turns and stay whole.
+    """Yield the excerpts of one example (at least one). Documents have no turns and stay whole.
 
-    With ``expand`` ids get the number of the answer: ``ID#1``, ``ID#2``, ...
+    With ``expand``, ids get the number of the answer: ``ID#1``, ``ID#2``, ...
     """
     answers = [place for place, turn in enumerate(example.turns) if turn.role == "assistant"]
     if turns == "every" or example.kind == "document" or not answers:

@@ -56,16 +56,16 @@ def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatc
         ("packs.pt.corpora", {"captions": 2.0}, "weights need draws"),
         ("packs.pt.corpora", ["caption"], "packs.pt.corpora.caption is not defined under corpora (did you mean"),
         ("packs.pt.system", "be kind", "has no turns"),
-        ("packs.pt.turns", "expand", "has no turns, so turns=expand has no meaning: remove it"),
+        ("packs.pt.turns", "expand", "has no turns, so turns=expand cannot be used: remove it"),
         ("packs.sft.turns", "all", "packs.sft.turns: Input should be 'every', 'first' or 'expand' (found 'all')"),
-        ("packs.pt.order", "text_first", "packs.pt: template 'caption' has no given text for order=text_first"),
+        ("packs.pt.order", "text_first", "packs.pt: template 'caption' has no given text to put first"),
         ("image_tokens", 64, "packs.pt.seq_len=64 cannot hold one image of image_tokens=64"),
         ("tokenizer", {}, "tokenizer: name either a path or train"),
         ("out", "", "out: is empty: name a folder"),
         ("root", " ", "root: is empty: name a folder"),
-        ("tokenizer", None, "tokenizer: a mapping of keys belongs here (found None)"),
-        ("corpora.own", "llava", "corpora.own: a mapping of keys belongs here (found 'llava')"),
-        ("packs", 3, "packs: a mapping of keys belongs here (found 3)"),
+        ("tokenizer", None, "tokenizer: expected a mapping of keys (found None)"),
+        ("corpora.own", "llava", "corpora.own: expected a mapping of keys (found 'llava')"),
+        ("packs", 3, "packs: expected a mapping of keys (found 3)"),
         ("max_bad_fraction", 1.5, "max_bad_fraction: "),
         ("corpora", {"../up": {"type": "llava"}}, "name '../up' must be made of"),
         ("root", "${NOT_SET_ANYWHERE}/x", "root uses ${NOT_SET_ANYWHERE}, which is not set: export NOT_SET_ANYWHERE="),
@@ -86,16 +86,16 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(
         ("a: [", "not valid YAML"),
         ("- 1", "a recipe is a mapping"),
         ("", "a recipe is a mapping"),
-        ("seed: 1\npacks:\n  pt: {}\n  pt: {}\n", r"r\.yaml: not valid YAML: the key 'pt' stands twice \(line 4\)"),
+        ("seed: 1\npacks:\n  pt: {}\n  pt: {}\n", r"r\.yaml: not valid YAML: the key 'pt' occurs twice \(line 4\)"),
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=message):
         load_recipe(str(tmp_path / "r.yaml"))
 
 
-def test_a_key_that_is_merged_in_may_be_given_anew() -> None:
+def test_a_merged_key_may_be_overridden() -> None:
     text = "base: &base {seq_len: 64, epochs: 1}\npt: {<<: *base, seq_len: 128}"
     assert read_yaml(text, "r.yaml")["pt"] == {"seq_len": 128, "epochs": 1}
 

@@ -1,4 +1,4 @@
-"""Who holds a folder."""
+"""Folder locks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def other(lock: FolderLock) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_second_holder_is_refused_and_a_killed_one_leaves_nothing(
+def test_a_second_holder_is_refused_and_a_killed_one_leaves_no_lock(
     other: subprocess.Popen[str], lock: FolderLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "HERE_S", 0.3)
@@ -52,7 +52,7 @@ def test_a_second_holder_is_refused_and_a_killed_one_leaves_nothing(
     words = f"{lock.path.parent} is kept by process {other.pid} on {socket.gethostname()}: go away"
     with pytest.raises(UserError, match=words):
         lock.hold(print)
-    assert lock.holder()["pid"] == other.pid, "the one who is refused leaves the holder's name"
+    assert lock.holder()["pid"] == other.pid, "a refused process keeps the holder's name"
     other.send_signal(signal.SIGKILL)
     other.wait()
     assert lock.is_held() is False
@@ -62,14 +62,14 @@ def test_a_second_holder_is_refused_and_a_killed_one_leaves_nothing(
     assert lock.is_held() is False
 
 
-def test_a_holder_that_is_about_to_die_is_waited_for(other: subprocess.Popen[str], lock: FolderLock) -> None:
+def test_a_dying_holder_is_waited_for(other: subprocess.Popen[str], lock: FolderLock) -> None:
     subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
     with lock.hold(print):
         assert lock.holder()["pid"] == os.getpid()
     other.wait()
 
 
-def test_a_node_that_died_is_waited_for_as_long_as_its_lease_may_last(
+def test_the_lock_of_a_dead_node_is_waited_for_until_its_lease_ends(
     lock: FolderLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "HERE_S", 0.0)
@@ -81,33 +81,33 @@ def test_a_node_that_died_is_waited_for_as_long_as_its_lease_may_last(
             lock.hold(said.append)
         threading.Timer(0.3, held.close).start()
         lock.hold(said.append).close()
-    assert said == 2 * [f"{lock.path.parent} is held by process 12 on node7: waiting up to 1 s for it to go"]
+    assert said == 2 * [f"{lock.path.parent} is locked by process 12 on node7: waiting up to 1 s"]
 
 
-def test_one_who_waits_gets_it_however_long_it_takes(
+def test_with_wait_the_lock_is_acquired_however_long_it_takes(
     other: subprocess.Popen[str], lock: FolderLock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder_lock, "HERE_S", 0.0)
     said = list[str]()
     subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -9 {other.pid}"])
     with lock.hold(said.append, wait=True):
-        assert len(said) == 1 and said[0].endswith(": waiting for it to go")
+        assert len(said) == 1 and said[0].endswith(": waiting")
     other.wait()
 
 
-def test_those_who_share_it_hold_it_together(lock: FolderLock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_holders_hold_it_together(lock: FolderLock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folder_lock, "HERE_S", 0.0)
     with lock.hold(print, shared=True), lock.hold(print, shared=True), pytest.raises(UserError, match="go away"):
         lock.hold(print)
 
 
-def test_a_folder_that_is_not_there_is_not_held(tmp_path: Path) -> None:
+def test_a_missing_folder_is_not_locked(tmp_path: Path) -> None:
     nowhere = FolderLock(tmp_path / "nowhere" / "lock", "", "")
     assert nowhere.is_held() is False
     assert nowhere.holder() == {}
 
 
-def test_without_locks_work_goes_on_with_a_warning(lock: FolderLock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_file_locks_work_continues_with_a_warning(lock: FolderLock, monkeypatch: pytest.MonkeyPatch) -> None:
     def without(descriptor: object, operation: int) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 

@@ -1,4 +1,4 @@
-"""Processes that share the work."""
+"""Teams of processes."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from data_prep.common.errors import UserError
+from data_prep.common.processes import _wait_for_end
 from data_prep.common.workers import MpiTeam, parse_share
 from tests.launch import ROOT
 
@@ -53,8 +56,68 @@ def test_ctrl_c_ends_the_workers_at_once_and_without_a_word(tmp_path: Path) -> N
     assert (team.returncode, words) == (1, "stopped\n") and not (tmp_path / "waiting").exists()
 
 
+_PIPE_ONLY = """\
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from tests.data_prep.common.test_workers import begin_and_wait, watch_pipe
+
+if __name__ == "__main__":
+    context = get_context("spawn")
+    watched, held = context.Pipe(duplex=False)
+    with ProcessPoolExecutor(2, context, watch_pipe, (watched,)) as pool:
+        list(pool.map(begin_and_wait, sys.argv[1:]))
+"""
+
+
+def watch_pipe(watched: Connection) -> None:
+    """Initializer of a worker that has no parent-death signal."""
+    threading.Thread(target=_wait_for_end, args=(watched,), daemon=True).start()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "number"),
+    [
+        pytest.param(_SCRIPT, signal.SIGTERM, id="terminated"),
+        pytest.param(_SCRIPT, signal.SIGHUP, id="hung-up"),
+        pytest.param(_SCRIPT, signal.SIGKILL, id="killed"),
+        pytest.param(_PIPE_ONLY, signal.SIGKILL, id="killed-without-parent-death-signal"),
+    ],
+)
+def test_no_worker_outlives_its_parent(script: str, number: signal.Signals, tmp_path: Path) -> None:
+    begun = [tmp_path / name for name in "ab"]
+    command = [sys.executable, "-c", script, *map(str, begun)]
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        while not all(path.exists() for path in begun):
+            assert parent.poll() is None
+            time.sleep(0.05)
+        assert len(members(parent.pid)) >= 3, "the parent and two workers"
+        parent.send_signal(number)
+        assert parent.wait(60) == -number
+        deadline = time.monotonic() + 30
+        while left := members(parent.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+def members(session: int) -> list[str]:
+    """Names of the living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, fields = stat.read_text().rsplit(")", 1)
+            if int(fields.split()[3]) == session and fields.split()[0] != "Z":
+                found.append(name)
+    return found
+
+
 @pytest.mark.parametrize("share", ["0", "1/1", "-1/2", "0/\u00b2", "a/b", "0/0"])
-def test_a_share_is_two_numbers(share: str) -> None:
+def test_malformed_shares_are_refused(share: str) -> None:
     assert parse_share("1/2") == (1, 2)
     with pytest.raises(UserError, match="give i/n"):
         parse_share(share)
@@ -77,7 +140,7 @@ class _OneRank:
 
 
 @pytest.mark.parametrize("by_all", [False, True])
-def test_mpi_ranks_report_a_folder_that_cannot_be_written_as_any_other_error(tmp_path: Path, by_all: bool) -> None:
+def test_mpi_ranks_report_an_unwritable_folder_like_any_user_error(tmp_path: Path, by_all: bool) -> None:
     team, file = MpiTeam(_OneRank()), tmp_path / "file"
     file.touch()
 

@@ -16,7 +16,7 @@ from PIL import Image
 from data_prep.cli import main
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import Manifest, PackReader
-from data_prep.text.documents import Room, Size, fitting, units, without_images
+from data_prep.text.documents import Limits, Size, blocks, split_to_fit, without_images
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.masks import Sidecars, get_policy, prove
@@ -173,23 +173,23 @@ def _document(texts: Sequence[int]) -> Example:
 @pytest.mark.parametrize(
     ("texts", "room", "parts"),
     [
-        ([5, 5], Room(100, None, None), [2]),
-        ([5, 5], Room(15, None, None), [1, 1]),  # 14 tokens each with their image; the end token counts
-        ([5, 5, 5], Room(29, None, None), [2, 1]),
-        ([5, 5, 5], Room(28, None, None), [1, 1, 1]),
-        ([5, 5, 5], Room(100, 11, None), [2, 1]),
-        ([5, 5, 5], Room(100, None, 2), [2, 1]),
-        ([50, 5, 5], Room(40, None, None), [1, 2]),  # the first is too large by itself: to be cut or rejected
+        ([5, 5], Limits(100, None, None), [2]),
+        ([5, 5], Limits(15, None, None), [1, 1]),  # 14 tokens each with their image; the end token counts
+        ([5, 5, 5], Limits(29, None, None), [2, 1]),
+        ([5, 5, 5], Limits(28, None, None), [1, 1, 1]),
+        ([5, 5, 5], Limits(100, 11, None), [2, 1]),
+        ([5, 5, 5], Limits(100, None, 2), [2, 1]),
+        ([50, 5, 5], Limits(40, None, None), [1, 2]),  # the first is too large by itself: to be cut or rejected
     ],
 )
-def test_parts_are_as_large_as_fits(texts: list[int], room: Room, parts: list[int]) -> None:
+def test_parts_are_as_large_as_fits(texts: list[int], room: Limits, parts: list[int]) -> None:
     def measure(unit: Example) -> Size:
         said = sum(len(part) for turn in unit.turns for part in turn.parts if isinstance(part, str))
         return Size(said + 9 * len(unit.images), len(unit.images), 9)
 
     document = _document(texts)
-    found = list(fitting(document, room, measure))
-    assert [len(units(part)) for part in found] == parts
+    found = list(split_to_fit(document, room, measure))
+    assert [len(blocks(part)) for part in found] == parts
     assert tuple(turn for part in found for turn in part.turns) == document.turns
     assert [part.continues for part in found] == [True] * (len(parts) - 1) + [False]
     assert [part.id for part in found] == (["d"] if len(parts) == 1 else [f"d#{n + 1}" for n in range(len(parts))])

@@ -87,7 +87,7 @@ def test_a_second_call_changes_nothing_and_another_world_is_refused(raw: Path) -
         write_world(raw.parent, scenes=SCENES, held_out=HELD_OUT, seed=4)
 
 
-def test_a_world_cut_short_is_drawn_again_and_other_files_are_left_alone(tmp_path: Path) -> None:
+def test_an_incomplete_world_is_drawn_again_and_other_files_are_untouched(tmp_path: Path) -> None:
     (tmp_path / ".raw.partial").mkdir()
     (tmp_path / ".raw.partial/left_over").write_text("by a killed process")
     write_world(tmp_path, scenes=3, held_out=1)
@@ -99,7 +99,7 @@ def test_a_world_cut_short_is_drawn_again_and_other_files_are_left_alone(tmp_pat
 
 
 @pytest.mark.parametrize("numbers", [{"scenes": 0}, {"held_out": 0}, {"workers": 0}])
-def test_numbers_out_of_range_are_named(numbers: dict[str, int], tmp_path: Path) -> None:
+def test_sizes_out_of_range_are_named(numbers: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{next(iter(numbers))}=0"):
         write_world(tmp_path, **numbers)
 
@@ -227,7 +227,7 @@ READERS: list[tuple[str, dict[str, Any], int]] = [
 
 
 @pytest.mark.parametrize(("kind", "options", "expected"), READERS)
-def test_the_readers_take_every_row(kind: str, options: dict[str, Any], expected: int, raw: Path) -> None:
+def test_the_readers_accept_every_row(kind: str, options: dict[str, Any], expected: int, raw: Path) -> None:
     corpus = build_corpus(kind, options, raw)
     items = [item for shard in corpus.shards() for item in corpus.examples(shard)]
     assert len(items) == expected

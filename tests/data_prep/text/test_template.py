@@ -109,7 +109,7 @@ def test_the_caption_prompt_is_the_training_prefix(order: Order, given: list[Pie
     assert template.pieces(CAPTION, "Look: ")[: len(prompt)] == prompt == given
 
 
-def test_a_prompt_stands_only_where_a_document_gives_images_and_no_text() -> None:
+def test_only_documents_of_images_without_given_text_take_a_prompt() -> None:
     template = Template("plain", prompts=("Look: ",))
     titled = Example("5", (Turn("user", (PICTURE, "Title: ")), CAPTION.turns[1]), kind="document")
     text = Example("8", CAPTION.turns[1:], kind="document")
@@ -155,7 +155,7 @@ def test_what_a_conversation_becomes_is_a_setting(turns: Turns) -> None:
 
 @pytest.mark.parametrize("turns", EXCERPTS)
 @pytest.mark.parametrize("example", [CAPTION, Example("7", (Turn("user", ("hm",)),))], ids=["document", "no-answer"])
-def test_an_example_without_turns_to_part_stays_whole(turns: Turns, example: Example) -> None:
+def test_an_example_without_turns_to_split_stays_whole(turns: Turns, example: Example) -> None:
     assert [part.example for part in excerpts(example, turns)] == [example]
 
 
@@ -175,19 +175,19 @@ def test_settings_come_back_from_json() -> None:
     assert Template(**json.loads(json.dumps(asdict(template)))) == template
 
 
-def test_a_conversation_that_brings_a_system_turn_keeps_it() -> None:
+def test_a_conversation_keeps_its_own_system_turn() -> None:
     example = Example("4", (Turn("system", ("own",)), *ASKED.turns))
     assert spell(Template("plain", system="other").pieces(example)).startswith("<system>own<end><user>")
 
 
-def test_what_a_template_cannot_write_is_refused() -> None:
+def test_a_template_refuses_what_it_cannot_write() -> None:
     with pytest.raises(BadSample, match="wrong-template"):
         Template("caption").pieces(ASKED)
     with pytest.raises(UserError, match="did you mean 'phi3'"):
         Template("phi")
     with pytest.raises(UserError, match="has no turns"):
         Template("caption", system="x")
-    with pytest.raises(UserError, match="turns=expand has no meaning"):
+    with pytest.raises(UserError, match="turns=expand cannot be used"):
         Template("caption", turns="expand")
-    with pytest.raises(UserError, match="no given text for order=text_first: give prompts"):
+    with pytest.raises(UserError, match="no given text to put first: set prompts"):
         Template("caption", order="text_first")

@@ -90,7 +90,7 @@ def test_a_special_token_of_one_character_is_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["hugging-face", "sentencepiece"])
-def test_any_text_comes_back_and_never_holds_a_special_token(
+def test_any_text_round_trips_and_never_holds_a_special_token(
     kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     tokenizer = Tokenizer.open(KINDS[kind](tmp_path_factory.mktemp("any") / "raw"), SPECIALS)
@@ -162,7 +162,7 @@ def test_the_own_end_of_text_token_is_used(tmp_path: Path) -> None:
     assert tokenizer.decode([tokenizer.id_of(EOS)], specials=True) == "<|endoftext|>"
 
 
-def test_of_a_models_folder_only_the_tokenizer_is_read(tmp_path: Path) -> None:
+def test_only_the_tokenizer_of_a_model_folder_is_read(tmp_path: Path) -> None:
     folder = byte_bpe(tmp_path / "model")
     for name in (*COMPANIONS, "model-00001-of-00002.safetensors", "config.json"):
         (folder / name).write_text("{}")
@@ -174,10 +174,12 @@ def test_of_a_models_folder_only_the_tokenizer_is_read(tmp_path: Path) -> None:
     [
         ({"eos_token": "a"}, "its eos_token 'a' is ordinary text"),
         ({"pad_token": {"content": "ed"}}, "its pad_token 'ed' is ordinary text"),
-        ({"pad_token": IMAGE_TOKEN}, "ends or pads text with <image>"),
+        ({"pad_token": IMAGE_TOKEN}, "uses <image> as its eos or pad token"),
     ],
 )
-def test_what_text_may_hold_ends_or_pads_nothing(tokens: dict[str, object], words: str, tmp_path: Path) -> None:
+def test_ordinary_text_may_not_serve_as_the_end_or_pad_token(
+    tokens: dict[str, object], words: str, tmp_path: Path
+) -> None:
     folder = byte_bpe(tmp_path / "bpe")
     raw = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     raw.add_special_tokens([IMAGE_TOKEN])
@@ -205,7 +207,7 @@ def test_wrong_tokenizers_are_user_errors(tmp_path: Path) -> None:
         train_sentencepiece(TEXTS, 20, (), tmp_path / "m")
 
 
-def test_a_cut_ends_in_a_target_and_never_inside_an_image(tokenizer: Tokenizer) -> None:
+def test_truncation_ends_in_a_target_and_never_inside_an_image(tokenizer: Tokenizer) -> None:
     pieces = [Image(0), Text("a ring "), Text("red and big", generated=True), Special(EOS, generated=True)]
     encoded = tokenizer.encode(pieces, 3)
     cut = cut_tail(encoded, len(encoded) - 1)

@@ -75,13 +75,13 @@ def test_a_recipe_that_contradicts_the_stage_is_refused(name: str, keys: dict[st
         ({"stage": 3, "offload_param": {"device": "cpu"}}, "needs offload_optimizer too"),
         (
             {"stage": 3, "offload_optimizer": "cpu"},
-            "zero_optimization.offload_optimizer: a mapping of keys belongs here (found 'cpu')",
+            r"zero_optimization.offload_optimizer: expected a mapping of keys \(found 'cpu'\)",
         ),
         (
             {"stage": 3, "offload_optimizer": {"device": "cpu", "pin": 1}},
             "key zero_optimization.offload_optimizer.pin",
         ),
-        ({"stage": 3, "overlap_com": True}, "unknown key zero_optimization.overlap_com (did you mean 'overlap_comm'?)"),
+        ({"stage": 3, "overlap_com": True}, r"unknown key zero_optimization.overlap_com \(did you mean 'overlap_comm'"),
         (
             {"stage": 3, "reduce_bucket_size": "big"},
             "zero_optimization.reduce_bucket_size: Input should be",

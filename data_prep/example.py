@@ -1,4 +1,4 @@
-"""What every corpus reader yields: one conversation with its images, before any template or tokenizer."""
+"""What every corpus reader yields: one sample with its images, before any template or tokenizer."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ Role: TypeAlias = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True, slots=True)
 class ImageRef:
-    """One image of an example: either the encoded bytes at hand, or a file that is read when needed."""
+    """One image of an example: its encoded bytes, or a file to read when they are needed."""
 
     name: str
-    """Where it came from, for messages: a file name, or ``shard.tar/KEY.jpg``."""
+    """Origin, for messages: a file name, or ``shard.tar/KEY.jpg``."""
     path: Path | None = None
-    """The file; beside ``data``, the archive that holds it as the member ``name``."""
+    """The image file; when ``data`` is set, the archive that holds the image as member ``name``."""
     data: bytes | None = None
+    """Encoded bytes, or None to read them from ``path``."""
     optional: bool = False
-    """Where it cannot be used, it is left out and counted, and its sample is kept."""
+    """When unusable, the image is dropped and counted, and its sample is kept."""
     annotated_size: tuple[float, float] | None = None
     """Width and height that boxes refer to; ingest rejects the sample when the upright image has another shape."""
 
@@ -37,11 +38,11 @@ Part: TypeAlias = str | ImageRef
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One speaker's words: text and images in reading order."""
+    """One turn of a conversation: text and images in reading order."""
 
     role: Role
     parts: tuple[Part, ...]
-    """Plain text (never special tokens: text that spells one is neutralised by the tokenizer step) and images."""
+    """Plain text and images. Text never yields special tokens, whatever it spells."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +53,16 @@ class Example:
     """
 
     id: str
-    """Unique within its corpus; the ``sample`` of the pack's ``source`` column."""
+    """Unique within its corpus; the ``sample`` in the packs' ``source`` column."""
     turns: tuple[Turn, ...]
     kind: Literal["chat", "document"] = "chat"
-    """``chat`` goes through the chat template; ``document`` (captions) is written without role headers."""
+    """``chat`` uses the chat template; ``document`` (captions) has no role headers."""
     family: str = ""
     """Question family for accuracy tables (VQAv2 ``question_type``, ...); empty when the corpus has none."""
     continues: bool = False
-    """A document that goes on in another sample: it gets no end token."""
+    """Whether a document continues in another sample; it then gets no end token."""
     meta: Mapping[str, str] = field(default_factory=dict)
-    """Anything worth showing in ``inspect``; never read by training."""
+    """Additional facts for ``inspect``; never used by training."""
 
     @property
     def images(self) -> tuple[ImageRef, ...]:
@@ -71,15 +72,15 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Reject:
-    """A raw sample that cannot be used: why, in a code that is counted and words that help to mend it."""
+    """A raw sample that cannot be used: a reason code that is counted, and a detail that helps to fix it."""
 
     sample: str
     code: str
     """Lower-case with dashes, e.g. ``missing-image``; the closed list is ``data_prep.quarantine.CODES``."""
     detail: str = ""
     raw: str = ""
-    """What was found, as far as it is text."""
+    """The raw sample as text."""
     image: ImageRef | None = None
-    """Its image, where there is one."""
-    sought: Path | None = None
-    """A file it lacks: when that comes, it is read again."""
+    """Its first image, if any."""
+    missing_file: Path | None = None
+    """The file it lacks; once the file exists, the shard is ingested again."""

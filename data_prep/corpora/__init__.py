@@ -1,4 +1,4 @@
-"""Readers of raw corpora: one file each, which knows its format and nothing else."""
+"""Readers of raw corpora: one file per format."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
         "webdataset": WebDataset,
     }
 )
-"""What a recipe may name as a corpus ``type``."""
+"""Corpus ``type`` of a recipe -> its reader."""
 
 
 def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     """Return the reader of a corpus whose raw files lie under ``root``.
 
     Raises:
-        UserError: the kind or an option is unknown, an option has a wrong value, or a raw file is missing.
+        UserError: ``kind`` or an option is unknown, an option has a wrong value, or a raw file is missing.
     """
     if kind not in CORPORA:
         raise UserError(f"unknown corpus type '{kind}'{did_you_mean(kind, CORPORA)}; known: {', '.join(CORPORA)}")
@@ -74,5 +74,5 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
 def _check_inputs(kind: str, corpus: Corpus) -> None:
     for name, (what, path) in corpus.inputs().items():
         if not (path.is_file() if what is Input.FILE else path.is_dir()):
-            raise UserError(f"{kind}.{name}: there is no {what.value} {path}; set '{name}' or the corpus root")
+            raise UserError(f"{kind}.{name}: {what.value} {path} does not exist; set '{name}' or the recipe's root")
     corpus.files()

@@ -1,4 +1,4 @@
-"""What every corpus reader is: options checked by pydantic, stable shards, and rows that become examples or rejects."""
+"""Base classes of the corpus readers: validated options, stable shards, and rows that become examples or rejects."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Row: TypeAlias = Mapping[str, Any]
 
 
 class Input(Enum):
-    """Marks an option that names raw data, relative to the corpus root; it must exist when the corpus is built."""
+    """Marks an option that names raw data, relative to the corpus root; it must exist when the reader is built."""
 
     FILE = "file"
     FOLDER = "folder"
@@ -34,40 +34,40 @@ RawFolder: TypeAlias = Annotated[Path, Input.FOLDER]
 
 
 class Corpus(BaseModel, ABC):
-    """One raw corpus: its fields are the options a recipe may give.
+    """One raw corpus. Its fields are the options a recipe may set; each field's docstring is its documentation.
 
-    Shards are the unit of parallel work. Their names are safe as file names and depend on the raw files alone, never
-    on the number of workers. A bad row becomes a ``Reject``; only a file that is bad as a whole raises ``UserError``.
+    Shards are processed in parallel. Their names are valid file names and depend only on the raw files, never on the
+    number of workers. A bad row becomes a ``Reject``; ``UserError`` is raised only when a whole file is unusable.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, use_attribute_docstrings=True)
 
     root: Path = Field(exclude=True)
-    """Folder that all other paths are relative to."""
+    """Folder that all other paths are relative to; set by the recipe."""
 
     @property
     def never_augment(self) -> str:
-        """Why the images must be shown as they are (``augment`` is refused); empty where the texts decide."""
+        """Why ``augment`` is refused for this corpus; empty where it depends on each sample's text."""
         return ""
 
     @abstractmethod
     def shards(self) -> Sequence[str]:
-        """Return the names of the units of work, in order."""
+        """Return the shard names, in order."""
 
     @abstractmethod
     def examples(self, shard: str) -> Iterator[Example | Reject]:
-        """Yield what each raw sample of a shard becomes, in file order."""
+        """Yield the outcome of each raw sample of a shard, in file order."""
 
     def files(self) -> Sequence[Path]:
         """Return the raw files whose change makes earlier output stale (image folders are not listed)."""
         return [path for kind, path in self.inputs().values() if kind is Input.FILE]
 
     def files_of(self, shard: str) -> Sequence[Path]:
-        """Return the raw files whose change makes the earlier output of one shard stale: all, unless a reader knows."""
+        """Return the raw files that one shard is read from; by default all files of the corpus."""
         return self.files()
 
     def inputs(self) -> dict[str, tuple[Input, Path]]:
-        """Return the marked path options that are set: option name -> what it must be, and where it is."""
+        """Return the path options that are set: option name -> (file or folder, path)."""
         marked = {}
         for name, info in type(self).model_fields.items():
             kind, value = next((mark for mark in info.metadata if isinstance(mark, Input)), None), getattr(self, name)
@@ -77,14 +77,14 @@ class Corpus(BaseModel, ABC):
 
 
 class Malformed(NamedTuple):
-    """Stands in a table for a row that could not be parsed."""
+    """Placeholder in a table for a row that could not be parsed."""
 
     why: str
     code: str = "bad-json"
 
 
 def as_row(value: object) -> Row:
-    """Return a JSON object. Raises BadSample: the code of a malformed row, missing-key for any other value."""
+    """Return ``value`` as a JSON object. Raises BadSample: the code of a malformed row, else missing-key."""
     if isinstance(value, Malformed):
         raise BadSample(value.code, value.why)
     if not isinstance(value, Mapping):
@@ -93,40 +93,40 @@ def as_row(value: object) -> Row:
 
 
 class RowCorpus(Corpus):
-    """A corpus of numbered rows; a shard is a fixed slice of them.
+    """A corpus of numbered rows; a shard is a fixed-size slice of them.
 
-    Subclasses say how the rows are read, how a row is identified, and what a row becomes.
+    Subclasses define how rows are read, identified and converted.
     """
 
     rows_per_shard: ClassVar[int] = 4096
 
     @abstractmethod
     def read_rows(self) -> Sequence[object]:
-        """Read the raw files; called once per process. Raises UserError where a file is bad as a whole."""
+        """Read the raw files; called once per process. Raises UserError when a whole file is unusable."""
 
     @abstractmethod
     def row_id(self, row: Row) -> str:
-        """Return the row's id, or nothing where the number of the row is to serve. Raises BadSample for a bad one."""
+        """Return the row's id, or "" to use the row number. Raises BadSample when the id is bad."""
 
     @abstractmethod
     def read_row(self, row: Row, sample: str) -> Iterable[Example | Reject]:
-        """Return what one row becomes; all ids begin with ``sample``. Raises BadSample where the row as a whole is bad.
+        """Return the outcomes of one row; every id starts with ``sample``. Raises BadSample when the row is unusable.
 
-        A row of another split than the one asked for becomes nothing.
+        A row of another split yields nothing.
         """
 
     def shards(self) -> Sequence[str]:
-        """Return ``rows-00000000`` and so on, named by the first row of each slice."""
+        """Return ``rows-00000000`` and so on: each slice is named after its first row."""
         return [f"rows-{first:08d}" for first in range(0, len(self.rows), self.rows_per_shard)]
 
     def examples(self, shard: str) -> Iterator[Example | Reject]:
-        """Yield what each row of the slice becomes."""
+        """Yield the outcomes of each row of the slice."""
         first = int(shard.removeprefix("rows-"))
         for number, row in enumerate(self.rows[first : first + self.rows_per_shard], first):
             yield from self._row_outcome(number, row)
 
     def rows_with_ids(self) -> Iterable[object]:
-        """Return all rows as far as ``row_id`` looks at them; a reader may leave out what is large."""
+        """Return all rows with at least the columns that ``row_id`` reads; a reader may leave out large ones."""
         return self.rows
 
     @cached_property
@@ -141,17 +141,17 @@ class RowCorpus(Corpus):
             sample = self.row_id(row) or sample
             if number in self._repeats:
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
-            found = list(self.read_row(row, sample))  # all at once: a bad row leaves nothing behind
+            found = list(self.read_row(row, sample))  # a row that turns out bad half-way yields nothing else
         except BadSample as problem:
-            found = [Reject(sample, problem.code, problem.detail, sought=problem.sought)]
+            found = [Reject(sample, problem.code, problem.detail, missing_file=problem.missing_file)]
         return [replace(item, raw=as_text(value)) if isinstance(item, Reject) else item for item in found]
 
     @cached_property
     def _repeats(self) -> frozenset[int]:
-        """Numbers of the rows whose id an earlier row has: known to every shard without talking to the others.
+        """Numbers of the rows whose id occurs earlier; every process computes them all, so shards need not talk.
 
-        Ids are compared by a hash of 64 bits, for all of them would fill the memory of every process: of 10 million
-        rows one is taken for a repeat in a run out of 370,000.
+        Ids are compared by a 64-bit hash, because the ids themselves would fill the memory of every process. With 10
+        million rows, one run in 370,000 takes some row for a duplicate by mistake.
         """
         numbers, hashes = array("q"), array("Q")
         for number, value in enumerate(self.rows_with_ids()):
@@ -162,21 +162,21 @@ class RowCorpus(Corpus):
             if sample:
                 numbers.append(number)
                 hashes.append(xxhash.xxh3_64_intdigest(sample.encode(errors="surrogatepass")))
-        order = np.argsort(np.asarray(hashes), kind="stable")  # equal ones as they come
+        order = np.argsort(np.asarray(hashes), kind="stable")  # equal hashes stay in row order
         ordered = np.asarray(hashes)[order]
         return frozenset(np.asarray(numbers)[order[1:]][ordered[1:] == ordered[:-1]].tolist())
 
 
 def as_text(value: object) -> str:
-    """Return a raw row in words, for whoever looks at what was rejected."""
+    """Return a raw row as text, for the list of rejects."""
     if isinstance(value, Malformed):
         return ""
     return json.dumps(value, ensure_ascii=False, default=lambda other: f"<{type(other).__name__}>")
 
 
-def attempt(sample: str, make: Callable[[], Example]) -> Example | Reject:
-    """Return one of the several examples of a row, or why it alone cannot be used."""
+def example_or_reject(sample: str, make: Callable[[], Example]) -> Example | Reject:
+    """Return one of a row's several examples, or a reject of that example alone."""
     try:
         return make()
     except BadSample as problem:
-        return Reject(sample, problem.code, problem.detail, sought=problem.sought)
+        return Reject(sample, problem.code, problem.detail, missing_file=problem.missing_file)

@@ -1,4 +1,4 @@
-"""Conversations with image markers in their text, as LLaVA introduced them and most chat files write them."""
+"""Conversations with ``<image>`` markers in their text, as LLaVA introduced them."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from data_prep.example import ImageRef, Part, Role, Turn
 from data_prep.quarantine import BadSample
 
 MARKER = "<image>"
-MISPLACED = "an image in an assistant's or system's turn"
-"""Detail of a bad-label: only users show images."""
+MISPLACED = "an image in an assistant or system turn; only user turns may hold images"
 
 
-class Spoken(NamedTuple):
-    """A turn before its image markers are looked at."""
+class Message(NamedTuple):
+    """A turn whose text still holds its image markers."""
 
     role: Role
     text: str
 
 
-def check_order(spoken: Sequence[Spoken]) -> None:
-    """Refuse conversations that do not alternate user, assistant, user, ... up to an answer.
+def check_order(messages: Sequence[Message]) -> None:
+    """Check that a conversation alternates user, assistant, user, ... and ends with the assistant.
 
     Raises:
-        BadSample: no-answer where the last word is the user's; bad-label where somebody speaks out of turn.
+        BadSample: no-answer when the last turn is not the assistant's; bad-label when the roles do not alternate.
     """
-    turns = spoken[1:] if spoken and spoken[0].role == "system" else spoken
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns or turns[-1].role != "assistant":
         raise BadSample("no-answer", "the conversation does not end with an answer")
     for number, turn in enumerate(turns):
         if turn.role != ("user", "assistant")[number % 2]:
-            raise BadSample("bad-label", f"turn {number + 1} is by the {turn.role}: speakers must alternate")
+            raise BadSample("bad-label", f"turn {number + 1} is by the {turn.role}; user and assistant must alternate")
 
 
-def insert_images(spoken: Sequence[Spoken], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
-    """Put the images where the markers of the user's turns stand, or first of all where there is no marker.
+def insert_images(messages: Sequence[Message], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
+    """Replace the markers in user turns by the images; without markers, put the images before the first user turn.
 
-    A marker in another's turn is the word that it spells, where the user's turns tell the places of the images.
+    A marker in any other turn is kept as text when the user turns hold the markers of the images.
 
     Raises:
-        BadSample: missing-image where markers and images differ in number; bad-label where others alone hold markers.
+        BadSample: missing-image when the numbers of markers and images differ; bad-label when only assistant or
+            system turns hold markers.
     """
-    marks = sum(turn.text.count(MARKER) for turn in spoken if turn.role == "user")
-    if images and not marks and any(MARKER in turn.text for turn in spoken):
+    marks = sum(turn.text.count(MARKER) for turn in messages if turn.role == "user")
+    if images and not marks and any(MARKER in turn.text for turn in messages):
         raise BadSample("bad-label", MISPLACED)
     if marks not in (0, len(images)) or (marks == 0 and len(images) > 1):
         raise BadSample("missing-image", f"{marks} {MARKER} markers for {len(images)} images")
     opening: tuple[Part, ...] = tuple(images) if marks == 0 else ()
     waiting = iter(images)
     turns = []
-    for turn in spoken:
+    for turn in messages:
         if turn.role != "user":
             turns.append(Turn(turn.role, (turn.text,)))
             continue
@@ -60,12 +60,12 @@ def insert_images(spoken: Sequence[Spoken], images: Sequence[ImageRef]) -> tuple
     return tuple(turns)
 
 
-def _split(said: str, waiting: Iterator[ImageRef]) -> tuple[Part, ...]:
-    """Replace each marker by the next image; white space at the ends of the turn's text belongs to the markers there.
+def _split(content: str, waiting: Iterator[ImageRef]) -> tuple[Part, ...]:
+    """Replace each marker by the next image, and strip the white space around the turn's text.
 
-    Between two texts it stays: an image in the middle of a sentence must not glue its words together.
+    White space between two texts stays, so an image in mid-sentence does not glue words together.
     """
-    pieces = said.split(MARKER)
+    pieces = content.split(MARKER)
     filled = [number for number, piece in enumerate(pieces) if piece.strip()]
     parts = list[Part]()
     for number, piece in enumerate(pieces):

@@ -1,4 +1,4 @@
-"""Images that were downloaded from addresses into a folder: which file belongs to which address."""
+"""Downloaded images: which file in a folder belongs to which URL."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from data_prep.example import ImageRef
 from data_prep.quarantine import BadSample
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", "")
-"""Tried in this order where a name has none."""
+"""Suffixes to try, in this order, for a name without one."""
 
 
-def last_part(address: str) -> list[str]:
-    """Return the file name that an address ends with; what is no address is a file name already."""
+def url_file_name(address: str) -> list[str]:
+    """Return the last part of a URL as a file name; anything else is taken as a file name."""
     if "://" not in address:
         return [address]
     return [unquote(PurePosixPath(urlsplit(address).path).name) or "unnamed"]
 
 
-def hashed(address: str) -> list[str]:
-    """Return the hex SHA-256 of an address, with every suffix."""
+def sha256_names(address: str) -> list[str]:
+    """Return the candidate names of a file named by the hex SHA-256 of its URL."""
     digest = hashlib.sha256(address.encode(errors="surrogateescape")).hexdigest()
     return [digest + suffix for suffix in SUFFIXES]
 
 
-def by_key(key: str) -> list[str]:
-    """Return where img2dataset's ``files`` layout puts a key: ``00012/000120034.jpg``, with every suffix."""
+def img2dataset_names(key: str) -> list[str]:
+    """Return the candidate names of a key in img2dataset's ``files`` layout: ``00012/000120034.jpg``, ..."""
     return [f"{key[:-4]}/{key}{suffix}" for suffix in SUFFIXES]
 
 
-def find_first(folder: Path, names: Sequence[str]) -> ImageRef:
-    """Return the image of the first name that there is. Raises BadSample: missing-image, unsafe-path."""
+def find_first_image(folder: Path, names: Sequence[str]) -> ImageRef:
+    """Return the first image of ``names`` that exists. Raises BadSample: missing-image, unsafe-path."""
     for name in names:
         try:
             return find_image(folder, name)

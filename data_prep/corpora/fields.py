@@ -1,4 +1,4 @@
-"""Values out of untrusted rows: each helper returns a clean value or raises BadSample with the code to count."""
+"""Values from untrusted rows: each helper returns a valid value or raises BadSample with a reason code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data_prep.quarantine import BadSample
 
 
 def require(row: Row, key: str, *kinds: type) -> Any:
-    """Return ``row[key]``, which must be of one of ``kinds`` (a bool is never a number)."""
+    """Return ``row[key]``, which must be of one of ``kinds`` (a bool does not count as a number)."""
     value = row.get(key)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         found = f"is {type(value).__name__}" if key in row else "is missing"
@@ -24,56 +24,56 @@ def require(row: Row, key: str, *kinds: type) -> Any:
     return value
 
 
-def key_text(row: Row, key: str) -> str:
-    """Return an id, which formats write as a number or as text. Raises BadSample (missing-key, bad-encoding)."""
-    return clean(str(require(row, key, str, int)), key)
+def require_id(row: Row, key: str) -> str:
+    """Return an id, which may be a number or text. Raises BadSample: missing-key, bad-encoding."""
+    return clean_text(str(require(row, key, str, int)), key)
 
 
-def member(row: Row) -> tuple[str, Row]:
-    """Return the key and the object of a row ``{key: object}``. Raises BadSample: missing-key, bad-encoding."""
+def single_member(row: Row) -> tuple[str, Row]:
+    """Return the key and the value of a row ``{key: object}``. Raises BadSample: missing-key, bad-encoding."""
     [(key, value)] = row.items()
-    return clean(key, "key"), as_row(value)
+    return clean_text(key, "key"), as_row(value)
 
 
-def text(row: Row, key: str, empty: str = "empty-text") -> str:
-    """Return ``row[key]`` stripped. Raises BadSample: missing-key, bad-encoding, or ``empty`` where nothing is left."""
-    value = clean(require(row, key, str), key)
+def require_text(row: Row, key: str, empty: str = "empty-text") -> str:
+    """Return ``row[key]``, stripped. Raises BadSample: missing-key, bad-encoding, or ``empty`` for blank text."""
+    value = clean_text(require(row, key, str), key)
     if not value:
-        raise BadSample(empty, f"'{key}' holds no text")
+        raise BadSample(empty, f"'{key}' is blank")
     return value
 
 
-def clean(value: str, what: str) -> str:
-    """Return text without surrounding white space. Raises BadSample (bad-encoding) for NUL and lone surrogates."""
+def clean_text(value: str, what: str) -> str:
+    """Return text without surrounding white space. Raises BadSample: bad-encoding for NUL and lone surrogates."""
     try:
         value.encode()
     except UnicodeEncodeError as problem:
-        # Files are read with "surrogateescape", so bytes that are not UTF-8 end up here as well.
-        raise BadSample("bad-encoding", f"'{what}' is not UTF-8 text from character {problem.start}") from None
+        # Files are read with "surrogateescape", so bytes that are not UTF-8 arrive here as lone surrogates.
+        raise BadSample("bad-encoding", f"'{what}' is not UTF-8 at character {problem.start}") from None
     if "\0" in value:
-        raise BadSample("bad-encoding", f"'{what}' holds a NUL character")
+        raise BadSample("bad-encoding", f"'{what}' contains a NUL character")
     return value.strip()
 
 
 def _below_root(pattern: str) -> str:
     path = PurePosixPath(pattern)
     if not path.parts or path.is_absolute() or ".." in path.parts:
-        raise ValueError("must be a glob pattern below the root")
+        raise ValueError("must be a glob pattern relative to the recipe's root, without '..'")
     if any("**" in part and part != "**" for part in path.parts):
-        raise ValueError("** must stand alone between slashes, as in **/*.jsonl")
+        raise ValueError("** must be a whole path component, as in **/*.jsonl")
     return pattern
 
 
 Pattern: TypeAlias = Annotated[str, AfterValidator(_below_root)]
-"""An option that names several raw files, relative to the corpus root."""
+"""An option that names raw files by a glob pattern, relative to the corpus root."""
 
 
 def matching_files(root: Path, option: str, pattern: str) -> list[Path]:
-    """Return the files under ``root`` that a pattern matches, by name. Raises UserError where there are none."""
+    """Return the files under ``root`` that match a pattern, sorted by path. Raises UserError when none does."""
     paths = sorted(path for path in root.glob(pattern) if path.is_file())
     if not paths:
-        lost = "" if root.is_dir() else ": there is no such folder, set root"
-        raise UserError(f"{option}='{pattern}' matches no file under {root}{lost}")
+        fix = "" if root.is_dir() else ": this folder does not exist; set the recipe's root"
+        raise UserError(f"{option}='{pattern}' matches no file under {root}{fix}")
     return paths
 
 
@@ -81,12 +81,12 @@ def find_image(folder: Path, name: str) -> ImageRef:
     """Return the image ``name`` under ``folder``.
 
     Raises:
-        BadSample: unsafe-path where the name is absolute, climbs, or leads through a link out of the folder;
-            missing-image where there is no such file.
+        BadSample: unsafe-path when the name is absolute, contains '..', or is a link out of the folder; missing-image
+            when the file does not exist.
     """
-    relative = PurePosixPath(clean(name, "image name").replace("\\", "/"))
+    relative = PurePosixPath(clean_text(name, "image name").replace("\\", "/"))
     if relative.is_absolute() or ".." in relative.parts or not relative.parts:
-        raise BadSample("unsafe-path", f"image name {name!r} does not stay in its folder")
+        raise BadSample("unsafe-path", f"image name {name!r} leaves the image folder")
     path = folder / relative
     try:
         found = path.is_file()
@@ -95,21 +95,21 @@ def find_image(folder: Path, name: str) -> ImageRef:
     if not found:
         raise BadSample("missing-image", f"no file {relative} in the image folder", path)
     if not path.resolve().is_relative_to(_resolved(folder)):
-        raise BadSample("unsafe-path", f"{relative} is a link out of the image folder")
+        raise BadSample("unsafe-path", f"{relative} links to a file outside the image folder")
     return ImageRef(name=str(relative), path=path)
 
 
 @functools.lru_cache(maxsize=16)
 def _resolved(folder: Path) -> Path:
-    """Follow the links of an image folder once: it may itself be reached through links, its images may not."""
+    """Resolve an image folder once. The folder itself may be reached through links; its images may not leave it."""
     return folder.resolve()
 
 
-MOST_PX = 1e9  # beyond it a number is no pixel, be it infinite, NaN or an integer too large for a float
+MAX_PX = 1e9  # larger numbers are no pixels: infinity, NaN, integers too large for a float
 
 
 class Box(NamedTuple):
-    """A box in fractions of the image's width and height: upper left and lower right corner."""
+    """A box in fractions of the image's width and height: upper-left and lower-right corner."""
 
     left: float
     top: float
@@ -125,10 +125,10 @@ def normalised_box(xywh: Sequence[object], width: float, height: float) -> Box:
     """Return a pixel box ``[x, y, w, h]`` as fractions with three decimals, clipped to the image.
 
     Raises:
-        BadSample: bad-box where it is not four finite numbers or nothing of it is left.
+        BadSample: bad-box when it is not four finite numbers, or is empty after clipping.
     """
-    numbers = [value for value in xywh if isinstance(value, int | float) and abs(value) <= MOST_PX]
-    if len(numbers) != 4 or len(xywh) != 4 or not (0 < width <= MOST_PX and 0 < height <= MOST_PX):
+    numbers = [value for value in xywh if isinstance(value, int | float) and abs(value) <= MAX_PX]
+    if len(numbers) != 4 or len(xywh) != 4 or not (0 < width <= MAX_PX and 0 < height <= MAX_PX):
         raise BadSample("bad-box", f"box {list(xywh)} in an image of {width} x {height} px")
     x, y, w, h = numbers
     corners = (x / width, y / height, (x + w) / width, (y + h) / height)
@@ -138,20 +138,20 @@ def normalised_box(xywh: Sequence[object], width: float, height: float) -> Box:
     return box
 
 
-def ask(
+def question_example(
     sample: str, images: Sequence[ImageRef], question: str, answer: str, *, family: str = "", **meta: str
 ) -> Example:
-    """Return the commonest example: images and a question given, an answer generated."""
+    """Return an example of one exchange: images and a question given, an answer generated."""
     turns = (Turn("user", (*images, question)), Turn("assistant", (answer,)))
     return Example(sample, turns, family=family, meta=meta)
 
 
-def slot(name: str) -> AfterValidator:
-    """Return a validator for prompt options: ``{name}`` must stand in the text once; ``str.replace`` fills it."""
+def placeholder(name: str) -> AfterValidator:
+    """Return a validator for prompt options: the text must contain ``{name}`` exactly once."""
 
     def check(template: str) -> str:
         if template.count(f"{{{name}}}") != 1:
-            raise ValueError(f"must hold {{{name}}} exactly once")
+            raise ValueError(f"must contain {{{name}}} exactly once")
         return template
 
     return AfterValidator(check)

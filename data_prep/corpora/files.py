@@ -1,4 +1,4 @@
-"""Corpora in data files that a glob pattern names: Parquet, JSON lines, and what else a reader knows."""
+"""Corpora whose rows lie in data files named by a glob pattern."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from data_prep.corpora.tables import Rows, json_lines
 
 
 class FileCorpus(RowCorpus):
-    """A corpus whose rows lie in the files that ``data`` matches, in the order of their names."""
+    """A corpus whose rows lie in the files that match ``data``, in the order of their paths."""
 
     suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".parquet")
-    """Formats that are read."""
+    """Supported formats."""
     data: Pattern
-    """The data files, as a glob pattern; its suffix says their format."""
+    """Data files, as a glob pattern such as ``data/*.jsonl``; the suffix selects the format."""
 
     @field_validator("data")
     @classmethod
@@ -30,9 +30,9 @@ class FileCorpus(RowCorpus):
         return pattern
 
     def files(self) -> Sequence[Path]:
-        """Return the data files by name."""
+        """Return the data files, sorted by path."""
         return matching_files(self.root, "data", self.data)
 
     def table(self, path: Path, columns: Sequence[str]) -> Rows:
-        """Return the rows of a file; of Parquet, these columns alone."""
+        """Return the rows of a file; of a Parquet file, read only these columns."""
         return ParquetRows(path, columns) if path.suffix == ".parquet" else json_lines(path)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from data_prep.corpora.base import RawFolder, Row, as_row
-from data_prep.corpora.downloads import find_first, hashed, last_part
-from data_prep.corpora.fields import clean, key_text, require
+from data_prep.corpora.downloads import find_first_image, sha256_names, url_file_name
+from data_prep.corpora.fields import clean_text, require, require_id
 from data_prep.corpora.files import FileCorpus
-from data_prep.corpora.tables import Chain
+from data_prep.corpora.tables import Concatenated
 from data_prep.example import Example, ImageRef, Part, Turn
 from data_prep.quarantine import BadSample
 
@@ -20,46 +20,46 @@ from data_prep.quarantine import BadSample
 class Interleaved(FileCorpus):
     """A row is a document: text is generated, images are given.
 
-    ``obelics``: parallel lists ``images`` (addresses or null) and ``texts`` (text or null), one of the two at each
-    place. ``mmc4``: ``text_list`` (sentences) and ``image_info`` (``[{image_name, matched_text_index, ...}]``); an
-    image stands before the sentence that it matches.
+    ``obelics``: parallel lists ``images`` (URLs or null) and ``texts`` (text or null); exactly one of the two is set
+    at each position. ``mmc4``: ``text_list`` (sentences) and ``image_info``
+    (``[{image_name, matched_text_index, ...}]``); an image precedes the sentence it matches.
 
-    Web images vanish. With ``missing: drop`` an image that is not there or cannot be read is left out of its document
-    and counted (``image-dropped``); a document that loses all of them is rejected. Images behind the last text teach
-    nothing and are left out. A document longer than a row becomes several samples, cut between units of images and
-    text, and with ``max_images`` of the pack set none holds more of them.
+    Web images vanish. With ``missing: drop``, an image that is missing or broken is left out of its document and
+    counted (``image-dropped``); a document that loses all its images is rejected. Images after the last text teach
+    nothing and are dropped. A document longer than a row becomes several samples; it is split before images, and no
+    sample holds more than ``max_images`` of its pack set.
     """
 
     format: Literal["obelics", "mmc4"] = "obelics"
-    """Which keys the documents have."""
+    """Layout of the rows: ``obelics`` or ``mmc4``."""
     images: RawFolder = Path("images")
-    """Folder of the image files."""
+    """Folder of the downloaded image files."""
     names: Literal["name", "sha256"] = "name"
-    """An image's file: the last part of its address (``name``; addresses that end alike share a file), or the hex
-    SHA-256 of the whole address with some suffix (``sha256``)."""
+    """How a URL maps to a file in ``images``. ``name``: the last part of the URL (URLs with the same last part share a
+    file). ``sha256``: the hex SHA-256 of the whole URL plus any image suffix."""
     path_column: str | None = None
-    """OBELICS: take files from this list beside ``images`` instead, as a download that renames them writes it."""
+    """OBELICS: column with a list of file paths, parallel to ``images``; use it when the downloader renamed files."""
     id_column: str | None = None
-    """Column of the ids; without it the number of the row is its id."""
+    """Column of the ids; default: the row number is the id."""
     missing: Literal["drop", "reject"] = "drop"
-    """What a missing or broken image costs: itself, or its whole document."""
+    """What to do about a missing or broken image: ``drop`` the image, or ``reject`` the whole document."""
 
     def read_rows(self) -> Sequence[object]:
-        """Index the files; documents are read when needed."""
+        """Index the files; a document is parsed when it is needed."""
         keys = ("images", "texts", self.path_column) if self.format == "obelics" else ("text_list", "image_info")
         return self._tables([*keys, self.id_column])
 
     def rows_with_ids(self) -> Iterable[object]:
-        """Return the id column alone."""
+        """Return only the id column."""
         return self._tables([self.id_column]) if self.id_column else ()
 
-    def _tables(self, columns: Sequence[str | None]) -> Chain:
+    def _tables(self, columns: Sequence[str | None]) -> Concatenated:
         wanted = [column for column in columns if column is not None]
-        return Chain([self.table(path, wanted) for path in self.files()])
+        return Concatenated([self.table(path, wanted) for path in self.files()])
 
     def row_id(self, row: Row) -> str:
-        """Return the id, if the files have any."""
-        return key_text(row, self.id_column) if self.id_column else ""
+        """Return the id, if ``id_column`` is set."""
+        return require_id(row, self.id_column) if self.id_column else ""
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return the document."""
@@ -72,9 +72,9 @@ class Interleaved(FileCorpus):
         if turns and turns[-1].role == "user":
             turns.pop()
         if not turns:
-            raise BadSample("empty-text", "the document holds no text")
+            raise BadSample("empty-text", "the document has no text")
         if len(turns) == 1:
-            raise BadSample("missing-image", "the document holds no image before a text")
+            raise BadSample("missing-image", "the document has no image before a text")
         yield Example(sample, tuple(turns), kind="document")
 
     def _parts(self, row: Row) -> Iterator[Part]:
@@ -87,10 +87,10 @@ class Interleaved(FileCorpus):
             raise BadSample("missing-key", f"{len(images)} images, {len(texts)} texts: the lists must be parallel")
         for place, (image, text, file) in enumerate(zip(images, texts, files, strict=True)):
             if (image is None) == (text is None):
-                raise BadSample("missing-key", f"place {place} must hold either an image or a text")
+                raise BadSample("missing-key", f"position {place} must hold either an image or a text")
             if image is not None:
                 yield self._image(file if self.path_column else image)
-            elif said := clean(_string(text, "texts"), "texts"):
+            elif said := clean_text(_string(text, "texts"), "texts"):
                 yield said
 
     def _mmc4(self, row: Row) -> Iterator[Part]:
@@ -99,19 +99,19 @@ class Interleaved(FileCorpus):
         for about in map(as_row, require(row, "image_info", list)):
             place = require(about, "matched_text_index", int)
             if not 0 <= place < len(sentences):
-                raise BadSample("bad-label", f"matched_text_index is {place} among {len(sentences)} sentences")
+                raise BadSample("bad-label", f"matched_text_index is {place}, but there are {len(sentences)} sentences")
             before.setdefault(place, []).append(self._image(require(about, "image_name", str)))
         for place, sentence in enumerate(sentences):
             yield from before.get(place, ())
-            if said := clean(_string(sentence, "text_list"), "text_list"):
+            if said := clean_text(_string(sentence, "text_list"), "text_list"):
                 yield said
 
     def _image(self, address: object) -> ImageRef:
-        """Return an image; one that is not there still gets its place, for ingest to leave out and count."""
+        """Return an image; a missing one is returned as well, so that ingest can drop and count it."""
         value = _string(address, "images")
-        names = hashed(value) if self.names == "sha256" else [value] if self.path_column else last_part(value)
+        names = sha256_names(value) if self.names == "sha256" else [value] if self.path_column else url_file_name(value)
         try:
-            return replace(find_first(self.root / self.images, names), optional=self.missing == "drop")
+            return replace(find_first_image(self.root / self.images, names), optional=self.missing == "drop")
         except BadSample as problem:
             if problem.code != "missing-image" or self.missing == "reject":
                 raise

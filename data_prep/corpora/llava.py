@@ -1,4 +1,4 @@
-"""LLaVA conversations: several turns about an image, or about none, kept whole."""
+"""LLaVA conversations: several turns about one image, or text only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 import xxhash
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, as_row
-from data_prep.corpora.conversation import Spoken, check_order, insert_images
-from data_prep.corpora.fields import find_image, key_text, require, text
+from data_prep.corpora.conversation import Message, check_order, insert_images
+from data_prep.corpora.fields import find_image, require, require_id, require_text
 from data_prep.corpora.tables import json_array
 from data_prep.example import Example, Role
 from data_prep.quarantine import BadSample
@@ -19,38 +19,38 @@ SPEAKERS: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
 class LLaVA(RowCorpus):
-    """``[{id, image, conversations: [{from: human|gpt, value}]}]``; the whole conversation is one example.
+    """Rows ``[{id, image, conversations: [{from: human|gpt, value}]}]``; the whole conversation is one example.
 
-    ``<image>`` may stand anywhere in the human turns; a conversation with an image and no marker opens with it.
-    An id may repeat (the published file joins three sets): ids get a hash of the conversation, and only an id that
-    repeats with the same conversation is a duplicate.
+    ``<image>`` may be anywhere in the human turns; without a marker, the image comes first. The published file joins
+    three sets and repeats ids, so ids get a hash of the conversation: only the same id with the same conversation is
+    a duplicate.
     """
 
     conversations: RawFile = Path("llava_instruct_150k.json")
-    """The list of conversations."""
+    """JSON file with the list of conversations."""
     images: RawFolder = Path("train2017")
-    """Folder of the images."""
+    """Folder that the ``image`` names are relative to."""
 
     def read_rows(self) -> Sequence[object]:
-        """Index the file; conversations are read when needed."""
+        """Index the file; a conversation is parsed when it is needed."""
         return json_array(self.root / self.conversations)
 
     def row_id(self, row: Row) -> str:
-        """Return the id and a hash of what is said."""
-        said = json.dumps([row.get("image"), row.get("conversations")])
-        return f"{key_text(row, 'id')}-{xxhash.xxh32_hexdigest(said.encode())}"
+        """Return the id with a hash of the conversation."""
+        content = json.dumps([row.get("image"), row.get("conversations")])
+        return f"{require_id(row, 'id')}-{xxhash.xxh32_hexdigest(content.encode())}"
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return the conversation."""
-        spoken = [_spoken(as_row(turn)) for turn in require(row, "conversations", list)]
-        check_order(spoken)
+        messages = [_message(as_row(turn)) for turn in require(row, "conversations", list)]
+        check_order(messages)
         image = find_image(self.root / self.images, require(row, "image", str)) if row.get("image") else None
-        yield Example(sample, insert_images(spoken, [image] if image else []))
+        yield Example(sample, insert_images(messages, [image] if image else []))
 
 
-def _spoken(turn: Row) -> Spoken:
+def _message(turn: Row) -> Message:
     speaker = require(turn, "from", str)
     if speaker not in SPEAKERS:
         raise BadSample("bad-label", f"'from' is {speaker!r}, expected human or gpt")
     role = SPEAKERS[speaker]
-    return Spoken(role, text(turn, "value", empty="no-answer" if role == "assistant" else "empty-text"))
+    return Message(role, require_text(turn, "value", empty="no-answer" if role == "assistant" else "empty-text"))

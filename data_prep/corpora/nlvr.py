@@ -1,4 +1,4 @@
-"""Cornell NLVR: sentences about three boxes of coloured shapes, as captions or as true-or-false questions."""
+"""Cornell NLVR: sentences about three boxes of coloured shapes, as captions or true-or-false questions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.fields import ask, key_text, require, slot, text
+from data_prep.corpora.fields import placeholder, question_example, require, require_id, require_text
 from data_prep.corpora.tables import json_lines
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.quarantine import BadSample
@@ -21,34 +21,34 @@ SIZES = {10: "small", 20: "medium", 30: "big"}
 
 
 class NLVR(RowCorpus):
-    """``{sentence, label, identifier, directory, structured_rep}`` a line; images ``SPLIT-IDENTIFIER-k.png``.
+    """Lines ``{sentence, label, identifier, directory, structured_rep}``; images ``SPLIT-IDENTIFIER-k.png``.
 
-    Every example is published in six pictures that differ in the order of the boxes only. ``groups`` are the
-    numbered image folders: the corpus' own cross-validation splits, which keep all pictures of one presentation
-    together. The hidden split names no folder, so images are found by their name.
+    Every example comes with six pictures that differ only in the order of the boxes. ``groups`` are the numbered image
+    folders: the corpus's own cross-validation splits, which keep all pictures of one presentation together. The hidden
+    split names no folder, so images are found by name.
     """
 
     sentences: RawFile = Path("dev/dev.json")
-    """The JSON-lines file of a split."""
+    """JSON-lines file of one split."""
     images: RawFolder = Path("dev/images")
-    """Folder of the numbered image folders."""
+    """Folder that holds the numbered image folders."""
     task: Literal["verify", "caption"] = "verify"
     """``verify``: is the sentence true of the picture? ``caption``: describe the picture, from its structured_rep."""
     groups: tuple[str, ...] | None = None
-    """Use these image folders only, for example ``["0"]``."""
+    """Image folders to use, for example ``["0"]``; default: all."""
     exclude_groups: tuple[str, ...] = ()
-    """Leave these image folders out."""
+    """Image folders to leave out."""
     permutations: Annotated[int, Field(ge=1, le=6)] = 1
-    """How many of the six pictures to use; a sentence that lacks one of them is rejected."""
-    prompt: Annotated[str, slot("sentence")] = "{sentence} True or false?"
-    """What the user says when a sentence is verified."""
+    """How many of the six pictures to use; a sentence with a missing picture is rejected."""
+    prompt: Annotated[str, placeholder("sentence")] = "{sentence} True or false?"
+    """User turn of ``task: verify``. ``{sentence}`` becomes the sentence."""
     answers: tuple[str, str] = ("true", "false")
-    """The words for a true and for a false sentence."""
+    """Answers for a true and for a false sentence."""
 
     @property
     def never_augment(self) -> str:
-        """Why the images must be shown as they are."""
-        return "its sentences are about places and counts"
+        """Why ``augment`` is refused."""
+        return "its sentences are about positions and counts"
 
     def read_rows(self) -> Sequence[object]:
         """Index the lines."""
@@ -56,19 +56,19 @@ class NLVR(RowCorpus):
 
     @cached_property
     def _by_name(self) -> dict[str, Path]:
-        """Where each image lies, by its file name."""
+        """File name of an image -> its path."""
         return {path.name: path for path in sorted((self.root / self.images).glob("*/*.png")) if not path.is_symlink()}
 
     def row_id(self, row: Row) -> str:
         """Return the identifier ``n-m``."""
-        return key_text(row, "identifier")
+        return require_id(row, "identifier")
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
-        """Return one example for each picture used; none where the pictures lie in another group."""
+        """Return one example for each picture used; none when the pictures are in another group."""
         for permutation in range(self.permutations):
             name = f"{self.sentences.stem}-{sample}-{permutation}.png"
             if name not in self._by_name:
-                raise BadSample("missing-image", f"no {name} in any folder of {self.images}")
+                raise BadSample("missing-image", f"{name} is in no folder of {self.images}")
             path = self._by_name[name]
             group = path.parent.name
             if group not in self.exclude_groups and (self.groups is None or group in self.groups):
@@ -78,17 +78,17 @@ class NLVR(RowCorpus):
         if self.task == "caption":
             caption = describe_boxes(require(row, "structured_rep", list))
             return Example(sample, (Turn("user", (image,)), Turn("assistant", (caption,))), kind="document")
-        sentence, label = text(row, "sentence"), text(row, "label")
+        sentence, label = require_text(row, "sentence"), require_text(row, "label")
         if label not in ("true", "false"):
             raise BadSample("bad-label", f"label is {label!r}, expected true or false")
         answer = self.answers[0 if label == "true" else 1]
-        return ask(sample, [image], self.prompt.replace("{sentence}", sentence), answer, family="nlvr")
+        return question_example(sample, [image], self.prompt.replace("{sentence}", sentence), answer, family="nlvr")
 
 
 def describe_boxes(boxes: Sequence[object]) -> str:
-    """Return ``a box with 1 small blue circle and 2 big yellow squares, an empty box, ...``: true in any order."""
+    """Return ``a box with 1 small blue circle and 2 big yellow squares, an empty box, ...``."""
     if not boxes or not all(isinstance(box, list) for box in boxes):
-        raise BadSample("missing-key", "structured_rep is no list of boxes")
+        raise BadSample("missing-key", "structured_rep is not a list of boxes")
     return ", ".join(_describe_box(box) for box in boxes if isinstance(box, list))
 
 
@@ -100,8 +100,8 @@ def _describe_box(objects: Sequence[object]) -> str:
 
 def _name(item: object) -> str:
     if not isinstance(item, Mapping):
-        raise BadSample("missing-key", "structured_rep holds something else than objects")
+        raise BadSample("missing-key", f"structured_rep contains {type(item).__name__}, expected objects")
     size, colour = SIZES.get(require(item, "size", int)), COLOURS.get(require(item, "color", str).lower())
     if size is None or colour is None:
-        raise BadSample("bad-label", f"an object of size {item['size']} and colour {item['color']!r}")
-    return f"{size} {colour} {text(item, 'type')}"
+        raise BadSample("bad-label", f"an object has unknown size {item['size']} or colour {item['color']!r}")
+    return f"{size} {colour} {require_text(item, 'type')}"

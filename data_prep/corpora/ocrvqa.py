@@ -1,4 +1,4 @@
-"""OCR-VQA: questions about book covers, several a cover."""
+"""OCR-VQA: questions about book covers, several per cover."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, attempt
-from data_prep.corpora.fields import ask, find_image, member, require, slot, text
+from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, example_or_reject
+from data_prep.corpora.fields import find_image, placeholder, question_example, require, require_text, single_member
 from data_prep.corpora.tables import json_members
 from data_prep.corpora.vqav2 import SHORT_ANSWER
 from data_prep.example import Example, ImageRef, Reject
@@ -19,36 +19,36 @@ SPLITS = {"train": 1, "val": 2, "test": 3}
 
 
 class OCRVQA(RowCorpus):
-    """``{KEY: {imageURL, questions, answers, split, ...}}``; each question is an example of its own.
+    """Rows ``{KEY: {imageURL, questions, answers, split, ...}}``; each question is its own example.
 
-    An image is ``KEY`` with the suffix of its URL; what the file really holds is found out when it is decoded.
+    An image file is named ``KEY`` plus the suffix of its URL; the suffix may be wrong, since decoding does not use it.
     """
 
     covers: RawFile = Path("dataset.json")
-    """The covers of all splits."""
+    """JSON file with the covers of all splits, as published."""
     images: RawFolder = Path("images")
-    """Folder of the images."""
+    """Folder of the cover images."""
     split: Literal["train", "val", "test"] = "train"
-    """Which covers to use."""
-    prompt: Annotated[str, slot("question")] = SHORT_ANSWER
-    """What the user says; the default is AKI's."""
+    """Split to read."""
+    prompt: Annotated[str, placeholder("question")] = SHORT_ANSWER
+    """User turn. ``{question}`` becomes the question."""
 
     @property
     def never_augment(self) -> str:
-        """Why the images must be shown as they are."""
+        """Why ``augment`` is refused."""
         return "its questions are about written text"
 
     def read_rows(self) -> Sequence[object]:
-        """Index the file; covers are read when needed."""
+        """Index the file; a cover is parsed when it is needed."""
         return json_members(self.root / self.covers)
 
     def row_id(self, row: Row) -> str:
         """Return the cover's key."""
-        return member(row)[0]
+        return single_member(row)[0]
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example | Reject]:
         """Return one example for each question about the cover."""
-        key, cover = member(row)
+        key, cover = single_member(row)
         split = require(cover, "split", int)
         if split not in SPLITS.values():
             raise BadSample("bad-label", f"split is {split}, expected 1, 2 or 3")
@@ -57,12 +57,12 @@ class OCRVQA(RowCorpus):
         questions, answers = require(cover, "questions", list), require(cover, "answers", list)
         if len(questions) != len(answers):
             raise BadSample("no-answer", f"{len(questions)} questions and {len(answers)} answers")
-        suffix = PurePosixPath(urlsplit(text(cover, "imageURL")).path).suffix
+        suffix = PurePosixPath(urlsplit(require_text(cover, "imageURL")).path).suffix
         image = find_image(self.root / self.images, key + suffix)
         for number, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             one = f"{sample}-{number}"
-            yield attempt(one, partial(self._example, one, image, {"question": question, "answer": answer}))
+            yield example_or_reject(one, partial(self._example, one, image, {"question": question, "answer": answer}))
 
     def _example(self, sample: str, image: ImageRef, pair: dict[str, Any]) -> Example:
-        question, answer = text(pair, "question"), text(pair, "answer", empty="no-answer")
-        return ask(sample, [image], self.prompt.replace("{question}", question), answer)
+        question, answer = require_text(pair, "question"), require_text(pair, "answer", empty="no-answer")
+        return question_example(sample, [image], self.prompt.replace("{question}", question), answer)

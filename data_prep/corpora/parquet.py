@@ -1,4 +1,4 @@
-"""Parquet and Arrow files as sequences of rows; of Parquet one row group is in memory at a time, Arrow is mapped."""
+"""Parquet and Arrow files as sequences of rows. Parquet is read by row group; Arrow is memory-mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class ParquetRows(Rows):
     """The rows of a Parquet file as dictionaries of ``columns``; slices have no step."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        """Read the footer. Raises UserError where it is not Parquet or a column is missing."""
+        """Read the footer. Raises UserError when the file is not Parquet or a column is missing."""
         self._path, self._columns = path, list(columns)
         try:
             footer = pq.read_metadata(path)
@@ -51,14 +51,16 @@ class ParquetRows(Rows):
 
 
 class ArrowRows(Rows):
-    """The rows of an Arrow file, as ``datasets.save_to_disk`` writes it, as dictionaries of ``columns``."""
+    """The rows of an Arrow file of ``datasets.save_to_disk``, as dictionaries of ``columns``."""
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:
-        """Map the file. Raises UserError where it is not Arrow or a column is missing."""
+        """Map the file. Raises UserError when the file is not Arrow or a column is missing."""
         try:
             table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         except (pa.ArrowException, OSError) as problem:
-            raise UserError(f"{path}: not an Arrow file of datasets ({one_line(problem)}); write it again") from None
+            raise UserError(
+                f"{path}: not an Arrow file of datasets.save_to_disk ({one_line(problem)}); save it again"
+            ) from None
         _require_columns(path, columns, table.column_names)
         self._table = table.select(list(columns))
 
@@ -66,12 +68,12 @@ class ArrowRows(Rows):
         return int(self._table.num_rows)
 
     def read(self, numbers: range) -> Iterator[object]:
-        """Yield rows; their file stays mapped."""
+        """Yield rows; the file stays mapped."""
         return _rows(self._table, numbers)
 
 
 def column_names(path: Path) -> list[str]:
-    """Return the columns of a Parquet or Arrow file. Raises UserError where it is neither."""
+    """Return the columns of a Parquet or Arrow file. Raises UserError when it is neither."""
     try:
         if path.suffix == ".parquet":
             return list(pq.read_schema(path).names)

@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+ and RefCOCOg in MDETR's COCO format: one referring expression an image entry."""
+"""RefCOCO, RefCOCO+ and RefCOCOg in MDETR's COCO format: one referring expression per image entry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.fields import ask, find_image, key_text, normalised_box, require, slot, text
+from data_prep.corpora.fields import (
+    find_image,
+    normalised_box,
+    placeholder,
+    question_example,
+    require,
+    require_id,
+    require_text,
+)
 from data_prep.corpora.tables import load_list
 from data_prep.example import Example
 from data_prep.quarantine import BadSample
@@ -19,29 +27,31 @@ Direction = Literal["phrase", "box", "both"]
 
 
 class RefCOCO(RowCorpus):
-    """Expressions and boxes, asked in one direction or both; the family is what is asked for.
+    """Referring expressions and boxes, asked in one direction or both; the family is ``phrase`` or ``box``.
 
-    Boxes are written as fractions of the image with three decimals, clipped to it.
+    A box is written as fractions of the image's sides with three decimals, clipped to the image.
     """
 
     annotations: RawFile = Path("finetune_refcoco_train.json")
-    """``{"images": [{id, file_name, width, height, caption}], "annotations": [{image_id, bbox}]}``, bbox x, y, w, h."""
+    """JSON file ``{"images": [{id, file_name, width, height, caption}], "annotations": [{image_id, bbox}]}``; a bbox
+    is x, y, width, height in pixels."""
     images: RawFolder = Path("train2014")
-    """Folder of the images."""
+    """Folder of the COCO 2014 images, named by ``file_name``."""
     direction: Direction = "phrase"
-    """``phrase``: box -> phrase (AKI's); ``box``: phrase -> box; ``both``: two examples a row."""
-    phrase_prompt: Annotated[str, slot("box")] = DESCRIBE_REGION
-    """What the user says when the phrase is asked for."""
-    box_prompt: Annotated[str, slot("phrase")] = LOCATE
-    """What the user says when the box is asked for."""
+    """``phrase``: the box is given, the phrase is the answer (as AKI does). ``box``: the reverse. ``both``: two
+    examples per row."""
+    phrase_prompt: Annotated[str, placeholder("box")] = DESCRIBE_REGION
+    """User turn that asks for the phrase. ``{box}`` becomes the box."""
+    box_prompt: Annotated[str, placeholder("phrase")] = LOCATE
+    """User turn that asks for the box. ``{phrase}`` becomes the phrase."""
 
     @property
     def never_augment(self) -> str:
-        """Why the images must be shown as they are."""
+        """Why ``augment`` is refused."""
         return "boxes refer to the whole, upright image"
 
     def read_rows(self) -> Sequence[object]:
-        """Give every expression the boxes that its annotations draw."""
+        """Join every expression with the boxes of its annotations."""
         path = self.root / self.annotations
         boxes: dict[object, list[object]] = {}
         for annotation in load_list(path, "annotations"):
@@ -55,21 +65,25 @@ class RefCOCO(RowCorpus):
         ]
 
     def row_id(self, row: Row) -> str:
-        """Return the id of the expression."""
-        return key_text(row, "id")
+        """Return the expression's id."""
+        return require_id(row, "id")
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
-        """Return one example for each direction asked for."""
-        phrase = text(row, "caption")
+        """Return one example per requested direction."""
+        phrase = require_text(row, "caption")
         if len(row["boxes"]) != 1:
             raise BadSample("bad-box", f"an expression needs one box, found {len(row['boxes'])}")
         xywh = row["boxes"][0]
         if not isinstance(xywh, list):
-            raise BadSample("bad-box", "the annotation's 'bbox' is no list of four numbers")
+            raise BadSample("bad-box", "the annotation's 'bbox' is not a list of four numbers")
         size = require(row, "width", int, float), require(row, "height", int, float)
         box = str(normalised_box(xywh, *size))
         image = replace(find_image(self.root / self.images, require(row, "file_name", str)), annotated_size=size)
         if self.direction != "box":
-            yield ask(f"{sample}/phrase", [image], self.phrase_prompt.replace("{box}", box), phrase, family="phrase")
+            yield question_example(
+                f"{sample}/phrase", [image], self.phrase_prompt.replace("{box}", box), phrase, family="phrase"
+            )
         if self.direction != "phrase":
-            yield ask(f"{sample}/box", [image], self.box_prompt.replace("{phrase}", phrase), box, family="box")
+            yield question_example(
+                f"{sample}/box", [image], self.box_prompt.replace("{phrase}", phrase), box, family="box"
+            )

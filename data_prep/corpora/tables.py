@@ -1,6 +1,6 @@
-"""Raw JSON on disk as sequences of rows.
+"""Raw JSON files as sequences of rows.
 
-Everything is decoded with ``surrogateescape``: a byte that is not UTF-8 spoils its own row, not the whole file.
+Bytes are decoded with ``surrogateescape``: a byte that is not UTF-8 spoils its own row, not the whole file.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _DELIMITER = re.compile(r"[ \t\r\n]*[,\]}]")
 
 
 def load_json(path: Path, keep: Collection[str] = ()) -> Any:
-    """Return the content of a JSON file; of every object in it, only the members ``keep``, where there are any.
+    """Return the content of a JSON file; with ``keep``, only these members of every object.
 
-    What is not kept goes while the file is parsed, so that it never fills memory. Raises UserError naming the file and
-    the place where it is not JSON.
+    Other members are dropped while the file is parsed, so they never fill memory. Raises UserError when the file is
+    not JSON; the message names the file and the position.
     """
 
     def kept(found: dict[str, Any]) -> dict[str, Any]:
@@ -43,9 +43,9 @@ def load_json(path: Path, keep: Collection[str] = ()) -> Any:
 
 
 def load_list(path: Path, key: str, keep: Collection[str] = ()) -> list[Any]:
-    """Return the list under ``key`` of a JSON file's top-level object. Raises UserError where there is none.
+    """Return the list under ``key`` of a JSON file's top-level object; with ``keep``, only these members of its rows.
 
-    Of the objects in it, only the members ``keep``, where there are any.
+    Raises UserError when there is no such list.
     """
     content = load_json(path, [key, *keep] if keep else ())
     rows = content.get(key) if isinstance(content, dict) else None
@@ -55,11 +55,11 @@ def load_list(path: Path, key: str, keep: Collection[str] = ()) -> list[Any]:
 
 
 class Rows(Sequence[object], ABC):
-    """Rows of raw data that are read when they are asked for, one by one or a slice."""
+    """Rows of raw data, read on demand one by one or by slice."""
 
     @abstractmethod
     def read(self, numbers: range) -> Iterator[object]:
-        """Yield the rows of these numbers; ``Malformed`` stands for one that cannot be parsed."""
+        """Yield the rows with these numbers; a row that cannot be parsed is ``Malformed``."""
 
     def __iter__(self) -> Iterator[object]:
         return self.read(range(len(self)))
@@ -69,16 +69,16 @@ class Rows(Sequence[object], ABC):
     @overload
     def __getitem__(self, number: slice) -> Sequence[object]: ...
     def __getitem__(self, number: int | slice) -> object:
-        """Return a row, or the rows of a slice."""
+        """Return one row, or the rows of a slice."""
         chosen = range(len(self))[number]
         return list(self.read(chosen)) if isinstance(chosen, range) else next(self.read(range(chosen, chosen + 1)))
 
 
-class Spans(Rows):
-    """Rows that are read from their place in the file when asked for: memory is 16 bytes a row."""
+class JsonRows(Rows):
+    """Rows of a JSON file, parsed on demand from their byte ranges; the index takes 16 bytes per row."""
 
     def __init__(self, path: Path, spans: Iterator[tuple[int, int]], *, members: bool = False) -> None:
-        """Take ``(start, size)`` in bytes of every row; ``members`` are ``"key": value`` pairs of an object."""
+        """Index ``(start, size)`` in bytes of every row; with ``members``, rows are ``"key": value`` pairs."""
         self._path = path
         self._braces = ("{", "}") if members else ("", "")
         self._starts, self._sizes = array("q"), array("q")
@@ -90,7 +90,7 @@ class Spans(Rows):
         return len(self._starts)
 
     def read(self, numbers: range) -> Iterator[object]:
-        """Parse rows; ``Malformed`` stands for one that is not JSON."""
+        """Parse rows; a row that is not JSON is ``Malformed``."""
         with self._path.open("rb") as file:
             for number in numbers:
                 file.seek(self._starts[number])
@@ -104,16 +104,16 @@ class Spans(Rows):
             return Malformed(str(problem))
 
 
-def json_lines(path: Path) -> Spans:
-    """Return the non-empty lines of a JSON-lines file as rows. Raises UserError where it is UTF-16."""
-    return Spans(path, _lines(path))
+def json_lines(path: Path) -> JsonRows:
+    """Return the non-empty lines of a JSON-lines file as rows. Raises UserError when the file is UTF-16."""
+    return JsonRows(path, _lines(path))
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int]]:
     with path.open("rb") as file:
         opening = file.read(len(BOM_UTF8))
         if opening.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
-            raise UserError(f"{path}: UTF-16 text; JSON is UTF-8: iconv -f UTF-16 -t UTF-8 FILE > OTHER")
+            raise UserError(f"{path}: UTF-16 text, but JSON is UTF-8; convert it: iconv -f UTF-16 -t UTF-8 IN > OUT")
         start = len(BOM_UTF8) if opening == BOM_UTF8 else 0
         file.seek(start)
         for line in file:
@@ -122,32 +122,33 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
             start += len(line)
 
 
-def json_array(path: Path) -> Spans:
-    """Return the elements of a JSON file's top-level list as rows, however large the file is.
+def json_array(path: Path) -> JsonRows:
+    """Return the elements of a JSON file's top-level list as rows; the file may be larger than memory.
 
     Raises:
         UserError: the top level is not a list, or the file is not JSON.
     """
-    return Spans(path, _elements(path, (_DELIMITER,), "[]"))
+    return JsonRows(path, _elements(path, (_DELIMITER,), "[]"))
 
 
-def json_members(path: Path) -> Spans:
-    """Return the members of a JSON file's top-level object as rows ``{key: value}``, however large the file is.
+def json_members(path: Path) -> JsonRows:
+    """Return the members of a JSON file's top-level object as rows ``{key: value}``; the file may exceed memory.
 
     Raises:
         UserError: the top level is not an object, or the file is not JSON.
     """
-    return Spans(path, _elements(path, (_COLON, _DELIMITER), "{}"), members=True)
+    return JsonRows(path, _elements(path, (_COLON, _DELIMITER), "{}"), members=True)
 
 
 def _elements(path: Path, followers: Sequence[re.Pattern[str]], brackets: str) -> Iterator[tuple[int, int]]:
-    """Find where each element of the top level lies, holding little more than one element in memory.
+    """Yield the byte range of each top-level element, holding little more than one element in memory.
 
-    ``followers`` say what must follow each JSON value of an element: a colon after a key, a delimiter after the last.
+    ``followers`` are the patterns that must follow each JSON value of an element: a colon after a key, a delimiter
+    after a value.
     """
     opening, closing = brackets[0], brackets[1]
     decoder = json.JSONDecoder()
-    # In latin-1 a character is a byte, so offsets in the text are offsets in the file; JSON's own marks are ASCII.
+    # In latin-1 every byte is one character, so text offsets are file offsets; JSON punctuation is ASCII.
     with path.open(encoding="latin-1", newline="") as file:
         buffer, base = file.read(CHUNK_BYTES), 0
         at = len(_BEFORE.match(buffer)[0])  # type: ignore[index]  # matches the empty string too
@@ -174,9 +175,9 @@ def _elements(path: Path, followers: Sequence[re.Pattern[str]], brackets: str) -
 def _end_of_element(
     decoder: json.JSONDecoder, buffer: str, at: int, followers: Sequence[re.Pattern[str]]
 ) -> int | None:
-    """Return where the element at ``at`` ends, or None where it may go on beyond the buffer.
+    """Return where the element at ``at`` ends, or None when it may extend beyond the buffer.
 
-    An element is whole only when what must follow is in sight: ``0.`` at the buffer's edge begins with a whole ``0``.
+    An element is complete only when its follower is in the buffer: ``0.`` at the edge starts with a valid ``0``.
     """
     end = at
     for follower in followers:
@@ -191,7 +192,7 @@ def _end_of_element(
     return end
 
 
-class Chain(Rows):
+class Concatenated(Rows):
     """Several tables as one; slices have no step."""
 
     def __init__(self, tables: Sequence[Rows]) -> None:

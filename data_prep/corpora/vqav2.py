@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.fields import ask, find_image, key_text, require, slot, text
+from data_prep.corpora.fields import find_image, placeholder, question_example, require, require_id, require_text
 from data_prep.corpora.tables import load_list
 from data_prep.example import Example
 from data_prep.quarantine import BadSample
@@ -16,21 +16,21 @@ SHORT_ANSWER = "Answer the question using a single word or phrase. {question}"
 
 
 class VQAv2(RowCorpus):
-    """One question a row; the answer is the annotators' commonest, the family is ``question_type``."""
+    """One question per row; the answer is the annotators' most frequent one, the family is ``question_type``."""
 
     questions: RawFile = Path("v2_OpenEnded_mscoco_train2014_questions.json")
-    """``{"questions": [{image_id, question, question_id}]}``"""
+    """JSON file ``{"questions": [{image_id, question, question_id}]}``."""
     annotations: RawFile = Path("v2_mscoco_train2014_annotations.json")
-    """``{"annotations": [{question_id, multiple_choice_answer, question_type, ...}]}``"""
+    """JSON file ``{"annotations": [{question_id, multiple_choice_answer, question_type, ...}]}``."""
     images: RawFolder = Path("train2014")
-    """Folder of the images."""
+    """Folder of the COCO images."""
     image_prefix: str = "COCO_train2014_"
-    """An image is ``PREFIX%012d.jpg``; empty for the 2017 names."""
-    prompt: Annotated[str, slot("question")] = SHORT_ANSWER
-    """What the user says; the default is AKI's."""
+    """Start of the image file names ``PREFIX%012d.jpg``; set it to "" for COCO 2017 names."""
+    prompt: Annotated[str, placeholder("question")] = SHORT_ANSWER
+    """User turn. ``{question}`` becomes the question."""
 
     def read_rows(self) -> Sequence[object]:
-        """Join both files; of an annotation only what is learned is kept (ten answers a question fill memory)."""
+        """Join both files; keep only the used keys of an annotation, since its ten answers would fill memory."""
         keep = ("question_id", "multiple_choice_answer", "question_type")
         answers = {
             annotation["question_id"]: annotation
@@ -46,14 +46,14 @@ class VQAv2(RowCorpus):
 
     def row_id(self, row: Row) -> str:
         """Return the question_id."""
-        return key_text(row, "question_id")
+        return require_id(row, "question_id")
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
-        """Return the question about its image with its answer."""
-        question = text(row, "question")
+        """Return the question with its image and answer."""
+        question = require_text(row, "question")
         if "multiple_choice_answer" not in row:
             raise BadSample("no-answer", "no annotation has this question_id")
-        answer = text(row, "multiple_choice_answer", empty="no-answer")
+        answer = require_text(row, "multiple_choice_answer", empty="no-answer")
         image = find_image(self.root / self.images, f"{self.image_prefix}{require(row, 'image_id', int):012d}.jpg")
-        family = text(row, "question_type") if "question_type" in row else ""
-        yield ask(sample, [image], self.prompt.replace("{question}", question), answer, family=family)
+        family = require_text(row, "question_type") if "question_type" in row else ""
+        yield question_example(sample, [image], self.prompt.replace("{question}", question), answer, family=family)

@@ -20,48 +20,48 @@ from pydantic import Field
 
 from data_prep.common.errors import UserError, one_line
 from data_prep.corpora.base import Corpus, Malformed, as_row
-from data_prep.corpora.fields import Pattern, clean, matching_files, text
+from data_prep.corpora.fields import Pattern, clean_text, matching_files, require_text
 from data_prep.example import Example, ImageRef, Reject, Turn
 from data_prep.quarantine import BadSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
 _DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-"""What reading a damaged tar raises, besides an OSError without a number."""
+"""Raised while a damaged tar is read, besides an OSError without an errno."""
 
 
 class DamagedTarError(Exception):
-    """A tar is cut short, or is none."""
+    """The file is not a tar, or is damaged from some byte on."""
 
 
 class Member(NamedTuple):
-    """A file of a tar that belongs to a sample, read into memory."""
+    """A tar member that belongs to a sample, read into memory."""
 
     key: str
     suffix: str
     data: bytes
     unsafe: str = ""
-    """Why it must not be used: a link, a device, or a name that leaves the folder."""
+    """Why it must not be used: a link, a device, or a name that leaves its folder."""
 
 
 class WebDataset(Corpus):
     """Tars of ``KEY.jpg|jpeg|png|webp`` with ``KEY.txt`` and ``KEY.json``; one tar is one shard.
 
-    Tars are streamed, nothing is extracted, and only regular files with plain relative names are read. An id is
-    ``TAR/KEY``: img2dataset numbers every shard anew where it is run again, so equal keys in two tars are two samples,
-    and no process has to remember the keys of others. A key that a tar holds twice is a duplicate.
+    Tars are streamed and never extracted; only regular files with plain relative names are read. The id is
+    ``TAR/KEY``: img2dataset restarts its numbering on every run, so equal keys in two tars are two samples. A key that
+    occurs twice in one tar is a duplicate.
     """
 
     tars: Pattern = "*.tar"
-    """Which tars, as a glob pattern."""
+    """Tars to read, as a glob pattern such as ``**/*.tar``."""
     caption_key: str | None = None
-    """Take the caption from this key of ``KEY.json`` (KALE: ``cogvlm_caption``) instead of from ``KEY.txt``."""
+    """Key of ``KEY.json`` that holds the caption (KALE: ``cogvlm_caption``); default: the caption is ``KEY.txt``."""
     granularity: Annotated[int, Field(ge=0, le=5)] | None = None
-    """BLIP3-OCR-200M keeps several captions under ``captions``, as JSON in a string: take the one of this detail."""
+    """For BLIP3-OCR-200M, which stores several captions per image: take the one with this granularity."""
 
     @property
     def never_augment(self) -> str:
-        """Why the images must be shown as they are."""
+        """Why ``augment`` is refused."""
         return "its captions are text that is read off the images" if self.granularity is not None else ""
 
     def shards(self) -> Sequence[str]:
@@ -69,7 +69,7 @@ class WebDataset(Corpus):
         return list(self._tars)
 
     def files(self) -> Sequence[Path]:
-        """Return the tars in the order of their names."""
+        """Return the tars, sorted by path."""
         return list(self._tars.values())
 
     def files_of(self, shard: str) -> Sequence[Path]:
@@ -82,7 +82,7 @@ class WebDataset(Corpus):
         return {quote(path.relative_to(self.root).as_posix().removesuffix(".tar"), safe=""): path for path in paths}
 
     def examples(self, shard: str) -> Iterator[Example | Reject]:
-        """Yield the samples of one tar; of a damaged one those before the damage, and a reject that names it."""
+        """Yield the samples of one tar; a damaged tar yields the samples before the damage, then one reject."""
         try:
             yield from self._examples(shard)
         except DamagedTarError as problem:
@@ -97,35 +97,33 @@ class WebDataset(Corpus):
                     raise BadSample("duplicate-id", f"key {key} occurs twice in {path.name}")
                 yield self._example(sample, path, members)
             except BadSample as problem:
-                words = b"\n".join(members[suffix].data for suffix in TEXT_SUFFIXES if suffix in members)
-                yield Reject(
-                    sample, problem.code, problem.detail, words.decode(errors="replace"), _image(path, members)
-                )
+                raw = b"\n".join(members[suffix].data for suffix in TEXT_SUFFIXES if suffix in members)
+                yield Reject(sample, problem.code, problem.detail, raw.decode(errors="replace"), _image(path, members))
             seen.add(key)
 
     def _example(self, sample: str, tar: Path, members: dict[str, Member]) -> Example:
-        clean(next(iter(members.values())).key, "key")
+        clean_text(next(iter(members.values())).key, "key")
         for member in members.values():
             if member.unsafe:
                 raise BadSample("unsafe-path", member.unsafe)
         image = _image(tar, members)
         if image is None:
-            raise BadSample("missing-image", f"no member {sample}.{'|'.join(IMAGE_SUFFIXES)}")
+            raise BadSample("missing-image", f"the tar has no member {sample}.{'|'.join(IMAGE_SUFFIXES)}")
         turns = (Turn("user", (image,)), Turn("assistant", (self._caption(members),)))
         return Example(sample, turns, kind="document")
 
     def _caption(self, members: dict[str, Member]) -> str:
         if self.caption_key is None and self.granularity is None and "txt" in members:
-            caption = clean(_decode(members["txt"].data), "txt")
+            caption = clean_text(_decode(members["txt"].data), "txt")
             if not caption:
                 raise BadSample("empty-text", "the caption is empty")
             return caption
         if "json" not in members:
-            raise BadSample("missing-key", "the sample has no text member")
+            raise BadSample("missing-key", "the sample has no .txt or .json member")
         about = as_row(_parse(_decode(members["json"].data)))
         if self.granularity is not None:
-            return _ocr_caption(_parse(text(about, self.caption_key or "captions")), self.granularity)
-        return text(about, self.caption_key or "caption")
+            return _ocr_caption(_parse(require_text(about, self.caption_key or "captions")), self.granularity)
+        return require_text(about, self.caption_key or "caption")
 
 
 def _image(tar: Path, members: dict[str, Member]) -> ImageRef | None:
@@ -136,7 +134,7 @@ def _image(tar: Path, members: dict[str, Member]) -> ImageRef | None:
 
 
 def read_image(path: Path, name: str) -> bytes:
-    """Return the member ``KEY.SUFFIX`` of a tar. Raises OSError where it cannot be read, KeyError where it is not."""
+    """Return the member ``KEY.SUFFIX`` of a tar. Raises OSError when it cannot be read, KeyError when it is absent."""
     try:
         with tarfile.open(path) as tar:
             for info in tar:
@@ -159,17 +157,19 @@ def _parse(content: str) -> object:
 
 
 def _ocr_caption(captions: object, granularity: int) -> str:
-    """Return the text read at this granularity, without the web page's own caption mixed in."""
+    """Return the OCR text at this granularity, without the web page's own caption."""
     if not isinstance(captions, list):
-        raise BadSample("bad-json" if isinstance(captions, Malformed) else "missing-key", "'captions' is no JSON list")
+        raise BadSample(
+            "bad-json" if isinstance(captions, Malformed) else "missing-key", "'captions' is not a JSON list"
+        )
     for caption in map(as_row, captions):
         if caption.get("granularity") == granularity and not caption.get("include_datacomp_raw_cap"):
-            return text(caption, "text")
+            return require_text(caption, "text")
     raise BadSample("missing-key", f"no caption of granularity {granularity}")
 
 
 def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
-    """Gather neighbouring members of the same key, as the format demands."""
+    """Group consecutive members with the same key, as the format requires."""
     key, members = "", dict[str, Member]()
     for member in _members(path):
         if member.key != key or member.suffix in members:
@@ -182,7 +182,7 @@ def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
 
 
 def _members(path: Path) -> Iterator[Member]:
-    """Stream the members that make up samples. Raises DamagedTarError where what the tar holds cannot be read on."""
+    """Stream the members of samples. Raises DamagedTarError at the first damage."""
     try:
         with _opened(path) as (tar, size):
             for info in tar:
@@ -191,19 +191,19 @@ def _members(path: Path) -> Iterator[Member]:
                 key, suffix = _key_and_suffix(info.name)
                 if not info.isdir() and key and suffix in IMAGE_SUFFIXES + TEXT_SUFFIXES:
                     yield _read(tar, info, key, suffix)
-                tar.members.clear()  # type: ignore[attr-defined]  # what it has passed is never asked for again
+                tar.members.clear()  # type: ignore[attr-defined]  # would grow with the tar
             _check_end(tar)
     except (OSError, *_DAMAGE) as problem:
-        if isinstance(problem, OSError) and problem.errno:  # of the file system, not of what the file holds
+        if isinstance(problem, OSError) and problem.errno:  # from the file system, not about the file's content
             raise UserError(f"{path}: cannot be read ({one_line(problem)})") from None
         raise DamagedTarError(f"{path}: {one_line(problem)}; download it again, then run the same command") from None
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, float]]:
-    """Open a tar for one walk through it; yield it with its size in bytes, where that is known.
+    """Open a tar for one pass; yield it with its size in bytes, or infinity when it is compressed.
 
-    Where it is not compressed it is read by seeks, which take less than a stream does.
+    An uncompressed tar is read with seeks, which is faster than streaming.
     """
     with ExitStack() as stack:
         file = stack.enter_context(_File(path))
@@ -216,7 +216,7 @@ def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, float]]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError where more than zeros follow what ends a tar: a hole, or another tar."""
+    """Raise ReadError when anything but zeros follows the end of a tar: a hole, or a second tar."""
     assert tar.fileobj is not None
     while block := tar.fileobj.read(1 << 16):
         if block.strip(b"\0"):
@@ -224,7 +224,7 @@ def _check_end(tar: tarfile.TarFile) -> None:
 
 
 class _Info(tarfile.TarInfo):
-    """A member whose header has to be whole: at one that is damaged, ``tarfile`` takes the tar to have ended."""
+    """A member with a strictly checked header: ``tarfile`` itself takes a damaged header for the end of the tar."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> Self:  # type: ignore[override]  # it is only called by position
@@ -235,7 +235,7 @@ class _Info(tarfile.TarInfo):
 
 
 class _File(io.BufferedReader):
-    """A file in which a number that is damaged asks for no more memory than the file is large."""
+    """A file whose reads never ask for more memory than the file is large, whatever size a damaged header claims."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -254,8 +254,8 @@ def _key_and_suffix(name: str) -> tuple[str, str]:
 def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:
     name = info.name
     if name.startswith("/") or ".." in name.split("/"):
-        return Member(key, suffix, b"", f"member name {name!r} does not stay in its folder")
+        return Member(key, suffix, b"", f"member name {name!r} leaves its folder")
     file = tar.extractfile(info) if info.isreg() else None
     if file is None:
-        return Member(key, suffix, b"", f"member {name!r} is a link or a device, not a file")
+        return Member(key, suffix, b"", f"member {name!r} is a link or a device, not a regular file")
     return Member(key, suffix, file.read())

@@ -176,8 +176,8 @@ class UnitWriter:
         """Count and list a sample that cannot be used."""
         assert item.code in CODES, item.code
         self._codes[item.code] += 1
-        if item.sought is not None:
-            self.files.add(item.sought)
+        if item.missing_file is not None:
+            self.files.add(item.missing_file)
         place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": item.sample}
         self._rejects.write(json.dumps({**place, "code": item.code, "detail": item.detail, **shown(item)}) + "\n")
 

@@ -1,4 +1,4 @@
-"""The recipe of the paper's mixture, whole, on the faithful fixtures of its eleven corpora."""
+"""The recipe of the paper's mixture, end to end, on faithful fixtures of its eleven corpora."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DRAWS = 400
 
 
 def lay_out(root: Path) -> None:
-    """Put the fixtures where the recipe's comments say; COCO's images lie in common folders."""
+    """Put the fixtures where the recipe expects them; COCO images lie in common folders."""
     for corpus in ("vqav2", "gqa", "vsr", "ocrvqa", "aokvqa", "scienceqa", "refcoco", "visual_genome", "llava"):
         shutil.copytree(FIXTURES / corpus, root / corpus)
         for images in (root / corpus).glob("train201*"):
@@ -44,7 +44,7 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> PackReader:
     content["packs"]["sft"]["draws"] = DRAWS
     changes = {key: content[key] for key in ("corpora", "packs", "image_tokens")}
     tokenizer = str(byte_bpe(folder / "tokenizer"))
-    prepare(make_recipe(folder, **changes, tokenizer=tokenizer, max_bad_fraction=0.95))  # half of the fixtures is dirty
+    prepare(make_recipe(folder, **changes, tokenizer=tokenizer, max_bad_fraction=0.95))  # half of the rows are dirty
     assert any("packs/sft: whole" in line for line in verify(folder / "out"))
     return PackReader(folder / "out" / "packs" / "sft")
 
@@ -72,7 +72,7 @@ def test_prompts_are_those_of_the_paper(packs: PackReader) -> None:
             words = tokenizer.decode(row.input_ids[at], specials=True)
             assert words.startswith(f"<|system|>\n{system}<|end|>\n<|user|>\n")
             if source.dataset in asked:
-                assert f"<|user|>\n\n{asked[source.dataset]}" in words  # the image stands between the two line ends
+                assert f"<|user|>\n\n{asked[source.dataset]}" in words  # the image is between the two line ends
                 seen.add(source.dataset)
     assert seen == asked.keys()
 
@@ -89,7 +89,7 @@ def test_only_answers_and_their_ends_are_supervised(packs: PackReader) -> None:
             assert (row.input_ids[at] == header).any() and not row.generated[at][row.input_ids[at] == header].any()
 
 
-AKI = {  # written down from the description of the released implementation, its faults left out
+AKI = {  # from the description of the released implementation, without its faults
     "vqav2": "Answer the question using a single word or phrase. What is on the table?",
     "gqa": "Answer the question using a single word or phrase. Is the lamp on?",
     "ocrvqa": "Answer the question using a single word or phrase. Who wrote this book?",
@@ -109,7 +109,7 @@ def test_with_parity_a_question_is_written_as_the_released_aki_writes_it(asked: 
     assert spell(template.pieces(excerpt.example)) == golden and excerpt.left_out == 1
 
 
-def test_the_prompts_of_the_goldens_are_those_of_the_readers() -> None:
+def test_the_prompts_of_the_goldens_are_the_readers_defaults() -> None:
     for corpus, asked in AKI.items():
         fields = CORPORA[corpus].model_fields
         prompt = fields["phrase_prompt" if corpus == "refcoco" else "prompt"].default

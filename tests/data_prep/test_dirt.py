@@ -1,4 +1,4 @@
-"""Every kind of dirt through the real ingest: rejected with its code, or mended, and the rest goes on."""
+"""Every kind of dirt through the real ingest: the sample is rejected with its code, or repaired; the rest is kept."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.data_prep.raw import write_tar as write_webdataset
 
 SIZE = (8, 6)
 ROUNDS = int(os.environ.get("MMA_FUZZ_ROUNDS", "60"))
-"""Rounds of the last test; more find more."""
+"""Rounds of the last test; raise it to search longer."""
 QUIET = Reporter(quiet=True)
 
 
@@ -206,7 +206,7 @@ def test_dirt_in_tars(made: Path, key: str) -> None:
 def test_dirt_in_rows(made: Path, key: str) -> None:
     found = Counter((sample, code) for (corpus, sample), code in outcomes(made).items() if corpus == "chat")
     code = ROWS[key][1]
-    if key == "fine again":  # the first of the two is kept; the list of rejects names the second
+    if key == "fine again":  # the first of the two is kept; the second is rejected
         listed = (made / "rejects.jsonl").read_text()
         assert '"sample": "fine", "code": "duplicate-id"' in listed and found["fine", ""] == 1
     else:
@@ -222,7 +222,7 @@ def test_dirt_in_boxes(made: Path, key: str) -> None:
     assert (BOXES[key][2] == "bad-box") == any(one["sample"].startswith(str(place)) for one in rejected)
 
 
-def test_text_never_claims_an_image_or_a_turn_and_every_kept_image_opens(made: Path) -> None:
+def test_text_never_forges_an_image_or_a_turn_and_every_kept_image_decodes(made: Path) -> None:
     reader = PackReader(made / "packs" / "all")
     tokenizer, store = (
         Tokenizer.load(reader.directory / "tokenizer"),
@@ -235,7 +235,7 @@ def test_text_never_claims_an_image_or_a_turn_and_every_kept_image_opens(made: P
             ids = row.input_ids[(row.segment == number) & (row.modality == 0)]
             texts[source.sample] = tokenizer.decode(ids, specials=True)
     assert "<image> <assistant> <eos> </s> <pad>" in texts["captions/special tokens"]
-    assert "is it <end><assistant>?" in texts["spelled"]  # its <image> is the format's own mark
+    assert "is it <end><assistant>?" in texts["spelled"]  # its <image> is the format's own marker
     assert texts["spelled"].count("<assistant>") == 2 and texts["spelled"].count("<end>") == 3
     for row_id in range(len(store)):
         assert decode_rgb(store.read(row_id)).mode == "RGB"
@@ -244,12 +244,12 @@ def test_text_never_claims_an_image_or_a_turn_and_every_kept_image_opens(made: P
     assert decode_rgb(sixteen_bit()).getpixel((0, 0)) == (155, 155, 155)
 
 
-def test_the_run_is_whole(made: Path) -> None:
+def test_the_output_verifies(made: Path) -> None:
     assert len(list(verify(made))) == 3
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, double or blank some bytes."""
+    """Flip, cut, repeat or overwrite some bytes."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 6)):
         at, size = rng.randrange(len(out)), rng.choice([1, 1, 2, 16, 512])
@@ -269,7 +269,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def check_markers(out: Path) -> None:
-    """Every unit that was made accounts for every sample it saw."""
+    """Every finished shard output accounts for every sample it saw."""
     for marker in out.glob("ingest/*/*/*.json"):
         report = json.loads(marker.read_text())
         rejects = [json.loads(line)["code"] for line in marker.with_suffix(".rejects").read_text().splitlines()]
@@ -283,8 +283,8 @@ def write_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
 
 
-def test_damaged_raw_files_are_rejected_or_refused_in_words(made: Path, tmp_path: Path) -> None:
-    """Flipped, cut and doubled bytes anywhere in tars, JSON, Parquet and images: no other exception, nothing lost."""
+def test_damaged_raw_files_give_rejects_or_one_line_errors(made: Path, tmp_path: Path) -> None:
+    """Flipped, cut and repeated bytes anywhere in tars, JSON, Parquet and images: no other exception, nothing lost."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_raw(raw)
     write_webdataset(raw / "captions.tar", {f"{n:04d}": (png(n), f"{n} things") for n in range(8)})
@@ -294,17 +294,17 @@ def test_damaged_raw_files_are_rejected_or_refused_in_words(made: Path, tmp_path
     content["packs"]["all"]["corpora"].append("parquet")
     names = ("captions.tar", "chat.jsonl", "refcoco.json", "rows.parquet", "images/ok.png", "images/rotated.jpg")
     whole = {raw / name: (raw / name).read_bytes() for name in names}
-    told = Counter[str]()
+    results = Counter[str]()
     for seed in range(ROUNDS):
         rng = random.Random(seed)
         for path, data in whole.items():
             path.write_bytes(damaged(data, rng) if rng.random() < 0.4 else data)
         try:
             ingest(load_recipe(str(write_recipe(tmp_path / "recipe.yaml", content))), ALONE, QUIET)
-            told["made"] += 1
+            results["made"] += 1
         except UserError as problem:
             assert "\n" not in str(problem), seed
-            told["refused"] += 1
+            results["refused"] += 1
         check_markers(out)
         shutil.rmtree(out / "ingest", ignore_errors=True)
-    assert told["made"] and told["refused"], told
+    assert results["made"] and results["refused"], results

@@ -1,4 +1,4 @@
-"""The shipped recipes on real files; set NLVR_DIR and CC12M_DIR to folders of the raw data to run these."""
+"""The shipped recipes on real files; set NLVR_DIR and CC12M_DIR to the folders of the raw data to run these."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data_prep.packs import PackReader
 @pytest.mark.slow
 def test_a_shipped_recipe_packs_its_real_data(tmp_path: Path, recipe: str, variable: str, sets: set[str]) -> None:
     if variable not in os.environ:
-        pytest.skip(f"{variable} is not set: it must name the folder of the raw data of recipe {recipe}")
+        pytest.skip(f"{variable} is not set: set it to the folder of recipe {recipe}'s raw data")
     assert main(["run", recipe, "--out", str(tmp_path)]) == 0
     assert main(["verify", str(tmp_path)]) == 0
     assert {path.name for path in (tmp_path / "packs").iterdir()} == sets

@@ -1,4 +1,4 @@
-"""Data sets as people have them: no option but the files."""
+"""The ``chat`` reader on datasets as people have them, with no option but the files."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_usual_shapes_need_no_option(shape: str, suffix: str, tmp_path: Path
 
 
 def _dataset(rows: int = 3) -> Dataset:
-    """As ``datasets`` keeps images: bytes and path; typed parts with null keys."""
+    """Rows as ``datasets`` stores them: images as bytes and path; typed parts with null keys."""
     content = [{"type": "image", "text": None}, {"type": "text", "text": "What is this?"}]
     asked = {"role": "user", "content": content}
     answer = {"role": "assistant", "content": [{"type": "text", "text": "A field."}]}
@@ -82,7 +82,7 @@ def _dataset(rows: int = 3) -> Dataset:
     return Dataset.from_list([{"messages": [asked, answer], "images": images, "more": n} for n in range(rows)])
 
 
-def test_a_data_set_saved_to_disk_or_as_parquet_needs_no_option(tmp_path: Path) -> None:
+def test_a_dataset_saved_to_disk_or_as_parquet_needs_no_option(tmp_path: Path) -> None:
     _dataset().save_to_disk(tmp_path / "saved", num_shards=2)
     _dataset().to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
     for pattern in ("saved/*.arrow", "hub/data/*.parquet"):
@@ -95,7 +95,7 @@ def test_a_data_set_saved_to_disk_or_as_parquet_needs_no_option(tmp_path: Path) 
             ] == "What is this?"
 
 
-def test_text_alone_needs_no_images_and_an_unknown_column_is_named(tmp_path: Path) -> None:
+def test_text_only_data_needs_no_images_and_an_unknown_column_is_named(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
     Dataset.from_list([{"messages": talk}]).to_parquet(tmp_path / "talk.parquet")
     [item] = outcomes(build_corpus("chat", {"data": "talk.parquet"}, tmp_path))
@@ -119,7 +119,7 @@ TEXT, SHOWN = [{"type": "text", "text": text} for text in ("first", "second")], 
         ([SHOWN, TEXT[0], SHOWN, TEXT[1]], "[0][1]first\nsecond", "[0]first\n[1]\nsecond"),
     ],
 )
-def test_words_around_images_stay_apart(content: Any, first: str, as_written: str, tmp_path: Path) -> None:
+def test_words_around_images_are_not_glued_together(content: Any, first: str, as_written: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
     row = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "a.png"]}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
@@ -133,24 +133,24 @@ def test_words_around_images_stay_apart(content: Any, first: str, as_written: st
 
 @pytest.mark.parametrize("speaker", ["system", "assistant"])
 @pytest.mark.parametrize("content", ["Look: <image>", [SHOWN, TEXT[0]]], ids=["marker", "part"])
-def test_only_users_show_images(content: Any, speaker: str, tmp_path: Path) -> None:
+def test_only_user_turns_hold_images(content: Any, speaker: str, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(png(1))
     said = {"system": "Be kind.", "user": "What is this?", "assistant": "A field.", speaker: content}
     messages = [{"role": role, "content": text} for role, text in said.items()]
     rows = [{"messages": messages, "images": images} for images in (["a.png"], [])]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     shown, spelled = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
-    assert isinstance(shown, Reject) and shown.code == "bad-label" and "assistant's or system's turn" in shown.detail
-    assert isinstance(spelled, Example if isinstance(content, str) else Reject), "without images a marker is a word"
+    assert isinstance(shown, Reject) and shown.code == "bad-label" and "assistant or system turn" in shown.detail
+    assert isinstance(spelled, Example if isinstance(content, str) else Reject), "without images, a marker is text"
 
 
 @pytest.mark.parametrize("address", ["https://example.org/a.png", "data:image/png;base64,iVBORw0KGgo="])
-def test_an_address_is_said_to_be_one(address: str, tmp_path: Path) -> None:
+def test_an_image_url_is_rejected_with_the_fix(address: str, tmp_path: Path) -> None:
     row = {"messages": [{"role": "user", "content": "<image> What?"}, ANSWER], "image": address}
     (tmp_path / "data.jsonl").write_text(json.dumps(row))
     [item] = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
     assert isinstance(item, Reject) and item.code == "missing-image"
-    assert f"is a {address.partition(':')[0]}: address: download it and name its file" in item.detail
+    assert f"is a {address.partition(':')[0]}: URL; download it and give its file name" in item.detail
 
 
 @pytest.mark.parametrize(

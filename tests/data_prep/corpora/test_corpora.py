@@ -1,6 +1,6 @@
-"""Every reader against a small faithful raw corpus: ``golden.jsonl`` says what each raw row becomes.
+"""Every reader on a small faithful raw corpus; ``golden.jsonl`` holds the expected outcome of each raw row.
 
-After an intended change, print the new lines with ``render`` and read them before they replace the old ones.
+After an intended change, print the new lines with ``render`` and read them before replacing the old ones.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ GOLDENS = [
 
 
 def render(item: Example | Reject) -> dict[str, Any]:
-    """Return an outcome as JSON; the words of a reject are left out, its code is not."""
+    """Return an outcome as JSON; of a reject, the code without the detail."""
     if isinstance(item, Reject):
         return {"reject": item.sample, "code": item.code}
     turns = [
@@ -122,7 +122,7 @@ def outcomes(corpus: Corpus) -> list[Example | Reject]:
 
 
 @pytest.mark.parametrize(("kind", "folder", "options", "golden"), GOLDENS)
-def test_each_raw_row_becomes_what_the_golden_file_says(
+def test_the_outcome_of_each_raw_row_equals_the_golden_file(
     kind: str, folder: str, options: Mapping[str, Any], golden: str
 ) -> None:
     items = outcomes(build_corpus(kind, options, FIXTURES / folder))
@@ -131,7 +131,7 @@ def test_each_raw_row_becomes_what_the_golden_file_says(
 
 
 @pytest.mark.parametrize(("kind", "folder", "options", "golden"), GOLDENS)
-def test_ids_are_unique_codes_are_known_and_images_can_be_read(
+def test_ids_are_unique_codes_are_known_and_images_are_readable(
     kind: str, folder: str, options: Mapping[str, Any], golden: str
 ) -> None:
     items = outcomes(build_corpus(kind, options, FIXTURES / folder))
@@ -149,7 +149,7 @@ def test_every_corpus_type_has_a_golden() -> None:
 
 
 @pytest.mark.parametrize(("kind", "folder", "options", "golden"), GOLDENS)
-def test_shards_are_independent_of_each_other_and_of_their_order(
+def test_shards_do_not_depend_on_each_other_or_on_their_order(
     kind: str, folder: str, options: Mapping[str, Any], golden: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = [render(item) for item in outcomes(build_corpus(kind, options, FIXTURES / folder))]
@@ -159,7 +159,7 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
     shards = build_corpus(kind, options, FIXTURES / folder).shards()
     by_shard = {
         shard: [render(item) for item in build_corpus(kind, options, FIXTURES / folder).examples(shard)]
-        for shard in reversed(shards)  # each with a reader of its own, as in different processes
+        for shard in reversed(shards)  # each with its own reader, as in different processes
     }
     assert [item for shard in shards for item in by_shard[shard]] == whole
     assert all(shard == Path(shard).name for shard in shards)
@@ -171,8 +171,8 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
         pytest.param("vqa", {}, r"unknown corpus type 'vqa' \(did you mean 'vqav2'\?\)", id="kind"),
         pytest.param("vqav2", {"image": "x"}, r"vqav2\.image: unknown option \(did you mean 'images'\?\)", id="option"),
         pytest.param("vqav2", {"root": "/"}, r"vqav2\.root: unknown option", id="root"),
-        pytest.param("vqav2", {"images": "nowhere"}, r"vqav2\.images: there is no folder .*nowhere", id="folder"),
-        pytest.param("vqav2", {"questions": "gone.json"}, r"vqav2\.questions: there is no file .*gone", id="file"),
+        pytest.param("vqav2", {"images": "nowhere"}, r"vqav2\.images: folder .*nowhere does not exist", id="folder"),
+        pytest.param("vqav2", {"questions": "gone.json"}, r"vqav2\.questions: file .*gone.* does not exist", id="file"),
         pytest.param("vqav2", {"prompt": "Answer."}, r"vqav2\.prompt: .*\{question\}.*found 'Answer\.'", id="prompt"),
         pytest.param("refcoco", {"direction": "up"}, r"refcoco\.direction: .*'phrase'.*found 'up'", id="choice"),
         pytest.param("nlvr", {"permutations": 7}, r"nlvr\.permutations: .*equal to 6.*found 7", id="range"),
@@ -180,8 +180,13 @@ def test_shards_are_independent_of_each_other_and_of_their_order(
         pytest.param("chat", {}, r"chat\.data is missing: add it", id="required"),
         pytest.param("chat", {"data": "*.csv"}, r"chat\.data: must end in \.jsonl, .*found '\*\.csv'", id="format"),
         pytest.param("chat", {"data": "none*.jsonl"}, r"data='none\*\.jsonl' matches no file", id="no-data"),
-        pytest.param("webdataset", {"tars": "../*.tar"}, r"webdataset\.tars: .*below the root", id="climbing-pattern"),
-        pytest.param("chat", {"data": "**.jsonl"}, r"chat\.data: \*\* must stand alone", id="stars"),
+        pytest.param(
+            "webdataset",
+            {"tars": "../*.tar"},
+            r"webdataset\.tars: .*relative to the recipe's root",
+            id="climbing-pattern",
+        ),
+        pytest.param("chat", {"data": "**.jsonl"}, r"chat\.data: \*\* must be a whole path component", id="stars"),
     ],
 )
 def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message: str) -> None:
@@ -189,8 +194,8 @@ def test_wrong_options_are_named(kind: str, options: Mapping[str, Any], message:
         build_corpus(kind, options, FIXTURES / kind)
 
 
-def test_a_root_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"matches no file under .*/gone: there is no such folder, set root"):
+def test_a_root_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"matches no file under .*/gone: this folder does not exist; set"):
         build_corpus("webdataset", {}, tmp_path / "gone")
 
 
@@ -206,9 +211,7 @@ def test_a_root_that_is_not_there_is_said_to_be_missing(tmp_path: Path) -> None:
         pytest.param("chat", "data", b"PAR1 cut", "not a Parquet file", id="cut-parquet"),
     ],
 )
-def test_a_file_that_is_bad_as_a_whole_is_named(
-    kind: str, file: str, content: bytes, message: str, tmp_path: Path
-) -> None:
+def test_an_unusable_file_is_named(kind: str, file: str, content: bytes, message: str, tmp_path: Path) -> None:
     pattern = kind == "chat"
     bad = tmp_path / ("bad.parquet" if pattern else "bad.json")
     bad.write_bytes(content)
@@ -239,11 +242,11 @@ def rewritten(data: bytes, how: str) -> bytes:
 
 @pytest.mark.parametrize("how", ["", "gz"])
 @pytest.mark.parametrize("damage", ["header", "hole", "another tar", "no end"])
-def test_a_tar_never_ends_early_without_a_word(tmp_path: Path, damage: str, how: str) -> None:
+def test_a_tar_never_ends_early_silently(tmp_path: Path, damage: str, how: str) -> None:
     write_tar(tmp_path / "00000.tar", {f"{key}": (png(key), "a caption") for key in range(4)})
     whole = (tmp_path / "00000.tar").read_bytes()
     at, end = whole.index(b"2.png"), len(whole.rstrip(b"\0")) // 512 * 512 + 512
-    harmless = damage == "no end"  # some writers leave the blocks of zeros out: nothing is lost
+    harmless = damage == "no end"  # some writers omit the final zero blocks: nothing is lost
     cases = {
         "header": [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(at, at + 512, 3)],
         "hole": [whole[:at] + bytes(512) + whole[at + 512 :]],
@@ -258,7 +261,7 @@ def test_a_tar_never_ends_early_without_a_word(tmp_path: Path, damage: str, how:
         assert len(kept) == before - 1  # the last sample before the damage may have had more members
 
 
-def test_a_damaged_tar_gives_what_comes_before_the_damage_and_is_named(tmp_path: Path) -> None:
+def test_a_damaged_tar_contributes_the_samples_before_the_damage_and_is_named(tmp_path: Path) -> None:
     whole = (FIXTURES / "webdataset/cc12m/00000.tar").read_bytes()
     (tmp_path / "00000.tar").write_bytes(whole)
     samples = outcomes(build_corpus("webdataset", {}, tmp_path))
@@ -300,7 +303,7 @@ def test_the_image_folder_itself_may_be_a_link(tmp_path: Path) -> None:
     assert [render(item) for item in linked] == [render(item) for item in direct]
 
 
-def test_nlvr_groups_part_the_readable_sentences() -> None:
+def test_nlvr_groups_partition_the_readable_sentences() -> None:
     def kept(**options: Any) -> set[str]:
         items = outcomes(build_corpus("nlvr", options, FIXTURES / "nlvr"))
         return {item.id for item in items if isinstance(item, Example)}
@@ -351,3 +354,10 @@ def test_equal_keys_in_two_tars_are_two_samples_and_a_key_twice_in_one_is_a_dupl
     assert [(item.sample, item.code) for item in items if isinstance(item, Reject)] == [
         ("00001/000000001", "duplicate-id")
     ]
+
+
+@pytest.mark.parametrize("kind", CORPORA)
+def test_every_option_of_every_reader_is_documented(kind: str) -> None:
+    assert CORPORA[kind].__doc__
+    for name, option in CORPORA[kind].model_fields.items():
+        assert option.description and len(option.description) > 15 and option.description.rstrip()[-1] == ".", name

@@ -1,4 +1,4 @@
-"""No raw row, however broken, stops a reader: mutated fixtures become examples or rejects, never an exception."""
+"""No broken raw row stops a reader: mutated fixtures become examples or rejects, never an exception."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ JSON_CORPORA = [
 
 
 def inner_places(value: Any, depth: int = 0) -> list[tuple[Any, Any]]:
-    """Return (container, key) of everything below the rows: lists of rows and objects of rows stay whole."""
+    """Return (container, key) of every value inside the rows; the lists and objects of rows stay intact."""
     entries = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
     here = [(value, key) for key, inner in entries if depth > 0 and not (depth == 1 and isinstance(value, list))]
     return here + [place for _, inner in entries for place in inner_places(inner, depth + 1)]
@@ -95,7 +95,7 @@ def test_mutated_rows_become_examples_or_rejects(
         for item in (item for shard in corpus.shards() for item in corpus.examples(shard)):
             if isinstance(item, Reject):
                 assert item.code in CODES, seed
-                f"{item.sample}{item.detail}".encode()  # can be written into the list of rejects
+                f"{item.sample}{item.detail}".encode()  # the list of rejects must be able to hold it
             else:
                 assert isinstance(item, Example), seed
                 assert item.turns[-1].role == "assistant", seed

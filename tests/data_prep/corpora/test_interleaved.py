@@ -1,4 +1,4 @@
-"""Interleaved documents from raw files to packed rows: exact spans, cuts between units, images that are not there."""
+"""Interleaved documents from raw files to packed rows: exact spans, splits before images, missing images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def words(number: int, count: int) -> str:
 
 
 def write_document(root: Path, name: str, parts: Sequence[str | int | None]) -> dict[str, Any]:
-    """An OBELICS row: text, the number of an image, or None for an image that is not there."""
+    """An OBELICS row: text, the number of an image, or None for a missing image."""
     images = [part if part is None or isinstance(part, int) else "" for part in parts]
     for number in filter(None, images):
         (root / "images" / f"{number}.png").write_bytes(png(int(number)))
@@ -79,7 +79,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
 
 
 def segments(reader: PackReader) -> dict[str, tuple[Any, Any]]:
-    """Sample -> (row, places of its tokens)."""
+    """Sample -> (row, positions of its tokens)."""
     return {
         source.sample: (row, np.flatnonzero(row.segment == number))
         for row in reader
@@ -88,7 +88,7 @@ def segments(reader: PackReader) -> dict[str, tuple[Any, Any]]:
 
 
 def read_back(reader: PackReader, sample: str) -> list[tuple[bool, str]]:
-    """(generated, text) of the runs of a sample; an image is ``[n]``, counted in the sample."""
+    """(generated, text) of the runs of a sample; an image is ``[n]``, numbered within the sample."""
     row, places = segments(reader)[sample]
     tokenizer = Tokenizer.load(reader.directory / "tokenizer")
     found: list[tuple[bool, str]] = []
@@ -118,10 +118,10 @@ def test_text_is_generated_and_images_are_given_in_reading_order(packed: tuple[P
         (True, "and has one picture<eos>"),
     ]
     asked = [(False, "[0]"), (False, "[1]"), (False, "Look: "), (True, "two at once<eos>")]
-    assert read_back(reader, "gallery") == asked, "images with one text behind them are a caption, which takes a prompt"
+    assert read_back(reader, "gallery") == asked, "images followed by one text are a caption, which takes a prompt"
 
 
-def test_a_long_document_is_cut_between_units_and_ends_once(packed: tuple[Path, Any]) -> None:
+def test_a_long_document_is_split_before_images_and_ends_once(packed: tuple[Path, Any]) -> None:
     reader = PackReader(packed[0] / "packs" / "pt")
     found = segments(reader)
     parts = sorted((name for name in found if name.startswith("long#")), key=lambda name: int(name[5:]))
@@ -137,9 +137,7 @@ def test_a_long_document_is_cut_between_units_and_ends_once(packed: tuple[Path, 
     assert texts == [words(n, 2) for n in range(4, 15)] + [words(15, 2) + "<eos>"]
 
 
-def test_images_that_are_not_there_are_left_out_and_counted(
-    packed: tuple[Path, Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_images_are_dropped_and_counted(packed: tuple[Path, Any], capsys: pytest.CaptureFixture[str]) -> None:
     reader = PackReader(packed[0] / "packs" / "pt")
     assert read_back(reader, "lossy") == [(True, "lost"), (False, "[0]"), (True, "kept\n\nlost again<eos>")]
     assert read_back(reader, "broken") == [(True, "a broken one"), (False, "[0]"), (True, "a whole one<eos>")]
@@ -151,7 +149,7 @@ def test_images_that_are_not_there_are_left_out_and_counted(
     assert "docs: mended 3 x image-dropped" in shown and "docs: mended 1 x misnamed-image" in shown
 
 
-def test_a_missing_image_may_cost_the_document(packed: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_missing_image_can_reject_the_document(packed: tuple[Path, Any], tmp_path: Path) -> None:
     shutil.copytree(packed[0].parent / "raw", tmp_path / "raw")
     corpus = {"type": "interleaved", "data": "docs.jsonl", "id_column": "id", "missing": "reject"}
     pack = {"corpora": ["docs"], "template": "plain", "seq_len": 512, "epochs": 1}
@@ -179,10 +177,10 @@ def _document(texts: Sequence[int]) -> Example:
         ([5, 5, 5], Limits(28, None, None), [1, 1, 1]),
         ([5, 5, 5], Limits(100, 11, None), [2, 1]),
         ([5, 5, 5], Limits(100, None, 2), [2, 1]),
-        ([50, 5, 5], Limits(40, None, None), [1, 2]),  # the first is too large by itself: to be cut or rejected
+        ([50, 5, 5], Limits(40, None, None), [1, 2]),  # the first is too large alone: ingest truncates or rejects it
     ],
 )
-def test_parts_are_as_large_as_fits(texts: list[int], room: Limits, parts: list[int]) -> None:
+def test_parts_are_as_large_as_possible(texts: list[int], room: Limits, parts: list[int]) -> None:
     def measure(unit: Example) -> Size:
         said = sum(len(part) for turn in unit.turns for part in turn.parts if isinstance(part, str))
         return Size(said + 9 * len(unit.images), len(unit.images), 9)
@@ -195,7 +193,7 @@ def test_parts_are_as_large_as_fits(texts: list[int], room: Limits, parts: list[
     assert [part.id for part in found] == (["d"] if len(parts) == 1 else [f"d#{n + 1}" for n in range(len(parts))])
 
 
-def test_without_images_texts_meet_as_paragraphs() -> None:
+def test_texts_around_a_dropped_image_become_paragraphs() -> None:
     document = _document([1, 2, 3])
     left = without_images(document, [document.images[1]])
     assert [turn.role for turn in left.turns] == ["user", "assistant", "user", "assistant"]
@@ -208,7 +206,7 @@ def test_a_document_takes_no_prompt_and_no_header() -> None:
     assert len(Template("plain").pieces(document)) == 5
 
 
-def test_packs_made_before_repairs_were_counted_are_read(packed: tuple[Path, Any], tmp_path: Path) -> None:
+def test_a_manifest_without_repairs_is_read(packed: tuple[Path, Any], tmp_path: Path) -> None:
     manifest = json.loads((packed[0] / "packs" / "pt" / "manifest.json").read_text())
     del manifest["corpora"]["docs"]["repairs"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))

@@ -1,4 +1,4 @@
-"""Tables and fields under the readers: lazy JSON against the plain parser, boxes and names against plain rules."""
+"""Tables and fields of the readers: lazy JSON against ``json``, boxes and file names against plain rules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from data_prep.common.errors import UserError
 from data_prep.corpora import tables
 from data_prep.corpora.base import Malformed
-from data_prep.corpora.choices import Options, shuffled
+from data_prep.corpora.choices import Options, shuffle_options
 from data_prep.corpora.fields import find_image, normalised_box
 from data_prep.quarantine import BadSample
 
@@ -35,7 +35,7 @@ IN_A_TMP_PATH = settings(max_examples=150, deadline=None, suppress_health_check=
     bom=st.booleans(),
     chunk=st.integers(24, 64),
 )
-def test_a_streamed_list_equals_the_parsed_one(
+def test_a_streamed_list_equals_the_parsed_list(
     rows: list[Any], indent: int | None, ascii_only: bool, bom: bool, chunk: int, tmp_path: Path
 ) -> None:
     path = tmp_path / "rows.json"
@@ -67,7 +67,7 @@ def test_streamed_members_equal_the_parsed_object(
 
 @IN_A_TMP_PATH
 @given(rows=st.lists(VALUES, min_size=1, max_size=6), data=st.data())
-def test_rows_are_reached_by_number_and_by_slice(rows: list[Any], data: st.DataObject, tmp_path: Path) -> None:
+def test_rows_are_read_by_number_and_by_slice(rows: list[Any], data: st.DataObject, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows))
     table = tables.json_array(path)
@@ -80,22 +80,24 @@ def test_rows_are_reached_by_number_and_by_slice(rows: list[Any], data: st.DataO
 
 @IN_A_TMP_PATH
 @given(rows=st.lists(VALUES, max_size=6), end=st.sampled_from(["\n", "\r\n", "\n\n"]))
-def test_lines_are_rows_and_empty_lines_are_not(rows: list[Any], end: str, tmp_path: Path) -> None:
+def test_lines_are_rows_and_empty_lines_are_skipped(rows: list[Any], end: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(end.join(json.dumps(row) for row in rows).encode())
     assert list(tables.json_lines(path)) == rows
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_first_line(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b'\xef\xbb\xbf{"a": 1}\n{"a": 2}\n')
     assert list(tables.json_lines(tmp_path / "rows.jsonl")) == [{"a": 1}, {"a": 2}]
     for order in ("utf-16-le", "utf-16-be"):
         (tmp_path / "wide.jsonl").write_bytes('\ufeff{"a": 1}\n'.encode(order))
-        with pytest.raises(UserError, match=r"wide\.jsonl: UTF-16 text; JSON is UTF-8: iconv -f UTF-16"):
+        with pytest.raises(
+            UserError, match=r"wide\.jsonl: UTF-16 text, but JSON is UTF-8; convert it: iconv -f UTF-16"
+        ):
             tables.json_lines(tmp_path / "wide.jsonl")
 
 
-def test_a_bad_line_spoils_itself_only(tmp_path: Path) -> None:
+def test_a_bad_line_spoils_only_itself(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": \n{"a": "\xff"}\n' + b"[" * 100_000 + b'\n{"a": 2}')
     first, second, third, fourth, fifth = tables.json_lines(path)
@@ -111,7 +113,7 @@ def test_json_lines_that_are_named_json_are_recognised(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{}", "3", "[1, 2", "[1, }", '["a'])
-def test_a_list_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
+def test_a_list_that_is_missing_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"rows\.json"):
@@ -119,7 +121,7 @@ def test_a_list_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a"', '{"a": 1', '{"a" 1}'])
-def test_an_object_that_is_none_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
+def test_an_object_that_is_missing_or_cut_short_is_an_error(content: str, tmp_path: Path) -> None:
     path = tmp_path / "members.json"
     path.write_text(content)
     with pytest.raises(UserError, match=r"members\.json"):
@@ -127,17 +129,17 @@ def test_an_object_that_is_none_or_cut_short_is_an_error(content: str, tmp_path:
 
 
 @given(texts=st.lists(st.text(min_size=1), min_size=2, max_size=8, unique=True), key=st.text(), data=st.data())
-def test_the_letter_follows_the_right_option(texts: list[str], key: str, data: st.DataObject) -> None:
+def test_the_letter_follows_the_correct_option(texts: list[str], key: str, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, len(texts) - 1))
-    shown = shuffled(Options(tuple(texts), ascii_uppercase[right]), key)
+    shown = shuffle_options(Options(tuple(texts), ascii_uppercase[right]), key)
     assert sorted(shown.texts) == sorted(texts)
     assert shown.texts[ascii_uppercase.index(shown.answer)] == texts[right]
-    assert shown == shuffled(Options(tuple(texts), ascii_uppercase[right]), key)
+    assert shown == shuffle_options(Options(tuple(texts), ascii_uppercase[right]), key)
 
 
-def test_every_option_comes_equally_often_in_every_place() -> None:
+def test_the_correct_option_appears_equally_often_under_every_letter() -> None:
     letters = Counter(
-        shuffled(Options(("a", "b", "c", "d"), "A"), f"question {number}").answer for number in range(800)
+        shuffle_options(Options(("a", "b", "c", "d"), "A"), f"question {number}").answer for number in range(800)
     )
     assert set(letters) == set("ABCD")
     assert max(letters.values()) - min(letters.values()) < 80
@@ -168,7 +170,7 @@ def test_boxes_are_written_in_fractions(xywh: list[float], size: tuple[int, int]
         pytest.param([1, 1, 5, 5], (0, 48), id="no-image"),
     ],
 )
-def test_boxes_that_hold_nothing_are_refused(xywh: list[float], size: tuple[int, int]) -> None:
+def test_empty_boxes_are_rejected(xywh: list[float], size: tuple[int, int]) -> None:
     with pytest.raises(BadSample, match="bad-box"):
         normalised_box(xywh, *size)
 

@@ -56,7 +56,7 @@ def test_the_page_shows_images_that_open_and_escapes_everything(out: Path, tmp_p
     assert HOSTILE in found.text and len(found.all("script")) == 1 and not found.all("img", "onerror")
     opened = sum(item.picture() is not None for group in read_rejects(out) for _, item in group.examples)
     assert len(found.all("img")) == opened > EXAMPLES
-    assert "the bytes are of no image format that is read" in found.text
+    assert "the bytes are in no supported image format" in found.text
 
 
 def test_the_terminal_shows_reasons_and_examples(out: Path, capsys: pytest.CaptureFixture[str]) -> None:

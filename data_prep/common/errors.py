@@ -1,9 +1,11 @@
-"""Errors a user can mend; every command prints them as one line and exits with code 2."""
+"""Errors a user can fix; every command prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+
+_SHOWN_CHARACTERS = 120
 
 
 class UserError(ValueError):
@@ -13,6 +15,15 @@ class UserError(ValueError):
 def one_line(problem: object) -> str:
     """Return the words of a library's error without its line ends."""
     return " ".join(str(problem).split())
+
+
+def short_repr(value: object) -> str:
+    """Return the ``repr`` of a value as at most one short line, also of huge numbers and deep structures."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # ValueError: an int of more than 4300 digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

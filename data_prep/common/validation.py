@@ -7,12 +7,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.common.errors import closest, did_you_mean
+from data_prep.common.errors import closest, did_you_mean, short_repr
 
 Place = Sequence[int | str]
 """Where a value stands in nested settings."""
-
-
 KnownKeys = Callable[[Place], Iterable[str]]
 """Returns the keys that may stand at the place of a misspelt one, for "did you mean"."""
 
@@ -70,8 +68,8 @@ def _line(problem: Any, known: KnownKeys, within: str) -> str:
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: a mapping of keys belongs here (found {value!r})"
+        return f"{key}: a mapping of keys belongs here (found {short_repr(value)})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error" or isinstance(value, str | int | float):
-        message += f" (found {value!r})"
+        message += f" (found {short_repr(value)})"
     return f"{key}: {message}" if key else message

@@ -1,4 +1,4 @@
-"""The recipe of the paper's mixture, whole, on the faithful fixtures of its eleven corpora."""
+"""The complete recipe of the paper's mixture, on the faithful fixtures of its eleven corpora."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of dirt through the real ingest: rejected with its code, or mended, and the rest goes on."""
+"""Every kind of dirt through the real ingest: rejected with its code or repaired, and ingest continues."""
 
 from __future__ import annotations
 
@@ -244,12 +244,12 @@ def test_text_never_claims_an_image_or_a_turn_and_every_kept_image_opens(made: P
     assert decode_rgb(sixteen_bit()).getpixel((0, 0)) == (155, 155, 155)
 
 
-def test_the_run_is_whole(made: Path) -> None:
+def test_the_run_is_complete(made: Path) -> None:
     assert len(list(verify(made))) == 3
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut, double or blank some bytes."""
+    """Flip, truncate, double or blank some bytes."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 6)):
         at, size = rng.randrange(len(out)), rng.choice([1, 1, 2, 16, 512])
@@ -269,7 +269,7 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
 
 
 def check_markers(out: Path) -> None:
-    """Every unit that was made accounts for every sample it saw."""
+    """Every shard output accounts for every sample it read."""
     for marker in out.glob("ingest/*/*/*.json"):
         report = json.loads(marker.read_text())
         rejects = [json.loads(line)["code"] for line in marker.with_suffix(".rejects").read_text().splitlines()]
@@ -283,8 +283,8 @@ def write_parquet(path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=4)
 
 
-def test_damaged_raw_files_are_rejected_or_refused_in_words(made: Path, tmp_path: Path) -> None:
-    """Flipped, cut and doubled bytes anywhere in tars, JSON, Parquet and images: no other exception, nothing lost."""
+def test_damaged_raw_files_are_rejected_or_refused_in_one_line(made: Path, tmp_path: Path) -> None:
+    """Flipped, missing and doubled bytes in tars, JSON, Parquet and images: no other exception, nothing lost."""
     raw, out = tmp_path / "raw", tmp_path / "out"
     write_raw(raw)
     write_webdataset(raw / "captions.tar", {f"{n:04d}": (png(n), f"{n} things") for n in range(8)})

@@ -95,7 +95,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path, text: str, message:
         load_recipe(str(tmp_path / "r.yaml"))
 
 
-def test_a_key_that_is_merged_in_may_be_given_anew() -> None:
+def test_a_merged_key_may_be_overridden() -> None:
     text = "base: &base {seq_len: 64, epochs: 1}\npt: {<<: *base, seq_len: 128}"
     assert read_yaml(text, "r.yaml")["pt"] == {"seq_len": 128, "epochs": 1}
 

@@ -148,7 +148,7 @@ def test_images_that_are_not_there_are_left_out_and_counted(
     assert json.loads(line)["sample"] == "lost" and json.loads(line)["code"] == "missing-image"
     assert main(["stats", str(packed[0])]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "docs: mended 3 x image-dropped" in shown and "docs: mended 1 x misnamed-image" in shown
+    assert "docs: repaired 3 x image-dropped" in shown and "docs: repaired 1 x misnamed-image" in shown
 
 
 def test_a_missing_image_may_cost_the_document(packed: tuple[Path, Any], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Step 3: the packs. Rows are written in plan order, one file per slice of rows, then the manifest."""
+"""Step 3: writes the packs. Rows in plan order, one file per slice of rows, then the manifest."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from data_prep.images.augment import Augment, Augmentations, draw_augmentations
 from data_prep.images.store import ImageStore
 from data_prep.ingest.prompts import insert_prompt, prompt_ids
 from data_prep.ingest.samples import Sample, SampleReader
-from data_prep.ingest.step import Ingested, pack_units, require_ingested, tallies_by_corpus
+from data_prep.ingest.step import Ingested, require_ingested, shard_outputs_of, tallies_by_corpus
 from data_prep.ingest.workspace import ShardOutput, Workspace
 from data_prep.packs import CorpusStats, Manifest, PackRow, Source, write_rows
 from data_prep.planning.step import PackingPlan, pack_variants, plan_path, require_plan
@@ -36,15 +36,15 @@ from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import check_tokens
 
 ROWS_VERSION = 3
-"""Raised whenever the same plan would become other rows or markers."""
+"""Incremented when the same plan would give different rows or markers."""
 FILE_BYTES = 32 << 20
-"""Size of a row file: small enough to spread over workers, large enough to be few."""
+"""Size of a row file: small enough to spread over workers, large enough to keep files few."""
 _BYTES_PER_TOKEN = 14
 
 
 @dataclass(frozen=True, slots=True)
 class RowFileJob:
-    """One row file to be made: rows ``[start, stop)`` of the plan in ``folder``."""
+    """One row file to write: rows ``[start, stop)`` of the plan in ``folder``."""
 
     folder: Path
     key: str
@@ -63,23 +63,23 @@ class RowFileJob:
         return _work(self.folder) / f"rows-{self.number:05d}.json"
 
     def done(self) -> dict[str, Any] | None:
-        """Return what the finished file holds, or None when it is missing or was made from other inputs."""
+        """Return the contents of the done-marker, or None if the file is missing or was made from other inputs."""
         if not (self.marker.is_file() and self.path.is_file()):
             return None
         try:
             found: dict[str, Any] = json.loads(self.marker.read_text(encoding="utf-8"))
-            whole = found.pop("marker_sha256") == hash_json(found)
+            intact = found.pop("marker_sha256") == hash_json(found)
         except (ValueError, KeyError, AttributeError):
             return None
-        same = whole and found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
+        same = intact and found["key"] == self.key and self.path.stat().st_size == found["file"]["bytes"]
         return found if same else None
 
 
 def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
-    """Write the packs of every set whose plan, images or tokenizer changed.
+    """Write every pack set whose plan, images or tokenizer changed.
 
     Raises:
-        UserError: a step before is incomplete or was done with other settings, or tokens are damaged.
+        UserError: an earlier step is incomplete or had other settings, or its files are damaged.
     """
     space = Workspace(recipe)
     ready = team.serial(lambda: require_ingested(space))
@@ -87,7 +87,7 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     for name, pack in recipe.packs.items():
         jobs, outputs = team.serial(functools.partial(_prepare, space, name, pack, ready))
         unchecked = [output for output in outputs if output not in checked]
-        # A share waits for no other one: it checks all that its rows are made of.
+        # Shares do not wait for each other, so each one checks all inputs of its rows.
         team.map(check_tokens, [team.share(unchecked) if team.covers_all else unchecked], lambda _: None)
         checked.update(outputs)
         waiting = [job for job in team.share(jobs) if job.done() is None]
@@ -104,10 +104,10 @@ def _work(folder: Path) -> Path:
 def _prepare(
     space: Workspace, name: str, pack: PackConfig, ready: Ingested
 ) -> tuple[list[RowFileJob], list[ShardOutput]]:
-    """Write down what workers need to know; return the row files of a pack set, and what those to be made read."""
+    """Write the context file for the workers; return the row files of a pack set and the shard outputs to read."""
     folder = space.packs(name)
     plan = require_plan(space, name, ready.tokenizer_sha256)
-    outputs = pack_units(pack_variants(space, pack, ready.tokenizer_sha256))
+    outputs = shard_outputs_of(pack_variants(space, pack, ready.tokenizer_sha256))
     key = hash_json(
         [
             ROWS_VERSION,
@@ -138,7 +138,7 @@ def _prepare(
 
 @dataclass(frozen=True)
 class _Context:
-    """What a worker process keeps between the row files of one pack set."""
+    """State a worker process keeps between the row files of one pack set."""
 
     plan: PackingPlan
     samples: SampleReader
@@ -149,7 +149,7 @@ class _Context:
     """Token ids of each prompt."""
     seed: int
     augments: dict[str, Augment]
-    """What is asked for the images of some corpora."""
+    """Augmentation settings by corpus."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -164,12 +164,12 @@ def _context(folder: Path, key: str) -> _Context:
 
 
 def write_row_file(job: RowFileJob) -> None:
-    """Make one row file and its done-marker."""
+    """Write one row file and its done-marker."""
     context = _context(job.folder, job.key)
     bounds = np.searchsorted(context.plan.row, np.arange(job.start, job.stop + 1)).tolist()
     samples = iter(_drawn(context, slice(bounds[0], bounds[-1])))
     rows = [_row(context, range(first, last), samples) for first, last in itertools.pairwise(bounds)]
-    (job.folder / "manifest.json").unlink(missing_ok=True)  # it describes other rows from here on
+    (job.folder / "manifest.json").unlink(missing_ok=True)  # from here on, it no longer describes the rows
     entry = write_rows(job.path, rows, context.seq_len)
     counts = {
         "targets": sum(row.n_target for row in rows),
@@ -183,7 +183,7 @@ def write_row_file(job: RowFileJob) -> None:
 
 
 def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
-    """Lay out the row of some draws, whose samples come next."""
+    """Build the row of a range of draws from the next samples."""
     plan, samples, part = context.plan, list(itertools.islice(drawn, len(draws))), slice(draws.start, draws.stop)
     sources = tuple(
         Source(plan.names[corpus], sample.name, draw, sample.family)
@@ -191,16 +191,16 @@ def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
     )
     tokenizer = context.tokenizer
     row = pack_row(samples, sources, context.seq_len, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
-    return replace(row, augmentation=_views(context, samples, sources)) if context.augments else row
+    return replace(row, augmentation=_augmentations(context, samples, sources)) if context.augments else row
 
 
-def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Augmentations:
-    """Return how each image of a row is shown, by seed, corpus, sample and draw."""
-    as_it_is = Augment()
+def _augmentations(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Augmentations:
+    """Return the augmentations of the images of a row, determined by seed, corpus, sample and draw."""
+    none = Augment()
     return np.concatenate(
         [
             draw_augmentations(
-                context.augments.get(source.dataset, as_it_is), sample.allowed, len(sample.images),
+                context.augments.get(source.dataset, none), sample.allowed, len(sample.images),
                 context.seed, source.dataset, source.sample, source.draw,
             )
             for sample, source in zip(samples, sources, strict=True)
@@ -209,7 +209,7 @@ def _views(context: _Context, samples: Sequence[Sample], sources: Sequence[Sourc
 
 
 def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
-    """Yield the samples of draws, with the prompts drawn for them."""
+    """Yield the samples of draws with their prompts."""
     plan = context.plan
     samples = context.samples.read(plan.shard[draws], plan.index[draws])
     for sample, prompt in zip(samples, plan.prompt[draws].tolist(), strict=True):
@@ -219,10 +219,10 @@ def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
 def pack_row(
     samples: Sequence[Sample], sources: tuple[Source, ...], seq_len: int, image_tokens: int, image_id: int, pad_id: int
 ) -> PackRow:
-    """Lay samples one after the other into a row of ``length`` tokens, padded at its end.
+    """Concatenate samples into a row of ``seq_len`` tokens, padded at its end.
 
     Raises:
-        UserError: a sample has more or fewer image positions than its images take.
+        UserError: image positions and images do not match.
     """
     ids = np.concatenate([sample.input_ids for sample in samples])
     modality = np.where(ids == image_id, IMAGE, TEXT).astype(np.int8)  # text never yields the image id
@@ -234,7 +234,7 @@ def pack_row(
     if np.count_nonzero(modality) != len(image_row) * image_tokens:
         names = ", ".join(f"{source.dataset}/{source.sample}" for source in sources)
         raise UserError(
-            f"image positions and images disagree in one of {names}: `mma-prep verify` names what is damaged"
+            f"image positions and images do not match in one of {names}: `mma-prep verify` names the damaged file"
         )
     segment = _padded(segment, seq_len, 0)
     generated = _padded(generated, seq_len, 0)
@@ -259,11 +259,11 @@ def _padded(values: npt.NDArray[Any], seq_len: int, fill: int) -> npt.NDArray[An
 def _finish(
     space: Workspace, name: str, pack: PackConfig, ready: Ingested, jobs: Sequence[RowFileJob], reporter: Reporter
 ) -> None:
-    """Write the manifest once every row file is there."""
+    """Write the manifest once every row file exists."""
     found = [job.done() for job in jobs]
     missing = found.count(None)
     if missing:
-        reporter.say(f"materialize {name}: this share is done; {missing} row files are left to the other shares")
+        reporter.say(f"materialize {name}: this share is done; {missing} row files are left for the other shares")
         return
     folder = space.packs(name)
     manifest = _manifest(space, name, pack, ready, [entry for entry in found if entry is not None])
@@ -273,7 +273,7 @@ def _finish(
     if _bytes_of(path) != text or _bytes_of(sums) != line:
         write_atomic(sums, line)
         write_atomic(path, text)
-        _remove_strangers(folder, manifest, jobs)
+        _remove_unlisted(folder, manifest, jobs)
     reporter.say(
         f"packs {name}: {manifest.rows:,} rows of {manifest.seq_len}, {manifest.tokens:,} tokens, "
         f"{manifest.targets:,} supervised, in {folder}"
@@ -289,8 +289,8 @@ def _manifest(
     rows = [FileEntry(**entry["file"]) for entry in files]
     targets, tokens = (sum(entry[key] for entry in files) for key in ("targets", "tokens"))
     if targets == 0:
-        raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; mend template or corpora")
-    outputs = pack_units(pack_variants(space, pack, ready.tokenizer_sha256))
+        raise UserError(f"packs.{name}: no token is supervised, so the loss would be 0; fix template or corpora")
+    outputs = shard_outputs_of(pack_variants(space, pack, ready.tokenizer_sha256))
     tallies = tallies_by_corpus(outputs, [output.report().tally for output in outputs])
     corpora = {
         corpus: CorpusStats(
@@ -341,18 +341,18 @@ def _bytes_of(path: Path) -> bytes | None:
     return path.read_bytes() if path.is_file() else None
 
 
-def _remove_strangers(folder: Path, manifest: Manifest, jobs: Sequence[RowFileJob]) -> None:
-    """Remove what an earlier plan or a killed writer left: row files, markers, contexts and temporary files."""
+def _remove_unlisted(folder: Path, manifest: Manifest, jobs: Sequence[RowFileJob]) -> None:
+    """Remove row files, markers, contexts and temporary files of an earlier plan or a killed process."""
     listed = {entry.name for entry in manifest.files}
     kept = {job.marker.name for job in jobs} | {f"context-{job.key[:12]}.json" for job in jobs}
-    strangers = [path for path in folder.glob("rows-*.arrow") if path.name not in listed]
-    strangers += [path for path in _work(folder).iterdir() if path.name not in kept]
-    for path in [*strangers, *folder.glob(".*.tmp"), *(folder / "tokenizer").glob(".*.tmp")]:
+    unlisted = [path for path in folder.glob("rows-*.arrow") if path.name not in listed]
+    unlisted += [path for path in _work(folder).iterdir() if path.name not in kept]
+    for path in [*unlisted, *folder.glob(".*.tmp"), *(folder / "tokenizer").glob(".*.tmp")]:
         path.unlink(missing_ok=True)
 
 
 def _prune_stores(space: Workspace, ready: Ingested) -> None:
-    """Remove sealed image stores that no packs of this output folder refer to any more."""
+    """Remove image stores that no packs of this output folder refer to any more."""
     manifests = [Manifest.load(path.parent) for path in space.out.glob("packs/*/manifest.json")]
     used = {Path(manifest.image_store).name for manifest in manifests} | {ready.images.name}
     for store in space.images.iterdir():

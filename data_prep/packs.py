@@ -2,15 +2,15 @@
 
 A pack folder holds::
 
-    manifest.json             what is below, with sha256 of every file; written last
-    manifest.sha256           its own hash, as ``sha256sum`` writes it
+    manifest.json             totals, and the sha256 of every file; written last
+    manifest.sha256           hash of the manifest, as ``sha256sum`` writes it
     rows-00000.arrow ...      fixed-length rows, memory-mapped by the reader
-    tokenizer/                the tokenizer the rows were made with
+    tokenizer/                the tokenizer of the rows
     plan.arrow                the plan the rows follow (its hash is the folder's identity)
 
-and names an image store (``data_prep.images.store``) whose row ids appear in ``image_row``.
+and refers to an image store (``data_prep.images.store``) whose row ids appear in ``image_row``.
 
-Row (``L`` = ``manifest.length`` tokens):
+Row (``L`` = ``manifest.seq_len`` tokens):
 
     input_ids  int32[L]   token ids; the image placeholder id at image positions, pad id where segment is 0
     modality   int8[L]    0 text, 1 image, 2 video, 3 audio
@@ -20,7 +20,7 @@ Row (``L`` = ``manifest.length`` tokens):
     image_row  list<int64>  image store rows, in order of instance
     n_target   int32      supervised tokens: generated, and not the first token of their segment
     source     list<struct<dataset, sample, draw, family>>  one per segment, in order
-    view       list<int16>  only in packs with augmented corpora: five numbers an image (data_prep.images.augment)
+    augmentation list<int16>  only with augmented corpora: five numbers per image (data_prep.images.augment)
 
 Positions, commit indices, labels and cu_seqlens are derived, never stored.
 """
@@ -56,7 +56,7 @@ SOURCE_TYPE = pa.struct(
 
 
 def row_schema(seq_len: int, *, augmentations: bool = False) -> pa.Schema:
-    """Return the Arrow schema of rows of ``length`` tokens, with or without views of their images."""
+    """Return the Arrow schema of rows of ``seq_len`` tokens, with or without augmentations of their images."""
     tokens = [(name, pa.list_(kind, seq_len)) for name, (kind, _) in TOKEN_COLUMNS.items()]
     tail = [("image_row", pa.list_(pa.int64())), ("n_target", pa.int32()), ("source", pa.list_(SOURCE_TYPE))]
     return pa.schema([*tokens, *tail, *([("augmentation", pa.list_(pa.int16()))] if augmentations else [])])
@@ -85,12 +85,12 @@ class PackRow:
     n_target: int
     source: tuple[Source, ...]
     augmentation: npt.NDArray[np.int16] | None = None
-    """int16[images, 5], see ``data_prep.images.augment``; None where images are shown as they are."""
+    """int16[images, 5], see ``data_prep.images.augment``; None without augmentation."""
 
 
 @dataclass(frozen=True, slots=True)
 class CorpusStats:
-    """What the packs hold of one corpus."""
+    """Statistics of one corpus in the packs."""
 
     draws: int
     samples: int
@@ -98,11 +98,11 @@ class CorpusStats:
     tokens: int
     targets: int
     repeated: int = 0
-    """Tokens of earlier turns that other samples hold too."""
+    """Tokens of earlier turns that other samples also hold."""
     left_out: int = 0
     """Later answers of the drawn conversations that no sample holds."""
     repairs: dict[str, int] = field(default_factory=dict)
-    """What was mended in the corpus's kept samples: code of ``data_prep.quarantine.REPAIRS`` -> times."""
+    """Repairs of kept samples: code of ``data_prep.quarantine.REPAIRS`` -> count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,27 +117,27 @@ class Manifest:
     tokens: int
     """Tokens that are not padding, over all rows."""
     image_tokens: int
-    """Positions one image takes; the model's connector must produce as many."""
+    """Token positions of one image; the model's connector must produce as many."""
     images: int
     """Images over all rows, repeats counted."""
     max_images: int
-    """Largest number of images in one row."""
+    """Maximum images in one row."""
     max_segment_tokens: int
     """Longest packed sample in tokens."""
     vocab_size: int
-    """Embedding rows the token ids need: ``len(tokenizer)``."""
+    """Embedding rows that the token ids need: ``len(tokenizer)``."""
     pad_id: int
     image_id: int
     """Token id written at image positions; its embedding is never read."""
     eos_ids: tuple[int, ...]
-    """Ids that end a generated turn."""
+    """Token ids that end a generated turn."""
     tokenizer: str
     """Folder of the tokenizer, relative to the manifest."""
     tokenizer_sha256: str
     template: str
-    """Name of the prompt template, so that inference writes prompts as training did."""
+    """Name of the prompt template; inference must write prompts with the same one."""
     plan_sha256: str
-    """Identity of the order of rows: resume refuses another one."""
+    """Identity of the row order; resume refuses a different one."""
     image_store: str
     """Folder of the image store, relative to the manifest; empty for text-only packs."""
     image_store_sha256: str = ""
@@ -153,11 +153,11 @@ class Manifest:
 
     @classmethod
     def load(cls, directory: Path | str) -> Manifest:
-        """Read ``directory/manifest.json``. Raises UserError when it is absent, foreign or malformed."""
+        """Read ``directory/manifest.json``. Raises UserError if it is missing, foreign or malformed."""
         path = Path(directory) / "manifest.json"
         if not path.is_file():
             raise UserError(
-                f"{directory} is not a pack folder (no manifest.json): run mma-prep first, or mend data.packs"
+                f"{directory} is not a pack folder (no manifest.json): run mma-prep first, or fix data.packs"
             )
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -192,8 +192,8 @@ def rows_to_batch(rows: Sequence[PackRow], seq_len: int) -> pa.RecordBatch:
 
 
 def has_augmentations(rows: Sequence[PackRow]) -> bool:
-    """Return whether rows say how their images are shown: all of them do, or none."""
-    assert len({row.augmentation is None for row in rows}) <= 1, "rows of one pack with and without views"
+    """Return whether rows have augmentations: all of them do, or none."""
+    assert len({row.augmentation is None for row in rows}) <= 1, "rows with and without augmentation in one file"
     return bool(rows) and rows[0].augmentation is not None
 
 
@@ -214,7 +214,7 @@ class PackReader:
     def __init__(self, directory: Path | str, *, verify: bool = False) -> None:
         """Open a folder; ``verify=True`` hashes every file first (UserError names the first that differs)."""
         self.directory = Path(directory)
-        self._seen = self._look()
+        self._seen = self._stat_manifest()
         self.manifest = Manifest.load(self.directory)
         self._row_files = [entry for entry in self.manifest.files if entry.rows]
         self._starts = np.cumsum([0] + [entry.rows for entry in self._row_files])
@@ -242,21 +242,21 @@ class PackReader:
             image_row=image_row,
             n_target=batch.column("n_target")[local].as_py(),
             source=source,
-            augmentation=self._view(batch, local),
+            augmentation=self._augmentation(batch, local),
         )
 
     def segment(self, index: int) -> npt.NDArray[np.int32]:
-        """Return the segment numbers of one row, int32[L], without touching the rest of it."""
+        """Return the segment numbers of one row, int32[L], without reading the rest of it."""
         batch, local = self._locate(index)
         return self._tokens(batch, "segment", local)
 
     def n_target(self, index: int) -> int:
-        """Return the supervised tokens of one row without touching the rest of it."""
+        """Return the supervised tokens of one row without reading the rest of it."""
         batch, local = self._locate(index)
         return int(batch.column("n_target")[local].as_py())
 
     def sources(self, index: int) -> tuple[Source, ...]:
-        """Return what one row holds without touching the rest of it."""
+        """Return the sources of one row without reading the rest of it."""
         batch, local = self._locate(index)
         return tuple(Source(**entry) for entry in batch.column("source")[local].as_py())
 
@@ -282,20 +282,20 @@ class PackReader:
     def _open(self, entry: FileEntry) -> pa.RecordBatch:
         path = self.directory / entry.name
         try:
-            with pa.memory_map(str(path)) as mapped:  # the batch keeps the map, no file stays open
+            with pa.memory_map(str(path)) as mapped:  # the batch keeps the map but no file descriptor
                 size, batch = mapped.size(), pa.ipc.open_file(mapped).get_batch(0)
         except (OSError, pa.ArrowInvalid) as error:
             self._check_unchanged()
             raise UserError(f"{path}: cannot be read ({error}); run `mma-prep verify {self.directory}`") from error
-        self._check_unchanged()  # not before: a writer removes the manifest, and then replaces rows
+        self._check_unchanged()  # last: a writer first removes the manifest, then replaces rows
         schemas = [row_schema(self.manifest.seq_len, augmentations=augmentations) for augmentations in (False, True)]
         if size != entry.bytes or batch.num_rows != entry.rows or batch.schema not in schemas:
             raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
         return batch
 
     def _check_unchanged(self) -> None:
-        """Raise UserError when the manifest is another one than at the start: rows of both would be mixed."""
-        seen = self._look()
+        """Raise UserError if the manifest has changed since opening: old and new rows would be mixed."""
+        seen = self._stat_manifest()
         if seen == self._seen:
             return
         try:
@@ -303,11 +303,11 @@ class PackReader:
         except UserError:
             same = False
         if not same:
-            raise UserError(f"{self.directory}: the packs were made anew while being read: start again")
+            raise UserError(f"{self.directory}: the packs were rebuilt while they were read: restart this command")
         self._seen = seen
 
-    def _look(self) -> tuple[int, int, int] | None:
-        """Return what changes whenever the manifest is written; None where there is none."""
+    def _stat_manifest(self) -> tuple[int, int, int] | None:
+        """Return file metadata that changes whenever the manifest is written; None if it is missing."""
         try:
             about = (self.directory / "manifest.json").stat()
         except OSError:
@@ -315,7 +315,7 @@ class PackReader:
         return about.st_ino, about.st_size, about.st_mtime_ns
 
     @staticmethod
-    def _view(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
+    def _augmentation(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
         if "augmentation" not in batch.schema.names:
             return None
         flat = np.from_dlpack(batch.column("augmentation")[local].values)

@@ -1,4 +1,4 @@
-"""Progress for people: a live bar on a terminal, plain lines in logs, silence where another process talks."""
+"""Progress output: a live bar on a terminal, plain lines in logs, nothing if another process reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LINE_EVERY_S = 5.0
 
 
 class Task:
-    """Progress of one step over its units."""
+    """Progress of one step over its items."""
 
     def __init__(self, label: str, total: int, show: Callable[[Task], None]) -> None:
         self.label, self.total, self._show = label, total, show
@@ -23,7 +23,7 @@ class Task:
         self.start = time.monotonic()
 
     def advance(self, tally: Tally | None = None) -> None:
-        """Count one unit as done, with what became of its samples where that is known."""
+        """Count one item as done, with the tally of its samples if it is known."""
         self.done += 1
         if tally is not None:
             self.tally = add_tallies([self.tally, tally])
@@ -38,12 +38,12 @@ class Task:
 
     @property
     def eta_s(self) -> float:
-        """Seconds left at the pace so far."""
+        """Estimated seconds left at the current rate."""
         return (time.monotonic() - self.start) * (self.total - self.done) / max(1, self.done)
 
 
 class Reporter:
-    """Writes progress to ``stream``; ``quiet`` for processes that must not talk."""
+    """Writes progress to ``stream``; ``quiet`` suppresses all output."""
 
     def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
         self._stream = stream or sys.stdout
@@ -56,7 +56,7 @@ class Reporter:
 
     @contextmanager
     def task(self, label: str, total: int) -> Iterator[Task]:
-        """Show the progress of a step over ``total`` units."""
+        """Show the progress of a step over ``total`` items."""
         if self._quiet or not total:
             yield Task(label, total, lambda task: None)
         elif self._stream.isatty():

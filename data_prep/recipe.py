@@ -1,4 +1,4 @@
-"""The recipe: one strict YAML file that says which raw corpora become which packs.
+"""The recipe: one strict YAML file that defines which raw corpora become which packs.
 
 Unknown keys are errors with their dotted path. Values may use ``${VAR}`` and ``${VAR:-default}``. ``root`` and ``out``
 are relative to the working directory; the tokenizer and the corpora are relative to ``root``.
@@ -117,8 +117,8 @@ class PackConfig(_Strict):
 
     @field_validator("prompts")
     @classmethod
-    def _ends_apart_from_captions(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        """Give a prompt that ends in no white space the line end that lines of a file have."""
+    def _end_with_white_space(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        """Add a line end, as lines of a file have, to a prompt that does not end in white space."""
         return tuple(text if text[-1:].isspace() else f"{text}\n" for text in prompts)
 
     @model_validator(mode="after")
@@ -137,15 +137,15 @@ class PackConfig(_Strict):
                 "the released AKI has no other"
             )
         if self.aki_parity and self.turns == "expand":
-            raise ValueError("aki_parity=true cuts conversations after their first exchange: remove turns=expand")
+            raise ValueError("aki_parity=true truncates conversations after their first exchange: remove turns=expand")
         if self.chat_format and self.template != OWN:
             raise ValueError(f"chat_format belongs to template={OWN}: remove it")
-        if self.template != OWN or self.chat_format:  # else the tokenizer has not been asked yet
+        if self.template != OWN or self.chat_format:  # otherwise the chat format is still to be read from the tokenizer
             self.to_template()
         return self
 
     def to_template(self) -> Template:
-        """Return the template with this set's settings. Raises UserError when they do not fit each other."""
+        """Return the template with the settings of this pack set. Raises UserError if they conflict."""
         plain = Template(
             self.template,
             system=self.system,
@@ -183,7 +183,7 @@ class Recipe(_Strict):
     @field_validator("root", "out")
     @classmethod
     def _names_a_folder(cls, value: str) -> str:
-        if not value.strip():  # an unset variable of a shell: the working folder would be written into
+        if not value.strip():  # an unset shell variable would mean the working folder
             raise ValueError("is empty: name a folder (. for the working folder)")
         return value
 
@@ -211,17 +211,17 @@ class Recipe(_Strict):
         return self
 
     def _check_augmented(self, name: str, pack: PackConfig) -> None:
-        """Refuse prompts that would never let an image be changed as a corpus asks."""
+        """Refuse prompts that would disable the augmentation of a corpus."""
         for text in (*pack.prompts, pack.system):
             for corpus, augment in self.augments(pack).items():
                 if augment.bits & ~allowed(text):
                     raise ValueError(
-                        f"packs.{name}: {text.strip()!r} speaks of sides, places, counts or written text, so "
-                        f"corpora.{corpus}.augment would never be true: change the text or remove augment"
+                        f"packs.{name}: {text.strip()!r} mentions sides, places, counts or written text, so "
+                        f"corpora.{corpus}.augment would never apply: change the text or remove augment"
                     )
 
     def augments(self, pack: PackConfig) -> dict[str, Augment]:
-        """Return what is asked for the images of a pack set's corpora."""
+        """Return the augmentation settings of the corpora of a pack set."""
         return {corpus: augment for corpus in pack.corpora if (augment := self.corpora[corpus].augment)}
 
     @property
@@ -254,7 +254,7 @@ def shipped_recipes() -> list[str]:
 
 
 def find_recipe(name: str) -> Path:
-    """Return the file of a recipe given as a path or a shipped name. Raises UserError when there is none."""
+    """Return the file of a recipe given as a path or a shipped name. Raises UserError if it does not exist."""
     for candidate in (Path(name), SHIPPED / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
@@ -265,9 +265,9 @@ def find_recipe(name: str) -> Path:
 
 
 def read_prompts(name: str) -> tuple[str, ...]:
-    """Read prompts from a text file (a path or a shipped name), each line one, with its line end; none for "".
+    """Read prompts from a text file (a path or a shipped name), one per line, with the line end; none for "".
 
-    Raises UserError when there is no such file, or it is not UTF-8 text with at least one line.
+    Raises UserError if the file does not exist, or is not UTF-8 text with at least one line.
     """
     if not name:
         return ()
@@ -293,25 +293,25 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe
         overrides: top-level keys to replace, such as ``out`` and ``root``.
 
     Raises:
-        UserError: the file is absent, not YAML, or a key or value is wrong; the message names it.
+        UserError: the file is missing, not YAML, or a key or value is wrong; the message names it.
     """
     path = find_recipe(name)
     raw = {**read_mapping(path), **(overrides or {})}
     try:
-        return _with_own_dialects(Recipe.model_validate(expand(raw, path.name)))
+        return _with_tokenizer_chat_formats(Recipe.model_validate(expand(raw, path.name)))
     except ValidationError as error:
         raise UserError(report(path.name, problems(error, _known_at))) from error
 
 
-def _with_own_dialects(recipe: Recipe) -> Recipe:
-    """Return a recipe whose sets with ``template: tokenizer`` know how that tokenizer writes turns."""
+def _with_tokenizer_chat_formats(recipe: Recipe) -> Recipe:
+    """Return a recipe with the chat format filled in for every pack set with ``template: tokenizer``."""
     waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.chat_format}
     if not waiting:
         return recipe
     from data_prep.text.chat_template import chat_format_of
 
     if not recipe.tokenizer.path:
-        raise UserError(f"packs.{min(waiting)}.template={OWN}: a tokenizer that is trained has no chat template")
+        raise UserError(f"packs.{min(waiting)}.template={OWN}: a trained tokenizer has no chat template")
     folder = recipe.root_dir / recipe.tokenizer.path
     filled = {
         name: pack.model_copy(update={"chat_format": chat_format_of(folder, pack.system)})
@@ -321,7 +321,7 @@ def _with_own_dialects(recipe: Recipe) -> Recipe:
 
 
 def _known_at(place: Place) -> Iterable[str]:
-    """Return the keys that may stand at the place of a misspelt one."""
+    """Return the keys that are allowed at the place of a misspelt one."""
     models = _LEVELS.get(len(place), {})
     model = models.get(str(place[0])) or models.get("")
     return model.model_fields if model else ()

@@ -1,4 +1,4 @@
-"""All steps of a recipe, one after the other."""
+"""All steps of a recipe in sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.recipe import Recipe
 
 
 def run(recipe: Recipe, team: Team, reporter: Reporter) -> None:
-    """Ingest, plan and materialize; each step does only what is missing. Raises UserError."""
+    """Ingest, plan and materialize; each step does only the missing work. Raises UserError."""
     ingest(recipe, team, reporter)
     team.serial(lambda: plan(recipe, reporter))
     materialize(recipe, team, reporter)

@@ -1,9 +1,9 @@
-"""Hash everything that was made, and name the first file that is missing or altered.
+"""Hashes every file of an output folder and names the first that is missing or altered.
 
-The chain of hashes: ``manifest.sha256`` -> ``manifest.json`` -> rows, plan, tokenizer, index of the image store -> its
-shards. In an output folder, the done-marker of a unit of ingest holds its own hash and those of the unit's files; the
-list of rejected samples has its hash beside it. Not covered: the notes of steps under way (``.work``), which no later
-step believes without their hash or before they are written again.
+The chain of hashes: ``manifest.sha256`` -> ``manifest.json`` -> rows, plan, tokenizer, image store index -> its shards.
+In an output folder, each done-marker of ingest holds its own hash and those of its files, and the list of rejected
+samples has its hash beside it. Not covered: the event ledger, and the intermediate files of running steps (``.work``),
+which carry their own hash or are rewritten before use.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data_prep.packs import Manifest
 
 
 def pack_folders(directory: Path) -> list[Path]:
-    """Return ``directory`` if it is a pack folder, else the pack folders in it. Raises UserError for none."""
+    """Return ``directory`` if it is a pack folder, else the pack folders in it. Raises UserError if there are none."""
     if (directory / "manifest.json").is_file():
         return [directory]
     found = sorted(path.parent for path in directory.glob("packs/*/manifest.json"))
@@ -36,9 +36,9 @@ def pack_folders(directory: Path) -> list[Path]:
 
 
 def verify(directory: Path) -> Iterator[str]:
-    """Check every hash of one pack folder or of all in an output folder; yield a line for each part that is whole.
+    """Check every hash of one pack folder, or of all in an output folder; yield a line for each intact part.
 
-    An output folder is checked with what its next run builds on: the units of ingest and the tokenizer.
+    In an output folder, the inputs of its next run are checked, too: ingest outputs and tokenizer.
 
     Raises:
         UserError: naming the first file that is missing or altered.
@@ -52,27 +52,27 @@ def verify(directory: Path) -> Iterator[str]:
         if manifest.image_store:
             store = (folder / manifest.image_store).resolve()
             if store / "store.json" not in checked:
-                yield f"{store.name}: image store whole, {len(ImageStore(store)):,} images"
+                yield f"{store.name}: ok, image store of {len(ImageStore(store)):,} images"
         checked.update(file.path for file in files)
-        yield f"{folder}: whole, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
+        yield f"{folder}: ok, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
     outputs = find_shard_outputs(directory)
     if outputs:
         _check_all([functools.partial(check_shard_output, output, directory / "images") for output in outputs])
         _check_sums(directory / "rejects.jsonl")
         for path in sorted(directory.glob("ingest/*/shards-*.json")):
             _check_own_hash(path)
-        yield f"{directory / 'ingest'}: whole, {len(outputs):,} units"
+        yield f"{directory / 'ingest'}: ok, {len(outputs):,} ingested shards"
     if (directory / "tokenizer").is_dir():
         _check_tokenizer(directory / "tokenizer", pack_folders(directory))
 
 
-def verify_part(folder: Path, part: int, parts: int) -> None:
-    """Check one of several equal shares of what a trainer reads: pack files and image store.
+def verify_share(folder: Path, share: int, shares: int) -> None:
+    """Check one of several equal shares of the files a trainer reads: pack files and image store.
 
     Raises:
         UserError: naming a file of this share that is missing or altered.
     """
-    for file in sorted(pack_files(folder), key=_size, reverse=True)[part::parts]:
+    for file in sorted(pack_files(folder), key=_size, reverse=True)[share::shares]:
         file.check()
 
 
@@ -81,13 +81,13 @@ def _size(file: Hashed) -> tuple[int, str]:
 
 
 def pack_files(folder: Path) -> list[Hashed]:
-    """Return the files of a pack folder and of its image store. Raises UserError where a listing is damaged itself."""
+    """Return the files of a pack folder and its image store. Raises UserError if a file list is damaged."""
     _check_sums(folder / "manifest.json")
     manifest = Manifest.load(folder)
     files = [Hashed(folder / entry.name, entry.sha256, "manifest.json") for entry in manifest.files]
     hashes = {file.path.name: file.sha256 for file in files}
     if hashes.get("plan.arrow") != manifest.plan_sha256:
-        raise UserError(f"{folder / 'plan.arrow'}: not the plan that the rows follow; run mma-prep again")
+        raise UserError(f"{folder / 'plan.arrow'}: not the plan of these rows; run mma-prep again")
     if not manifest.image_store:
         return files
     store = (folder / manifest.image_store).resolve()
@@ -98,7 +98,7 @@ def pack_files(folder: Path) -> list[Hashed]:
 
 
 def _check_sums(path: Path) -> None:
-    """Check a file against the hash beside it; a step writes both anew wherever they are not what it would write."""
+    """Check a file against the hash beside it; a step rewrites both if they differ from its result."""
     sums = path.with_suffix(".sha256")
     for file in (path, sums):
         if not file.is_file():
@@ -108,21 +108,21 @@ def _check_sums(path: Path) -> None:
 
 
 def _check_all(checks: Sequence[Callable[[], None]]) -> None:
-    """Run checks in threads: hashing and reading leave the interpreter free."""
+    """Run checks in threads: hashing and reading release the GIL."""
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         waiting = iter(checks)
-        while some := list(islice(waiting, 1024)):  # a failure is named soon, and in order
+        while some := list(islice(waiting, 1024)):  # failures come early and in order
             for _ in pool.map(lambda check: check(), some):
                 pass
 
 
 def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
-    """Check the tokenizer of the next run against the copies beside the packs, which are hashed, and its origin."""
+    """Check the tokenizer of the next run against its hashed copies in the pack folders, and its origin."""
     copies = [entry for pack in packs for entry in Manifest.load(pack).files if entry.name.startswith("tokenizer/")]
     for name in sorted({entry.name for entry in copies}):
         path = folder.parent / name
         if not path.is_file() or sha256_file(path) not in {entry.sha256 for entry in copies if entry.name == name}:
-            raise UserError(f"{path}: not the tokenizer that the packs were made with; {REBUILD}")
+            raise UserError(f"{path}: not the tokenizer of the packs; {REBUILD}")
     _check_own_hash(folder / "origin.json")
     trained = folder / "trained.model"
     if trained.is_file() and sha256_file(trained) != sha256_file(folder / "tokenizer.model"):
@@ -130,13 +130,13 @@ def _check_tokenizer(folder: Path, packs: Sequence[Path]) -> None:
 
 
 def _check_own_hash(path: Path) -> None:
-    """Check a file made by ``workspace.sealed``."""
+    """Check a file written by ``with_hash``."""
     if read_hashed(path) is None:
         raise UserError(f"{path}: missing or damaged; {REBUILD}")
 
 
 def find_shard_outputs(directory: Path) -> list[ShardOutput]:
-    """Return the done units of an output folder, of all settings that were ever used with this version of mma-prep."""
+    """Return the complete shard outputs of an output folder, for all settings used with this version of mma-prep."""
     markers = sorted(directory.glob("ingest/*/*/*.json"))
     outputs = [
         ShardOutput(marker.parents[1].name, marker.name.removesuffix(".json"), marker.parent, "") for marker in markers
@@ -145,7 +145,7 @@ def find_shard_outputs(directory: Path) -> list[ShardOutput]:
 
 
 def check_shard_output(output: ShardOutput, stores: Path) -> None:
-    """Check one unit of ingest: its marker, what the marker lists, and its rows of sealed stores. Raises UserError."""
+    """Check one shard output: its marker, the files it lists, and its image store rows. Raises UserError."""
     report = output.report()
     for path, sha256 in (
         (output.tokens, report.sha256),
@@ -155,7 +155,7 @@ def check_shard_output(output: ShardOutput, stores: Path) -> None:
         (output.sources, report.sources_sha256),
     ):
         Hashed(path, sha256, output.marker.name).check()
-    if output.images.is_file():  # no store holds them yet
+    if output.images.is_file():  # not in a store yet
         Hashed(output.images, report.pixels.sha256, output.marker.name).check()
     for path in output.row_files():
         key = path.name.rpartition("-")[2]
@@ -164,7 +164,7 @@ def check_shard_output(output: ShardOutput, stores: Path) -> None:
 
 
 def check_tokens(outputs: Sequence[ShardOutput]) -> None:
-    """Check the tokens of units against their markers, before rows are made of them. Raises UserError."""
+    """Check the tokens of shard outputs against their markers before rows are made from them. Raises UserError."""
     _check_all([functools.partial(_check_tokens, output) for output in outputs])
 
 
@@ -173,7 +173,7 @@ def _check_tokens(output: ShardOutput) -> None:
 
 
 def _check_rows(output: ShardOutput, path: Path, store: ImageStore) -> None:
-    """Check that each image of a unit lies where its rows say."""
+    """Check that the store holds every image of a shard output at its recorded row."""
     image_hashes = ImageHashes.open(output.image_hashes)
     data = path.read_bytes()
     rows = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.int64)
@@ -183,4 +183,4 @@ def _check_rows(output: ShardOutput, path: Path, store: ImageStore) -> None:
         found = store.hashes(rows[image_hashes.index])
         wrong = bool((found != image_hashes.sha256).any())
     if wrong:
-        raise UserError(f"{path}: not the rows of {store.directory.name}/store.json; {REBUILD}")
+        raise UserError(f"{path}: does not match {store.directory.name}/store.json; {REBUILD}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+_SHOWN_CHARACTERS = 120
+
 
 class UserError(ValueError):
     """A file, key or flag from the user is wrong. The message names it and the fix."""
@@ -13,6 +15,15 @@ class UserError(ValueError):
 def one_line(problem: object) -> str:
     """Return the message of an error on one line."""
     return " ".join(str(problem).split())
+
+
+def short_repr(value: object) -> str:
+    """Return the ``repr`` of a value as at most one short line, also of huge numbers and deep structures."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # ValueError: an int of more than 4300 digits
+        return f"a huge {type(value).__name__}"
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

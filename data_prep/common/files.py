@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, short_repr
 
 RERUN = "run mma-prep again"
 REBUILD = "delete it and run mma-prep again"  # a step checks only the existence and size of most files
@@ -84,7 +84,8 @@ def check_format(path: Path, raw: Mapping[str, Any], *, format: str, version: in
     if raw.get("format") != format:
         raise UserError(f"{path}: not a file of format {format}; {fix}")
     if raw.get("version") != version:
-        raise UserError(f"{path}: {format} version {raw.get('version')}, this release reads version {version}; {fix}")
+        found = short_repr(raw.get("version"))
+        raise UserError(f"{path}: {format} version {found}, this release reads version {version}; {fix}")
 
 
 def hash_json(value: Any) -> str:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
-from data_prep.common.errors import closest, did_you_mean
+from data_prep.common.errors import closest, did_you_mean, short_repr
 
 Place = Sequence[int | str]
-"""Path of a value in nested settings."""
-_SHOWN_CHARACTERS = 80
-
-
+"""Where a value stands in nested settings."""
 KnownKeys = Callable[[Place], Iterable[str]]
 """Returns the valid keys at the place of a misspelt one, for "did you mean"."""
 
@@ -72,16 +68,8 @@ def _line(problem: Any, known: KnownKeys, within: str) -> str:
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: expected a mapping of keys (found {_shown(value)})"
+        return f"{key}: a mapping of keys belongs here (found {short_repr(value)})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error" or isinstance(value, str | int | float):
-        message += f" (found {_shown(value)})"
+        message += f" (found {short_repr(value)})"
     return f"{key}: {message}" if key else message
-
-
-def _shown(value: object) -> str:
-    """Return a value as it is quoted in a message: short, on one line."""
-    try:
-        return textwrap.shorten(repr(value), _SHOWN_CHARACTERS)
-    except ValueError:  # an integer of thousands of digits cannot be printed
-        return f"a huge {type(value).__name__}"

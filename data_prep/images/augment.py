@@ -1,12 +1,11 @@
-"""Augmentation that stays truthful: which samples an image may be mirrored or cropped for, and how it then is.
+"""Augmentation that keeps the text true: which images may be mirrored or cropped, and how they are.
 
-A mirrored image makes "the cup on the left" a lie, and a cropped one "three cups". So every sample is asked first:
-its whole text is searched for words that speak of sides, orientation, places, counts or written text, and only an
-image of which none of it speaks is changed. (Writing in an image that no text speaks of is mirrored with it; the text
-stays true.) The lists err towards leaving images alone. They are English: text with other letters allows nothing, and
-a corpus in another language of the same letters must not ask for augmentation. What is done to an image is decided
-for every draw by a hash of seed, corpus, sample and draw, and written into the pack, so it does not depend on ranks,
-and a resumed run sees the same pixels.
+Mirroring makes "the cup on the left" wrong; cropping makes "three cups" wrong. So the text of every sample is searched
+for words about sides, orientation, places, counts or written text, and an image is changed only if it has none of them.
+(Writing in an image that no text mentions is mirrored, too; the text stays true.) The word lists prefer leaving images
+alone. They are English: text with other letters allows nothing, and a corpus in another language with the same letters
+must not ask for augmentation. A hash of seed, corpus, sample and draw decides what happens to each image. The result is
+written into the pack, so it does not depend on ranks, and a resumed run sees the same pixels.
 """
 
 from __future__ import annotations
@@ -23,18 +22,18 @@ from data_prep.common.seeding import seeded
 from data_prep.example import Example
 
 FLIP, CROP = 1, 2
-"""Bits of what a sample allows."""
+"""Bits of the augmentations a sample allows."""
 UNIT = 1000
-"""Views are written in thousandths of an image's width and height."""
+"""Augmentations are stored in thousandths of the image width and height."""
 WHOLE = (0, 0, 0, UNIT, UNIT)
 Augmentations = npt.NDArray[np.int16]
-"""int16[images, 5]: mirrored (0 or 1), then left, top, width and height of what is kept, in thousandths."""
+"""int16[images, 5]: mirrored (0 or 1), then left, top, width and height of the kept area, in thousandths."""
 
 INSTRUCTIONS = (
     "answer the question using a single word or phrase",
     "answer with the option's letter from the given choices",
 )
-"""Sentences of prompts that speak of the answer, not of the image; they are not searched."""
+"""Prompt sentences about the answer, not the image; they are not searched."""
 SIDES = """left right leftmost rightmost lefthand righthand leftward rightward leftwards
 rightwards side sides sided sideways east west eastern western eastward westward northeast
 northwest southeast southwest clockwise counterclockwise anticlockwise starboard
@@ -69,23 +68,23 @@ _FOREIGN = re.compile(r"[^\W\d_a-z]")
 
 
 class Augment(BaseModel):
-    """What may be done to the images of a corpus, where the text of a sample allows it."""
+    """Augmentation of the images of a corpus, applied only where the text of a sample allows it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     flip: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of draws whose images are mirrored, left to right."""
+    """Share of draws whose images are mirrored left to right."""
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Smallest share of an image's area that a random crop keeps; 1 for no crops."""
+    """Smallest share of the image area that a random crop keeps; 1 for no crops."""
 
     @property
     def bits(self) -> int:
-        """What it asks for."""
+        """Bits of the augmentations it asks for."""
         return FLIP * (self.flip > 0) + CROP * (self.crop < 1)
 
 
 def allowed(text: str) -> int:
-    """Return what a text allows to be done to its images: bits of ``FLIP`` and ``CROP``."""
+    """Return the augmentations a text allows: bits of ``FLIP`` and ``CROP``."""
     searched = text.lower()
     for sentence in INSTRUCTIONS:
         searched = searched.replace(sentence, "")
@@ -96,7 +95,7 @@ def allowed(text: str) -> int:
 
 
 def _beyond_words(text: str) -> bool:
-    """Return whether a text holds numbers, quotations (mostly of what is read) or letters English does not have."""
+    """Return whether a text holds digits, quotations (mostly of written text) or non-English letters."""
     return bool(
         _MARK.search(text)
         or (("'" in text or "\u2018" in text) and _QUOTED.search(text))
@@ -105,7 +104,7 @@ def _beyond_words(text: str) -> bool:
 
 
 def allowed_by(example: Example) -> int:
-    """Return what all texts of an example allow; nothing where it has no image or boxes were drawn on one."""
+    """Return the augmentations that all texts of an example allow; none without images or with annotated boxes."""
     images = example.images
     if not images or any(image.annotated_size is not None for image in images):
         return 0
@@ -113,21 +112,23 @@ def allowed_by(example: Example) -> int:
 
 
 def draw_augmentations(augment: Augment, allows: int, images: int, *key: object) -> Augmentations:
-    """Return the views of one draw's images, by ``key`` alone; all of its images are mirrored, or none."""
+    """Return the augmentations of the images of one draw, determined by ``key``; all images are mirrored or none."""
     numbers = seeded(*key, "views").random((images + 1, 4))
     augmentations = np.tile(np.array(WHOLE, dtype=np.int16), (images, 1))
     augmentations[:, 0] = bool(allows & FLIP) and numbers[0, 0] < augment.flip
     if allows & CROP and augment.crop < 1:
         area = augment.crop + (1 - augment.crop) * numbers[1:, 0]
         width = area ** numbers[1:, 1]
-        sides = np.ceil(UNIT * np.stack([width, area / width], axis=1)).clip(1, UNIT)  # the share kept is no smaller
+        sides = np.ceil(UNIT * np.stack([width, area / width], axis=1)).clip(
+            1, UNIT
+        )  # rounded up: the kept share is no smaller
         augmentations[:, 1:3] = np.floor((UNIT + 1 - sides) * numbers[1:, 2:])
         augmentations[:, 3:] = sides
     return augmentations
 
 
 def apply_augmentation(image: Image.Image, augmentation: npt.NDArray[np.int16]) -> Image.Image:
-    """Return an image as a draw shows it: cropped, then mirrored; the image itself where nothing is to be done."""
+    """Return the augmented image: cropped, then mirrored; the image itself if there is nothing to do."""
     mirrored, left, top, width, height = augmentation.tolist()
     if (width, height) != (UNIT, UNIT):
         sides = np.array([image.width, image.height])
@@ -138,7 +139,7 @@ def apply_augmentation(image: Image.Image, augmentation: npt.NDArray[np.int16]) 
 
 
 def describe_augmentation(augmentation: npt.NDArray[np.int16]) -> str:
-    """Return ``mirrored, 93% of its area``; nothing for a whole image."""
+    """Return ``mirrored, 93% of its area``; empty for an unchanged image."""
     words = ["mirrored"] if augmentation[0] else []
     kept = int(augmentation[3]) * int(augmentation[4]) / UNIT**2
     return ", ".join([*words, f"{kept:.0%} of its area"] if kept < 1 else words)

@@ -1,9 +1,8 @@
-"""Which JPEGs decode, told from their structure: no pixel is computed.
+"""Decides from the structure of a JPEG whether it decodes, without computing pixels.
 
-libjpeg fails on headers and tables that make no sense and on data that end too early; whatever bits stand inside a
-scan, it makes pixels of them, with warnings that Pillow does not pass on. So a file whose segments, tables and scans
-are all as the standard (ITU-T T.81) has them, down to its end marker, decodes. ``surely_decodes`` says yes to those
-alone: of any other file it only says that decoding has to be tried.
+libjpeg fails on invalid headers and tables and on data that end early. It turns any bits inside a scan into pixels,
+with warnings that Pillow drops. So a file decodes if its segments, tables and scans follow the standard (ITU-T T.81) up
+to the end marker. ``surely_decodes`` returns True only for such files; any other file has to be decoded to find out.
 """
 
 from __future__ import annotations
@@ -16,23 +15,23 @@ _START, _END = b"\xff\xd8", b"\xff\xd9"
 _HUFFMAN, _QUANTIZATION, _SCAN, _RESTART = b"\xff\xc4", b"\xff\xdb", b"\xff\xda", b"\xff\xdd"
 _SEQUENTIAL, _PROGRESSIVE = (b"\xff\xc0", b"\xff\xc1"), b"\xff\xc2"
 _SKIPPED = {bytes((0xFF, marker)) for marker in (*range(0xE0, 0xF0), 0xFE)}
-"""Applications' segments and comments."""
+"""Application segments and comments."""
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7]")
-"""What ends the data of a scan: neither a stuffed byte nor a restart."""
+"""Marker that ends the data of a scan: neither a stuffed byte nor a restart."""
 _MAX_SIDE, _MAX_BLOCKS, _MAX_SHIFT = 65_500, 10, 13
-"""Limits of libjpeg: sides, blocks of an interleaved unit, bits that a progressive scan leaves to later ones."""
+"""Limits of libjpeg: side length, blocks of an interleaved MCU, bits a progressive scan leaves to later scans."""
 _MAX_DIFFERENCE, _MAX_AREA = 11, 1 << 26
-"""Bits by which a first coefficient may differ from the one before (T.81, table F.1), and pixels of a frame. So many
-blocks cannot lead a coefficient of a progressive scan out of 32 bits, which libjpeg refuses.
+"""Maximum bits of the difference of DC coefficients (T.81, table F.1) and maximum pixels of a frame. With so few
+blocks, no coefficient of a progressive scan exceeds 32 bits, which libjpeg would refuse.
 """
 
 
 class _OtherError(Exception):
-    """The file is not made as every decoder expects."""
+    """The structure is unusual; only decoding can tell."""
 
 
 def surely_decodes(data: bytes) -> bool:
-    """Return whether Pillow decodes the first frame of a JPEG without an error; False where it may, or may not."""
+    """Return True if Pillow is certain to decode the first frame of a JPEG; False if only decoding can tell."""
     try:
         _read(data)
     except (_OtherError, IndexError):
@@ -43,26 +42,26 @@ def surely_decodes(data: bytes) -> bool:
 @dataclass(slots=True)
 class _Component:
     blocks: int
-    """Blocks it has in an interleaved unit."""
+    """Blocks in an interleaved MCU."""
     quantization: int
     begun: bool = False
-    """Whether a scan has held its first coefficient."""
+    """Whether a scan has contained its DC coefficient."""
 
 
 @dataclass(slots=True)
 class _State:
-    """What a decoder knows by now."""
+    """State of a decoder while it reads a file."""
 
     components: dict[int, _Component] = field(default_factory=dict)
     progressive: bool = False
     scans: int = 0
     quantization: set[int] = field(default_factory=set)
     huffman: set[int] = field(default_factory=set)
-    """Tables by their byte in the file: 0 to 3 for first coefficients, 16 to 19 for the others."""
+    """Table ids as stored in the file: 0 to 3 for DC coefficients, 16 to 19 for AC coefficients."""
 
 
 def _read(data: bytes) -> None:
-    """Walk through a file. Raises _OtherError or IndexError where it is unusual or ends early."""
+    """Walk through a file. Raises _OtherError or IndexError if it is unusual or ends early."""
     _require(data.startswith(_START))
     state, at = _State(), 2
     while (marker := data[at : at + 2]) != _END:
@@ -123,8 +122,8 @@ def _huffman(body: bytes, state: _State) -> None:
 
 @lru_cache(1 << 10)
 def _is_code(counts: bytes) -> bool:
-    """Return whether there is a prefix code with so many words of 1 to 16 bits, none of them all ones."""
-    used = sum(count << 16 - length for length, count in enumerate(counts, 1))  # of Kraft's sum, in 2**16ths
+    """Return whether a prefix code with these counts of 1- to 16-bit words exists, none of them all ones."""
+    used = sum(count << 16 - length for length, count in enumerate(counts, 1))  # Kraft sum times 2**16
     return len(counts) == 16 and 0 < sum(counts) <= 256 and used < 1 << 16
 
 
@@ -132,7 +131,7 @@ def _frame(body: bytes, state: _State) -> None:
     height, width, count = int.from_bytes(body[1:3]), int.from_bytes(body[3:5]), body[5]
     _require(not state.components and body[0] == 8 and count in (1, 3) and len(body) == 6 + 3 * count)
     _require(0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE)
-    _require((height + 31) * (width + 31) <= _MAX_AREA)  # a unit is at most 32 x 32
+    _require((height + 31) * (width + 31) <= _MAX_AREA)  # an MCU is at most 32 x 32
     for name, sampling, table in zip(body[6::3], body[7::3], body[8::3], strict=True):
         _require(sampling >> 4 in (1, 2, 4) and sampling & 15 in (1, 2, 4) and table < 4)
         state.components[name] = _Component((sampling >> 4) * (sampling & 15), table)

@@ -1,8 +1,8 @@
 """Images: safe decoding, and the content-addressed store whose row ids the packs hold.
 
 A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files,
-memory mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; decoding happens where
-the pixels are needed, with ``decode_rgb``.
+memory mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; ``decode_rgb`` decodes
+where pixels are needed.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from data_prep.images.jpeg import surely_decodes
 from data_prep.quarantine import BadSample
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-"""Formats that are read; others (EPS runs an interpreter) are never even tried."""
+"""Formats that are read; others (EPS runs an interpreter) are never tried."""
 STORE_FORMAT, STORE_VERSION = "mma-images", 2
 SHARD_BATCH_ROWS = 64
-"""Rows of every record batch but the last of a shard: what is held in memory while one is written."""
+"""Rows per record batch, except the last one of a shard: held in memory during writing."""
 OPEN_SHARDS = 1 << 14
-"""Shards that are held open at most: each takes one of the maps that a process may have (65,530 by default)."""
+"""Maximum number of open shards: each uses one memory map, and a process may have 65,530 by default."""
 IMAGE_SCHEMA = pa.schema(
     [("sha256", pa.binary(32)), ("width", pa.int32()), ("height", pa.int32()), ("data", pa.large_binary())]
 )
 Image.init()  # Pillow registers some of these formats only on demand, and `open` looks them up by name
-# Filters belong to the process, and images are decoded in threads: nothing here may set them for the time of a call.
+# Warning filters are per process and images are decoded in threads, so filters cannot be set per call.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `_check_size` refuses such an image
 warnings.filterwarnings("ignore", category=UserWarning, module="PIL")  # corrupt EXIF: the pixels decide
 _DAMAGE = (
     *(OSError, SyntaxError, ValueError, EOFError, ArithmeticError, LookupError, struct.error, zlib.error),
-    *(TypeError, AttributeError, AssertionError, RuntimeError),  # of a value that Pillow expects to be of another type
+    *(TypeError, AttributeError, AssertionError, RuntimeError),  # Pillow meets a value of an unexpected type
 )
 _TURNS: dict[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -56,18 +56,18 @@ _TURNS: dict[object, Image.Transpose] = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""How to make an image upright, by its EXIF orientation."""
+"""EXIF orientation -> transposition that makes the image upright."""
 
 
 class BadImage(BadSample):
-    """The bytes are not a usable image; ``code`` and ``detail`` say why."""
+    """The bytes are not a usable image; ``code`` and ``detail`` give the reason."""
 
 
 def decode_rgb(data: bytes) -> Image.Image:
     """Decode any usable image to 8-bit RGB, upright.
 
-    The first frame of animations is taken, EXIF rotation is applied, transparency is composited on white and 16-bit
-    samples are scaled. Pillow's decompression-bomb limit stays in force and truncated files are refused.
+    Takes the first frame of animations, applies EXIF rotation, composites transparency on white and scales 16-bit
+    samples. Pillow's decompression-bomb limit applies, and truncated files are refused.
 
     Raises:
         BadImage: empty, foreign, damaged, tiny or oversized bytes.
@@ -77,23 +77,23 @@ def decode_rgb(data: bytes) -> Image.Image:
 
 
 def check_image(data: bytes) -> tuple[int, int]:
-    """Return (width, height), upright, of what ``decode_rgb`` decodes. Most JPEGs are not decoded for it.
+    """Return the upright (width, height) of an image; most JPEGs are checked without decoding.
 
     Raises:
-        BadImage: exactly where ``decode_rgb`` does.
+        BadImage: exactly when ``decode_rgb`` does.
     """
     with _refusals(data):
         image = _open(data)
         if _surely_loads(image, data):
             return image.size
         image = _load_upright(image)
-        _to_rgb(image.crop((0, 0, 1, 1)))  # whether a pixel format can be turned into RGB does not depend on the pixels
+        _to_rgb(image.crop((0, 0, 1, 1)))  # one pixel is enough to check the pixel format
         return image.size
 
 
 @contextmanager
 def _refusals(data: bytes) -> Iterator[None]:
-    """Turn what Pillow raises into BadImage."""
+    """Turn exceptions of Pillow into BadImage."""
     try:
         yield
     except Image.DecompressionBombError as error:
@@ -119,9 +119,9 @@ def _load_upright(image: Image.Image) -> Image.Image:
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """Return how an image has to be turned, which damaged EXIF does not say: the pixels decide what is usable.
+    """Return the transposition that makes an image upright; None for damaged EXIF, because the pixels are usable.
 
-    ``ImageOps.exif_transpose`` would write the EXIF anew, and fail on any tag in it of an unexpected type.
+    ``ImageOps.exif_transpose`` would rewrite the EXIF data and fail on any tag of an unexpected type.
     """
     try:
         return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
@@ -130,7 +130,7 @@ def _turn(image: Image.Image) -> Image.Transpose | None:
 
 
 def _surely_loads(image: Image.Image, data: bytes) -> bool:
-    """Return whether an image that is open can be loaded, as RGB or grey, and is upright as it is."""
+    """Return whether an open image is certain to load as RGB or grey and is already upright."""
     if image.format != "JPEG" or image.mode not in ("RGB", "L") or not surely_decodes(data):
         return False
     return _turn(image) is None
@@ -160,13 +160,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def misnamed(data: bytes, name: str) -> bool:
-    """Return whether a file name's suffix says another format than its bytes do (a GIF named .jpg)."""
-    said, found = _SUFFIXES.get(PurePath(name).suffix.lower()), next((one for sign, one in _SIGNS if sign(data)), None)
-    return said is not None and found is not None and said != found
+    """Return whether the suffix of a file name contradicts its bytes (a GIF named .jpg)."""
+    named = _SUFFIXES.get(PurePath(name).suffix.lower())
+    found = next((format for has_format, format in _MAGIC if has_format(data)), None)
+    return named is not None and found is not None and named != found
 
 
 _SUFFIXES = {".jpg": "JPEG", ".jpeg": "JPEG", ".png": "PNG", ".gif": "GIF", ".webp": "WEBP", ".bmp": "BMP"}
-_SIGNS: tuple[tuple[Callable[[bytes], bool], str], ...] = (
+_MAGIC: tuple[tuple[Callable[[bytes], bool], str], ...] = (
     (lambda data: data.startswith(b"\xff\xd8\xff"), "JPEG"),
     (lambda data: data.startswith(b"\x89PNG"), "PNG"),
     (lambda data: data.startswith(b"GIF8"), "GIF"),
@@ -179,7 +180,7 @@ class ImageStore:
     """Random access to the images of a store folder; memory-mapped, lazily opened, safe to pickle to workers."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Open a store. Raises UserError when ``store.json`` is absent, foreign or malformed."""
+        """Open a store. Raises UserError if ``store.json`` is missing, foreign or malformed."""
         self.directory = Path(directory)
         path = self.directory / "store.json"
         if not path.is_file():
@@ -201,11 +202,11 @@ class ImageStore:
 
     @property
     def identity(self) -> str:
-        """Sha256 of the index, which holds the sha256 of every shard: what packs remember of their store."""
+        """Sha256 of the index, which holds the sha256 of every shard; packs store it to identify their images."""
         return hashlib.sha256((self.directory / "store.json").read_bytes()).hexdigest()
 
     def read(self, row: int) -> bytes:
-        """Return the encoded bytes of an image, as they were found. Raises IndexError outside the store."""
+        """Return the original encoded bytes of an image. Raises IndexError outside the store."""
         return bytes(self._cell("data", row).as_buffer())
 
     def sha256(self, row: int) -> str:
@@ -219,7 +220,7 @@ class ImageStore:
         found = np.empty(len(rows), dtype="S32")
         shards = np.searchsorted(self._starts, rows, side="right") - 1
         batches, places = np.divmod(rows - self._starts[shards], SHARD_BATCH_ROWS)
-        order = np.lexsort((batches, shards))  # every batch is looked at once
+        order = np.lexsort((batches, shards))  # every batch is read once
         changes = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(batches[order]) != 0)) + 1
         for here in np.split(order, changes) if len(order) else ():
             column = self._shard(int(shards[here[0]])).get_batch(int(batches[here[0]])).column("sha256")
@@ -242,12 +243,12 @@ class ImageStore:
                 )
 
     def missing(self) -> list[tuple[int, int]]:
-        """Return the rows ``[start, stop)`` of every shard that is not there, or has another size."""
+        """Return the rows ``[start, stop)`` of every shard that is missing or has the wrong size."""
         ranges = zip(self.shards, itertools.pairwise(self._starts.tolist()), strict=True)
         return [rows for entry, rows in ranges if not is_of_size(self.directory / entry.name, entry.bytes)]
 
     def shard_of(self, start: int, stop: int) -> FileEntry | None:
-        """Return the shard that holds the rows ``[start, stop)`` and no others, or None."""
+        """Return the shard that holds exactly the rows ``[start, stop)``, or None."""
         which = int(np.searchsorted(self._starts, start))
         return self.shards[which] if self._starts[which : which + 2].tolist() == [start, stop] else None
 
@@ -262,15 +263,15 @@ class ImageStore:
         reader = self._open_shards.get(which)
         if reader is None:
             if len(self._open_shards) >= OPEN_SHARDS:
-                self._open_shards.clear()  # whoever reads one now keeps it
+                self._open_shards.clear()  # a thread that is reading one keeps it
             reader = self._open_shards[which] = self._open(self.shards[which])
         return reader
 
     def _open(self, entry: FileEntry) -> pa.ipc.RecordBatchFileReader:
         path = self.directory / entry.name
         try:
-            with pa.memory_map(str(path)) as file:  # the buffer keeps the map: a store may have more shards than files
-                reader = pa.ipc.open_file(file.read_buffer())  # may be open
+            with pa.memory_map(str(path)) as file:
+                reader = pa.ipc.open_file(file.read_buffer())  # keeps the map, but no file descriptor
             batches = reader.num_record_batches
             rows = (batches - 1) * SHARD_BATCH_ROWS + reader.get_batch(batches - 1).num_rows if batches else 0
         except (OSError, pa.ArrowInvalid) as error:

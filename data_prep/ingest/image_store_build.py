@@ -1,9 +1,9 @@
-"""Sealing the image store: the distinct images of all units, gathered in order of first use.
+"""Building the image store: the distinct images of all shard outputs, in order of first use.
 
-A shard holds the images that one unit is the first to use. Where these are all that the unit has, its file becomes the
-shard as it is, by a hard link; others are copied without the images of earlier units. Hashes are compared range by
-range, so memory does not grow with the corpus; what grows is a mapped file with 8 bytes for every image of every unit.
-Any process may write any shard.
+Each store shard holds the images that one shard output is the first to use. If those are all of its images, its file
+becomes the store shard by a hard link; otherwise the new images are copied. Hashes are compared range by range, so
+memory does not grow with the corpus; only a mapped file grows, by 8 bytes per image of every shard output. Any process
+may write any store shard.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from data_prep.ingest.image_hashes import ImageHashes
 from data_prep.ingest.workspace import ShardOutput
 
 RANGE_IMAGES = 1 << 17
-"""Hashes that are compared at a time, at least."""
+"""Minimum number of hashes compared at a time."""
 RANGE_SHARE = 1 << 6
-"""Hashes of each unit that are compared at a time, at least: every unit is opened once a range."""
+"""Minimum number of hashes per shard output compared at a time: every shard output is opened once per range."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One shard to be written: rows ``[start, stop)`` of the store, new images of one unit."""
+    """One store shard to write: rows ``[start, stop)``, the new images of one shard output."""
 
     store: Path
     number: int
@@ -49,48 +49,48 @@ class ShardJob:
 
     @property
     def path(self) -> Path:
-        """The shard."""
+        """The store shard."""
         return self.store / f"images-{self.number:05d}.arrow"
 
     @property
     def marker(self) -> Path:
-        """Its done-marker: its entry in the index."""
+        """Its done-marker, which holds its entry of the index."""
         return _work(self.store) / f"images-{self.number:05d}.json"
 
     def is_done(self) -> bool:
-        """Return whether the shard is whole. Its contents follow from the store's name."""
+        """Return whether the store shard is complete. The name of the store determines its contents."""
         return self.marker.is_file() and self.path.is_file()
 
 
 def build_image_store(outputs: Sequence[ShardOutput], directory: Path, team: Team) -> Path:
-    """Build ``directory/KEY`` from the units' images, unless it is there; return it.
+    """Build ``directory/KEY`` from the images of the shard outputs unless it exists; return it.
 
-    ``KEY`` names the contents, so packs that were made with another store keep theirs. The order of rows depends on the
-    units' order only. The units' own copies are removed once the store is complete.
+    ``KEY`` is derived from the contents, so packs built with another store keep theirs. The order of rows depends only
+    on the order of the shard outputs. Their own image files are removed once the store is complete.
 
     Raises:
-        UserError: the images of a unit are neither beside it nor in an earlier store.
+        UserError: the images of a shard output are neither beside it nor in an earlier store.
     """
     store = directory / store_key(outputs)
-    if team.serial(lambda: _is_sealed(outputs, store)):
+    if team.serial(lambda: _is_built(outputs, store)):
         return store
-    whole, jobs = team.serial(lambda: (_is_whole(store), _prepare(outputs, store)))
-    team.map(_write_shard, [] if whole else to_write(jobs, team), _nothing)
+    complete, jobs = team.serial(lambda: (_is_complete(store), _prepare(outputs, store)))
+    team.map(_write_shard, [] if complete else shards_to_write(jobs, team), _ignore)
     team.serial(lambda: _finish(outputs, store, jobs))
     return store
 
 
-def to_write(jobs: Sequence[ShardJob], team: Team) -> list[ShardJob]:
-    """Return the shards this member writes: what is done already differs from one member's look to the next one's."""
+def shards_to_write(jobs: Sequence[ShardJob], team: Team) -> list[ShardJob]:
+    """Return the unfinished shards of this process. Divide first: processes may see different shards as done."""
     return [job for job in team.share(jobs) if not job.is_done()]
 
 
 def store_key(outputs: Sequence[ShardOutput]) -> str:
-    """Return the name of the store that holds exactly the units' images, in their order."""
+    """Return the name of the store that holds exactly these images, in this order."""
     return hashlib.sha256("".join(output.report().images_sha256 for output in outputs).encode()).hexdigest()[:12]
 
 
-def _nothing(_: object) -> None:
+def _ignore(_: object) -> None:
     pass
 
 
@@ -98,18 +98,20 @@ def _work(store: Path) -> Path:
     return store / ".work"
 
 
-def _is_sealed(outputs: Sequence[ShardOutput], store: Path) -> bool:
+def _is_built(outputs: Sequence[ShardOutput], store: Path) -> bool:
     return (
-        _is_whole(store) and not _work(store).is_dir() and all(output.rows(store.name).is_file() for output in outputs)
+        _is_complete(store)
+        and not _work(store).is_dir()
+        and all(output.rows(store.name).is_file() for output in outputs)
     )
 
 
-def _is_whole(store: Path) -> bool:
-    found = _opened(store)
+def _is_complete(store: Path) -> bool:
+    found = _try_open(store)
     return found is not None and not found.missing()
 
 
-def _opened(store: Path) -> ImageStore | None:
+def _try_open(store: Path) -> ImageStore | None:
     try:
         return ImageStore(store)
     except UserError:
@@ -117,9 +119,9 @@ def _opened(store: Path) -> ImageStore | None:
 
 
 def forget_damaged(out: Path) -> None:
-    """Make the units of an output folder forget what a store misses of their images: they are read anew."""
+    """Invalidate shard outputs whose images a damaged store has lost, so ingest reads them again."""
     for index in out.glob("images/*/store.json"):
-        store = _opened(index.parent)
+        store = _try_open(index.parent)
         if store is None:
             index.unlink(missing_ok=True)
         elif missing := store.missing():
@@ -127,7 +129,7 @@ def forget_damaged(out: Path) -> None:
 
 
 def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
-    bounds = np.array(missing).ravel()  # ascending, so a row lies in a missing range where it passes an odd number
+    bounds = np.array(missing).ravel()  # ascending: a row above an odd number of bounds is inside a missing range
     for path in out.glob(f"ingest/*/*/*.rows-{store}"):
         rows = np.fromfile(path, dtype=np.int64)
         if (np.searchsorted(bounds, rows, side="right") % 2).any():
@@ -135,13 +137,13 @@ def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
 
 
 def _prepare(outputs: Sequence[ShardOutput], store: Path) -> list[ShardJob]:
-    """Find the row of every image and the bounds of the shards, and write down what workers need to know."""
+    """Find the row of every image and the bounds of the shards, and write the context file for the workers."""
     starts = np.cumsum([0, *(output.report().images for output in outputs)])
     with _new_rows(store, int(starts[-1])) as rows:
         _find_owners(outputs, starts, rows)
         bounds = _number_rows(starts, rows)
     context = {
-        "units": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
+        "shards": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
         "starts": starts.tolist(),
     }
     write_atomic(_work(store) / "context.json", json.dumps(context).encode())
@@ -150,13 +152,13 @@ def _prepare(outputs: Sequence[ShardOutput], store: Path) -> list[ShardJob]:
 
 
 def _rows(store: Path) -> Path:
-    """Return the file with the store row of every image of every unit."""
+    """Return the file with the store row of every image of every shard output."""
     return _work(store) / "rows"
 
 
 @contextmanager
 def _new_rows(store: Path, count: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Yield the mapped rows of ``count`` images, to be written; they become the file when the block ends well."""
+    """Yield a writable map of the rows of ``count`` images; it becomes the file if the block succeeds."""
     with atomic_path(_rows(store)) as temporary:
         allocate(temporary, 8 * count)
         rows = np.memmap(temporary, np.int64, "r+", shape=(count,)) if count else np.empty(0, np.int64)
@@ -166,10 +168,10 @@ def _new_rows(store: Path, count: int) -> Iterator[npt.NDArray[np.int64]]:
 
 
 def allocate(path: Path, size: int) -> None:
-    """Make a file of ``size`` bytes on the disk: writing to a mapped page that finds no room kills the process.
+    """Create a file and reserve ``size`` bytes for it: writing to a mapped page on a full disk kills the process.
 
     Raises:
-        UserError: there is no room.
+        UserError: the disk is full.
     """
     try:
         with path.open("wb") as file:
@@ -177,11 +179,13 @@ def allocate(path: Path, size: int) -> None:
             if size and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)
     except OSError as error:
-        raise UserError(f"{path.parent}: no room for {size:,} bytes ({error.strerror}): free some there") from error
+        raise UserError(
+            f"{path.parent}: cannot reserve {size:,} bytes ({error.strerror}): free disk space there"
+        ) from error
 
 
 def _find_owners(outputs: Sequence[ShardOutput], starts: npt.NDArray[np.int64], owners: npt.NDArray[np.int64]) -> None:
-    """Write, for every image of every unit, the number of the first image with its content."""
+    """Write, for every image of every shard output, the number of the first image with the same content."""
     for first, stop in itertools.pairwise(_ranges(len(owners), len(outputs))):
         parts = [ImageHashes.open(output.image_hashes).between(first, stop) for output in outputs]
         numbers = np.concatenate([part.index + start for part, start in zip(parts, starts[:-1], strict=True)])
@@ -191,7 +195,7 @@ def _find_owners(outputs: Sequence[ShardOutput], starts: npt.NDArray[np.int64], 
 
 
 def _ranges(images: int, outputs: int) -> list[bytes]:
-    """Return the bounds of equal ranges of hashes, to be compared one after the other; the outermost are open."""
+    """Return the bounds of equal ranges of hashes, compared one range at a time; the outer bounds are open."""
     count = -(-images // max(RANGE_IMAGES, RANGE_SHARE * outputs))
     if count == 0:
         return []
@@ -199,7 +203,7 @@ def _ranges(images: int, outputs: int) -> list[bytes]:
 
 
 def _number_rows(starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> list[int]:
-    """Turn owners into store rows, unit by unit; return each unit's first new row and, last, the number of rows."""
+    """Turn owners into store rows in place; return the first new row of each shard output and, last, the row count."""
     bounds = [0]
     for start, stop in itertools.pairwise(starts.tolist()):
         owners = rows[start:stop].copy()
@@ -211,16 +215,16 @@ def _number_rows(starts: npt.NDArray[np.int64], rows: npt.NDArray[np.int64]) -> 
 
 @dataclass(frozen=True)
 class _Context:
-    """What a worker process keeps between the shards of one store."""
+    """State a worker process keeps between the shards of one store."""
 
     outputs: list[ShardOutput]
     starts: list[int]
     rows: Path
     listed: dict[str, FileEntry]
-    """Shards of this store by its index, where it has been whole before; its name tells what they hold."""
+    """Shards in the index of this store, if it was complete before."""
 
     def rows_of(self, output: int) -> npt.NDArray[np.int64]:
-        """Read the store rows of a unit's images; no map is kept: where a file is open, NFS removes no folder."""
+        """Read the store rows of one shard output. Not mapped: NFS cannot remove a folder that holds an open file."""
         start, stop = self.starts[output : output + 2]
         return np.fromfile(self.rows, np.int64, stop - start, offset=8 * start)
 
@@ -228,14 +232,14 @@ class _Context:
 @functools.lru_cache(maxsize=1)
 def _context(store: Path) -> _Context:
     raw = json.loads((_work(store) / "context.json").read_text(encoding="utf-8"))
-    outputs = [ShardOutput(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["units"]]
-    found = _opened(store)
+    outputs = [ShardOutput(corpus, shard, Path(folder), files) for corpus, shard, folder, files in raw["shards"]]
+    found = _try_open(store)
     listed = {entry.name: entry for entry in (found.shards if found else ())}
     return _Context(outputs, raw["starts"], _rows(store), listed)
 
 
 def _write_shard(job: ShardJob) -> None:
-    """Make one shard of the images that its unit is the first to use, unless it is still there, and its marker."""
+    """Write one store shard, unless it still exists, and its marker."""
     entry = _context(job.store).listed.get(job.path.name)
     if entry is None or not is_of_size(job.path, entry.bytes):
         entry = _make_shard(job)
@@ -246,16 +250,16 @@ def _make_shard(job: ShardJob) -> FileEntry:
     context, stores = _context(job.store), job.store.parent
     output, rows = context.outputs[job.output], context.rows_of(job.output)
     wanted = np.flatnonzero((rows >= job.start) & (rows < job.stop))
-    whole = _whole_file(output, stores) if len(wanted) == len(rows) else None
-    if whole is None:
+    reusable = _reusable_file(output, stores) if len(wanted) == len(rows) else None
+    if reusable is None:
         return _copy_images(_images(output, wanted, stores), job.path)
     with atomic_path(job.path) as temporary:
-        link_or_copy(whole[0], temporary)
-    return replace(whole[1], name=job.path.name)
+        link_or_copy(reusable[0], temporary)
+    return replace(reusable[1], name=job.path.name)
 
 
-def _whole_file(output: ShardOutput, stores: Path) -> tuple[Path, FileEntry] | None:
-    """Return a file with all images of a unit and no others, or None: its own, or a shard of an earlier store."""
+def _reusable_file(output: ShardOutput, stores: Path) -> tuple[Path, FileEntry] | None:
+    """Return a file with exactly the images of a shard output: its own or a shard of an earlier store; else None."""
     report = output.report()
     if output.images.is_file():
         return output.images, report.pixels
@@ -268,7 +272,7 @@ def _whole_file(output: ShardOutput, stores: Path) -> tuple[Path, FileEntry] | N
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name; on a file system that cannot, copy it."""
+    """Hard-link a file, or copy it where the file system has no hard links."""
     try:
         target.hardlink_to(source)
     except OSError:
@@ -285,7 +289,7 @@ def _copy_images(images: Iterable[tuple[bytes, int, int, bytes]], path: Path) ->
 def _images(
     output: ShardOutput, wanted: npt.NDArray[np.int64], stores: Path
 ) -> Iterator[tuple[bytes, int, int, bytes]]:
-    """Yield (sha256, width, height, bytes) of the images with the given places in a unit, in their order."""
+    """Yield (sha256, width, height, bytes) of the images with the given indices in a shard output, in order."""
     if not output.images.is_file():
         yield from _from_store(output, wanted, stores)
         return
@@ -300,17 +304,17 @@ def _images(
 def _from_store(
     output: ShardOutput, wanted: npt.NDArray[np.int64], stores: Path
 ) -> Iterator[tuple[bytes, int, int, bytes]]:
-    """Yield images of a unit that gave its copies to a store sealed earlier, which it knows the rows of.
+    """Yield images of a shard output from an earlier store that holds them.
 
     Raises:
-        UserError: there is none, or an image is not what its hash says.
+        UserError: no store holds them, or an image does not match its hash.
     """
     key = output.store_of(stores)
     if key is None:
         output.marker.unlink(missing_ok=True)
         raise UserError(
-            f"{output.corpus}/{output.shard}: its images are in no store any more (was one deleted?); "
-            "run ingest again to read them anew"
+            f"{output.corpus}/{output.shard}: its images are in no image store any more (was one deleted?); "
+            "run `mma-prep ingest` to read them again"
         )
     store = ImageStore(stores / key)
     for row in np.fromfile(output.rows(key), dtype=np.int64)[wanted].tolist():
@@ -321,8 +325,8 @@ def _from_store(
 
 
 def _finish(outputs: Sequence[ShardOutput], store: Path, jobs: Sequence[ShardJob]) -> None:
-    """Write the index, then each unit's rows, and only then remove what the store holds now."""
-    if not _is_whole(store):
+    """Write the index, then the rows of each shard output, then remove the image files that the store replaces."""
+    if not _is_complete(store):
         shards = [json.loads(job.marker.read_text(encoding="utf-8")) for job in jobs]
         assert all(shard["rows"] == job.stop - job.start for shard, job in zip(shards, jobs, strict=True))
         index = {"format": STORE_FORMAT, "version": STORE_VERSION, "shards": shards}
@@ -332,7 +336,7 @@ def _finish(outputs: Sequence[ShardOutput], store: Path, jobs: Sequence[ShardJob
         write_atomic(output.rows(store.name), context.rows_of(number).tobytes())
     for output in outputs:
         output.images.unlink(missing_ok=True)
-    for path in store.glob(".*.tmp"):  # of members that were killed
+    for path in store.glob(".*.tmp"):  # left by killed processes
         path.unlink(missing_ok=True)
     _context.cache_clear()
     shutil.rmtree(_work(store))

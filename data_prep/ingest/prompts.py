@@ -1,7 +1,7 @@
-"""Prompts of captions: short given texts beside the image, one drawn anew whenever a caption is drawn.
+"""Caption prompts: short given texts beside the image, one drawn at random for every draw of a caption.
 
-Without one, nothing given follows the image of a caption, and Modality-Mutual Attention has nothing to unlock in
-pre-training. Captions are tokenised once, without a prompt; the plan draws the prompts, and packing inserts their ids.
+Without a prompt, no given text follows the image of a caption, and Modality-Mutual Attention unlocks nothing in
+pre-training. Captions are tokenised once, without a prompt; the plan draws the prompts and packing inserts their ids.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from data_prep.text.template import Text
 from data_prep.text.tokenizer import Tokenizer
 
 NO_PROMPT = -1
-"""Stands where a draw gets no prompt."""
+"""Marks a draw without a prompt."""
 
 
 def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the token ids of each prompt; the same between an image and a caption as alone."""
+    """Return the token ids of each prompt; they are the same alone as between an image and a caption."""
     return [tokenizer.encode([Text(prompt)], image_tokens=1).ids.tolist() for prompt in prompts]
 
 
 def draw_prompts(
     numbers: npt.NDArray[np.int64], prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str
 ) -> npt.NDArray[np.int16]:
-    """Return which of so many prompts each draw of a corpus gets, by seed, corpus and number of the draw.
+    """Return which prompt each draw of a corpus gets, determined by seed, corpus and draw number.
 
     Args:
-        numbers: of all draws of the corpus, in any order.
-        prompted: by draw, whether its sample takes a prompt.
-        prompts: how many there are; 0 for none.
+        numbers: draw numbers of the corpus, in any order.
+        prompted: whether the sample of each draw takes a prompt.
+        prompts: number of prompts.
         seed: of the recipe.
         corpus: name of the corpus.
 
@@ -48,7 +48,7 @@ def draw_prompts(
 
 
 def insert_prompt(sample: Sample, ids: Sequence[int]) -> Sample:
-    """Return a sample with given token ids at the place it keeps for its prompt."""
+    """Return a sample with token ids inserted at its prompt position."""
     place, count = sample.prompt_at, len(ids)
     return replace(
         sample,

@@ -1,4 +1,4 @@
-"""Reading tokenised samples back: their numbers for the plan, whole samples for the packs."""
+"""Reading tokenised samples back: their stats for the plan, full samples for the packs."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ SAMPLE_SCHEMA = pa.schema(
         ("family", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("generated", pa.list_(pa.uint8())),
-        ("images", pa.list_(pa.int32())),  # index into the unit's distinct images, in order of instance
-        ("prompt_at", pa.int32()),  # where a prompt is to stand, or -1
-        ("alterable", pa.int8()),  # what its text allows to be done to its images (data_prep.images.augment)
+        ("images", pa.list_(pa.int32())),  # index into the distinct images of the shard output, in order of instance
+        ("prompt_at", pa.int32()),  # position for a prompt, or -1
+        ("alterable", pa.int8()),  # augmentations its text allows (data_prep.images.augment)
     ]
 )
-"""One tokenised sample of a unit."""
-_FACTS = [
+"""One tokenised sample."""
+_STAT_FIELDS = [
     ("tokens", "<i4"),
     ("images", "<i4"),
     ("targets", "<i4"),  # supervised tokens
-    ("repeated", "<i4"),  # tokens of earlier turns that another sample of the conversation holds too
+    ("repeated", "<i4"),  # tokens of earlier turns that another sample of the conversation also holds
     ("left_out", "<i4"),  # answers of the conversation that no sample holds
     ("prompted", "?"),  # whether it takes a prompt
     ("truncated", "?"),
     ("ended", "?"),  # whether the last supervised token ends a turn
 ]
-SAMPLE_STATS = np.dtype(_FACTS, align=True)
-"""What a plan needs to know of a sample. A file of its own: planning reads these of every unit, and nothing else."""
+SAMPLE_STATS = np.dtype(_STAT_FIELDS, align=True)
+"""What a plan needs to know about a sample. In a separate file, because planning reads nothing else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """Chosen samples of one corpus, in the order they are stored; arrays of one length."""
+    """Chosen samples of one corpus, in storage order; arrays of equal length."""
 
     place: npt.NDArray[np.int64]
-    """Where the sample stood among the chosen ones."""
+    """Position of the sample in the order it was chosen."""
     shard: npt.NDArray[np.int32]
-    """Number of the unit within ``units``."""
+    """Index into ``outputs``."""
     index: npt.NDArray[np.int32]
-    """Number of the sample within its unit."""
+    """Index of the sample in its shard output."""
     stats: npt.NDArray[np.void]
     """``SAMPLE_STATS`` of the sample."""
 
@@ -60,15 +60,15 @@ class Chosen:
 
 
 def read_sample_stats(outputs: Sequence[ShardOutput], kept: Sequence[int], chosen: npt.NDArray[np.int64]) -> Chosen:
-    """Read what a plan needs to know of chosen samples; one unit is open at a time.
+    """Read the stats of chosen samples; one shard output is open at a time.
 
     Args:
-        outputs: of one corpus.
-        kept: samples of each unit.
-        chosen: numbers of samples over all units, in any order, with repeats.
+        outputs: shard outputs of one corpus.
+        kept: number of samples of each.
+        chosen: sample numbers over all of them, in any order, with repeats.
 
     Raises:
-        UserError: a unit cannot be read, or holds another number of samples.
+        UserError: a file cannot be read, is damaged, or holds a different number of samples.
     """
     numbers, place = _sorted_with_places(chosen)
     starts = np.cumsum([0, *kept])
@@ -85,7 +85,7 @@ def read_sample_stats(outputs: Sequence[ShardOutput], kept: Sequence[int], chose
 
 
 def _stats_of(output: ShardOutput, kept: int) -> npt.NDArray[np.void]:
-    """Return the facts of all samples of a unit. Raises UserError."""
+    """Return the stats of all samples of a shard output. Raises UserError."""
     try:
         data = output.stats.read_bytes()
     except OSError as error:
@@ -96,7 +96,7 @@ def _stats_of(output: ShardOutput, kept: int) -> npt.NDArray[np.void]:
 
 
 def _sorted_with_places(numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return numbers in order, and where each stood; plain keys sort in half the time of an ``argsort``."""
+    """Return sorted numbers and the position of each; sorting packed keys takes half the time of an ``argsort``."""
     bits = len(numbers).bit_length()
     keys = np.sort(numbers << bits | np.arange(len(numbers)))
     return keys >> bits, keys & ((1 << bits) - 1)
@@ -113,23 +113,23 @@ class Sample:
     images: npt.NDArray[np.int64]
     """Rows of the image store."""
     prompt_at: int = -1
-    """Where a prompt is to stand, or -1."""
+    """Position for a prompt, or -1."""
     allowed: int = 0
-    """What its text allows to be done to its images: bits of ``data_prep.images.augment``."""
+    """Augmentations its text allows: bits of ``data_prep.images.augment``."""
 
 
 class SampleReader:
-    """Random access to samples of many units; no unit stays open."""
+    """Random access to the samples of many shard outputs; none stays open."""
 
     def __init__(self, outputs: Sequence[ShardOutput], store: str) -> None:
-        self._units, self._store = outputs, store
+        self._outputs, self._store = outputs, store
 
     def read(self, outputs: npt.NDArray[np.integer], indices: npt.NDArray[np.integer]) -> list[Sample]:
-        """Return the samples ``indices`` of ``units``, in the given order; every unit is opened once.
+        """Return samples in the given order; every shard output is opened once.
 
         Args:
-            outputs: numbers of units, in any order, with repeats.
-            indices: numbers of samples within these units; of one length.
+            outputs: int[N], indices of shard outputs, in any order, with repeats.
+            indices: int[N], indices of samples in these shard outputs.
         """
         found: dict[int, Sample] = {}
         batch = indices // BATCH_ROWS
@@ -139,15 +139,15 @@ class SampleReader:
         for places in np.split(order, changes) if len(order) else ():
             number = int(outputs[places[0]])
             if number != opened:
-                batches, opened = _open(self._units[number]), number
-                rows = np.fromfile(self._units[number].rows(self._store), dtype=np.int64)
+                batches, opened = _open(self._outputs[number]), number
+                rows = np.fromfile(self._outputs[number].rows(self._store), dtype=np.int64)
             samples = _samples(batches[batch[places[0]]], indices[places] % BATCH_ROWS, rows)
             found.update(zip(places.tolist(), samples, strict=True))
         return [found[place] for place in range(len(outputs))]
 
 
 def _samples(batch: pa.RecordBatch, wanted: npt.NDArray[np.integer], rows: npt.NDArray[np.int64]) -> Iterator[Sample]:
-    """Return samples of a batch; they are copied out of it, or they would keep the unit mapped."""
+    """Return samples of a batch, copied: views would keep the file mapped."""
     taken = batch.take(pa.array(wanted))
     ids, generated, images = (_parts(taken.column(name)) for name in ("input_ids", "generated", "images"))
     name, family, prompt_at, allowed = (

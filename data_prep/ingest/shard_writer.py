@@ -1,4 +1,4 @@
-"""One unit of ingest: a raw shard is read, templated, tokenised and its images validated, in constant memory."""
+"""Ingest of one raw shard: read, template, tokenise and validate images, in constant memory."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from data_prep.text.turns import Excerpt, excerpts
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-_SHAPE_TOLERANCE = 0.02  # rounding of the sides of scaled copies
+_SHAPE_TOLERANCE = 0.02  # for the rounded sides of scaled copies
 _RAW_CHARACTERS = 400  # of a rejected sample, in its list
 
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One unit to be made, with all a worker process needs to know."""
+    """One raw shard to ingest, with everything a worker process needs."""
 
     output: ShardOutput
     variant: CorpusVariant
@@ -48,23 +48,23 @@ class ShardJob:
 
 @functools.lru_cache(maxsize=4)
 def _reader(kind: str, options: str, root: str, raw: str) -> Corpus:
-    """Build a reader once per process: it lists all raw files; ``raw`` tells when one of them changed."""
+    """Build a reader once per process: it lists all raw files; ``raw`` changes when one of them does."""
     return build_corpus(kind, json.loads(options), Path(root))
 
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(folder: str, origin: bytes) -> Tokenizer:
-    """Load the tokenizer once per process; ``origin`` tells a new one in the same folder."""
+    """Load the tokenizer once per process; ``origin`` tells a new tokenizer in the same folder from the old one."""
     return Tokenizer.load(folder)
 
 
 def ingest_shard(job: ShardJob) -> ShardReport:
-    """Make one unit: read its raw shard, tokenise, validate images, and write its files; the marker comes last."""
+    """Read one raw shard, tokenise it, validate its images and write its files; the marker is written last."""
     variant, output = job.variant, job.output
     corpus = _reader(variant.kind, json.dumps(variant.options, sort_keys=True), str(variant.root), variant.raw)
     tokenizer = _tokenizer(str(variant.tokenizer), (variant.tokenizer / "origin.json").read_bytes())
     output.forget()
-    with UnitWriter(output, variant.encoding, tokenizer) as writer:
+    with ShardWriter(output, variant.encoding, tokenizer) as writer:
         for item in corpus.examples(output.shard):
             writer.take(item)
     folders = [path for kind, path in corpus.inputs().values() if kind is Input.FOLDER] if writer.misses_images else []
@@ -74,11 +74,11 @@ def ingest_shard(job: ShardJob) -> ShardReport:
     return report
 
 
-class UnitWriter:
-    """Writes the files of one unit in constant memory."""
+class ShardWriter:
+    """Writes the files of one shard output in constant memory."""
 
     def __init__(self, output: ShardOutput, encoding: EncodingConfig, tokenizer: Tokenizer) -> None:
-        self._unit, self._writing, self._tokenizer = output, encoding, tokenizer
+        self._output, self._encoding, self._tokenizer = output, encoding, tokenizer
         self._ends = {tokenizer.id_of(token) for token in encoding.template.ends}
         self._prompt_room = max(map(len, prompt_ids(tokenizer, encoding.template.prompts)), default=0)
         self._images: dict[bytes, int] = {}
@@ -87,17 +87,17 @@ class UnitWriter:
         self._repairs: Counter[str] = Counter()
         self._kept = 0
         self.files: set[Path] = set()
-        """Image files that were read, or would have been, were they there."""
+        """Image files that were read, and image files that are missing."""
 
-    def __enter__(self) -> UnitWriter:
+    def __enter__(self) -> ShardWriter:
         with ExitStack() as stack:
-            self._samples = stack.enter_context(ArrowWriter(self._unit.tokens, SAMPLE_SCHEMA))
+            self._samples = stack.enter_context(ArrowWriter(self._output.tokens, SAMPLE_SCHEMA))
             self._pixels = stack.enter_context(
-                ArrowWriter(self._unit.images, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS)
+                ArrowWriter(self._output.images, IMAGE_SCHEMA, batch_rows=SHARD_BATCH_ROWS)
             )
-            stats = stack.enter_context(atomic_path(self._unit.stats))
+            stats = stack.enter_context(atomic_path(self._output.stats))
             self._stats: BinaryIO = stack.enter_context(stats.open("wb"))
-            rejects = stack.enter_context(atomic_path(self._unit.rejects))
+            rejects = stack.enter_context(atomic_path(self._output.rejects))
             self._rejects: TextIO = stack.enter_context(rejects.open("w", encoding="utf-8"))
             self._stack = stack.pop_all()
         return self
@@ -105,39 +105,39 @@ class UnitWriter:
     def __exit__(self, *failure: object) -> None:
         self._stack.__exit__(*failure)  # type: ignore[arg-type]
         if failure[0] is None:
-            write_atomic(self._unit.image_hashes, image_hashes.to_bytes(self._images))
+            write_atomic(self._output.image_hashes, image_hashes.to_bytes(self._images))
 
     def report(self) -> ShardReport:
-        """Return what the unit holds, once it is closed."""
+        """Return the report of the shard output, once it is closed."""
         entry, tally = self._samples.entry, self._tally()
-        others = (self._unit.stats, self._unit.image_hashes, self._unit.rejects, self._unit.sources)
+        others = (self._output.stats, self._output.image_hashes, self._output.rejects, self._output.sources)
         return ShardReport(
-            self._unit.raw, tally, self._pixels.entry, entry.bytes, entry.sha256, *map(sha256_file, others)
+            self._output.raw, tally, self._pixels.entry, entry.bytes, entry.sha256, *map(sha256_file, others)
         )
 
     @property
     def misses_images(self) -> bool:
-        """Whether a sample was rejected, or lost an image, because a file was not there."""
+        """Whether a sample was rejected, or lost an image, because a file is missing."""
         return bool(self._codes["missing-image"] or self._repairs["image-dropped"])
 
     def take(self, item: Example | Reject) -> None:
-        """Keep what a raw sample gives, or list why it cannot be used."""
+        """Keep the samples of a raw sample, or record why it cannot be used."""
         if isinstance(item, Reject):
             self.reject(item)
             return
         try:
-            whole = self._usable(item)
+            usable = self._usable(item)
         except BadSample as problem:
             self.reject(rejected(item, problem))
             return
-        for excerpt in self._excerpts(whole):
+        for excerpt in self._excerpts(usable):
             try:
                 self.keep(excerpt)
             except BadSample as problem:
                 self.reject(rejected(excerpt.example, problem))
 
     def _usable(self, example: Example) -> Example:
-        """Return an example without those optional images that cannot be used. Raises BadSample where none is left."""
+        """Return an example without its unusable optional images. Raises BadSample if none is left."""
         dropped = [image for image in example.images if image.optional and not self._opens(image)]
         if not dropped:
             return example
@@ -156,33 +156,33 @@ class UnitWriter:
         return True
 
     def _excerpts(self, example: Example) -> Iterator[Excerpt]:
-        """Yield the samples that an example becomes: parts of a conversation or of a long document."""
+        """Yield the samples of an example: parts of a conversation or of a long document."""
         if example.kind == "chat":
-            yield from excerpts(example, self._writing.template.turns)
+            yield from excerpts(example, self._encoding.template.turns)
             return
-        encoding = self._writing
+        encoding = self._encoding
         limits = Limits(encoding.seq_len, encoding.max_text_tokens, encoding.max_images)
         yield from map(Excerpt, split_to_fit(example, limits, self._measure))
 
     def _measure(self, example: Example) -> Size:
-        tokens = len(self._tokenizer.encode(self._writing.template.pieces(example), self._writing.image_tokens))
-        return Size(tokens, len(example.images), self._writing.image_tokens)
+        tokens = len(self._tokenizer.encode(self._encoding.template.pieces(example), self._encoding.image_tokens))
+        return Size(tokens, len(example.images), self._encoding.image_tokens)
 
     def _tally(self) -> Tally:
         repairs = {code: count for code, count in sorted(self._repairs.items()) if count}
         return Tally(self._kept, dict(sorted(self._codes.items())), repairs)
 
     def reject(self, item: Reject) -> None:
-        """Count and list a sample that cannot be used."""
+        """Count and record a sample that cannot be used."""
         assert item.code in CODES, item.code
         self._codes[item.code] += 1
         if item.missing_file is not None:
             self.files.add(item.missing_file)
-        place = {"corpus": self._unit.corpus, "shard": self._unit.shard, "sample": item.sample}
+        place = {"corpus": self._output.corpus, "shard": self._output.shard, "sample": item.sample}
         self._rejects.write(json.dumps({**place, "code": item.code, "detail": item.detail, **shown(item)}) + "\n")
 
     def keep(self, excerpt: Excerpt) -> None:
-        """Add a sample with its images. Raises BadSample when it cannot be used; nothing is added then."""
+        """Add a sample with its images. Raises BadSample, and adds nothing, if it cannot be used."""
         example = excerpt.example
         check_text(example)
         encoded, truncated = self._encode(example)
@@ -193,27 +193,27 @@ class UnitWriter:
         arrays = (encoded.ids, encoded.generated, images)
         self._samples.append((example.id, example.family, *arrays, prompt_at, allowed_by(example)))
         counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
-        stats = np.zeros((), dtype=SAMPLE_STATS)  # zeros: bytes between the fields are written too
+        stats = np.zeros((), dtype=SAMPLE_STATS)  # zeros: padding bytes are written too
         stats[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
         self._stats.write(stats.tobytes())
         self._kept += 1
 
     def _repeated(self, excerpt: Excerpt) -> int:
-        """Return the tokens of the turns that the excerpt before holds too."""
+        """Return the tokens of the turns that the previous excerpt also holds."""
         if not excerpt.repeated:
             return 0
         before = replace(excerpt.example, turns=excerpt.example.turns[: excerpt.repeated])
-        return len(self._tokenizer.encode(self._writing.template.pieces(before), self._writing.image_tokens))
+        return len(self._tokenizer.encode(self._encoding.template.pieces(before), self._encoding.image_tokens))
 
     def _prompt_at(self, example: Example, encoded: Encoded) -> int:
-        """Return where a prompt is to stand: where the template writes it, before or behind what is given."""
-        template = self._writing.template
+        """Return the position for a prompt: before or after the given part, as the template writes it."""
+        template = self._encoding.template
         if not template.takes_prompt(example):
             return NO_PROMPT
         return 0 if template.order == "text_first" else int(np.argmax(encoded.generated))
 
     def _encode(self, example: Example) -> tuple[Encoded, bool]:
-        encoding, count = self._writing, len(example.images)
+        encoding, count = self._encoding, len(example.images)
         if encoding.max_images is not None and count > encoding.max_images:
             raise BadSample("too-many-images", f"{count} images, max_images={encoding.max_images}")
         encoded = self._tokenizer.encode(encoding.template.pieces(example), encoding.image_tokens)
@@ -223,15 +223,15 @@ class UnitWriter:
         if encoding.max_text_tokens is not None:
             limit = min(limit, encoding.max_text_tokens + count * encoding.image_tokens)
         if encoding.template.takes_prompt(example):
-            limit -= self._prompt_room  # whichever prompt is drawn, it fits
+            limit -= self._prompt_room  # the longest prompt fits
         if len(encoded) <= limit:
             return encoded, False
         if encoding.too_long == "reject":
             raise BadSample("too-long", f"{len(encoded)} tokens with {count} images, {limit} fit")
-        return cut_tail(encoded, limit), True
+        return truncate_tail(encoded, limit), True
 
     def _validated(self, example: Example) -> list[tuple[bytes, bytes, tuple[int, int]]]:
-        """Return (sha256, bytes, upright size) of the images, decoding what this unit has not seen yet."""
+        """Return (sha256, bytes, upright size) of the images; each distinct image is decoded once."""
         return [self._validated_image(image) for image in example.images]
 
     def _validated_image(self, image: ImageRef) -> tuple[bytes, bytes, tuple[int, int]]:
@@ -247,7 +247,7 @@ class UnitWriter:
         return key, data, size
 
     def _size(self, key: bytes, data: bytes, name: str) -> tuple[int, int]:
-        """Return the upright size of an image, decoding what this unit has not seen yet. Raises BadSample."""
+        """Return the upright size of an image; each distinct image is decoded once. Raises BadSample."""
         if key not in self._outcomes:
             try:
                 self._outcomes[key] = check_image(data)
@@ -267,13 +267,13 @@ class UnitWriter:
 
 
 def rejected(example: Example, problem: BadSample) -> Reject:
-    """Return why an example cannot be used, with what it says and its first image."""
-    said = (f"{turn.role}: {part}" for turn in example.turns for part in turn.parts if isinstance(part, str))
-    return Reject(example.id, problem.code, problem.detail, "\n".join(said), next(iter(example.images), None))
+    """Return the reject of an example, with its text and first image."""
+    texts = (f"{turn.role}: {part}" for turn in example.turns for part in turn.parts if isinstance(part, str))
+    return Reject(example.id, problem.code, problem.detail, "\n".join(texts), next(iter(example.images), None))
 
 
 def shown(item: Reject) -> dict[str, str]:
-    """Return what ``mma-prep rejects`` shows of a sample: the beginning of its text, and where its image lies."""
+    """Return what ``mma-prep rejects`` shows of a sample: the start of its text and the path of its image."""
     image, raw = item.image, item.raw[:_RAW_CHARACTERS].encode(errors="backslashreplace").decode()
     if image is None or image.path is None:
         return {"raw": raw}
@@ -282,9 +282,9 @@ def shown(item: Reject) -> dict[str, str]:
 
 
 def check_annotated_size(image: ImageRef, size: tuple[int, int]) -> None:
-    """Raise BadSample when annotations were drawn on another shape than the upright image (EXIF rotation, a crop).
+    """Raise BadSample if the annotated shape is not that of the upright image (EXIF rotation, a crop).
 
-    Copies that were only scaled pass, because positions are fractions of the image.
+    Scaled copies pass, because positions are fractions of the image.
     """
     if image.annotated_size is None:
         return
@@ -295,7 +295,7 @@ def check_annotated_size(image: ImageRef, size: tuple[int, int]) -> None:
 
 
 def check_text(example: Example) -> None:
-    """Raise BadSample when a text holds NUL or a lone surrogate, which no tokenizer should meet."""
+    """Raise BadSample if a text holds NUL or a lone surrogate."""
     for turn in example.turns:
         for part in turn.parts:
             if isinstance(part, str) and ("\x00" in part or (not part.isascii() and _has_surrogate(part))):
@@ -310,15 +310,15 @@ def _has_surrogate(text: str) -> bool:
     return False
 
 
-def cut_tail(encoded: Encoded, limit: int) -> Encoded:
-    """Cut a sample to ``limit`` tokens, back to its last generated one; its end token is gone, as it must be.
+def truncate_tail(encoded: Encoded, limit: int) -> Encoded:
+    """Truncate a sample to ``limit`` tokens, then back to its last generated token; its end token is lost.
 
     Raises:
-        BadSample: an image would be cut, or no supervised token would be left.
+        BadSample: truncation would lose an image or every supervised token.
     """
     if (encoded.modality[limit:] == IMAGE).any():
-        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose an image")
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and truncation would lose an image")
     supervised = np.flatnonzero(encoded.generated[1:limit])
     if not len(supervised):
-        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and the cut would lose every target")
+        raise BadSample("too-long", f"{len(encoded)} tokens, {limit} fit, and truncation would lose every target")
     return encoded.cut(int(supervised[-1]) + 2)

@@ -1,8 +1,7 @@
-"""The image files that a unit of ingest read: the unit is stale when one of them changes.
+"""The image files that ingest read for one shard output, which is out of date when one of them changes.
 
-A file is known by its size and its time, as make and rsync know it; contents are not read again. Images that were
-missing are watched by their paths, and with them the image folders and the folders in them, for images that a reader
-finds by other means: so images which arrive later are seen.
+A file is identified by size and modification time, as in make and rsync; contents are not read again. If images were
+missing, their paths, the image folders and their subfolders are watched too, so images that arrive later are noticed.
 """
 
 from __future__ import annotations
@@ -15,27 +14,27 @@ from pathlib import Path
 from data_prep.ingest.workspace import ShardOutput
 
 _AT_A_TIME = 16
-"""Stats in flight: on a parallel file system each takes its time, and few cores are needed to wait."""
+"""``stat`` calls in flight: on a parallel file system each one waits, and waiting needs few cores."""
 
 
 def describe(paths: Iterable[Path], root: Path) -> bytes:
-    """Return what a unit keeps of the files it read: a line with size, time and place below ``root`` for each.
+    """Return the list of files: one line each, with size, modification time and path relative to ``root``.
 
-    A name that holds a line end has no line of its own, and is not watched.
+    A name that contains a line end is not listed and not watched.
     """
     places = (os.path.relpath(path, root) for path in sorted(set(paths)))
     return b"".join(_line(place, root) for place in places if "\n" not in place)
 
 
 def watched(folders: Iterable[Path]) -> Iterator[Path]:
-    """Yield folders and the folders in them."""
+    """Yield folders and their direct subfolders."""
     for folder in folders:
         yield folder
         yield from (Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
 
 
 def unchanged(outputs: Iterable[ShardOutput], root: Path) -> list[bool]:
-    """Return whether all that each unit read is as it was."""
+    """Return, for each shard output, whether the files it read are unchanged."""
     with ThreadPoolExecutor(_AT_A_TIME) as pool:
         return list(pool.map(lambda output: _is_unchanged(output, root), outputs))
 

@@ -1,4 +1,4 @@
-"""Step 1: raw shards become tokenised samples and distinct images, one unit of files per raw shard."""
+"""Step 1: raw shards become tokenised samples and distinct images, one shard output per raw shard."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from data_prep.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True, slots=True)
 class Ingested:
-    """What the step leaves to the next ones."""
+    """Results of ingest that the next steps need."""
 
     tokenizer_sha256: str
     images: Path
-    """Folder of the sealed image store."""
+    """Folder of the image store."""
     tally: Tally
-    """What became of the raw samples."""
+    """Kept and rejected samples."""
 
 
 def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
-    """Make every unit that is missing; a team that does all of them also seals the image store.
+    """Ingest every raw shard that is missing or out of date; a team that covers all of them builds the image store.
 
     Raises:
         UserError: a corpus, the tokenizer or an option is wrong, or too many samples were rejected.
@@ -44,7 +44,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     team.serial(lambda: forget_damaged(space.out))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
-        ShardJob(output, replace(variant, shards={}))  # a job that knew all shards would be large to send
+        ShardJob(output, replace(variant, shards={}))  # keeps the job small: it is sent to a worker
         for variant in space.variants(tokenizer_sha256)
         for output in variant.outputs
     ]
@@ -54,7 +54,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
         team.map(ingest_shard, waiting, lambda report: task.advance(report.tally))
     if not team.covers_all:
-        reporter.say("ingest: this share is done; plan follows when all shares are")
+        reporter.say("ingest: this share is done; run plan once all shares are")
         return
     done = require_ingested(space, team)
     rejected = (
@@ -65,39 +65,41 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
 
 
 def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
-    """Check that every unit is there, list and limit the rejected samples, and seal the image store.
+    """Check that every shard is ingested, list and limit the rejected samples, and build the image store.
 
     Raises:
-        UserError: units are missing (the message counts them and names the first), or too many samples were rejected.
+        UserError: shards are missing (the message counts them and names the first), or too many samples were rejected.
     """
-    tokenizer_sha256, tally = team.serial(lambda: _check_units(space))
-    outputs = pack_units(space.variants(tokenizer_sha256))
+    tokenizer_sha256, tally = team.serial(lambda: _check_outputs(space))
+    outputs = shard_outputs_of(space.variants(tokenizer_sha256))
     return Ingested(tokenizer_sha256, build_image_store(outputs, space.images, team), tally)
 
 
-def _check_units(space: Workspace) -> tuple[str, Tally]:
-    """Return the tokenizer's hash and what became of all samples."""
+def _check_outputs(space: Workspace) -> tuple[str, Tally]:
+    """Return the hash of the tokenizer and the tally of all samples."""
     forget_damaged(space.out)
-    if space.shards and not has_tokenizer(space):  # what is wrong with the corpora is said first
+    if space.shards and not has_tokenizer(space):  # errors of the corpora come first
         raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
     tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
-    outputs = pack_units(space.variants(tokenizer_sha256))
+    outputs = shard_outputs_of(space.variants(tokenizer_sha256))
     reports = [output.done() for output in outputs]
     missing = [output for output, report in zip(outputs, reports, strict=True) if report is None]
     if missing:
         raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
     write_rejects(space, outputs)
     tallies = {output: report.tally for output, report in zip(outputs, reports, strict=True) if report is not None}
-    check_bad_fraction(_by_writing(space, tokenizer_sha256, tallies), space.recipe.max_bad_fraction, space.rejects)
+    check_bad_fraction(
+        _tallies_by_variant(space, tokenizer_sha256, tallies), space.recipe.max_bad_fraction, space.rejects
+    )
     return tokenizer_sha256, add_tallies(tallies.values())
 
 
-def _by_writing(
+def _tallies_by_variant(
     space: Workspace, tokenizer_sha256: str, tallies: Mapping[ShardOutput, Tally]
 ) -> dict[str, list[Tally]]:
-    """Return the tallies of units by corpus and by the way it is written, under the keys of the recipe that say so.
+    """Return tallies by corpus variant, under the recipe keys that define it.
 
-    Together, a way that all of a corpus fits would hide one that hardly any of it does.
+    Variants are kept apart because one that keeps every sample would hide one that keeps hardly any.
     """
     sets: dict[Path, list[str]] = {}
     for name, pack in space.recipe.packs.items():
@@ -111,13 +113,13 @@ def _by_writing(
     return found
 
 
-def pack_units(variants: Iterable[CorpusVariant]) -> list[ShardOutput]:
-    """Return the units of several intakes, in the order that plans number them."""
+def shard_outputs_of(variants: Iterable[CorpusVariant]) -> list[ShardOutput]:
+    """Return the shard outputs of corpus variants, in the order in which plans number them."""
     return [output for variant in variants for output in variant.outputs]
 
 
 def tallies_by_corpus(outputs: Iterable[ShardOutput], tallies: Iterable[Tally]) -> dict[str, Tally]:
-    """Return what became of each corpus's samples, from the tallies of units."""
+    """Return the tally of each corpus from those of its shard outputs."""
     gathered: dict[str, list[Tally]] = {}
     for output, tally in zip(outputs, tallies, strict=True):
         gathered.setdefault(output.corpus, []).append(tally)
@@ -125,7 +127,7 @@ def tallies_by_corpus(outputs: Iterable[ShardOutput], tallies: Iterable[Tally]) 
 
 
 def write_rejects(space: Workspace, outputs: Sequence[ShardOutput]) -> None:
-    """Gather the quarantine lists of all units into one file, in unit order, and write its hash beside it."""
+    """Join the quarantine lists of all shard outputs, in order, and write the hash of the result beside it."""
     rejects_hash = hashlib.sha256()
     with atomic_path(space.rejects) as temporary, temporary.open("wb") as out:
         for output in outputs:

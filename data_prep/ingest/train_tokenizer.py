@@ -19,18 +19,18 @@ if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
 TRAINING_VERSION = 2
-"""Raised whenever the same texts would give another tokenizer."""
+"""Incremented when the same texts would give a different tokenizer."""
 
 
 def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
-    """Make sure that the output folder has the recipe's tokenizer, training it if asked; return its sha256."""
+    """Ensure that the output folder holds the recipe's tokenizer, training one if asked; return its sha256."""
     recipe, config = space.recipe, space.recipe.tokenizer
     marker = _marker(space)
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
     origin = with_hash(hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
     if marker.is_file() and marker.read_bytes() == origin:
-        with suppress(UserError):  # a file of it is gone: it is made anew
+        with suppress(UserError):  # a file is missing: rebuild the tokenizer
             return Tokenizer.load(space.tokenizer).sha256
     if source is None:
         assert config.train is not None
@@ -46,7 +46,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
 
 
 def has_tokenizer(space: Workspace) -> bool:
-    """Return whether ingest has begun: it makes the tokenizer first."""
+    """Return whether ingest has started: it builds the tokenizer first."""
     return _marker(space).is_file()
 
 
@@ -55,7 +55,7 @@ def _marker(space: Workspace) -> Path:
 
 
 def _raw_texts(space: Workspace) -> dict[str, object]:
-    """What a trained tokenizer depends on: readers, their options and the raw files."""
+    """Return the inputs of a trained tokenizer: readers, their options and the raw files."""
     return {
         name: [space.recipe.corpora[name].model_dump(exclude={"augment"}), shards]
         for name, shards in space.shards.items()
@@ -63,12 +63,12 @@ def _raw_texts(space: Workspace) -> dict[str, object]:
 
 
 def _source_hashes(path: Path) -> dict[str, str]:
-    """What an existing tokenizer depends on: the files that are read of its folder, not the weights beside them."""
+    """Return the inputs of an existing tokenizer: the files read from its folder, not the weights beside them."""
     return {file.name: sha256_file(file) for file in tokenizer_files(path)}
 
 
 def _training_texts(corpora: Mapping[str, Corpus], samples: int) -> Iterator[str]:
-    """Return the texts to train on. Raises UserError where there are none, with the reason of the first reject."""
+    """Return the texts to train on. Raises UserError if there are none, with the reason of the first reject."""
     texts = corpus_texts(list(corpora.values()), samples)
     first = next(texts, None)
     if first is not None:
@@ -80,12 +80,12 @@ def _training_texts(corpora: Mapping[str, Corpus], samples: int) -> Iterator[str
         for item in corpus.examples(shard)
         if isinstance(item, Reject)
     )
-    why = next(rejects, "there is no sample; mend their paths")
+    why = next(rejects, "they hold no samples; fix their paths")
     raise UserError(f"tokenizer.train: the corpora hold no text to train on: {why}")
 
 
 def corpus_texts(corpora: list[Corpus], samples: int) -> Iterator[str]:
-    """Yield the texts of about ``samples`` samples, evenly over the corpora and over each corpus's shards."""
+    """Yield the texts of about ``samples`` samples, spread evenly over the corpora and their shards."""
     for corpus in corpora:
         shards = corpus.shards()
         quota = -(-samples // (len(corpora) * max(1, len(shards))))

@@ -1,21 +1,23 @@
-"""The output folder: where every step puts its files, and how it knows that they are done.
+"""The output folder: where every step writes its files, and how it knows that they are complete.
 
 ::
 
     OUT/tokenizer/                               one tokenizer for all pack sets
-    OUT/ingest/CORPUS/shards-KEY.json            shards of the raw files, so that no step counts their rows again
-    OUT/ingest/CORPUS/SETTINGS/SHARD.*           tokenised samples, one unit per raw shard; ``.json`` is the done-marker
-    OUT/images/KEY/                              the sealed image store
+    OUT/ingest/CORPUS/shards-KEY.json            shards of the raw files, so no step counts their rows again
+    OUT/ingest/CORPUS/SETTINGS/SHARD.*           tokenised samples of one raw shard; ``.json`` is the done-marker
+    OUT/images/KEY/                              the image store
     OUT/packs/SET/                               the packs
     OUT/rejects.jsonl                            every quarantined sample, with its reason; ``rejects.sha256`` its hash
+    OUT/events.jsonl                             what was dropped, repaired, rebuilt or skipped (``common.events``)
     OUT/.lock                                    held while a step writes here (``data_prep.common.folder_lock``)
 
-A unit is made anew when its raw files change: annotation files, tars and the images it read, by name, size and time. A
-tokenizer that is trained on the corpora follows the annotation files and tars alone. The folder they lie in does not
-count, so that raw data may be moved: two roots whose files agree in all of that need two output folders.
+A raw shard is ingested again when its raw files change: annotation files, tars and the images it read, identified by
+name, size and modification time. A trained tokenizer depends on annotation files and tars only. The folder does not
+count, so raw data may be moved (``mv`` or ``rsync -t`` and ``cp -p``, which keep times). Two roots whose files agree in
+name, size and time need two output folders.
 
-``ingest/`` keeps the work of earlier settings, so that going back to them is cheap; it may be deleted once the packs
-are made, and is made again by the next change.
+``ingest/`` keeps the outputs of earlier settings, so switching back is cheap. It may be deleted once the packs are
+written; the next change rebuilds it.
 """
 
 from __future__ import annotations
@@ -41,15 +43,15 @@ if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
 INGEST_VERSION = 12
-"""Raised whenever the same raw sample would become other files: old units are then made again."""
+"""Incremented when the same raw sample would give different files; older outputs are then rebuilt."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
-"""What reading a damaged done-marker raises."""
+"""Errors that reading a damaged done-marker raises."""
 _HASHES = ("sha256", "stats_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 
 
 @dataclass(frozen=True, slots=True)
 class EncodingConfig:
-    """How a pack set writes its samples: everything besides the raw data that shapes tokens."""
+    """How a pack set encodes its samples: every setting that shapes tokens."""
 
     template: Template
     image_tokens: int
@@ -60,20 +62,20 @@ class EncodingConfig:
 
     @classmethod
     def of(cls, pack: PackConfig, image_tokens: int) -> EncodingConfig:
-        """Return the writing that a pack set asks for."""
+        """Return the encoding of a pack set."""
         template = pack.to_template()
         return cls(template, image_tokens, pack.seq_len, pack.max_text_tokens, pack.max_images, pack.too_long)
 
 
 @dataclass(frozen=True, slots=True)
 class ShardOutput:
-    """One raw shard of one corpus, written in one way: the smallest piece of work, and its files."""
+    """The files of one ingested raw shard in one encoding: the smallest piece of work."""
 
     corpus: str
     shard: str
     folder: Path
     raw: str
-    """Identity of the raw files it is made from."""
+    """Identity of its raw files."""
 
     @property
     def tokens(self) -> Path:
@@ -82,12 +84,12 @@ class ShardOutput:
 
     @property
     def stats(self) -> Path:
-        """What a plan needs to know of each sample (``data_prep.ingest.samples.SAMPLE_STATS``)."""
+        """Stats of each sample for the plan (``data_prep.ingest.samples.SAMPLE_STATS``)."""
         return self.folder / f"{self.shard}.stats"
 
     @property
     def images(self) -> Path:
-        """Distinct images of the unit; removed once the store that holds them is sealed."""
+        """Distinct images; removed once an image store holds them."""
         return self.folder / f"{self.shard}.images"
 
     @property
@@ -97,7 +99,7 @@ class ShardOutput:
 
     @property
     def sources(self) -> Path:
-        """Sizes and times of the image files it read (``data_prep.ingest.sources``)."""
+        """Sizes and modification times of the image files that were read (``data_prep.ingest.sources``)."""
         return self.folder / f"{self.shard}.sources"
 
     @property
@@ -107,31 +109,31 @@ class ShardOutput:
 
     @property
     def marker(self) -> Path:
-        """Done-marker with the hash of the tokens; written last."""
+        """Done-marker with the hash of every file; written last."""
         return self.folder / f"{self.shard}.json"
 
     def is_outdated(self) -> bool:
-        """Return whether another version of mma-prep made the unit, so that no run builds on it."""
+        """Return whether another version of mma-prep wrote it, so no run uses it."""
         try:
             return _read_marker(self.marker.read_text(encoding="utf-8")).get("version") != INGEST_VERSION
         except (OSError, *_DAMAGED):
             return False
 
     def rows(self, store: str) -> Path:
-        """Store row of every distinct image (int64), for one sealed store."""
+        """Store row of every distinct image (int64), for one image store."""
         return self.folder / f"{self.shard}.rows-{store}"
 
     def report(self) -> ShardReport:
-        """Read the done-marker. Raises UserError when it is absent or was damaged."""
+        """Read the done-marker. Raises UserError if it is missing or damaged."""
         try:
             return ShardReport.from_json(self.marker.read_text(encoding="utf-8"))
         except (OSError, *_DAMAGED) as error:
             raise UserError(
-                f"{self.marker}: no readable done-marker ({error}); delete it and run ingest again"
+                f"{self.marker}: done-marker missing or damaged ({error}); delete it and run `mma-prep ingest`"
             ) from error
 
     def done(self) -> ShardReport | None:
-        """Return what the unit holds, or None when not all of its files are in place or its raw files changed."""
+        """Return the report, or None if a file is missing or the raw files changed."""
         files = (self.marker, self.tokens, self.stats, self.image_hashes, self.rejects, self.sources)
         if not all(path.is_file() for path in files):
             return None
@@ -143,41 +145,41 @@ class ShardOutput:
         return report if whole else None
 
     def store_of(self, stores: Path) -> str | None:
-        """Return the name of a sealed image store in ``stores`` that this unit knows its rows of."""
-        names = sorted(index.parent.name for index in stores.glob("*/store.json"))  # few, where units are many
+        """Return the name of an image store in ``stores`` for which this output has its rows."""
+        names = sorted(index.parent.name for index in stores.glob("*/store.json"))  # few, while shard outputs are many
         return next((name for name in names if self.rows(name).is_file()), None)
 
     def forget(self) -> None:
-        """Remove the marker, the rows of sealed stores and what a killed attempt left: the unit is made anew."""
+        """Remove the marker, the store rows and files of killed attempts, so the shard is ingested again."""
         files = (self.tokens, self.stats, self.images, self.image_hashes, self.sources, self.rejects, self.marker)
-        names = {path.name for path in files}  # another unit's may begin as this one's do
+        names = {path.name for path in files}  # the names of another output may start with this one's
         begun = self.folder.glob(f".{glob.escape(self.shard)}.*.tmp")
         unfinished = [path for path in begun if path.name[1:].rsplit(".", 2)[0] in names]
         for path in (self.marker, *self.row_files(), *unfinished):
             path.unlink(missing_ok=True)
 
     def row_files(self) -> list[Path]:
-        """Return the files of store rows, one for each store that was sealed with this unit."""
+        """Return the files of store rows, one for each image store built from this output."""
         return list(self.folder.glob(f"{glob.escape(self.shard)}.rows-*"))
 
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What a done unit holds."""
+    """Contents of a complete shard output."""
 
     raw: str
-    """Identity of the raw files it was made from."""
+    """Identity of its raw files."""
     tally: Tally
     pixels: FileEntry
-    """The file of its distinct images; a sealed store takes it over."""
+    """The file of its distinct images, until an image store replaces it."""
     size: int
     """Bytes of the token file."""
     sha256: str
     """Hash of the token file."""
     stats_sha256: str
-    """Hash of what a plan needs to know."""
+    """Hash of the stats."""
     images_sha256: str
-    """Hash of the hashes of its images."""
+    """Hash of the image hashes."""
     rejects_sha256: str
     """Hash of the list of quarantined samples."""
     sources_sha256: str
@@ -191,30 +193,30 @@ class ShardReport:
     @classmethod
     @functools.lru_cache(1 << 12)  # a step asks for the same markers several times
     def from_json(cls, text: str) -> ShardReport:
-        """Parse a done-marker. Raises ValueError, KeyError, TypeError or AttributeError where it is damaged."""
+        """Parse a done-marker. Raises ValueError, KeyError, TypeError or AttributeError if it is damaged."""
         raw = _read_marker(text)
         tally = Tally(raw["kept"], raw["codes"], raw["repairs"])
         return cls(raw["raw"], tally, FileEntry(**raw["pixels"]), raw["bytes"], *(raw[name] for name in _HASHES))
 
     def to_json(self) -> str:
-        """Return the done-marker's text, which holds its own hash."""
+        """Return the text of the done-marker, which holds its own hash."""
         fields = {"version": INGEST_VERSION, "raw": self.raw, "kept": self.tally.kept, "codes": dict(self.tally.codes)}
         fields |= {"repairs": dict(self.tally.repairs), "pixels": asdict(self.pixels), "bytes": self.size}
-        whole = {**fields, **{name: getattr(self, name) for name in _HASHES}}
-        return json.dumps({**whole, "marker_sha256": hash_json(whole)}, sort_keys=True) + "\n"
+        full = {**fields, **{name: getattr(self, name) for name in _HASHES}}
+        return json.dumps({**full, "marker_sha256": hash_json(full)}, sort_keys=True) + "\n"
 
 
 def _read_marker(text: str) -> dict[str, Any]:
-    """Return what a done-marker of any version says. Raises ValueError, KeyError, TypeError or AttributeError."""
+    """Return the contents of a done-marker of any version. Raises ValueError, KeyError, TypeError or AttributeError."""
     raw: dict[str, Any] = json.loads(text)
     if raw.pop("marker_sha256") != hash_json(raw):
-        raise ValueError("it differs from its own hash")
+        raise ValueError("it does not match its own hash")
     return raw
 
 
 @dataclass(frozen=True)
 class CorpusVariant:
-    """One corpus written in one way; shared by all pack sets that write it so."""
+    """One corpus in one encoding, shared by all pack sets that use this encoding."""
 
     corpus: str
     kind: str
@@ -226,16 +228,16 @@ class CorpusVariant:
     shards: dict[str, str]
     """Shard -> identity of its raw files, in the corpus's own order."""
     raw: str
-    """Identity of all of them."""
+    """Identity of all raw files."""
 
     @property
     def outputs(self) -> list[ShardOutput]:
-        """Units of the corpus in its own order."""
+        """Shard outputs of the corpus in its own order."""
         return [ShardOutput(self.corpus, shard, self.folder, raw) for shard, raw in self.shards.items()]
 
 
 class Workspace:
-    """Paths and contents of one recipe's output folder."""
+    """Paths and contents of the output folder of a recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -250,7 +252,7 @@ class Workspace:
 
     @cached_property
     def corpora(self) -> dict[str, Corpus]:
-        """Readers of the corpora that some pack set uses. Raises UserError for wrong options or missing files."""
+        """Readers of the corpora that pack sets use. Raises UserError for wrong options or missing files."""
         used = {name for pack in self.recipe.packs.values() for name in pack.corpora}
         readers = {name: self._reader(name) for name in self.recipe.corpora if name in used}
         for name, reader in readers.items():
@@ -267,7 +269,7 @@ class Workspace:
 
     @cached_property
     def shards(self) -> dict[str, dict[str, str]]:
-        """Corpus -> shard -> identity of its raw files: their names, sizes and times, not their contents."""
+        """Corpus -> shard -> identity of its raw files: names, sizes and modification times, not contents."""
         identity = functools.cache(_file_identity)
         found = {}
         for name, corpus in self.corpora.items():
@@ -280,9 +282,9 @@ class Workspace:
         return {name: hash_json(shards) for name, shards in self.shards.items()}
 
     def _shards_of(self, name: str, raw: str) -> list[str]:
-        """Return the shards of a corpus: as an earlier step listed them, while its raw files (``raw``) are the same.
+        """Return the shards of a corpus, from an earlier list if its raw files (``raw``) are unchanged.
 
-        To count the rows of a large file takes as long as to read it.
+        Counting the rows of a large file takes as long as reading it.
         """
         config = self.recipe.corpora[name]
         key = hash_json([INGEST_VERSION, config.type, config.options, raw])[:12]
@@ -294,7 +296,7 @@ class Workspace:
         return listed
 
     def variant(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> CorpusVariant:
-        """Return how a corpus enters a pack set."""
+        """Return the variant of a corpus that a pack set uses."""
         config = self.recipe.corpora[corpus]
         encoding = EncodingConfig.of(pack, self.recipe.image_tokens)
         key = hash_json([INGEST_VERSION, config.type, config.options, asdict(encoding), tokenizer_sha256])[:12]
@@ -312,7 +314,7 @@ class Workspace:
         )
 
     def variants(self, tokenizer_sha256: str) -> list[CorpusVariant]:
-        """Return the distinct intakes of all pack sets, in recipe order."""
+        """Return the distinct corpus variants of all pack sets, in recipe order."""
         every = [
             self.variant(corpus, pack, tokenizer_sha256)
             for pack in self.recipe.packs.values()
@@ -322,7 +324,7 @@ class Workspace:
 
 
 def lock_of(out: Path) -> FolderLock:
-    """Return the lock of an output folder: one writer at a time; shares of one step hold it together."""
+    """Return the lock of an output folder: one writer at a time; shares of one step hold it jointly."""
     return FolderLock(
         out / ".lock",
         busy="{folder} is being written by another mma-prep ({holder}): wait for it",
@@ -336,5 +338,6 @@ def _file_identity(path: Path) -> tuple[str, int, int]:
 
 
 def describe_missing(outputs: Sequence[ShardOutput]) -> str:
-    """Return ``12 units, the first vqa/rows-00003``."""
-    return f"{len(outputs)} unit{'s' * (len(outputs) > 1)}, the first {outputs[0].corpus}/{outputs[0].shard}"
+    """Return ``12 shards are missing, the first is vqa/rows-00003``."""
+    count = f"{len(outputs)} shard{'s are' if len(outputs) > 1 else ' is'} missing"
+    return f"{count}, the first is {outputs[0].corpus}/{outputs[0].shard}"

@@ -1,4 +1,4 @@
-"""The supervision audit: does every corpus teach something? Counted over the draws of a plan, before packs are made."""
+"""The supervision audit: counts what each corpus supervises over the draws of a plan, before packs are written."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from data_prep.packs import CorpusStats
 
 @dataclass(frozen=True, slots=True)
 class CorpusAudit:
-    """What one corpus gives to a pack set, over its draws in the plan."""
+    """Contribution of one corpus to a pack set, over its draws in the plan."""
 
     draws: int
     samples: int
-    """Distinct samples that the corpus holds."""
+    """Distinct samples of the corpus."""
     tokens: int
     targets: int
     """Supervised tokens."""
     without_target: int
-    """Draws in which no token is supervised."""
+    """Draws without a supervised token."""
     truncated: int
-    """Draws whose answer was cut."""
+    """Draws with a truncated answer."""
     unended: int
     """Draws whose last target does not end the turn (the model would not learn to stop)."""
     repeated: int
-    """Tokens of earlier turns that other samples hold too (turns: expand)."""
+    """Tokens of earlier turns that other samples also hold (turns: expand)."""
     left_out: int
     """Later answers of the drawn conversations that no sample holds (turns: first)."""
 
     @property
     def epochs(self) -> float:
-        """Times each sample is drawn, on average."""
+        """Average number of draws per sample."""
         return self.draws / self.samples
 
     @property
@@ -46,11 +46,11 @@ class CorpusAudit:
 
 
 def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
-    """Count what draws supervise.
+    """Count the supervised tokens of draws.
 
     Args:
         draws: the drawn samples of one corpus, with repeats.
-        samples: distinct samples that the corpus holds.
+        samples: distinct samples of the corpus.
         n_tokens: tokens of each draw, with its prompt.
     """
     stats = draws.stats
@@ -68,39 +68,39 @@ def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -
 
 
 def check_audit(name: str, audits: Mapping[str, CorpusAudit]) -> None:
-    """Refuse a pack set that would train nothing, or never teach a corpus's answers to end.
+    """Refuse a pack set that supervises no token, or a corpus whose answers never supervise their end.
 
     Raises:
         UserError: no token of the set is supervised, or no draw of a corpus supervises its end of turn.
     """
     if sum(audit.targets for audit in audits.values()) == 0:
-        raise UserError(f"packs.{name}: no token would be supervised, so the loss would be 0; mend template or corpora")
+        raise UserError(f"packs.{name}: no token would be supervised, so the loss would be 0; fix template or corpora")
     for corpus, audit in audits.items():
         if audit.draws and audit.unended == audit.draws:
             raise UserError(
                 f"packs.{name}.corpora.{corpus}: no draw supervises its end of turn "
-                f"({audit.truncated} of {audit.draws} are cut): raise max_text_tokens or length"
+                f"({audit.truncated} of {audit.draws} are truncated): raise max_text_tokens or seq_len"
             )
 
 
 def warnings(name: str, audits: Mapping[str, CorpusAudit]) -> list[str]:
-    """Return lines about what is allowed but worth a look: what is cut, left out or repeated."""
+    """Return notes about truncated, missing and repeated answers, which are allowed but worth a check."""
     lines = []
     for corpus, audit in audits.items():
         place = f"note: packs.{name}.corpora.{corpus}"
         lines += [f"{place}: {line}" for line in turn_notes(audit)]
-        for count, what in ((audit.truncated, "cut answers"), (audit.without_target, "no target")):
+        for count, what in ((audit.truncated, "truncated answers"), (audit.without_target, "no target")):
             if count:
                 lines.append(f"{place}: {count:,} of {audit.draws:,} draws have {what}")
     return lines
 
 
 def turn_notes(counts: CorpusAudit | CorpusStats) -> list[str]:
-    """Return lines about what a set's ``turns`` repeats or leaves out of a corpus; none where it does neither."""
+    """Return notes about turns that ``turns`` repeats or drops."""
     lines = []
     if counts.repeated:
         growth = counts.tokens / (counts.tokens - counts.repeated)
         lines.append(f"{counts.repeated:,} tokens repeat earlier turns ({growth:.2f} x the tokens of turns: every)")
     if counts.left_out:
-        lines.append(f"{counts.left_out:,} later answers are left out (turns: first)")
+        lines.append(f"{counts.left_out:,} later answers are dropped (turns: first)")
     return lines

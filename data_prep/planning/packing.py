@@ -19,16 +19,16 @@ Counts = npt.NDArray[np.int32] | Ints
 LONG_SHARE = 4
 """Samples longer than a row's ``1 / LONG_SHARE`` are placed first, longest first."""
 RESERVE_SHARE = 5
-"""The others fill rows as they come, up to the last ``1 / RESERVE_SHARE``; what is left is placed where it fits best.
+"""The others fill rows in draw order, except the last ``1 / RESERVE_SHARE`` of a row; the rest is placed by best fit.
 
-Looking for the best place costs ten times as much as taking the next one, and these samples find as good a fit.
+Finding the best fit costs ten times as much as taking the next row, and these samples fit as well either way.
 """
 FILLER_SHARE = 10
-"""The shortest ``1 / FILLER_SHARE`` of the others are kept for the end: they fit where nothing else does."""
+"""The shortest ``1 / FILLER_SHARE`` of the others are placed last: they fit where nothing else does."""
 WINDOW_DRAWS = 1 << 15
-"""Samples that are packed together: large enough to fill rows, small beside a run, so the blend stays even."""
+"""Samples packed together: enough to fill rows, few enough for the blend to stay even over the run."""
 _JUDGED_DRAWS = 1 << 13
-_SCATTER = 0x9E3779B1  # 2 ** 32 by the golden ratio: multiples of it are spread evenly
+_SCATTER = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly
 
 
 def exact_draws(weights: Sequence[float], total: int) -> list[int]:
@@ -51,9 +51,9 @@ def sample_order(samples: int, draws: int, seed: int, corpus: str) -> Ints:
 
 
 def _permutation(generator: np.random.Generator, size: int, count: int) -> Ints:
-    """Return the first ``count`` numbers of a permutation of ``size``: sorted by random keys, as far as needed.
+    """Return the first ``count`` numbers of a permutation of ``size``, by sorting random keys as far as needed.
 
-    A number stands in the low bits of its key, so keys differ and any sort gives the same order.
+    The low bits of a key hold its number, so all keys differ and any sort gives the same order.
     """
     bits = size.bit_length()
     keys = generator.integers(0, 1 << 63 - bits, size, dtype=np.int64)
@@ -80,7 +80,7 @@ def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
 
 
 def pack_in_order(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> Ints:
-    """Return the row of each sample when rows are filled in the given order and none is reordered."""
+    """Return the row of each sample if rows are filled in the given order."""
     rows = np.empty(len(lengths), dtype=np.int64)
     cap = max_images if max_images is not None else int(images.sum())
     row, used, held = 0, 0, 0
@@ -97,16 +97,16 @@ def pack_windows(
 ) -> Ints:
     """Return the row of each sample: best fit inside windows of draws, rows shuffled within each window.
 
-    Long samples go first, by decreasing length, because they are hard to place; most short ones keep their drawn order,
-    or every row would hold samples of one length, that is of one task. On lengths as in AKI's mixture (200 to 650
-    tokens) rows of 4096 come out 98 to 99.7 % full, as with all samples sorted.
+    Long samples are placed first, longest first, because they are hard to place. Most short ones keep their draw order;
+    sorted, every row would hold samples of one length, that is of one task. With lengths as in AKI's mixture (200 to
+    650 tokens), rows of 4096 are 98 to 99.7 % full, the same as with all samples sorted.
 
     Args:
-        lengths: tokens of each sample in draw order, none above ``length``.
+        lengths: tokens of each sample in draw order, none above ``seq_len``.
         images: images of each sample, none above ``max_images``.
-        seq_len: tokens a row holds.
-        max_images: most images a row holds; None for as many as fit.
-        seed: of the rows' order inside a window.
+        seq_len: tokens per row.
+        max_images: maximum images per row; None for no limit.
+        seed: seed of the row order inside a window.
         window: samples packed together.
     """
     rows = np.empty(len(lengths), dtype=np.int64)
@@ -121,16 +121,16 @@ def pack_windows(
 
 
 def better_seq_len(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> tuple[int, float]:
-    """Return the row length near ``length`` that packs fullest, and how full; nearer lengths win ties."""
+    """Return the row length near ``seq_len`` that packs best, and its efficiency; ties go to the nearer."""
     full = efficiency_by_seq_len(lengths, images, seq_len, max_images)
     best = max(full, key=lambda size: (round(full[size], 3), -abs(size - seq_len)), default=seq_len)
     return best, full.get(best, 0.0)
 
 
 def efficiency_by_seq_len(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> dict[int, float]:
-    """Return how full rows of each length near ``length`` would be: half to twice, multiples of 64, and itself.
+    """Return the packing efficiency of row lengths near ``seq_len``: multiples of 64 from half to twice, and itself.
 
-    Judged on the first draws; lengths that cannot hold the longest sample are left out.
+    Estimated from the first draws; lengths that cannot hold the longest sample are skipped.
     """
     lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
     nearby = sorted({seq_len, *range(max(64, seq_len // 128 * 64), 2 * seq_len + 1, 64)})
@@ -139,15 +139,15 @@ def efficiency_by_seq_len(lengths: Counts, images: Counts, seq_len: int, max_ima
 
 
 def packing_efficiency(lengths: Counts, rows: Ints, seq_len: int) -> float:
-    """Return the share of a row's positions that hold tokens, over all rows."""
+    """Return the share of positions that hold tokens, over all rows."""
     return float(lengths.sum() / (int(rows.max()) + 1) / seq_len)
 
 
 class _OpenRows:
-    """The rows of a window that have room left.
+    """The rows of a window that have space left.
 
-    By image slots left and tokens left, ``rows`` holds stacks of rows; ``frees`` lists in order the tokens left that
-    have one, so the fullest row that a sample fits is found by bisection. Rows without room for ``least`` tokens go.
+    ``rows`` holds stacks of rows by free image slots and free tokens; ``frees`` lists the free tokens that occur,
+    sorted, so bisection finds the fullest row that a sample fits. Rows with less than ``least`` free tokens are closed.
     """
 
     def __init__(self, seq_len: int, slots: int, least: int) -> None:
@@ -158,11 +158,11 @@ class _OpenRows:
 
     @property
     def room(self) -> int:
-        """Tokens that would fill all rows."""
+        """Free tokens over all rows."""
         return sum(free * len(rows) for stacks in self._rows for free, rows in stacks.items())
 
     def open(self, tokens: Counts, images: Counts) -> None:
-        """Add rows that hold so much."""
+        """Add rows that already hold these tokens and images."""
         frees, slots = self._length - tokens, self._slots - images
         order = np.lexsort((frees, slots))
         rows = iter((self.count + order).tolist())
@@ -171,10 +171,10 @@ class _OpenRows:
         self.count += len(tokens)
 
     def place(self, tokens: Counts, images: Counts) -> list[int]:
-        """Return the row of each sample in turn: the one it fits best, or a new one where it fits none.
+        """Return the best-fitting row of each sample in turn, or a new row if it fits none.
 
-        Equal samples in succession are placed together: a row that is the best for one of them is so for the next,
-        until it is full; then comes another row with as much room as it had.
+        Runs of equal samples are placed together: the best row for one is the best for the next until it is full;
+        then follows another row with as much space.
         """
         found: list[int] = []
         for size, need, left in _runs(tokens, images):
@@ -192,7 +192,7 @@ class _OpenRows:
         return found
 
     def _best(self, size: int, need: int) -> tuple[int, int]:
-        """Return the tokens and image slots left of the fullest rows that a sample fits; those of new rows for none."""
+        """Return the free tokens and image slots of the fullest rows that a sample fits, or those of a new row."""
         best, slots = self._length + 1, -1
         for more in range(need, self._slots + 1):
             frees = self._frees[more]
@@ -202,7 +202,7 @@ class _OpenRows:
         return (self._length, self._slots) if slots < 0 else (best, slots)
 
     def _take(self, free: int, slots: int, most: int) -> list[int]:
-        """Take up to ``most`` rows with so much left, the latest first; new rows where there are none."""
+        """Take up to ``most`` rows with this much space, latest first; new rows if there are none."""
         stack = self._rows[slots].get(free)
         if stack is None:
             self.count += most
@@ -225,7 +225,7 @@ class _OpenRows:
 
 
 def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
-    """Yield tokens, images and number of equal samples in succession."""
+    """Yield tokens, images and length of each run of equal samples."""
     changes = np.flatnonzero((np.diff(tokens) != 0) | (np.diff(images) != 0)) + 1
     starts = np.concatenate([[0], changes]) if len(tokens) else changes
     counts = np.diff(np.append(starts, len(tokens)))
@@ -235,19 +235,19 @@ def _runs(tokens: Counts, images: Counts) -> Iterator[tuple[int, int, int]]:
 def _pack_window(
     lengths: Counts, images: Counts, seq_len: int, max_images: int | None, more: int | None
 ) -> tuple[Ints, int, int]:
-    """Return the rows of one window's samples, the number of rows, and ``more``.
+    """Return the row of each sample of one window, the number of rows, and ``more``.
 
     Args:
         lengths: see ``pack_windows``.
         images: see there.
         seq_len: see there.
         max_images: see there.
-        more: rows to fill in order beyond those that would do without a gap; None to find out.
+        more: rows to fill in order beyond the number needed without gaps; None to determine it.
     """
     slots, needs = (0, np.zeros_like(images)) if max_images is None else (max_images, images)
     window = _Window(lengths, needs, seq_len, slots)
     rows, count, left_over = window.pack(more or 0)
-    if more is None and left_over > 1:  # lengths that leave gaps: so many rows are filled in order as well
+    if more is None and left_over > 1:  # lengths leave gaps: fill that many more rows in order
         again, fewer, _ = window.pack(left_over)
         if fewer <= count:
             return again, fewer, left_over
@@ -255,7 +255,7 @@ def _pack_window(
 
 
 class _Window:
-    """The samples of one window: the long ones, those that fill rows as they come, and those kept for the end."""
+    """The samples of one window: long ones, those that fill rows in order, and fillers placed last."""
 
     def __init__(self, lengths: Counts, needs: Counts, seq_len: int, slots: int) -> None:
         self._lengths, self._needs, self._length, self._slots = lengths, needs, seq_len, slots
@@ -266,9 +266,9 @@ class _Window:
         self._bounds = np.array(_bounds(self._tokens, self._images, seq_len, slots))
 
     def pack(self, more: int) -> tuple[Ints, int, int]:
-        """Return the row of each sample, the number of rows, and how many of them had to be opened at the end.
+        """Return the row of each sample, the number of rows, and how many of them were opened at the end.
 
-        ``more`` rows are filled in order beyond those that would do if none of them had a gap.
+        ``more`` rows are filled in order beyond the number needed without gaps.
         """
         rows = np.empty(len(self._lengths), dtype=np.int64)
         open_rows = _OpenRows(self._length, self._slots, int(self._lengths.min()))
@@ -282,22 +282,22 @@ class _Window:
         return rows, open_rows.count, open_rows.count - before
 
     def _filled_in_order(self, room: int, more: int) -> int:
-        """Return how many rows to fill in order: as many as would be full of what does not fit into ``room``."""
+        """Return how many rows to fill in order: enough for the samples that do not fit into ``room``."""
         tokens = int(self._tokens[-1] + self._lengths[self._fillers].sum()) - room
         return max(0, tokens // self._length + more, int(self._images[-1]) // self._slots if self._slots else 0)
 
 
 def _longest_first(samples: Ints, lengths: Counts) -> Ints:
-    """Return samples by decreasing length, equal ones as they come."""
+    """Return samples by decreasing length; equal ones keep their order."""
     sizes = lengths[samples]
     longest = int(sizes.max(initial=0))
     return samples[np.argsort((longest - sizes).astype(np.min_scalar_type(longest)), kind="stable")]  # by radix
 
 
 def _split_fillers(samples: Ints, lengths: Counts) -> tuple[Ints, Ints]:
-    """Return the short samples that fill rows in order, and the shortest ones, which are kept for the end.
+    """Return the short samples that fill rows in order, and the shortest ones, which are placed last.
 
-    Of equal samples, those that are kept are scattered over the window.
+    Among equal samples, the fillers are scattered over the window.
     """
     count = len(samples) // FILLER_SHARE
     keys = lengths[samples].astype(np.int64) << 32 | np.arange(len(samples)) * _SCATTER & 0xFFFFFFFF
@@ -307,15 +307,15 @@ def _split_fillers(samples: Ints, lengths: Counts) -> tuple[Ints, Ints]:
 
 
 def _bounds(tokens: Counts, images: Counts, seq_len: int, slots: int) -> list[int]:
-    """Return where rows begin and end when samples fill all but their reserve in the given order.
+    """Return the bounds of rows if samples fill all but the reserve of each row in order.
 
-    None of them is longer, or holds more images, than what is left of a row beside its reserve.
+    No sample is longer, or has more images, than a row without its reserve.
 
     Args:
-        tokens: of all samples before each one and, last, of all; so are ``images``.
-        images: see there.
-        seq_len: tokens a row holds.
-        slots: images a row holds.
+        tokens: cumulative tokens, starting with 0.
+        images: cumulative images, starting with 0.
+        seq_len: tokens per row.
+        slots: images per row.
     """
     fitting = np.searchsorted(tokens, tokens + (seq_len - seq_len // RESERVE_SHARE), side="right")
     if slots:

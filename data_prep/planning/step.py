@@ -1,4 +1,4 @@
-"""Step 2: which sample goes to which row, for the whole run. The order of rows is the order of training."""
+"""Step 2: assigns every sample of the run to a row. The order of rows is the order of training."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 
 PLAN_VERSION = 8
-_WASTE_WORTH_A_WORD = 0.06
+_NOTEWORTHY_WASTE = 0.06
 _FEW_SAMPLES = 1000
-_PLANNED = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "prompts"}
+_PLAN_KEYS = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "prompts"}
 PLAN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -55,7 +55,7 @@ PLAN_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class PackingPlan:
-    """One entry per draw, sorted by row; arrays of one length, mapped from the file."""
+    """One entry per draw, sorted by row; arrays of equal length, mapped from the file."""
 
     row: Ints
     corpus: npt.NDArray[np.int16]
@@ -64,7 +64,7 @@ class PackingPlan:
     draw: Ints
     """Number of the draw in the blended order."""
     prompt: npt.NDArray[np.int16]
-    """Which of the set's prompts it gets, or -1."""
+    """Index of its prompt in the pack set, or -1."""
     names: tuple[str, ...]
     """Corpus names."""
     audits: dict[str, CorpusAudit]
@@ -77,7 +77,7 @@ class PackingPlan:
 
     @classmethod
     def load(cls, path: Path) -> PackingPlan:
-        """Read a plan. Raises UserError when it is absent or damaged."""
+        """Read a plan. Raises UserError if it is missing or damaged."""
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
             columns = {name: table.column(name).to_numpy() for name in PLAN_SCHEMA.names}
@@ -94,7 +94,7 @@ def plan_path(folder: Path) -> Path:
 
 
 def pack_variants(space: Workspace, pack: PackConfig, tokenizer_sha256: str) -> list[CorpusVariant]:
-    """Return the intakes of one pack set in recipe order."""
+    """Return the corpus variants of one pack set in recipe order."""
     return [space.variant(corpus, pack, tokenizer_sha256) for corpus in pack.corpora]
 
 
@@ -119,11 +119,15 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
 
 
 def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> PackingPlan:
-    """Return the plan of a pack set. Raises UserError when there is none, or one of other settings or samples."""
+    """Return the plan of a pack set. Raises UserError if it is missing or of other settings or samples."""
     pack, path = space.recipe.packs[name], plan_path(space.packs(name))
     made = PackingPlan.load(path)
-    if _settings_of(path) != _settings(space.recipe, pack, _read_sources(pack_variants(space, pack, tokenizer_sha256))):
-        raise UserError(f"packs.{name}: its plan is of other settings or samples; run `mma-prep plan` with this recipe")
+    if _saved_settings(path) != _settings(
+        space.recipe, pack, _read_sources(pack_variants(space, pack, tokenizer_sha256))
+    ):
+        raise UserError(
+            f"packs.{name}: its plan was made with other settings or samples; run `mma-prep plan` with this recipe"
+        )
     return made
 
 
@@ -138,7 +142,7 @@ def describe(name: str, pack: PackConfig, made: PackingPlan) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """A corpus that a pack set draws from: its units, and what they hold."""
+    """A corpus that a pack set draws from: its shard outputs and their reports."""
 
     corpus: str
     outputs: list[ShardOutput]
@@ -146,12 +150,12 @@ class _Source:
 
     @property
     def kept(self) -> list[int]:
-        """Samples of each unit."""
+        """Number of samples of each shard output."""
         return [report.tally.kept for report in self.reports]
 
 
 def _read_sources(variants: Sequence[CorpusVariant]) -> list[_Source]:
-    """Read the done-markers of a pack set's units, each once. Raises UserError for a damaged one."""
+    """Read each done-marker of a pack set once. Raises UserError for a damaged one."""
     return [
         _Source(variant.corpus, outputs := variant.outputs, [output.report() for output in outputs])
         for variant in variants
@@ -159,12 +163,12 @@ def _read_sources(variants: Sequence[CorpusVariant]) -> list[_Source]:
 
 
 def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> dict[str, Any]:
-    """Everything a plan depends on; two plans with equal settings are equal."""
+    """Return everything a plan depends on; plans with equal settings are equal."""
     augments = {corpus: augment.model_dump() for corpus, augment in recipe.augments(pack).items()}
     return {
         "version": PLAN_VERSION,
         "seed": recipe.seed,
-        "pack": pack.model_dump(mode="json", include=_PLANNED),
+        "pack": pack.model_dump(mode="json", include=_PLAN_KEYS),
         "shards": [
             [source.corpus, output.shard, report.sha256, report.stats_sha256]
             for source in sources
@@ -174,8 +178,8 @@ def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> d
     }
 
 
-def _settings_of(path: Path) -> dict[str, Any] | None:
-    """Return the settings of the plan at ``path``, or None where there is no whole one."""
+def _saved_settings(path: Path) -> dict[str, Any] | None:
+    """Return the settings of the plan at ``path``, or None if it is missing or damaged."""
     try:
         schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
         settings: dict[str, Any] = json.loads(schema.metadata[b"plan"])["settings"]
@@ -185,23 +189,23 @@ def _settings_of(path: Path) -> dict[str, Any] | None:
 
 
 def _is_current(path: Path, settings: dict[str, Any]) -> bool:
-    """Return whether the plan at ``path`` is of these settings, and as whole as when packs were made by it."""
-    if _settings_of(path) != settings:
+    """Return whether the plan at ``path`` has these settings and is undamaged since packs were made with it."""
+    if _saved_settings(path) != settings:
         return False
     try:
         return Manifest.load(path.parent).plan_sha256 == sha256_file(path)
-    except UserError:  # none were made yet
+    except UserError:  # no packs yet
         return True
 
 
 @dataclass(frozen=True, slots=True)
 class _Draws:
-    """Draws; arrays of one length."""
+    """Draws; arrays of equal length."""
 
     shard: npt.NDArray[np.int32]
     index: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
-    """With the prompt."""
+    """Tokens, including the prompt."""
     images: npt.NDArray[np.int32]
     prompt: npt.NDArray[np.int16]
 
@@ -215,10 +219,10 @@ class _Blend:
 
     @classmethod
     def of(cls, pack: PackConfig, parts: Sequence[tuple[Ints, _Draws]]) -> _Blend:
-        """Blend the draws of several corpora, numbered in each; without shuffling, corpus after corpus."""
+        """Blend the numbered draws of several corpora; without shuffling, corpus after corpus."""
         corpus = interleave([len(numbers) for numbers, _ in parts])
         corpus = corpus if pack.shuffle else np.sort(corpus)
-        places = np.argsort(corpus, kind="stable")  # of the first corpus's draws, then of the second's, ...
+        places = np.argsort(corpus, kind="stable")  # draws of the first corpus, then of the second, ...
         starts = itertools.accumulate((len(numbers) for numbers, _ in parts), initial=0)
         at = np.concatenate([places[start:][numbers] for start, (numbers, _) in zip(starts, parts, strict=False)])
 
@@ -232,7 +236,7 @@ class _Blend:
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
+class _NewPlan:
     """A plan before it is written."""
 
     table: pa.Table
@@ -241,7 +245,7 @@ class _Made:
 
 
 def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
-    """Return, for each pack set, how full its rows would be at lengths near its own; nothing is written.
+    """Return the packing efficiency of row lengths near that of each pack set; writes nothing.
 
     Raises:
         UserError: ingest is incomplete.
@@ -256,7 +260,7 @@ def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
     return found
 
 
-def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer) -> _Made:
+def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer) -> _NewPlan:
     blend, audits = _blended(name, pack, seed, sources, tokenizer)
     rows = _rows(pack, seed, blend.draws)
     order = np.argsort(rows, kind="stable")
@@ -271,19 +275,19 @@ def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], to
     ]
     arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
     advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
-    return _Made(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
+    return _NewPlan(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
 
 
 def _blended(
     name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer
 ) -> tuple[_Blend, dict[str, CorpusAudit]]:
-    """Return all draws of a pack set in blended order, and what they give. Raises UserError for an audit that fails."""
+    """Return all draws of a pack set in blended order, and their audits. Raises UserError if an audit fails."""
     orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
-    first_units = itertools.accumulate((len(source.outputs) for source in sources), initial=0)
+    first_outputs = itertools.accumulate((len(source.outputs) for source in sources), initial=0)
     prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
     drawn = [
-        _drawn(source, chosen, first_unit, seed, prompt_tokens)
-        for source, chosen, first_unit in zip(sources, orders, first_units, strict=False)
+        _drawn(source, chosen, first_output, seed, prompt_tokens)
+        for source, chosen, first_output in zip(sources, orders, first_outputs, strict=False)
     ]
     audits = {source.corpus: audit for source, (_, _, audit) in zip(sources, drawn, strict=True)}
     check_audit(name, audits)
@@ -291,26 +295,26 @@ def _blended(
 
 
 def _drawn(
-    source: _Source, chosen: Ints, first_unit: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
+    source: _Source, chosen: Ints, first_output: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
 ) -> tuple[Ints, _Draws, CorpusAudit]:
-    """Return the numbers of a corpus's draws, the draws as they are stored, and what they give.
+    """Return the draw numbers of a corpus, its draws in storage order, and its audit.
 
     Args:
         source: the corpus.
-        chosen: numbers of its samples, in the order they are drawn.
-        first_unit: number of its first unit among those of all corpora.
-        seed: of the recipe.
-        prompt_tokens: length of each prompt and, last, 0 for none.
+        chosen: its sample numbers in draw order.
+        first_output: index of its first shard output among those of all corpora.
+        seed: seed of the recipe.
+        prompt_tokens: length of each prompt and, last, 0 for no prompt.
     """
     part = read_sample_stats(source.outputs, source.kept, chosen)
     prompt = draw_prompts(part.place, part.stats["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
     tokens = part.stats["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(part.shard + np.int32(first_unit), part.index, tokens, part.stats["images"], prompt)
+    draws = _Draws(part.shard + np.int32(first_output), part.index, tokens, part.stats["images"], prompt)
     return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
 
 
 def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:
-    """Yield, per corpus of so many samples, their numbers in the order they are drawn."""
+    """Yield the sample numbers of each corpus in draw order."""
     if pack.draws is None:
         counts = [count * (pack.epochs or 1) for count in samples]
     else:
@@ -326,17 +330,19 @@ def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
 
 
 def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
-    """Return a line that names a fuller row length, where one is clearly fuller."""
+    """Return a note about a clearly better row length, if there is one."""
     full = packing_efficiency(draws.tokens, rows, pack.seq_len)
-    if not pack.shuffle or full > 1 - _WASTE_WORTH_A_WORD or len(rows) < _FEW_SAMPLES:
+    if not pack.shuffle or full > 1 - _NOTEWORTHY_WASTE or len(rows) < _FEW_SAMPLES:
         return []
     best, better = better_seq_len(draws.tokens, draws.images, pack.seq_len, pack.max_images)
-    if better < full + _WASTE_WORTH_A_WORD / 2:
+    if better < full + _NOTEWORTHY_WASTE / 2:
         return []
-    return [f"note: packs.{name}: rows of {pack.seq_len} come out {full:.1%} full, rows of {best} would {better:.1%}"]
+    return [
+        f"note: packs.{name}: rows of {pack.seq_len} are {full:.1%} full, rows of {best} would be {better:.1%} full"
+    ]
 
 
-def _write(path: Path, made: _Made, settings: dict[str, Any]) -> None:
+def _write(path: Path, made: _NewPlan, settings: dict[str, Any]) -> None:
     audits = {name: asdict(entry) for name, entry in made.audits.items()}
     meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audits}, sort_keys=True)
     table = made.table.replace_schema_metadata({"plan": meta})

@@ -1,1 +1,1 @@
-"""What was made, for people: rows, numbers, rejected samples, in the terminal and as web pages."""
+"""Shows packed rows, statistics and rejected samples, in the terminal and as web pages."""

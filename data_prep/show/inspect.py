@@ -1,4 +1,4 @@
-"""A packed row in the terminal: what the model is given, what it must write, and where everything came from."""
+"""Shows packed rows in the terminal: given and generated tokens, images and sources."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
-    """Neighbouring tokens of one kind: an image, special tokens, given or generated text."""
+class TokenSpan:
+    """Consecutive tokens of one kind: an image, special tokens, given or generated text."""
 
     text: str
     """Decoded; empty for an image."""
@@ -39,9 +39,9 @@ class Stretch:
 
 
 class PackFolder:
-    """A pack folder with its tokenizer and image store: all that it takes to show a row.
+    """A pack folder with its tokenizer and image store.
 
-    Raises UserError when ``directory`` is no pack folder, or holds several.
+    Raises UserError if ``directory`` is not a pack folder, or holds several.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -52,8 +52,8 @@ class PackFolder:
         store = self.manifest.image_store
         self.store = ImageStore(self.path / store) if store else None
 
-    def stretches(self, row: PackRow, segment: int) -> Iterator[Stretch]:
-        """Yield what one packed sample (counted from 1) is made of, in order."""
+    def token_spans(self, row: PackRow, segment: int) -> Iterator[TokenSpan]:
+        """Yield the token spans of one packed sample (counted from 1), in order."""
         places = np.flatnonzero(row.segment == segment)
 
         def kind(at: int) -> tuple[int, bool, bool]:
@@ -64,23 +64,23 @@ class PackFolder:
         for (instance, generated, special), group in groupby(places.tolist(), key=kind):
             ids = row.input_ids[list(group)].tolist()
             text = self.tokenizer.decode(ids, specials=True) if instance < 0 else ""
-            yield Stretch(text, len(ids), generated, special, instance)
+            yield TokenSpan(text, len(ids), generated, special, instance)
 
     def describe_image(self, row: PackRow, instance: int) -> str:
-        """Return ``640x480 px, mirrored`` of an image of a row: its upright pixels, and what is done to them."""
+        """Return ``640x480 px, mirrored`` for an image of a row: upright size and augmentation."""
         size = "x".join(map(str, self.store.size(int(row.image_row[instance])))) if self.store else "?"
         augmentation = "" if row.augmentation is None else describe_augmentation(row.augmentation[instance])
         return f"{size} px, {augmentation}" if augmentation else f"{size} px"
 
     def image(self, row: PackRow, instance: int) -> Image.Image:
-        """Return an image of a row as training shows it. Raises BadImage where it cannot be decoded."""
+        """Return an image of a row as training sees it. Raises BadImage if it cannot be decoded."""
         assert self.store is not None, "a row with images, but the packs name no image store"
         image = decode_rgb(self.store.read(int(row.image_row[instance])))
         return image if row.augmentation is None else apply_augmentation(image, row.augmentation[instance])
 
 
 def chosen_rows(text: str, rows: int) -> range:
-    """Return the rows that ``N`` or ``A:B`` (A to B - 1) names. Raises UserError where there are none such."""
+    """Parse ``N`` or ``A:B`` (rows A to B - 1). Raises UserError if a row does not exist."""
     first, colon, last = text.partition(":")
     flag = f"--row{'s' * bool(colon)} {text}"
     try:
@@ -89,7 +89,7 @@ def chosen_rows(text: str, rows: int) -> range:
     except ValueError:
         raise UserError(f"{flag}: write N, or A:B for rows A to B - 1") from None
     if not 0 <= start < stop <= rows:
-        raise UserError(f"{flag}: there are rows 0 to {rows - 1}")
+        raise UserError(f"{flag}: the folder holds rows 0 to {rows - 1}")
     return range(start, stop)
 
 
@@ -108,31 +108,31 @@ def _show_row(folder: PackFolder, number: int, console: Console) -> None:
     console.print(LEGEND)
     for segment, source in enumerate(row.source, start=1):
         title = f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}"
-        console.rule(Text(harmless(title), style="rule.text"), align="left")  # Text: an id may spell rich's markup
+        console.rule(Text(printable(title), style="rule.text"), align="left")  # Text: an id may spell rich's markup
         console.print(_segment_text(folder, row, segment))
 
 
 def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
-    """Return one packed sample as coloured text; images are shown by size and place."""
+    """Return one packed sample as coloured text; images are described."""
     shown = Text()
-    for part in folder.stretches(row, segment):
+    for part in folder.token_spans(row, segment):
         if part.instance >= 0:
             image, about = int(row.image_row[part.instance]), folder.describe_image(row, part.instance)
             words = f"[image {image}: {about}, {part.tokens} of {folder.manifest.image_tokens} tokens]"
             shown.append(words, style=SHOWN)
             continue
         written = GENERATED if part.generated else GIVEN
-        shown.append(harmless(part.text), style=f"{written} {MARK}".strip() if part.special else written)
+        shown.append(printable(part.text), style=f"{written} {MARK}".strip() if part.special else written)
     return shown
 
 
-def harmless(text: str) -> str:
-    """Return text whose control characters, which could steer the terminal, are replaced; line ends and tabs stay."""
+def printable(text: str) -> str:
+    """Return text without control characters, which could control the terminal; line ends and tabs stay."""
     return _CONTROL.sub("\ufffd", text)
 
 
 def _only(folders: Sequence[Path]) -> Path:
     if len(folders) > 1:
         names = ", ".join(str(folder) for folder in folders)
-        raise UserError(f"there are several pack folders: name one of {names}")
+        raise UserError(f"several pack folders here: give one of {names}")
     return folders[0]

@@ -1,4 +1,4 @@
-"""Packed rows as one HTML page: images, roles, what is supervised and where it came from; and numbers of the set."""
+"""Packed rows as one HTML page: images, roles, supervision and sources, with statistics of the pack set."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import numpy as np
 from data_prep.common.files import write_atomic
 from data_prep.images.store import BadImage
 from data_prep.packs import PackRow, Source
-from data_prep.show.inspect import PackFolder, Stretch, chosen_rows
+from data_prep.show.inspect import PackFolder, TokenSpan, chosen_rows
 from data_prep.show.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
 from data_prep.show.web_page import Html, el, embedded, histogram_svg, join, page, picture, table, tiles
 
 
 class Masks(NamedTuple):
-    """Draws the mask of a row. Masks belong to the trainer, so whoever has them passes this in."""
+    """Draws the mask of a row. Masks belong to the trainer, which passes this in."""
 
     draw: Callable[[PackRow], bytes]
     """Returns a PNG."""
@@ -72,16 +72,16 @@ show(0);
 
 
 def write_inspect_page(directory: Path, out: Path, wanted: str = "", masks: Masks | None = None) -> str:
-    """Write the page of a pack folder; return a line that says what is on it.
+    """Write the page of a pack folder; return a line that describes it.
 
     Args:
         directory: a pack folder, or an output folder with one.
-        out: the HTML file.
+        out: HTML file to write.
         wanted: rows as in ``chosen_rows``; empty for ``DEFAULT_ROWS`` rows spread evenly over the folder.
-        masks: draws the mask thumbnails; without it there are none.
+        masks: draws mask thumbnails; None for none.
 
     Raises:
-        UserError: there is no such folder or row.
+        UserError: the folder or a row does not exist.
     """
     folder = PackFolder(directory)
     total = len(folder.reader)
@@ -142,9 +142,9 @@ def _browser(folder: PackFolder, numbers: list[int], note: str, masks: Masks | N
 
 def _card(folder: PackFolder, number: int, masks: Masks | None) -> Html:
     row, seq_len = folder.reader[number], folder.manifest.seq_len
-    parts = {segment: list(folder.stretches(row, segment)) for segment in range(1, len(row.source) + 1)}
+    parts = {segment: list(folder.token_spans(row, segment)) for segment in range(1, len(row.source) + 1)}
     used = int(np.count_nonzero(row.segment))
-    facts = f"{used:,} of {seq_len:,} tokens, {row.n_target:,} supervised, {len(row.image_row)} images"
+    summary = f"{used:,} of {seq_len:,} tokens, {row.n_target:,} supervised, {len(row.image_row)} images"
     segments = (_segment(folder, row, at, parts[at], source) for at, source in enumerate(row.source, start=1))
     columns = [el("div", *segments)]
     if masks is not None:
@@ -154,7 +154,7 @@ def _card(folder: PackFolder, number: int, masks: Masks | None) -> Html:
         "section",
         el("b", f"row {number:,}"),
         " ",
-        el("span", facts, class_="quiet"),
+        el("span", summary, class_="quiet"),
         _ribbon(parts, seq_len - used),
         el("div", *columns, class_="beside"),
         class_="card",
@@ -162,12 +162,12 @@ def _card(folder: PackFolder, number: int, masks: Masks | None) -> Html:
     )
 
 
-def _ribbon(parts: dict[int, list[Stretch]], padding: int) -> Html:
-    """Return the row in one line: a colour for each kind of token, as wide as there are tokens."""
+def _ribbon(parts: dict[int, list[TokenSpan]], padding: int) -> Html:
+    """Return a bar of the row: one colour per kind of token, widths in proportion to tokens."""
     pieces = []
-    for segment, stretches in parts.items():
+    for segment, token_spans in parts.items():
         starts = " starts"
-        for kind, group in groupby(stretches, key=_kind):
+        for kind, group in groupby(token_spans, key=_kind):
             tokens = sum(part.tokens for part in group)
             title = f"sample {segment}: {tokens} tokens, {_KINDS[kind]}"
             pieces.append(el("i", class_=f"bar-{kind}{starts}", style=f"flex-grow:{tokens}", title=title))
@@ -178,34 +178,34 @@ def _ribbon(parts: dict[int, list[Stretch]], padding: int) -> Html:
     return el("div", *pieces, class_="ribbon")
 
 
-def _kind(part: Stretch) -> str:
+def _kind(part: TokenSpan) -> str:
     if part.instance >= 0:
         return "image"
     return "generated" if part.generated else "special" if part.special else "given"
 
 
-def _segment(folder: PackFolder, row: PackRow, number: int, parts: list[Stretch], source: Source) -> Html:
+def _segment(folder: PackFolder, row: PackRow, number: int, parts: list[TokenSpan], source: Source) -> Html:
     tokens = sum(part.tokens for part in parts)
     supervised = (
         sum(part.tokens for part in parts if part.generated) - parts[0].generated
-    )  # nothing predicts a first token
+    )  # no token predicts the first one
     counted = f"{tokens:,} tokens, {supervised:,} supervised"
     family = f", family {source.family}" if source.family else ""
     about = f" sample {source.sample}, draw {source.draw:,}{family}; {counted}"
-    said = []
+    content: list[Html] = []
     for shows, group in groupby(parts, key=lambda part: part.instance >= 0):
-        stretch = list(group)
-        said += [_figure(folder, row, part) for part in stretch] if shows else [_text(stretch)]
+        run = list(group)
+        content += [_figure(folder, row, part) for part in run] if shows else [_text(run)]
     return el(
         "div",
         el("div", f"{number}. ", el("b", source.dataset), about, class_="source"),
-        el("div", *said, class_="said"),
+        el("div", *content, class_="content"),
         class_="segment",
         data_corpus=source.dataset,
     )
 
 
-def _text(parts: list[Stretch]) -> Html:
+def _text(parts: list[TokenSpan]) -> Html:
     spans = []
     for part in parts:
         kinds = [name for name, holds in (("generated", part.generated), ("special", part.special)) if holds]
@@ -214,7 +214,7 @@ def _text(parts: list[Stretch]) -> Html:
     return el("div", *spans, class_="text long" if long else "text")
 
 
-def _figure(folder: PackFolder, row: PackRow, part: Stretch) -> Html:
+def _figure(folder: PackFolder, row: PackRow, part: TokenSpan) -> Html:
     image = int(row.image_row[part.instance])
     try:
         shown = picture(folder.image(row, part.instance), alt=f"image {image}")

@@ -1,4 +1,4 @@
-"""Quarantined samples to look at: how many for which reason, and examples with their text and image."""
+"""Shows quarantined samples: counts by reason, and examples with their text and image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_prep.quarantine import CODES
 from data_prep.show.web_page import Html, el, page, picture, table, tiles
 
 EXAMPLES = 12
-"""Shown of each corpus and reason on a page."""
+"""Maximum examples of each corpus and reason on a page."""
 _TERMINAL_EXAMPLES = 3
 _TERMINAL_CHARACTERS = 110
 
@@ -35,14 +35,14 @@ class Rejected:
     code: str
     detail: str
     raw: str = ""
-    """The beginning of its text."""
+    """Start of its text."""
     image: str = ""
-    """File of its image, or the archive that holds it."""
+    """Path of its image, or of the archive that holds it."""
     member: str = ""
     """Name of the image inside an archive."""
 
     def picture(self) -> Html | None:
-        """Return the image as far as it can still be opened."""
+        """Return the image, or None if it cannot be opened."""
         if not self.image:
             return None
         path = Path(self.image)
@@ -54,32 +54,32 @@ class Rejected:
 
 @dataclass(slots=True)
 class Group:
-    """The samples of one corpus that were rejected for one reason.
+    """The samples of one corpus rejected for one reason.
 
-    A corpus that two pack sets write in different ways is ingested twice, and its rejected samples count twice.
+    A corpus that two pack sets encode differently is ingested twice, and its rejected samples count twice.
     """
 
     corpus: str
     code: str
     count: int = 0
     examples: list[tuple[int, Rejected]] = field(default_factory=list)
-    """At most ``EXAMPLES``, chosen by a hash of their ids: from all over the corpus, and always the same."""
+    """At most ``EXAMPLES``, chosen by a hash of their ids: spread over the corpus, and always the same."""
 
     def add(self, item: Rejected) -> None:
-        """Count a sample, and keep it if it is to be an example."""
+        """Count a sample, and keep it if it is one of the examples."""
         self.count += 1
         entry = (zlib.crc32(item.sample.encode(errors="replace")), item)
         place = bisect.bisect_left(self.examples, entry[0], key=lambda one: one[0])
-        if entry not in self.examples[place : place + 1]:  # a second pack set, written otherwise, may reject it too
+        if entry not in self.examples[place : place + 1]:  # another corpus variant may reject it too
             self.examples.insert(place, entry)
             del self.examples[EXAMPLES:]
 
 
 def read_rejects(directory: Path) -> list[Group]:
-    """Return what an output folder's ``rejects.jsonl`` lists, by corpus, the commonest reason first.
+    """Return the rejected samples of an output folder by corpus, most common reason first.
 
     Raises:
-        UserError: there is no such list, or a line of it is damaged.
+        UserError: ``rejects.jsonl`` is missing, or a line of it is damaged.
     """
     path = directory / "rejects.jsonl"
     if not path.is_file():
@@ -116,7 +116,7 @@ def show_rejects(directory: Path, console: Console | None = None) -> None:
 
 
 def write_rejects_page(directory: Path, out: Path) -> str:
-    """Write reasons and examples, with the images that can still be opened, as one HTML page; return a line about it.
+    """Write reasons and examples with their images as one HTML page; return a line that describes it.
 
     Raises:
         UserError: see :func:`read_rejects`.

@@ -1,4 +1,4 @@
-"""What packs hold, counted from the rows: corpora, lengths, packing."""
+"""Statistics of packs, counted from the rows: corpora, lengths, packing efficiency."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
         console.print(_corpus_table(manifest))
         for line in corpus_notes(manifest):
             console.print(line)
-        if views := view_counts(reader):
-            console.print(views)
+        if line := augmentation_counts(reader):
+            console.print(line)
         console.print("segment lengths in tokens")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)
@@ -47,12 +47,12 @@ def show_stats(directory: Path, console: Console | None = None) -> None:
 def show_lengths(
     own: Mapping[str, int], found: Mapping[str, Mapping[int, float]], console: Console | None = None
 ) -> None:
-    """Print the fullest row lengths of each pack set beside its own.
+    """Print the row lengths with the best packing efficiency of each pack set, and its own.
 
     Args:
-        own: pack set -> length in the recipe.
-        found: pack set -> row length -> share of positions that hold tokens.
-        console: where to.
+        own: pack set -> row length in the recipe.
+        found: pack set -> row length -> packing efficiency.
+        console: output.
     """
     console = console or Console(highlight=False)
     for name, full in found.items():
@@ -70,7 +70,7 @@ def efficiency(manifest: Manifest) -> float:
 
 
 def corpus_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
-    """Yield draws, epochs and supervision of each corpus, in words: the values of ``CORPUS_COLUMNS``."""
+    """Yield the values of ``CORPUS_COLUMNS`` of each corpus as text."""
     for name, stats in manifest.corpora.items():
         share = stats.tokens / max(1, manifest.tokens)
         supervised = f"{stats.targets:,} ({stats.targets / max(1, stats.tokens):.1%})"
@@ -79,12 +79,12 @@ def corpus_rows(manifest: Manifest) -> Iterator[tuple[str, ...]]:
 
 
 def corpus_notes(manifest: Manifest) -> Iterator[str]:
-    """Yield what is worth a word about a corpus, one line each."""
+    """Yield notes about corpora, one line each."""
     for name, stats in manifest.corpora.items():
         for line in turn_notes(stats):
             yield f"{name}: {line}"
         for code, count in stats.repairs.items():
-            yield f"{name}: mended {count:,} x {code}: {REPAIRS.get(code, '')}"
+            yield f"{name}: repaired {count:,} x {code}: {REPAIRS.get(code, '')}"
 
 
 def _corpus_table(manifest: Manifest) -> Table:
@@ -102,14 +102,14 @@ def segment_lengths(reader: PackReader) -> npt.NDArray[np.int64]:
     return np.concatenate([*counts, np.empty(0, dtype=np.int64)]).astype(np.int64)
 
 
-def view_counts(reader: PackReader) -> str:
-    """Return a line about the images that training changes; nothing where the recipe asks for none."""
+def augmentation_counts(reader: PackReader) -> str:
+    """Return a line about augmented images; empty if the recipe asks for no augmentation."""
     sources: dict[str, dict[str, object]] = reader.manifest.recipe.get("sources", {})
     if not any(source.get("augment") for source in sources.values()):
         return ""
-    views = np.concatenate([row.augmentation for row in reader if row.augmentation is not None])
-    cropped = np.count_nonzero((views[:, 3:] < UNIT).any(axis=1))
-    return f"images: {np.count_nonzero(views[:, 0]):,} of {len(views):,} mirrored, {cropped:,} cropped"
+    augmentations = np.concatenate([row.augmentation for row in reader if row.augmentation is not None])
+    cropped = np.count_nonzero((augmentations[:, 3:] < UNIT).any(axis=1))
+    return f"images: {np.count_nonzero(augmentations[:, 0]):,} of {len(augmentations):,} mirrored, {cropped:,} cropped"
 
 
 def binned(values: npt.NDArray[np.int64], most: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:

@@ -1,7 +1,7 @@
-"""One self-contained HTML page: no network, no framework, and no way for a corpus's text to become markup.
+"""One self-contained HTML page: no network, no framework, and corpus text never becomes markup.
 
-Elements are made by :func:`el`, which escapes every child that is not itself made by it, so escaping cannot be
-forgotten. The page's own policy (``Content-Security-Policy``) lets the browser run its one script and nothing else.
+:func:`el` builds elements and escapes every child that it did not build itself, so escaping cannot be forgotten. The
+``Content-Security-Policy`` of the page lets the browser run its one script and nothing else.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THUMBNAIL_PX = 160
 """Longest side of an image on a page."""
 _VOID = {"img", "input", "meta"}
 _COLOURS = {"given": "#4e79a7", "generated": "#59a14f", "image": "#b07aa1", "special": "#9a9a9a", "padding": "#e4e4e4"}
-"""Of kinds of tokens, as in the pictures of masks."""
+"""Colours by kind of token, as in mask pictures."""
 _STYLE = (
     ":root{"
     + "".join(f"--{name}:{colour};" for name, colour in _COLOURS.items())
@@ -53,7 +53,7 @@ input{width:90px}
 .ribbon i{display:block;min-width:0}.ribbon i.starts{border-left:2px solid #fff}
 .segment{border-top:1px solid #efefec;padding:10px 0}
 .source{font-size:12px;color:#6b6b6b}.source b{color:#222}
-.said{display:flex;flex-wrap:wrap;gap:4px 12px;margin-top:4px}.said figure{margin:4px 0;max-width:170px}
+.content{display:flex;flex-wrap:wrap;gap:4px 12px;margin-top:4px}.content figure{margin:4px 0;max-width:170px}
 .text{white-space:pre-wrap;overflow-wrap:anywhere;unicode-bidi:isolate}.text.long{flex:1 1 300px}
 figure img{display:block;border-radius:4px}figcaption{font-size:11px;line-height:1.35}
 img.small{image-rendering:pixelated;width:112px}
@@ -72,13 +72,13 @@ max-height:132px;overflow:auto}
 
 
 class Html(str):
-    """Markup that was made by :func:`el`: safe to put into other markup as it is."""
+    """Markup built by :func:`el`: safe to embed in other markup."""
 
     __slots__ = ()
 
 
 def el(name: str, /, *children: str, **attributes: str | int) -> Html:
-    """Return an element; children and values that are plain text are escaped.
+    """Return an element; plain-text children and values are escaped.
 
     Attribute names lose a trailing ``_`` and write ``_`` as ``-``: ``class_``, ``data_row``.
     """
@@ -89,12 +89,12 @@ def el(name: str, /, *children: str, **attributes: str | int) -> Html:
 
 
 def join(parts: Iterable[str]) -> Html:
-    """Return parts one after the other, each escaped unless it is markup."""
+    """Return concatenated parts, each escaped unless it is markup."""
     return Html("".join(part if isinstance(part, Html) else html.escape(part) for part in parts))
 
 
 def page(title: str, body: Iterable[str], script: str = "") -> bytes:
-    """Return a whole document."""
+    """Return a complete document."""
     allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}'"
     head = el(
@@ -110,13 +110,13 @@ def page(title: str, body: Iterable[str], script: str = "") -> bytes:
 
 
 def tiles(numbers: Sequence[tuple[str, str]]) -> Html:
-    """Return key figures: (number, what it is)."""
+    """Return key figures, given as (number, description)."""
     return el("div", *(el("div", el("b", value), el("span", what), class_="tile") for value, what in numbers),
               class_="tiles")  # fmt: skip
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) -> Html:
-    """Return a table whose first ``texts`` columns are words and the others numbers."""
+    """Return a table; the first ``texts`` columns hold text, the others numbers."""
 
     def line(kind: str, cells: Sequence[str]) -> Html:
         shown = (el(kind, cell, **({"class_": "word"} if at < texts else {})) for at, cell in enumerate(cells))
@@ -142,7 +142,7 @@ def histogram_svg(counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64])
 
 
 def picture(image: Image.Image, **attributes: str | int) -> Html:
-    """Return an image at most ``THUMBNAIL_PX`` large, embedded; tiny drawings stay sharp."""
+    """Return an embedded image of at most ``THUMBNAIL_PX``; tiny drawings stay sharp."""
     image = image.copy()
     image.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
     small = max(image.size) < THUMBNAIL_PX // 2

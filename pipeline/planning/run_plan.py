@@ -103,9 +103,9 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
         raise ConfigError("data.packs is not set: give the pack folder that mma-prep wrote (--data.packs DIR)")
     packs = PackReader(config.data.packs)
     if config.data.verify:
-        from data_prep.verify import verify_part
+        from data_prep.verify import verify_share
 
-        verify_part(packs.directory, topology.rank, topology.world)
+        verify_share(packs.directory, topology.rank, topology.world)
     store = packs.manifest.image_store
     if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
         raise ConfigError(

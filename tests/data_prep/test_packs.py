@@ -94,7 +94,7 @@ def test_a_row_file_of_another_length_is_refused(folder: tuple[Path, list[PackRo
         PackReader(folder[0])[0]
 
 
-def test_packs_that_are_made_anew_while_they_are_read_are_never_mixed(folder: tuple[Path, list[PackRow]]) -> None:
+def test_packs_rebuilt_while_they_are_read_are_never_mixed(folder: tuple[Path, list[PackRow]]) -> None:
     path, rows = folder[0] / "manifest.json", folder[1]
     text = path.read_text()
     reader, copy = PackReader(folder[0]), pickle.loads(pickle.dumps(PackReader(folder[0])))
@@ -104,10 +104,10 @@ def test_packs_that_are_made_anew_while_they_are_read_are_never_mixed(folder: tu
     assert same(copy[0], rows[0])
     path.unlink()
     write_rows(folder[0] / "rows-00001.arrow", rows[1:4], LENGTH)  # of the same size and number
-    with pytest.raises(UserError, match="the packs were made anew while being read: start again"):
+    with pytest.raises(UserError, match="the packs were rebuilt while they were read"):
         reader[4]
     path.write_text(text.replace('"seed": 0', '"seed": 9'))
-    with pytest.raises(UserError, match="the packs were made anew while being read: start again"):
+    with pytest.raises(UserError, match="the packs were rebuilt while they were read"):
         copy[4]
     assert same(reader[3], rows[3])  # mapped before
 

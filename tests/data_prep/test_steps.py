@@ -120,7 +120,9 @@ def test_shares_of_an_array_make_the_same_bytes_and_say_what_is_missing(made: Pa
     recipe = make_recipe(tmp_path)
     shares: list[Team] = [LocalTeam(1, index, 2) for index in range(2)]
     ingest(recipe, shares[1], QUIET)
-    with pytest.raises(UserError, match=r"ingest is incomplete: 4 units, the first captions/.*; run `mma-prep ingest`"):
+    with pytest.raises(
+        UserError, match=r"ingest is incomplete: 4 shards are missing, the first is captions/.*; run `mma-prep ingest`"
+    ):
         plan(recipe, QUIET)
     ingest(recipe, shares[0], QUIET)
     plan(recipe, QUIET)
@@ -159,7 +161,9 @@ def test_rows_are_not_made_by_a_plan_of_other_settings_or_samples(tmp_path: Path
     changed = {**pack, **({change: changes[change]} if change in changes else {})}
     recipe = make_recipe(tmp_path, tokenizer=tokenizer, packs={"sft": changed}, seed=4 if change == "seed" else 3)
     ingest(recipe, ALONE, QUIET)
-    with pytest.raises(UserError, match=r"^packs.sft: its plan is of other settings or samples; run `mma-prep plan`"):
+    with pytest.raises(
+        UserError, match=r"^packs.sft: its plan was made with other settings or samples; run `mma-prep plan`"
+    ):
         materialize(recipe, ALONE, QUIET)
     packs = {path: sha256 for path, sha256 in before.items() if path.startswith("packs")}
     assert packs.items() <= tree_hashes(tmp_path / "out").items()
@@ -184,7 +188,7 @@ def test_changed_raw_files_are_read_again_and_old_stores_go(tmp_path: Path) -> N
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
-def test_where_no_sample_has_a_text_to_train_on_the_first_reject_says_why(tmp_path: Path) -> None:
+def test_without_text_to_train_a_tokenizer_the_first_reject_is_the_reason(tmp_path: Path) -> None:
     write_llava(tmp_path / "raw", [("t0", 0, ("what?", "")), ("t1", 1, ("what?", ""))])
     corpora = {"talk": recipe_dict(tmp_path / "raw", tmp_path / "out")["corpora"]["talk"]}
     packs = {"sft": {"corpora": ["talk"], "template": "plain", "seq_len": 96, "epochs": 1}}
@@ -214,7 +218,7 @@ def test_only_changed_shards_are_read_again(tmp_path: Path) -> None:
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
-def test_a_process_lists_the_raw_files_once_for_all_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_lists_the_raw_files_once_for_all_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_world(tmp_path / "raw", tars=9, captions=1)
     built = Counter[str]()
 
@@ -321,7 +325,7 @@ def test_packs_that_would_teach_nothing_are_refused(tmp_path: Path, pack: dict[s
         prepare(make_recipe(tmp_path, corpora=content["corpora"], packs={"sft": whole}))
 
 
-def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> None:
+def test_truncated_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> None:
     talks = [("short", 1, ("what?", "a ring.")), ("long", 2, ("what?", "a ring and a circle " * 9))]
     write_llava(tmp_path / "raw", talks)
     corpora = {"talk": {"type": "llava", "conversations": "llava.json", "images": "images"}}
@@ -330,7 +334,7 @@ def test_cut_answers_are_kept_without_an_end_and_reported(tmp_path: Path) -> Non
                 "max_text_tokens": 40, "too_long": "truncate"}
     }  # fmt: skip
     said = prepare(make_recipe(tmp_path, corpora=corpora, packs=packs))
-    assert "note: packs.sft.corpora.talk: 1 of 2 draws have cut answers" in said
+    assert "note: packs.sft.corpora.talk: 1 of 2 draws have truncated answers" in said
     segments = [(row, n) for row in PackReader(tmp_path / "out" / "packs" / "sft") for n in range(len(row.source))]
     row, number = segments[1]
     at = np.flatnonzero(row.segment == number + 1)
@@ -357,7 +361,7 @@ def test_changed_and_missing_images_are_noticed(tmp_path: Path) -> None:
     assert tree_hashes(fresh / "out") == tree_hashes(tmp_path / "out")
 
 
-def test_an_image_that_comes_later_is_seen_however_deep_it_lies(tmp_path: Path) -> None:
+def test_an_image_that_arrives_later_is_noticed_at_any_depth(tmp_path: Path) -> None:
     names = ["a/b/1.png", "a/b/c/2.png", "not yet/3.png", "odd\nname.png"]
     rows = [
         {
@@ -477,7 +481,7 @@ def rank_pids(recipe: Path, rank: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_killed_mpi_rank_ends_the_job_in_words_and_the_rerun_ends_it_well(tmp_path: Path) -> None:
+def test_a_killed_mpi_rank_ends_the_job_with_a_message_and_the_rerun_completes_it(tmp_path: Path) -> None:
     launcher = mpiexec()
     write_world(tmp_path / "raw", tars=30, captions=60)
     prepare(make_recipe(tmp_path))

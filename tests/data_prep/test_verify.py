@@ -20,7 +20,7 @@ from data_prep.materialize import materialize, pack_row
 from data_prep.packs import Manifest, Source
 from data_prep.planning.step import PackingPlan
 from data_prep.progress import Reporter
-from data_prep.verify import verify, verify_part
+from data_prep.verify import verify, verify_share
 from tests.data_prep.raw import make_recipe, png, prepare, tree_hashes, write_tar, write_world
 
 KINDS = {
@@ -85,7 +85,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(out: Path, kind: str) -> Non
     assert named_by_verify(out) is None
 
 
-def test_what_verify_says_of_a_damaged_file_mends_it(out: Path, tmp_path: Path) -> None:
+def test_the_advice_of_verify_repairs_a_damaged_file(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     recipe, before = make_recipe(tmp_path, max_bad_fraction=0.1), tree_hashes(out)
     for kind, pattern in KINDS.items():
@@ -102,7 +102,7 @@ def test_what_verify_says_of_a_damaged_file_mends_it(out: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut"])
-def test_a_lost_shard_of_images_costs_its_own_unit_alone(out: Path, tmp_path: Path, damage: str) -> None:
+def test_a_lost_image_shard_rebuilds_only_its_own_output(out: Path, tmp_path: Path, damage: str) -> None:
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     shards = sorted((tmp_path / "out").glob("images/*/images-*.arrow"))
     lost = next(path for path in shards if png(13) in path.read_bytes())  # an image of the second tar
@@ -153,7 +153,7 @@ def test_ranks_share_the_work_and_miss_nothing(out: Path, parts: int) -> None:
         finders = 0
         for part in range(parts):
             try:
-                verify_part(folder, part, parts)
+                verify_share(folder, part, parts)
             except UserError as problem:
                 assert path.name in str(problem)
                 finders += 1
@@ -161,7 +161,7 @@ def test_ranks_share_the_work_and_miss_nothing(out: Path, parts: int) -> None:
         assert finders == 1
 
 
-def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path: Path) -> None:
+def test_images_that_are_in_no_store_yet_are_checked(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out, tmp_path / "out")
     output = next((tmp_path / "out").glob("ingest/captions/*/*00000.arrow"))
     shard = next((tmp_path / "out").glob("images/*/images-00000.arrow"))
@@ -173,7 +173,7 @@ def test_images_of_units_that_are_not_sealed_yet_are_checked(out: Path, tmp_path
         list(verify(tmp_path / "out"))
 
 
-def test_units_of_another_version_are_left_alone(out: Path, tmp_path: Path) -> None:
+def test_outputs_of_another_version_are_ignored(out: Path, tmp_path: Path) -> None:
     shutil.copytree(out.parent, tmp_path, dirs_exist_ok=True)
     whole = list(verify(tmp_path / "out"))
     marker = next((tmp_path / "out").glob("ingest/captions/*/*00000.json"))
@@ -215,8 +215,10 @@ def test_damaged_tokens_never_become_rows(out: Path, tmp_path: Path) -> None:
     assert tree_hashes(tmp_path / "out") == before
 
 
-def test_images_that_do_not_fit_their_positions_are_an_error_in_words() -> None:
+def test_images_that_do_not_fit_their_positions_are_a_clear_error() -> None:
     ids = np.array([5, 9, 9, 9, 6], dtype=np.int32)
     sample = Sample("one", "", ids, np.ones(5, dtype=np.uint8), np.zeros(1, dtype=np.int64))
-    with pytest.raises(UserError, match="image positions and images disagree in one of talk/one: `mma-prep verify`"):
+    with pytest.raises(
+        UserError, match="image positions and images do not match in one of talk/one: `mma-prep verify`"
+    ):
         pack_row([sample], (Source("talk", "one", 0),), 8, image_tokens=2, image_id=9, pad_id=0)

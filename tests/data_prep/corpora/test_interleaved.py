@@ -146,7 +146,7 @@ def test_missing_images_are_dropped_and_counted(packed: tuple[Path, Any], capsys
     assert json.loads(line)["sample"] == "lost" and json.loads(line)["code"] == "missing-image"
     assert main(["stats", str(packed[0])]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "docs: mended 3 x image-dropped" in shown and "docs: mended 1 x misnamed-image" in shown
+    assert "docs: repaired 3 x image-dropped" in shown and "docs: repaired 1 x misnamed-image" in shown
 
 
 def test_a_missing_image_can_reject_the_document(packed: tuple[Path, Any], tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def test_a_mirrored_image_is_exact_to_the_pixel() -> None:
     assert apply_augmentation(image.crop((0, 0, 2, 2)), np.array((0, 999, 999, 1, 1), dtype=np.int16)).size == (1, 1)
 
 
-def test_views_depend_on_their_key_alone_keep_the_share_and_stay_inside() -> None:
+def test_augmentations_depend_on_their_key_only_keep_the_share_and_stay_inside() -> None:
     asked = Augment(flip=0.5, crop=0.7)
     augmentations = np.concatenate(
         [draw_augmentations(asked, FLIP | CROP, 2, 0, "c", "s", draw) for draw in range(2000)]
@@ -199,7 +199,7 @@ def _pixels(reader: PackReader, dp: int, first: int) -> torch.Tensor:
     return torch.cat(found)
 
 
-def test_the_trainer_shows_what_the_pack_says_on_any_ranks_and_after_a_resume(made: PackReader) -> None:
+def test_the_trainer_applies_the_augmentations_of_the_pack_on_any_ranks_and_after_a_resume(made: PackReader) -> None:
     store, preprocess = ImageStore(made.directory / made.manifest.image_store), Preprocess(8)
     wanted = []
     for number in range(len(made) // 2 * 2):
@@ -231,7 +231,7 @@ def test_corpora_of_boxes_places_and_written_text_refuse(kind: str, tmp_path: Pa
         ({"augment": {"flipp": 0.5}}, r"unknown key corpora\.captions\.augment\.flipp \(did you mean 'flip'\?\)"),
         ({"augment": {"flip": 1.5}}, r"corpora\.captions\.augment\.flip: "),
         ({"augment": {"crop": 0}}, r"corpora\.captions\.augment\.crop: "),
-        ({"augment": {"flip": 0.5}, "prompts": ["What is on the left?"]}, "'What is on the left.' speaks of sides"),
+        ({"augment": {"flip": 0.5}, "prompts": ["What is on the left?"]}, "'What is on the left.' mentions sides"),
     ],
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is said of a JPEG from its structure, against decoding it."""
+"""The structural check of JPEGs, compared with decoding them."""
 
 from __future__ import annotations
 

@@ -137,7 +137,7 @@ def test_decoding_sets_no_filter_of_other_threads(monkeypatch: pytest.MonkeyPatc
 
 
 def mutated(data: bytes, rng: random.Random) -> bytes:
-    """Flip, cut or replace a few bytes, mostly in the header."""
+    """Flip, truncate or replace a few bytes, mostly in the header."""
     out = bytearray(data)
     for _ in range(rng.randint(1, 5)):
         at = rng.randrange(min(len(out), rng.choice([40, 200, len(out)])))
@@ -153,7 +153,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 
 
 def outcome_of(read: Callable[[bytes], object], data: bytes) -> str:
-    """What an image gives, in words."""
+    """Return the outcome of an image as text."""
     try:
         found = read(data)
         return f"RGB {found.size if isinstance(found, Image.Image) else found}"
@@ -162,7 +162,7 @@ def outcome_of(read: Callable[[bytes], object], data: bytes) -> str:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "JPEG progressive", "JPEG CMYK", "PNG", "GIF", "WEBP", "BMP", "PPM"])
-def test_damaged_bytes_decode_or_are_refused_and_checking_says_the_same(kind: str) -> None:
+def test_damaged_bytes_decode_or_are_refused_and_the_check_agrees(kind: str) -> None:
     kind, _, variant = kind.partition(" ")
     whole, rng = noise(kind, variant), random.Random(0)
     outcomes = set()
@@ -173,7 +173,7 @@ def test_damaged_bytes_decode_or_are_refused_and_checking_says_the_same(kind: st
     assert any(one.startswith("RGB") for one in outcomes) and len(outcomes) > 1
 
 
-def test_every_cut_of_a_jpeg_is_judged_alike() -> None:
+def test_check_and_decode_agree_on_every_truncated_jpeg() -> None:
     for variant in ("", "progressive", "turned"):
         whole = noise("JPEG", variant)
         for size in range(0, len(whole), 97):

@@ -1,4 +1,4 @@
-"""Sealing against a plain dictionary: every range, shard and interruption gives the same store."""
+"""Building the image store, compared with a plain dictionary, for all ranges, shards and interruptions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Made = tuple[list[ShardOutput], list[list[bytes]]]
 
 
 def make_unit(output: ShardOutput, images: list[bytes]) -> None:
-    """Write what sealing reads of a unit."""
+    """Write the files of a shard output that the build reads."""
     with ArrowWriter(output.images, IMAGE_SCHEMA, batch_rows=images_module.SHARD_BATCH_ROWS) as writer:
         for data in images:
             writer.append((hashlib.sha256(data).digest(), len(data), 3, data))
@@ -39,8 +39,8 @@ def make_unit(output: ShardOutput, images: list[bytes]) -> None:
     write_atomic(output.marker, report.to_json().encode())
 
 
-def make_units(root: Path, seed: int, count: int = 9) -> Made:
-    """Units whose images overlap: about half are shared with others; one unit has none."""
+def make_outputs(root: Path, seed: int, count: int = 9) -> Made:
+    """Shard outputs whose images overlap: about half are shared with others; one has none."""
     rng = random.Random(seed)
     pool = [rng.randbytes(rng.randint(1, 40)) for _ in range(60)]
     contents = [list(dict.fromkeys(rng.choices(pool, k=rng.randint(1, 25)))) for _ in range(count)]
@@ -64,7 +64,7 @@ def sizes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def check(outputs: list[ShardOutput], contents: list[list[bytes]], store: ImageStore) -> None:
-    """The slow oracle: distinct images in order of first use, and each unit's rows into them."""
+    """The slow oracle: distinct images in order of first use, and the store rows of each shard output."""
     distinct = list(dict.fromkeys(data for images in contents for data in images))
     assert [store.read(row) for row in range(len(store))] == distinct
     assert [store.sha256(row) for row in range(len(store))] == [hashlib.sha256(data).hexdigest() for data in distinct]
@@ -82,22 +82,22 @@ def check(outputs: list[ShardOutput], contents: list[list[bytes]], store: ImageS
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.usefixtures("sizes")
 def test_a_store_holds_each_image_once_in_order_of_first_use(tmp_path: Path, seed: int) -> None:
-    outputs, contents = make_units(tmp_path, seed)
+    outputs, contents = make_outputs(tmp_path, seed)
     store = build.build_image_store(outputs, tmp_path / "images", ALONE)
     check(outputs, contents, ImageStore(store))
     assert build.build_image_store(outputs, tmp_path / "images", ALONE) == store
 
 
 @pytest.mark.usefixtures("sizes")
-def test_units_without_images_give_an_empty_store(tmp_path: Path) -> None:
-    outputs, _ = make_units(tmp_path, 0, count=1)
+def test_outputs_without_images_give_an_empty_store(tmp_path: Path) -> None:
+    outputs, _ = make_outputs(tmp_path, 0, count=1)
     assert len(ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE))) == 0
     assert len(ImageStore(build.build_image_store([], tmp_path / "images", ALONE))) == 0
 
 
 @pytest.mark.usefixtures("sizes")
 def test_images_come_from_earlier_stores_and_a_deleted_one_is_named(tmp_path: Path) -> None:
-    outputs, contents = make_units(tmp_path, 4)
+    outputs, contents = make_outputs(tmp_path, 4)
     stores = tmp_path / "images"
     first = build.build_image_store(outputs, stores, ALONE)
     new = ShardOutput("c", "000-new", outputs[0].folder, "")
@@ -108,13 +108,13 @@ def test_images_come_from_earlier_stores_and_a_deleted_one_is_named(tmp_path: Pa
     check(more, held, ImageStore(second))
     for store in (first, second):
         (store / "store.json").unlink()
-    with pytest.raises(UserError, match=r"c/00\d: its images are in no store any more .* run ingest again"):
+    with pytest.raises(UserError, match=r"c/00\d: its images are in no image store any more .* run `mma-prep ingest`"):
         build.build_image_store(outputs, stores, ALONE)
     assert not all(output.marker.exists() for output in outputs)
 
 
-def disjoint_units(root: Path, count: int = 4) -> Made:
-    """Units that share no image."""
+def disjoint_outputs(root: Path, count: int = 4) -> Made:
+    """Shard outputs that share no image."""
     contents = [[b"%d %d" % (number, image) for image in range(70)] for number in range(count)]
     outputs = [ShardOutput("c", f"{number:03d}", root / "ingest" / "c" / "key", "") for number in range(count)]
     for output, images in zip(outputs, contents, strict=True):
@@ -130,8 +130,8 @@ def shards_of(store: Path) -> list[Path]:
     return sorted(store.glob("*.arrow"))
 
 
-def test_images_that_only_one_unit_has_are_never_copied(tmp_path: Path) -> None:
-    outputs, contents = disjoint_units(tmp_path)
+def test_images_of_only_one_output_are_never_copied(tmp_path: Path) -> None:
+    outputs, contents = disjoint_outputs(tmp_path)
     own = inodes(output.images for output in outputs)
     first = build.build_image_store(outputs[:3], tmp_path / "images", ALONE)
     assert inodes(shards_of(first)) == own[:3]
@@ -145,12 +145,12 @@ def test_images_that_only_one_unit_has_are_never_copied(tmp_path: Path) -> None:
 def test_a_store_does_not_show_where_its_images_lay_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: Sequence[int], links: bool
 ) -> None:
-    """Units 1 and 2 share images with unit 0: what is copied in one store is whole in another."""
+    """Outputs 1 and 2 share images with output 0: an image copied in one store is linked in another."""
     kept = []
     if not links:
         monkeypatch.setattr(Path, "hardlink_to", lambda self, target: os.link("/nowhere", self))
     for name, earlier in (("fresh", ()), ("late", ((0, 1, 2), (2,)))):
-        outputs, contents = disjoint_units(tmp_path / name, 3)
+        outputs, contents = disjoint_outputs(tmp_path / name, 3)
         contents = [contents[0], contents[0][60:] + contents[1], contents[2] + contents[0][:3]]
         for output, images in zip(outputs, contents, strict=True):
             make_unit(output, images)
@@ -162,8 +162,8 @@ def test_a_store_does_not_show_where_its_images_lay_before(
     assert kept[0] == kept[1]
 
 
-def test_a_cut_copy_of_a_units_images_is_made_anew(tmp_path: Path) -> None:
-    (output, *_), _ = disjoint_units(tmp_path)
+def test_a_truncated_image_file_is_rebuilt(tmp_path: Path) -> None:
+    (output, *_), _ = disjoint_outputs(tmp_path)
     for path in (output.tokens, output.stats, output.rejects, output.sources):
         path.touch()
     assert output.done() is not None
@@ -172,8 +172,8 @@ def test_a_cut_copy_of_a_units_images_is_made_anew(tmp_path: Path) -> None:
     assert output.done() is None
 
 
-def test_what_a_killed_attempt_left_goes_when_its_unit_is_made_anew(tmp_path: Path) -> None:
-    (output, *_), _ = disjoint_units(tmp_path)
+def test_files_of_a_killed_attempt_are_removed_when_the_shard_is_rebuilt(tmp_path: Path) -> None:
+    (output, *_), _ = disjoint_outputs(tmp_path)
     other = ShardOutput(output.corpus, f"{output.shard}.seg", output.folder, "")
     left = [
         temporary_beside(path) for path in (output.images, output.tokens, output.marker, other.images, other.marker)
@@ -186,7 +186,7 @@ def test_what_a_killed_attempt_left_goes_when_its_unit_is_made_anew(tmp_path: Pa
 
 def test_many_threads_read_one_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images_module, "OPEN_SHARDS", 3)
-    outputs, contents = disjoint_units(tmp_path)
+    outputs, contents = disjoint_outputs(tmp_path)
     store = ImageStore(build.build_image_store(outputs, tmp_path / "images", ALONE))
     rows = np.random.default_rng(0).integers(len(store), size=2000).tolist()
     whole = [data for images in contents for data in images]
@@ -203,13 +203,13 @@ class Killed(Exception):  # noqa: N818 - stands for kill -9
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
+def test_an_interrupted_build_continues_to_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     set_sizes(monkeypatch, 5, 5)
-    outputs, contents = make_units(tmp_path / "whole", 1)
+    outputs, contents = make_outputs(tmp_path / "whole", 1)
     whole = build.build_image_store(outputs, tmp_path / "whole" / "images", ALONE)
-    outputs, contents = make_units(tmp_path / "cut", 1)
+    outputs, contents = make_outputs(tmp_path / "cut", 1)
     rng, written = random.Random(seed), build.write_atomic
     for _ in range(6):
         left = rng.randint(0, 25)
@@ -236,8 +236,8 @@ def test_sealing_that_stops_anywhere_goes_on_to_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_several_processes_seal_the_same_store(tmp_path: Path) -> None:
-    outputs, contents = make_units(tmp_path, 2)
+def test_several_processes_build_the_same_store(tmp_path: Path) -> None:
+    outputs, contents = make_outputs(tmp_path, 2)
     check(outputs, contents, ImageStore(build.build_image_store(outputs, tmp_path / "images", LocalTeam(3))))
 
 
@@ -246,7 +246,7 @@ def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_pat
     (tmp_path / ".work").mkdir()
     written = list[int]()
     for member in range(3):
-        mine = build.to_write(jobs, LocalTeam(1, member, 3))
+        mine = build.shards_to_write(jobs, LocalTeam(1, member, 3))
         for job in mine[: 2 - member]:  # the next one looks when this one has done a part of its own
             job.path.touch()
             job.marker.touch()
@@ -257,7 +257,7 @@ def test_members_that_look_at_different_moments_leave_no_shard_unwritten(tmp_pat
 def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outputs, _ = make_units(tmp_path, 3)
+    outputs, _ = make_outputs(tmp_path, 3)
     store = tmp_path / "images" / build.store_key(outputs)
     build._prepare(outputs, store)
     written = (store / ".work" / "rows").read_bytes()
@@ -275,7 +275,7 @@ def test_a_second_attempt_leaves_the_rows_alone_that_the_first_has_written(
 
 def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NFS keeps an open file under another name, so that its folder cannot be removed."""
-    outputs, contents = make_units(tmp_path, 3)
+    outputs, contents = make_outputs(tmp_path, 3)
     seen, remove = list[str](), shutil.rmtree
 
     def look(folder: Path) -> None:
@@ -289,7 +289,7 @@ def test_nothing_is_open_in_a_folder_that_is_removed(tmp_path: Path, monkeypatch
 
 
 def test_what_a_killed_member_left_in_the_store_is_removed(tmp_path: Path) -> None:
-    outputs, contents = make_units(tmp_path, 3)
+    outputs, contents = make_outputs(tmp_path, 3)
     store = tmp_path / "images" / build.store_key(outputs)
     store.mkdir(parents=True)
     (store / ".images-00000.arrow.12345678.tmp").touch()
@@ -304,7 +304,7 @@ def replaced(path: Path, old: bytes, new: bytes) -> None:
 
 
 def test_damaged_images_are_not_copied_into_a_store(tmp_path: Path) -> None:
-    outputs, contents = disjoint_units(tmp_path, 2)
+    outputs, contents = disjoint_outputs(tmp_path, 2)
     make_unit(outputs[1], [contents[0][3], *contents[1]])
     first = build.build_image_store(outputs[:1], tmp_path / "images", ALONE)
     whole = outputs[1].images.read_bytes()
@@ -330,5 +330,5 @@ def test_a_full_disk_is_not_left_full(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_before_anything_is_mapped(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{tmp_path}: no room for 4,611,686,018,427,387,904 bytes \("):
+    with pytest.raises(UserError, match=rf"^{tmp_path}: cannot reserve 4,611,686,018,427,387,904 bytes \("):
         build.allocate(tmp_path / "rows", 1 << 62)

@@ -33,7 +33,7 @@ def made(recipe: Recipe) -> PackingPlan:
     return PackingPlan.load(plan_path(Workspace(recipe).packs("sft")))
 
 
-def units_of(recipe: Recipe) -> list[ShardOutput]:
+def outputs_of(recipe: Recipe) -> list[ShardOutput]:
     space = Workspace(recipe)
     return [output for variant in space.variants(Tokenizer.load(space.tokenizer).sha256) for output in variant.outputs]
 
@@ -51,7 +51,7 @@ def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(ma
 
 
 def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) -> None:
-    outputs = units_of(recipe)
+    outputs = outputs_of(recipe)
     drawn: dict[str, Counter[tuple[int, int]]] = {name: Counter() for name in CORPORA}
     for corpus, output, index in zip(made.corpus.tolist(), made.shard.tolist(), made.index.tolist(), strict=True):
         assert outputs[output].corpus == made.names[corpus] and index < outputs[output].report().tally.kept
@@ -62,7 +62,7 @@ def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) 
 
 
 def test_rows_hold_what_the_samples_say_and_no_more(made: PackingPlan, recipe: Recipe) -> None:
-    outputs = units_of(recipe)
+    outputs = outputs_of(recipe)
     stats = {number: np.fromfile(outputs[number].stats, SAMPLE_STATS) for number in np.unique(made.shard).tolist()}
     lengths = [
         int(stats[output][index]["tokens"])
@@ -74,8 +74,8 @@ def test_rows_hold_what_the_samples_say_and_no_more(made: PackingPlan, recipe: R
     assert filled.mean() / LENGTH > 0.96
 
 
-def test_a_unit_that_holds_other_samples_than_its_marker_says_is_named(recipe: Recipe, made: PackingPlan) -> None:
-    output = units_of(recipe)[0]
+def test_a_shard_output_that_disagrees_with_its_marker_is_named(recipe: Recipe, made: PackingPlan) -> None:
+    output = outputs_of(recipe)[0]
     report = output.report()
     fewer = replace(report, tally=Tally(report.tally.kept - 1))
     output.marker.write_text(fewer.to_json())

@@ -145,7 +145,7 @@ def test_masks_are_drawn_by_whoever_knows_them(made: Path, tmp_path: Path, capsy
         "mask of row 1",
     ]
     assert mma(["inspect", str(made), "--rows", "9999", "--html", str(tmp_path / "b.html")]) == 2
-    assert "there are rows 0 to" in capsys.readouterr().err and not (tmp_path / "b.html").exists()
+    assert "the folder holds rows 0 to" in capsys.readouterr().err and not (tmp_path / "b.html").exists()
 
 
 def test_data_preparation_knows_no_mask() -> None:

@@ -75,7 +75,7 @@ def test_what_is_no_list_is_refused(
     assert message in capsys.readouterr().err
 
 
-def test_nothing_rejected_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_list_prints_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rejects.jsonl").write_text("")
     assert main(["rejects", str(tmp_path)]) == 0
     assert "nothing was rejected" in " ".join(capsys.readouterr().out.split())

@@ -138,5 +138,5 @@ def test_packs_supervise_what_the_library_s_own_mask_supervises(tmp_path: Path) 
 def test_a_trained_tokenizer_has_no_template(tmp_path: Path) -> None:
     content = recipe_dict(tmp_path / "raw", tmp_path / "out")
     content["packs"]["sft"]["template"] = "tokenizer"
-    with pytest.raises(UserError, match=r"packs\.sft\.template=tokenizer: a tokenizer that is trained has no chat"):
+    with pytest.raises(UserError, match=r"packs\.sft\.template=tokenizer: a trained tokenizer has no chat"):
         load_recipe(str(write_recipe(tmp_path / "recipe.yaml", content)))

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from data_prep.common.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.ingest.shard_writer import cut_tail
+from data_prep.ingest.shard_writer import truncate_tail
 from data_prep.quarantine import BadSample
 from data_prep.text.template import EOS, Image, Special, Template, Text
 from data_prep.text.tokenizer import COMPANIONS, IMAGE_TOKEN, PAD, Tokenizer, tokenizer_files, train_sentencepiece
@@ -210,11 +210,11 @@ def test_wrong_tokenizers_are_user_errors(tmp_path: Path) -> None:
 def test_truncation_ends_in_a_target_and_never_inside_an_image(tokenizer: Tokenizer) -> None:
     pieces = [Image(0), Text("a ring "), Text("red and big", generated=True), Special(EOS, generated=True)]
     encoded = tokenizer.encode(pieces, 3)
-    cut = cut_tail(encoded, len(encoded) - 1)
+    cut = truncate_tail(encoded, len(encoded) - 1)
     assert len(cut) == len(encoded) - 1 and cut.generated[-1] == 1
     later = tokenizer.encode([*pieces, Text("more given text")], 3)
-    assert cut_tail(later, len(encoded) + 1).ids.tolist() == encoded.ids.tolist()
+    assert truncate_tail(later, len(encoded) + 1).ids.tolist() == encoded.ids.tolist()
     with pytest.raises(BadSample, match="every target"):
-        cut_tail(encoded, 4)
+        truncate_tail(encoded, 4)
     with pytest.raises(BadSample, match="image"):
-        cut_tail(tokenizer.encode([*pieces, Image(1)], 3), len(encoded) + 1)
+        truncate_tail(tokenizer.encode([*pieces, Image(1)], 3), len(encoded) + 1)

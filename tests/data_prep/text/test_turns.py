@@ -109,11 +109,11 @@ def test_packs_hold_what_the_setting_says_and_count_it(made: tuple[Turns, Path, 
     assert stats.left_out == (2 * TALKS if turns == "first" else 0)
     assert (stats.repeated > 0) == (turns == "expand")
     notes = [line for line in said if line.startswith("note: packs.sft.corpora.talk: ")]
-    kinds = {"every": [], "first": ["24 later answers are left out"], "expand": ["tokens repeat earlier turns"]}
+    kinds = {"every": [], "first": ["24 later answers are dropped"], "expand": ["tokens repeat earlier turns"]}
     assert len(notes) == len(kinds[turns]) and all(kind in line for kind, line in zip(kinds[turns], notes, strict=True))
     shown = io.StringIO()
     show_stats(reader.directory, Console(file=shown, width=200))
-    assert ("talk: 24 later answers are left out" in shown.getvalue()) == (turns == "first")
+    assert ("talk: 24 later answers are dropped" in shown.getvalue()) == (turns == "first")
     assert (" x the tokens of turns: every)" in shown.getvalue()) == (turns == "expand")
 
 

@@ -33,7 +33,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
 TABLES = {"causal": "runs", "runsplit": "runs", "lse": "rectangles", "flex": "block_mask", "dense": "dense_mask"}
-"""What each backend reads of a plan: built at first use, and timed with the plan."""
+"""The part of a plan that each backend reads: built at first use, and timed with the plan."""
 
 
 class Heads(NamedTuple):
@@ -60,18 +60,18 @@ class Result:
     """Forward and backward."""
     plan_ms: float
     peak_mib: float
-    """Device memory above the inputs during forward and backward; 0 where the device does not count it."""
+    """Peak device memory above the inputs during forward and backward; 0 if the device does not count it."""
     pairs: int
     tflops: float
     """Forward and backward, over allowed pairs only."""
     vs_causal: float
-    """Time of forward and backward over that of ``causal``; 0 where it was not measured."""
+    """Forward and backward time relative to ``causal``; 0 if that was not measured."""
     faster_than_dense: float
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Leaf tensors [1, H, T, D] laid out as a decoder's projections leave them, and the gradient of the output."""
+    """Leaf tensors [1, H, T, D] in the memory layout of a decoder's projections, and the gradient of the output."""
 
     q: torch.Tensor
     k: torch.Tensor
@@ -105,7 +105,7 @@ class Inputs:
 
 
 def relative_errors(kind: str, heads: Heads, backend: str, device: str, dtype: torch.dtype) -> list[float]:
-    """Return the errors of out, dq, dk and dv against dense float64 attention, padding left out."""
+    """Return the errors of out, dq, dk and dv against dense float64 attention, without padding."""
     sidecars = make_row(kind, CHECK_TOKENS)
     plan = build_plan("mma", sidecars).to(device)
     inputs = Inputs.draw(heads, CHECK_TOKENS, device, dtype)
@@ -150,7 +150,7 @@ def _cuda_time(work: Callable[[], object]) -> float:
 
 
 def peak_mib(work: Callable[[], object], device: str) -> float:
-    """Return the device memory that ``work`` takes at its peak, above what is held before."""
+    """Return the peak device memory of ``work`` above the current level."""
     if device != "cuda":
         return 0.0
     torch.cuda.synchronize()
@@ -171,7 +171,7 @@ def ready_plan(sidecars: Sidecars, backend: str, device: str) -> AttentionPlan:
 
 
 def measure(kind: str, tokens: int, heads: Heads, options: argparse.Namespace) -> Iterator[Result]:
-    """Yield one result per backend; ``causal`` and ``dense`` come first, so that the others can name their ratios."""
+    """Yield one result per backend; ``causal`` and ``dense`` come first because the others report ratios to them."""
     sidecars, dtype = make_row(kind, tokens), options.dtype
     inputs = Inputs.draw(heads, tokens, options.device, dtype)
     both_ms: dict[str, float] = {}
@@ -208,7 +208,7 @@ COLUMNS = (
 
 
 def table_line(result: Result) -> str:
-    """Return a result as a line of the markdown table."""
+    """Return a result as a row of the Markdown table."""
     ratios = [f"{x:.2f}" if x else "-" for x in (result.vs_causal, result.faster_than_dense)]
     memory = f"{result.peak_mib:,.0f}" if result.peak_mib else "-"
     times = [f"{x:.2f}" for x in (result.forward_ms, result.both_ms)]
@@ -217,7 +217,7 @@ def table_line(result: Result) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Read the flags; defaults depend on the device."""
+    """Parse the flags; defaults depend on the device."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__)
     cuda = torch.cuda.is_available()
     backends = ["causal", "dense", "runsplit", "lse"]
@@ -239,7 +239,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace) -> dict[str, list[float]]:
-    """Compare every backend with float64 before anything is timed; exits with a message when one is wrong."""
+    """Compare every backend with float64 before timing; exit with a message if one is wrong."""
     errors = {}
     for heads in options.heads:
         for kind in options.kinds:
@@ -260,7 +260,7 @@ def environment(options: argparse.Namespace) -> dict[str, str | int]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Check, measure, print the table, and write JSON where asked."""
+    """Check, measure, print the table, and optionally write JSON."""
     options = parse(argv)
     about = environment(options)
     print(", ".join(f"{key} {value}" for key, value in about.items()))

@@ -55,10 +55,10 @@ class Measured:
     method: str
     ms: float
     peak_mib: float
-    """Above the inputs."""
+    """Peak memory above the inputs."""
     loss: float
     error: float
-    """Of the weight's gradient, relative to the naive method's."""
+    """Error of the weight's gradient, relative to the naive method."""
 
 
 def _naive(h: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -101,7 +101,7 @@ def _peak_mib(device: str) -> float:
 
 
 def measure(method: str, case: Case, device: str, repeats: int) -> Measured:
-    """Measure a method; meant for a process of its own, because a CPU process's peak memory never falls."""
+    """Measure one method in its own process, because the peak memory of a CPU process never falls."""
     torch.set_num_threads(1)
     h, w, y = case.draw(device)
     before = _peak_mib(device)
@@ -124,7 +124,7 @@ def measure(method: str, case: Case, device: str, repeats: int) -> Measured:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table; 1 when a method's gradient is wrong."""
+    """Print the table; return 1 if a method's gradient is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096)
     parser.add_argument("--width", type=int, default=1024)

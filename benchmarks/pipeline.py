@@ -2,7 +2,7 @@
 
 Run from the repository root: ``python -m benchmarks.pipeline [--quick] [--steps N] [--json OUT]``. One launch of the
 real launcher trains one small causal decoder under every setting. The baseline is ZeRO-3 without a pipeline as the
-stock engine runs it (forward, backward and step a micro-batch), with the same number of micro-batches.
+stock engine runs it (forward, backward and step per micro-batch), with the same number of micro-batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = ("engine", "pp", "micro-batches", "ZeRO", "gathered", "reduced", "step
 
 
 def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run all cases in one job of four ranks; exits with its output when it fails."""
+    """Run all cases in one job of four ranks; exit with its output if it fails."""
     program = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         sys.exit("the deepspeed launcher is not installed: make setup")
@@ -43,7 +43,7 @@ def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Add tokens a second, and throughput and processor time a token against the baseline of as many micro-batches."""
+    """Add tokens per second, and throughput and processor time per token relative to the baseline."""
     base = {case["microbatches"]: case for case in results if case["engine"] == "ZeRO-3"}
 
     def rate(case: dict[str, Any]) -> float:
@@ -64,7 +64,7 @@ def with_ratios(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table_line(case: dict[str, Any]) -> str:
-    """Return a result as a line of the markdown table."""
+    """Return a result as a row of the Markdown table."""
     ours, counted = case["engine"] == "stages", case["engine"] != "PipelineModule"
     once = case["once"] if case["once"] is not None else case["zero"] != 2
     traffic = [f"{case['gather_x']:.2f}", f"{case['gathers']:.0f}", f"{case['reduce_x']:.2f}"]
@@ -81,14 +81,14 @@ def table_line(case: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pipeline", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1 and 2 stages, fewer settings")
     parser.add_argument(
         "--micro-batches", type=int, nargs="+", default=None, metavar="N",
-        help="micro-batches of a step on each replica (default: 4 8; with --quick 4)",
+        help="micro-batches per step on each data-parallel rank (default: 4 8; with --quick 4)",
     )  # fmt: skip
-    parser.add_argument("--steps", type=int, default=4, help="timed steps a case; the fastest counts (default: 4)")
+    parser.add_argument("--steps", type=int, default=4, help="timed steps per case; the fastest counts (default: 4)")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write the results here")
     parser.add_argument("--port", type=int, default=29555, help="port of the job (default: 29555)")
     options = parser.parse_args(argv)
@@ -97,7 +97,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run, print the table, and write JSON where asked."""
+    """Run, print the table, and optionally write JSON."""
     options = parse(argv)
     with tempfile.TemporaryDirectory() as folder:
         results = with_ratios(launch(Path(folder) / "results.json", options))

@@ -1,4 +1,4 @@
-"""One rank of `benchmarks.pipeline`: runs every case in turn on engines made anew, and writes what it measured.
+"""One rank of `benchmarks.pipeline`: runs every case in turn on fresh engines and writes the results.
 
 All cases train the same causal text decoder on rows of the same tokens, so that DeepSpeed's own engines can run it too.
 """
@@ -42,11 +42,11 @@ from pipeline.training.engine import parameter_groups
 
 LAYERS, WIDTH, VOCAB, TOKENS = 8, 128, 1024, 256
 WARM_UP = 2
-"""Steps before the timed ones: DeepSpeed records its trace in the first and follows it from the second on."""
+"""Warm-up steps: DeepSpeed records its trace in the first and follows it from the second on."""
 STOCK_LIMITS = {
     "stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
 }  # fmt: skip
-"""DeepSpeed's own, in elements."""
+"""DeepSpeed's default, in elements."""
 MODEL = {
     "llm": {
         "config": {
@@ -80,7 +80,7 @@ class Case:
 def all_cases(counts: Sequence[int], quick: bool) -> list[Case]:
     """Return the cases of each number of micro-batches: baselines first, then every setting.
 
-    On 4 stages a stage has one replica, which shares nothing: all its settings are the same.
+    On 4 stages each stage has one data-parallel rank, which shards nothing: all its settings are equivalent.
     """
     shares, onces = ((0.0, 1.0), (True,)) if quick else ((0.0, 0.5, 1.0), (True, False))
     cases = []
@@ -97,7 +97,7 @@ def all_cases(counts: Sequence[int], quick: bool) -> list[Case]:
 
 
 def row(seed: int, plan: AttentionPlan) -> StageInputs:
-    """Draw one row of text, every token of which is predicted by the one before."""
+    """Draw one row of text in which every token is a target."""
     ids = torch.randint(VOCAB, (TOKENS + 1,), generator=torch.Generator().manual_seed(seed))
     nothing = torch.empty(0, dtype=torch.long)
     return StageInputs(ids[:-1], torch.arange(TOKENS), plan, ids[1:], nothing, None)
@@ -136,7 +136,7 @@ class Layer(nn.Module):
 
 
 class Head(nn.Module):
-    """Norm and head as the last layer of a PipelineModule; logits, as its loss function wants."""
+    """Norm and head as the last layer of a PipelineModule; returns logits for its loss function."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Bench:
         self.groups = {pp: create_groups(grid) for pp, grid in self.grids.items()}
 
     def rows(self, case: Case) -> list[StageInputs]:
-        """Return the rows of this rank's replica."""
+        """Return the rows of this data-parallel rank."""
         first = self.grids[case.pp].dp_rank * case.microbatches
         return [row(first + number, self.plan) for number in range(case.microbatches)]
 
@@ -199,7 +199,7 @@ class Bench:
         return step, stage.traffic, sizes(module)
 
     def stock(self, case: Case) -> tuple[Callable[[], Any], Traffic, tuple[int, int]]:
-        """DeepSpeed's ZeRO-3 as it is used without a pipeline: forward, backward, step a micro-batch."""
+        """DeepSpeed's ZeRO-3 without a pipeline: forward, backward and step per micro-batch."""
         module, traffic = self.whole_model(), Traffic()
         _count_collectives(traffic)
         zero = read_ds_config("ds_configs/zero3.json")["zero_optimization"]
@@ -223,7 +223,7 @@ class Bench:
         return step, traffic, sizes(engine.module)
 
     def pipeline_module(self, case: Case) -> tuple[Callable[[], Any], Traffic, tuple[int, int]]:
-        """DeepSpeed's own pipeline, which goes with ZeRO-1 at most."""
+        """DeepSpeed's own pipeline, which supports ZeRO-1 at most."""
         whole, grid = self.whole_model(), self.grids[case.pp]
         layers = [Embed(whole), *(Layer(whole, index, self.plan) for index in range(LAYERS)), Head(whole)]
         places = PipeDataParallelTopology(num_pp=case.pp, num_dp=grid.dp)
@@ -239,7 +239,7 @@ class Bench:
         return (lambda: engine.train_batch(data_iter=iter(pairs))), Traffic(), (1, 0)
 
     def measure(self, case: Case, steps: int) -> dict[str, Any]:
-        """Return one case's figures: seconds are the fastest step's, on the slowest rank."""
+        """Measure one case; times are of the fastest step on the slowest rank."""
         kinds = {"stages": self.stages, "ZeRO-3": self.stock, "PipelineModule": self.pipeline_module}
         step, traffic, (trained, frozen) = kinds[case.engine](case)
         for _ in range(WARM_UP):

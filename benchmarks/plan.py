@@ -34,7 +34,7 @@ def with_tables(sidecars: Sidecars) -> AttentionPlan:
 
 
 def table_bytes(runs: RunSplit) -> int:
-    """Count what a plan keeps on the device."""
+    """Return the device memory of a plan in bytes."""
     gathers = [gather for gather in (runs.queries, runs.outputs, runs.keys) if gather is not None]
     tensors = [tensor for gather in gathers for tensor in (gather.rows, gather.bag, gather.offsets)]
     tensors += [tensor for batch in runs.batches for tensor in (batch.cu_q, batch.cu_k)]

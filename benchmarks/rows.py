@@ -47,7 +47,7 @@ KINDS: Mapping[str, Callable[[random.Random], list[Piece]]] = {
 
 
 def make_row(kind: str, tokens: int, seed: int = 0) -> Sidecars:
-    """Pack samples of a kind into one row of exactly ``tokens`` tokens; what is left over is padding."""
+    """Pack samples of a kind into one row of exactly ``tokens`` tokens; the rest is padding."""
     columns: list[tuple[int, int, int, int]] = []
     images = 0
     for segment, pieces in enumerate(_samples(kind, random.Random(seed)), start=1):

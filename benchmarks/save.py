@@ -1,4 +1,4 @@
-"""What a checkpoint costs a run: synchronous and asynchronous saves, and a resume, in multiples of a step.
+"""The cost of checkpoints: synchronous and asynchronous saves, and a resume, in multiples of a step.
 
 Run from the repository root: ``python -m benchmarks.save [--ranks 2] [--width 448] [--layers 4] [--blocks 6]
 [--packs DIR]``. The DeepSpeed launcher starts the trainer on a small demo; blocks of steps without a save, with a
@@ -41,19 +41,19 @@ class Block:
     mode: str
     seconds: float
     still: float
-    """Of it, training stood still for the save."""
+    """The part for which the save blocked training."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What rank 0 measured."""
+    """The measurements of rank 0."""
 
     megabytes: float
-    """Of one checkpoint, all ranks."""
+    """Bytes of one checkpoint, over all ranks."""
     resume_s: float
-    """Hashing and loading it."""
+    """Seconds to hash and load it."""
     trained_again: int
-    """Steps between the last save and where the run goes on from."""
+    """Steps between the last save and the step from which the run resumes."""
     blocks: list[Block]
 
 
@@ -100,7 +100,7 @@ def _with(plan: RunPlan, mode: str) -> RunPlan:
 
 
 def _steps(trainer: Trainer) -> Iterator[None]:
-    """Train one step each time it is asked."""
+    """Train one step per iteration."""
     for batch, data_s in trainer._batches():
         trainer._train_step(batch, data_s, time.monotonic())
         yield
@@ -174,7 +174,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--width", type=int, default=448)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--blocks", type=int, default=6)
-    parser.add_argument("--packs", type=Path, help="of the demo's images; made when not given")
+    parser.add_argument("--packs", type=Path, help="demo packs; made if not given")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)

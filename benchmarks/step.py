@@ -82,7 +82,7 @@ class Padded(NamedTuple):
 
 
 class BothWays(nn.Module):
-    """A whole model that runs packed rows and padded batches."""
+    """A full model that runs packed rows and padded batches."""
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def draw(sidecars: Sidecars, spec: ModelSpec) -> tuple[torch.Tensor, torch.Tenso
 
 
 def packed_row(sidecars: Sidecars, spec: ModelSpec, device: torch.device) -> StageInputs:
-    """Return a row as the trainer gives it to the model."""
+    """Return a row as the trainer passes it to the model."""
     ids, labels, pixels = (tensor.to(device) for tensor in draw(sidecars, spec))
     places = (sidecars.instance >= 0).nonzero().squeeze(1).to(device)
     plan = build_plan(POLICY, sidecars).to(device)
@@ -142,7 +142,7 @@ def whole_batches(tokens: int) -> Sidecars:
 
 
 def padded_batches(sidecars: Sidecars, spec: ModelSpec, device: torch.device) -> Iterator[Padded]:
-    """Yield a row's samples by fours, each padded to 656 slots."""
+    """Yield a row's samples in batches of four, each padded to 656 slots."""
     ids, labels, pixels = draw(sidecars, spec)
     allowed = dense_mask(POLICY, sidecars)
     for first in range(1, int(sidecars.segment.max()) + 1, BATCH):
@@ -199,7 +199,7 @@ class Engine:
         return cls(stage, spec, config, sharding, device)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Return the seconds of one call, the device's work included."""
+        """Return the seconds of one call, including the device's work."""
         self._wait()
         began = time.perf_counter()
         work()
@@ -229,7 +229,7 @@ class Engine:
         return min(passes for passes, _ in times[1:]), min(update for _, update in times[1:])
 
     def peak_gib(self) -> float:
-        """Return the most device memory since the last call, in GiB; 0 where the device does not count it."""
+        """Return the peak device memory since the last call, in GiB; 0 if the device does not count it."""
         if self.device.type != "cuda":
             return 0.0
         most = torch.cuda.max_memory_allocated(self.device) / 2**30
@@ -238,7 +238,7 @@ class Engine:
 
 
 def compare(engine: Engine, tokens: int, repeats: int) -> dict[str, Any]:
-    """Measure the same samples packed into one row and padded by fours."""
+    """Measure the same samples packed into one row and padded in batches of four."""
     sidecars = whole_batches(tokens)
     samples, real = int(sidecars.segment.max()), len(sidecars)
     row = packed_row(sidecars, engine.spec, engine.device)
@@ -269,7 +269,7 @@ COLUMNS = ("tokens", "samples", "packed ms", "update ms", "tokens / s", "samples
 
 
 def table_line(found: dict[str, Any]) -> str:
-    """Return a result as a line of the markdown table."""
+    """Return a result as a row of the Markdown table."""
     cells = [
         f"{found['tokens']:,}", str(found["samples"]), f"{1000 * found['packed_s']:,.0f}",
         f"{1000 * found['update_s']:,.0f}", f"{found['tokens_per_s']:,.0f}", f"{found['packed_samples_per_s']:.2f}",
@@ -281,18 +281,22 @@ def table_line(found: dict[str, Any]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options of the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("--tokens", nargs="+", type=int, default=[4096, 8192, 16384], help="tokens of a packed row")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps; the fastest counts (default: 5)")
-    parser.add_argument("--deepspeed", default="ds_configs/zero3.json", help="an offloading file for GPUs below 100 GB")
+    parser.add_argument(
+        "--deepspeed",
+        default="ds_configs/zero3.json",
+        help="DeepSpeed file; use an offloading one for GPUs below 100 GB",
+    )
     parser.add_argument("--tiny", action="store_true", help="a small model, on any machine")
     parser.add_argument("--json", type=Path, default=None, metavar="OUT", help="write the results here")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the table, and write JSON where asked."""
+    """Measure, print the table, and optionally write JSON."""
     options = parse(argv)
     fill_rank_variables()
     device_of_rank()

@@ -1,6 +1,6 @@
-"""``mma``: what is done with masks and trained models.
+"""``mma``: the command line for training, masks and trained models.
 
-Heavy libraries are imported inside the commands, so that help is instant.
+Commands import heavy libraries lazily, so ``--help`` is instant.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     pass
 
 _OVERVIEW = """\
-Look at attention masks, and put trained models to work.
+Train, inspect and serve multimodal LLMs with Modality-Mutual Attention.
 
   run folder --export--> model folder --generate, evaluate--> answers
 
@@ -28,13 +28,13 @@ Training itself is `deepspeed pipeline/train.py`, data preparation `mma-prep`.
 _EXAMPLES = """\
 examples:
   mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
-  mma doctor --checkpoint runs/demo_sft             what is wrong here, and how to mend it
-  mma status                                        how all runs in runs/ stand
-  mma estimate aki_4b_sft --ranks 8 16 64           what each rank will need
+  mma doctor --checkpoint runs/demo_sft             check for problems and print their fixes
+  mma status                                        state of all runs in runs/
+  mma estimate aki_4b_sft --ranks 8 16 64           memory and compute of each rank
   mma inspect data/demo/packs/sft --html rows.html  browse packed rows and their masks
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
-  mma schedule --pp 4 --micro-batches 8             draw a pipeline's step
+  mma schedule --pp 4 --micro-batches 8             draw one pipeline step
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
   mma generate scene.png "How many circles are there?" --model models/demo
   mma generate left.png right.png "Are they alike?" --model models/demo
@@ -44,11 +44,11 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit code (2 and one line for what the user can mend)."""
+    """Run a command; return the exit code: 2, with one line on stderr, for user errors."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
-        sys.stdout.flush()  # a reader that is gone is noticed here, not when the interpreter ends
+        sys.stdout.flush()  # report a closed pipe here, not at interpreter exit
         return code
     except BrokenPipeError:  # `mma status | head`
         sys.stderr.close()
@@ -136,22 +136,22 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="mma", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     common = OneLineParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    common.add_argument("--debug", action="store_true", help="print a traceback for errors")
     for name, words in (
-        ("demo", "the whole way once, on a small drawn world"),
-        ("doctor", "look for what would keep a run from going well"),
-        ("status", "one line a run: state, step, loss, checkpoint"),
-        ("estimate", "memory and work of a recipe on any number of ranks"),
-        ("inspect", "packed rows with their masks, as a page to browse"),
+        ("demo", "run every step once on a small drawn world"),
+        ("doctor", "check for problems before a run"),
+        ("status", "show state, step, loss and checkpoint of runs"),
+        ("estimate", "estimate memory and compute of a recipe on any number of ranks"),
+        ("inspect", "browse packed rows and their masks in an HTML page"),
         ("mask", "draw a mask policy"),
         ("prove", "prove that a mask leaks no answer"),
-        ("schedule", "draw what the stages of a pipeline do in a step"),
+        ("schedule", "draw one step of a pipeline schedule"),
     ):
         commands.add_parser(name, help=words, add_help=False)
-    add_export(commands.add_parser("export", parents=[common], help="turn a trained run into a model folder"))
+    add_export(commands.add_parser("export", parents=[common], help="export a trained run as a model folder"))
     device = OneLineParser(add_help=False, parents=[common])
-    device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; default: a GPU where there is one")
-    add_generate(commands.add_parser("generate", parents=[device], help="ask a model about images"))
+    device.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+    add_generate(commands.add_parser("generate", parents=[device], help="ask a model a question about images"))
     add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))
     return parser
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-if __name__ == "__main__":  # run as a file: this folder must not shadow packages of the same names
+if __name__ == "__main__":  # run as a file: modules in this folder must not shadow packages of the same name
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep.common.errors import UserError
@@ -20,7 +20,7 @@ from pipeline.training.run.redact import redact
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train from a recipe and flags; return the exit code: 0 done or stopped, 2 user errors, 1 others."""
+    """Train from a recipe and flags; return the exit code: 0 done or stopped, 2 user error, 1 any other failure."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -38,9 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _load_trainer() -> Callable[..., int]:
-    """Import torch and DeepSpeed, which takes seconds: not for ``--help`` or a misspelt flag.
+    """Import torch and DeepSpeed, which takes seconds that ``--help`` and a misspelt flag should not cost.
 
-    Garbage collection is off meanwhile: modules live forever, so scanning them now and later is wasted time.
+    Garbage collection is off during the imports and ignores modules afterwards: they live until the process ends.
     """
     gc.disable()
     try:
@@ -66,7 +66,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _report(error: UserError) -> int:
-    """Print one line, on rank 0 only: a wrong command is equally wrong on every rank."""
+    """Print one line, on rank 0 only: every rank sees the same error."""
     if os.environ.get("RANK", "0") == "0":
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
     return 2

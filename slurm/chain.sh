@@ -1,33 +1,34 @@
 #!/usr/bin/env bash
-# Submits a whole training: data preparation -> PT -> SFT -> export and evaluation. Each stage starts when the one before
-# has ended well; when one fails, what waits for it is cancelled. The command again takes up what is left: a finished run
-# gets no job, an unfinished one resumes.
+# Submits a full training chain: data preparation -> PT -> SFT -> export and evaluation. A stage starts when the
+# previous one has succeeded; if a stage fails, Slurm cancels the stages that depend on it. Running the command again
+# submits only the unfinished stages: a finished run gets no job, an unfinished run resumes.
 #
-#   slurm/chain.sh                                              the built-in demo, on one node
-#   slurm/chain.sh --dry-run                                    print what would be submitted
-#   slurm/chain.sh --policies mma,causal                        one PT, an SFT for each mask, compared
+#   slurm/chain.sh                                              the built-in demo on one node
+#   slurm/chain.sh --dry-run                                    print the jobs without submitting them
+#   slurm/chain.sh --policies mma,causal                        one PT run, one SFT run per mask policy, compared
 #   TRAIN_SBATCH="--nodes=4" slurm/chain.sh --data aki_pt,aki_sft --shards 64 --pt aki_4b_pt --sft aki_4b_sft --eval none
 #   slurm/chain.sh --pt pt_text_first.yaml,pt_image_first.yaml --sft sft_text_first.yaml,sft_image_first.yaml
 #                                                               dual-order training: four chained stages
 #
-#   --data RECIPES    recipes of mma-prep, with commas, or none                            (demo)
+#   --data RECIPES    mma-prep recipes, separated by commas, or none                       (demo)
 #   --shards N        array tasks that share the ingestion of each data recipe             (1: no array)
-#   --pt RECIPES      PT recipes; each starts from the weights of the one before; or none  (demo_pt)
+#   --pt RECIPES      PT recipes, each initialized from the previous run; or none          (demo_pt)
 #   --sft RECIPES     SFT recipes, chained likewise, the first from the last PT; or none   (demo_sft)
-#   --policies NAMES  mask policies: the SFT recipes are trained with each                 (mma)
+#   --policies NAMES  mask policies; the SFT recipes are trained once per policy           (mma)
 #   --eval PACKS      held-out pack folder, or none to export only                         (data/demo/packs/eval)
-#   --dry-run         print, submit nothing
-# DATA_FLAGS, EXTRA_FLAGS and EVAL_FLAGS reach mma-prep, the trainer (in PT and SFT) and mma evaluate; what your site
-# wants of sbatch is set in slurm/env.sh. Call it in the repository root, on a login node.
-[ -f slurm/lib.sh ] || { echo "error: call slurm/chain.sh in the repository root" >&2 && exit 2; }
+#   --dry-run         print the jobs without submitting them
+# DATA_FLAGS, EXTRA_FLAGS and EVAL_FLAGS are passed to mma-prep, the trainer (PT and SFT) and mma evaluate; quote a word
+# with spaces as in a shell. Set the sbatch options of your site in slurm/env.sh. Run it on a login node, in the folder
+# that contains slurm/.
+[ -f slurm/lib.sh ] || { echo "error: run slurm/chain.sh in the folder that contains slurm/" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 
 jobs=() job='' dry_run=''
 
-# submit DEPENDENCIES NAME=VALUE... SBATCH_OPTIONS... SCRIPT ARGUMENTS...: set `job` to the new job's id.
-# DEPENDENCIES are ids joined by colons, or nothing. The variables travel in the job's environment, whatever SBATCH_EXPORT
-# says: without them every stage would train the demo.
+# submit DEPENDENCIES NAME=VALUE... SBATCH_OPTIONS... SCRIPT ARGUMENTS...: submit a job and set `job` to its id.
+# DEPENDENCIES are ids joined by colons, or empty. --export=ALL overrides SBATCH_EXPORT: without the variables, every
+# stage would train the demo.
 submit() {
   local variables=() after=() batch=(sbatch --parsable --export=ALL)
   [ -z "$1" ] || after=("--dependency=afterok:$1" --kill-on-invalid-dep=yes)
@@ -47,13 +48,13 @@ submit() {
   jobs+=("$job")
 }
 
-# give_up: all stages or none.
+# give_up: cancel what was submitted; a chain is submitted as a whole or not at all.
 give_up() {
   [ ${#jobs[@]} = 0 ] || scancel "${jobs[@]}"
-  refuse "sbatch refused a stage (see above), so nothing is left in the queue; options for your site: slurm/env.sh"
+  refuse "sbatch refused a stage (see above), so all jobs of this chain were cancelled; set your site's options in slurm/env.sh"
 }
 
-# prepare_data RECIPE: an array that ingests, where it is shared, and the job that does the rest.
+# prepare_data RECIPE: submit an ingestion array if --shards is above 1, then the job that plans and writes the packs.
 prepare_data() {
   local before=''
   if [ "$shards" -gt 1 ]; then
@@ -63,13 +64,13 @@ prepare_data() {
   submit "$before" "RECIPE=$1" "${data_options[@]}" slurm/data_prep.sh
 }
 
-# finished RUN: whether a stage needs no job; what comes after it then waits for what came before it.
+# finished RUN: succeed if a run needs no job; the next stage then depends on the previous job.
 finished() {
   [ "$(status "$1" state)" = "done" ] || return 1
   echo "- $1 is finished (step $(status "$1" step))"
 }
 
-# pretrain AFTER: the PT recipes, one after the other; sets `job` and `run` to the last one, or leaves AFTER and nothing.
+# pretrain AFTER: submit the PT recipes in sequence; set `job` and `run` to the last one (AFTER and empty if none).
 pretrain() {
   local recipe start
   job=$1 run=''
@@ -79,7 +80,7 @@ pretrain() {
   done
 }
 
-# tune POLICY AFTER START: the SFT recipes under one mask, the first from the run START; sets `job` and `run` likewise.
+# tune POLICY AFTER START: submit the SFT recipes under one mask, the first from the run START; set `job` and `run`.
 tune() {
   local recipe start
   job=$2 run=$3
@@ -90,14 +91,14 @@ tune() {
   done
 }
 
-# check_folders: two stages in one run folder would be one to everything that looks at it: the second would not be trained.
+# check_folders: refuse two stages with the same run folder: the second would look finished and never be trained.
 check_folders() {
   local twice
   twice=$(run_folders | sort | uniq -d | head -n 1)
-  [ -z "$twice" ] || refuse "two recipes would share $twice: rename one"
+  [ -z "$twice" ] || refuse "two recipes would share the run folder $twice: rename one"
 }
 
-# run_folders: the run folder of every stage, one a line.
+# run_folders: print the run folder of every stage, one per line.
 run_folders() {
   local recipe policy
   for recipe in $(list "$pt"); do echo "runs/$(run_name "$recipe")"; done
@@ -106,7 +107,7 @@ run_folders() {
   done
 }
 
-# check_names: a name that is wrong is better refused now than by a job of next week. Needs the software on this node.
+# check_names: refuse unknown recipes and policies now instead of in a queued job. Needs the software on this node.
 check_names() {
   local name masks=() flags
   [ -f pipeline/train.py ] && find_software || return 0
@@ -121,7 +122,7 @@ check_names() {
   accepted mma mask "V1 Q1 A1" "${masks[@]}"
 }
 
-# accepted COMMAND...: end this shell with the words of a command that refuses what it is given.
+# accepted COMMAND...: run a check; if it reports a user error, exit with its message.
 accepted() {
   local code=0 words
   words=$("$@" 2>&1 > /dev/null) || code=$?
@@ -129,7 +130,7 @@ accepted() {
   [ "$code" != 2 ] || refuse "${words#mma: }"
 }
 
-# list NAMES: the names between commas, one a line; no line for "none".
+# list NAMES: print comma-separated names, one per line; nothing for "none".
 list() { [ "$1" = none ] || tr , '\n' <<< "$1"; }
 
 data=demo pt=demo_pt sft=demo_sft policies=mma shards=1 packs=data/demo/packs/eval
@@ -140,7 +141,7 @@ while [ $# -gt 0 ]; do
     --data | --pt | --sft | --policies | --shards | --eval) [ $# -gt 1 ] || refuse "$1 needs a value; see --help" ;;
     *) refuse "unknown option '$1'; see --help" ;;
   esac
-  [[ ! $2 =~ (^|,)(,|$) ]] || refuse "$1 '$2': a name is empty$([ "$1" = --policies ] || echo "; for no such stage: none")"
+  [[ ! $2 =~ (^|,)(,|$) ]] || refuse "$1 '$2': a name is empty$([ "$1" = --policies ] || echo "; use none to skip the stage")"
   case $1 in
     --data) data=$2 ;; --pt) pt=$2 ;; --sft) sft=$2 ;; --policies) policies=$2 ;; --eval) packs=$2 ;;
     --shards) shards=$2 ;;
@@ -148,7 +149,7 @@ while [ $# -gt 0 ]; do
   shift 2
 done
 [[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards $shards: give 1 or more"
-[ "$policies" != none ] || refuse "--policies none: name a mask policy; for no SFT give --sft none"
+[ "$policies" != none ] || refuse "--policies none: name a mask policy, or skip SFT with --sft none"
 read -ra train_options <<< "$TRAIN_SBATCH"
 read -ra data_options <<< "$DATA_SBATCH"
 read -ra eval_options <<< "$EVAL_SBATCH"
@@ -171,4 +172,4 @@ if [ "$sft" != none ]; then
   done
   submit "$tuned_jobs" "EVAL_PACKS=$packs" "${eval_options[@]}" slurm/evaluate.sh "${runs[@]}"
 fi
-[ -n "$dry_run" ] || echo "submitted ${#jobs[@]} jobs; squeue --me shows them, slurm/logs/ is what they say; scancel ${jobs[*]} ends all"
+[ -n "$dry_run" ] || echo "submitted ${#jobs[@]} jobs (squeue --me); logs: slurm/logs/; cancel all: scancel ${jobs[*]}"

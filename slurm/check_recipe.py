@@ -1,4 +1,4 @@
-"""Refuses a data recipe that is wrong, with exit code 2 and one line: check_recipe.py RECIPE [FLAGS OF mma-prep]."""
+"""Checks a data recipe: exit code 2 and one line if it is invalid. check_recipe.py RECIPE [FLAGS OF mma-prep]."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from data_prep.recipe import load_recipe
 
 
 def main() -> int:
-    """Read the recipe as mma-prep will; return the exit code."""
+    """Load the recipe as mma-prep does; return the exit code."""
     parser = argparse.ArgumentParser()
     parser.add_argument("recipe")
     for key in ("--out", "--root"):
         parser.add_argument(key)
-    arguments, _ = parser.parse_known_args()  # what else there is, such as --workers, changes no recipe
+    arguments, _ = parser.parse_known_args()  # other flags, such as --workers, do not change the recipe
     overrides = {key: value for key in ("out", "root") if (value := getattr(arguments, key)) is not None}
     try:
         load_recipe(arguments.recipe, overrides)

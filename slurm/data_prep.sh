@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Data preparation: raw corpora -> packs, by one recipe of mma-prep. As an array job it ingests, each task its share;
-# as a plain job it does whatever is left and writes the packs.
+# Data preparation: raw corpora -> packs, for one mma-prep recipe. In an array job each task ingests its share; a plain
+# job does all remaining work and writes the packs.
 #
 #   sbatch slurm/data_prep.sh                                   draw and pack the built-in demo
 #   RECIPE=aki_pt sbatch slurm/data_prep.sh                     all steps in one job
@@ -8,13 +8,14 @@
 #   RECIPE=aki_pt sbatch --dependency=afterok:$job --kill-on-invalid-dep=yes slurm/data_prep.sh
 #                                                               64 shares, then plan and packs (slurm/chain.sh --shards)
 #   RECIPE=aki_pt SHARES=64 sbatch --array=3,17 slurm/data_prep.sh
-#                                                               two of the 64 once more
+#                                                               repeat two of the 64 shares
 #
-# Call sbatch in the repository root. The same command continues; finished units are kept, also those of failed tasks.
+# Call sbatch in the folder that contains slurm/. The same command resumes; finished shards are kept, also those of
+# failed tasks.
 #   RECIPE      shipped recipe or YAML file                     (demo)
-#   SHARES      into how many shares an array divides the work  (the size of the array, which must then be 0-N)
+#   SHARES      number of shares the array divides the work into (the size of the array, which must then be 0-N)
 #   DATA_FLAGS  more flags of mma-prep, e.g. "--out /big/aki"   (none)
-# Settings of your site are in slurm/env.sh, the log of each job or task is slurm/logs/mma-data-JOB.log.
+# Set your site's options in slurm/env.sh. Log of each job or task: slurm/logs/mma-data-JOB.log.
 #SBATCH --job-name=mma-data
 #SBATCH --nodes=1
 #SBATCH --ntasks=1
@@ -23,7 +24,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
-[ -f slurm/lib.sh ] || { echo "error: call sbatch in the repository root" >&2 && exit 2; }
+[ -f slurm/lib.sh ] || { echo "error: call sbatch in the folder that contains slurm/" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 need_job slurm/data_prep.sh
@@ -31,13 +32,13 @@ activate
 recipe=${RECIPE:-demo}
 read -ra flags <<< "--workers ${SLURM_CPUS_PER_TASK:-1} ${DATA_FLAGS:-}"
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
-  say "all that is left of $recipe"
+  say "all remaining work of $recipe"
   if [ "$recipe" = demo ]; then mma-prep demo data/demo "${flags[@]}"; else mma-prep run "$recipe" "${flags[@]}"; fi
 elif [ "$recipe" = demo ]; then
-  say "the demo is drawn as a whole, by the job that finishes it"
+  say "the demo is not ingested in shares; the job after this array makes it"
 else
   [ -n "${SHARES:-}" ] || [ "$SLURM_ARRAY_TASK_MAX" = $((SLURM_ARRAY_TASK_COUNT - 1)) ] ||
-    refuse "this array is a part of another one: set SHARES to the number of shares of the whole"
+    refuse "this array covers only a part of the shares: set SHARES to the total number of shares"
   share=$SLURM_ARRAY_TASK_ID/${SHARES:-$SLURM_ARRAY_TASK_COUNT}
   say "share $share of $recipe"
   mma-prep ingest "$recipe" --shard "$share" "${flags[@]}"

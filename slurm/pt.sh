@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
-# Pre-training (PT): one job that trains a recipe until it is done, through time limits and lost nodes.
+# Pre-training (PT): one job that trains a recipe to the end, across time limits and lost nodes.
 #
 #   sbatch slurm/pt.sh                                          the built-in demo on one node
 #   RECIPE=aki_4b_pt sbatch --nodes=4 slurm/pt.sh               a shipped recipe on four nodes
-#   RECIPE=my_pt.yaml sbatch slurm/pt.sh --train.lr 1e-4        your own, with flags of the trainer
+#   RECIPE=my_pt.yaml sbatch slurm/pt.sh --train.lr 1e-4        your own recipe, with trainer flags
 #
-# Call sbatch in the repository root. The same command resumes; a finished run ends at once.
+# Call sbatch in the folder that contains slurm/. The same command resumes; for a finished run it exits at once.
 #   RECIPE       shipped recipe or YAML file                    (demo_pt)
-#   RUN_DIR      run folder, on a file system all nodes share   (runs/<recipe>)
-#   INIT_FROM    start from another run's weights               (the recipe's)
-#   EXTRA_FLAGS  more flags of the trainer, for slurm/chain.sh  (none)
+#   RUN_DIR      run folder, on a file system shared by all nodes (runs/<recipe>)
+#   INIT_FROM    initialize the weights from another run        (the recipe's)
+#   EXTRA_FLAGS  more trainer flags, for slurm/chain.sh         (none)
 #   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
-# Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-pt-JOB.log.
-# The 300 s of --signal must hold one step and one save: raise them where yours take longer. A start that outlives its
-# limit is a TIMEOUT to Slurm and does not go back to the queue: sbatch again resumes from the newest checkpoint.
+# Set your site's options in slurm/env.sh. Log: slurm/logs/mma-pt-JOB.log.
+# The 300 s of --signal must cover one step and one save: raise it if yours take longer. A job that exceeds its time
+# limit (TIMEOUT) is not requeued: sbatch again to resume from the newest checkpoint.
 #SBATCH --job-name=mma-pt
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -24,7 +24,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
-[ -f slurm/lib.sh ] || { echo "error: call sbatch in the repository root" >&2 && exit 2; }
+[ -f slurm/lib.sh ] || { echo "error: call sbatch in the folder that contains slurm/" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 need_job slurm/pt.sh

@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# Instruction tuning (SFT) with Modality-Mutual Attention, from a finished PT run: one job, until it is done.
+# Instruction tuning (SFT) with Modality-Mutual Attention from a finished PT run: one job that trains to the end.
 #
 #   sbatch slurm/sft_mma.sh                                     the built-in demo, from runs/demo_pt
 #   RECIPE=aki_4b_sft PT_RUN_DIR=runs/aki_4b_pt sbatch --nodes=4 slurm/sft_mma.sh
-#   POLICY=causal sbatch slurm/sft_mma.sh                       the same with another mask, to compare
-#   PT_RUN_DIR=none sbatch slurm/sft_mma.sh --train.lr 1e-4     without PT, with flags of the trainer
+#   POLICY=causal sbatch slurm/sft_mma.sh                       another mask policy, for comparison
+#   PT_RUN_DIR=none sbatch slurm/sft_mma.sh --train.lr 1e-4     without PT, with trainer flags
 #
-# Call sbatch in the repository root. The same command resumes; a finished run ends at once.
+# Call sbatch in the folder that contains slurm/. The same command resumes; for a finished run it exits at once.
 #   RECIPE       shipped recipe or YAML file                    (demo_sft)
-#   PT_RECIPE    the PT recipe, to find its run                 (demo_pt)
-#   PT_RUN_DIR   finished run, checkpoint or exported model     (runs/<PT recipe>; none: the recipe's own start)
+#   PT_RECIPE    PT recipe, used to find its run                (demo_pt)
+#   PT_RUN_DIR   finished run, checkpoint or exported model     (runs/<PT recipe>; none: the recipe's own init_from)
 #   POLICY       mask policy, see `mma mask --help`             (mma)
-#   RUN_DIR      run folder, on a file system all nodes share   (runs/<recipe>, or runs/<recipe>_<policy> but for mma)
-#   EXTRA_FLAGS  more flags of the trainer, for slurm/chain.sh  (none)
+#   RUN_DIR      run folder, on a file system shared by all nodes (runs/<recipe>; other policies: runs/<recipe>_<policy>)
+#   EXTRA_FLAGS  more trainer flags, for slurm/chain.sh         (none)
 #   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
-# Settings of your site are in slurm/env.sh, the log is slurm/logs/mma-sft-JOB.log.
-# The 300 s of --signal must hold one step and one save: raise them where yours take longer. A start that outlives its
-# limit is a TIMEOUT to Slurm and does not go back to the queue: sbatch again resumes from the newest checkpoint.
+# Set your site's options in slurm/env.sh. Log: slurm/logs/mma-sft-JOB.log.
+# The 300 s of --signal must cover one step and one save: raise it if yours take longer. A job that exceeds its time
+# limit (TIMEOUT) is not requeued: sbatch again to resume from the newest checkpoint.
 #SBATCH --job-name=mma-sft
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -27,7 +27,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.log
-[ -f slurm/lib.sh ] || { echo "error: call sbatch in the repository root" >&2 && exit 2; }
+[ -f slurm/lib.sh ] || { echo "error: call sbatch in the folder that contains slurm/" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
 . slurm/lib.sh || exit 2
 need_job slurm/sft_mma.sh

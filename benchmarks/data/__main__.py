@@ -1,4 +1,4 @@
-"""Benchmarks of data preparation. Run from the repository root; every command says what it compares with."""
+"""Benchmarks of data preparation. Run from the repository root; every command names its baselines."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""AKI's eleven instruction corpora with their published sizes and weights, as ingested units without token ids.
+"""AKI's eleven instruction corpora with their published sizes and weights, as ingested shards without token ids.
 
 Lengths are drawn: 144 image tokens, about 45 of system prompt and template, and texts as long as those of the corpora.
-A plan reads nothing else of a unit, so ``mma-prep plan`` on such a folder does exactly what it does on real data.
+A plan reads nothing else of a shard, so ``mma-prep plan`` on such a folder does exactly what it does on real data.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ IMAGE_TOKENS, FRAME_TOKENS, MOST_TEXT_TOKENS = 144, 45, 512
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """One corpus: published number of samples, weight in the blend, and what its texts are like."""
+    """One corpus: published number of samples, weight in the blend, and length statistics of its texts."""
 
     samples: int
     weight: float
     text_tokens: Callable[[np.random.Generator, int], npt.NDArray[np.floating | np.integer]]
-    per_unit: int = 4096
+    per_shard: int = 4096
     image_share: float = 1.0
 
 
@@ -52,19 +52,19 @@ CORPORA = {
     "vqav2": Corpus(443_757, 0.103, _words(14)),
     "gqa": Corpus(943_000, 0.103, _words(15)),
     "vsr": Corpus(7_680, 0.026, _words(24)),
-    "ocrvqa": Corpus(801_579, 0.103, _words(18), per_unit=20_000),
+    "ocrvqa": Corpus(801_579, 0.103, _words(18), per_shard=20_000),
     "aokvqa": Corpus(17_056, 0.103, _words(50)),
     "scienceqa": Corpus(12_726, 0.103, _paragraphs(90, 0.6), image_share=0.49),
     "refcoco": Corpus(120_624, 0.103, _words(32)),
     "refcoco_plus": Corpus(120_191, 0.103, _words(32)),
     "refcocog": Corpus(80_512, 0.103, _words(37)),
-    "visual_genome": Corpus(5_408_689, 0.047, _words(34), per_unit=25_000),
+    "visual_genome": Corpus(5_408_689, 0.047, _words(34), per_shard=25_000),
     "llava": Corpus(157_712, 0.103, _paragraphs(230, 0.5)),
 }
 
 
 def make_workspace(folder: Path, seq_len: int, draws: int, scale: float = 1.0) -> Recipe:
-    """Write units of all corpora under ``folder``; return a recipe whose ingest is complete.
+    """Write shards of all corpora under ``folder``; return a recipe whose ingest is complete.
 
     Args:
         folder: empty, or made by the same call.
@@ -76,7 +76,7 @@ def make_workspace(folder: Path, seq_len: int, draws: int, scale: float = 1.0) -
     space = Workspace(recipe)
     tokenizer = prepare_tokenizer(space, Reporter(quiet=True))
     for variant in space.variants(tokenizer):
-        _write_units(variant, CORPORA[variant.corpus], scale)
+        _write_shards(variant, CORPORA[variant.corpus], scale)
     return recipe
 
 
@@ -86,7 +86,7 @@ def _write_recipe(folder: Path, seq_len: int, draws: int, scale: float) -> Path:
         model.parent.mkdir(parents=True, exist_ok=True)
         train_sentencepiece(["a few words are enough, for nothing is tokenised here"], 300, (), model)
     for name, corpus in CORPORA.items():
-        for number in range(-(-int(corpus.samples * scale) // corpus.per_unit)):
+        for number in range(-(-int(corpus.samples * scale) // corpus.per_shard)):
             shard = folder / "raw" / name / f"{number:05d}.tar"  # a shard's name; nothing is read from it
             shard.parent.mkdir(parents=True, exist_ok=True)
             shard.touch()
@@ -110,16 +110,16 @@ def _write_recipe(folder: Path, seq_len: int, draws: int, scale: float) -> Path:
     return path
 
 
-def _write_units(variant: CorpusVariant, corpus: Corpus, scale: float) -> None:
+def _write_shards(variant: CorpusVariant, corpus: Corpus, scale: float) -> None:
     left = int(corpus.samples * scale)
     for output in variant.outputs:
-        count = min(corpus.per_unit, left)
+        count = min(corpus.per_shard, left)
         left -= count
         if not output.done():
-            _write_unit(output, corpus, count)
+            _write_shard(output, corpus, count)
 
 
-def _write_unit(output: ShardOutput, corpus: Corpus, count: int) -> None:
+def _write_shard(output: ShardOutput, corpus: Corpus, count: int) -> None:
     rng = np.random.default_rng(int.from_bytes(hashlib.sha256(f"{output.corpus}/{output.shard}".encode()).digest()[:8]))
     output.folder.mkdir(parents=True, exist_ok=True)
     with pa.OSFile(str(output.tokens), "wb") as sink:

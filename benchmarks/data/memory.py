@@ -37,7 +37,9 @@ class Peak(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", nargs="+", type=int, default=[10_000, 100_000, 1_000_000])
-    parser.add_argument("--shares", type=int, default=1, help="of ingest, one after the other (default: %(default)s)")
+    parser.add_argument(
+        "--shares", type=int, default=1, help="shares of ingest, run in sequence (default: %(default)s)"
+    )
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:

@@ -27,7 +27,7 @@ DRAWS = 1_600_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--draws", type=int, default=DRAWS)
-    parser.add_argument("--scale", type=float, default=1.0, help="of the corpora's published sizes")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the published corpus sizes")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:

@@ -40,11 +40,11 @@ READ, HASH, DECODE = "read the tar", "hash the images", "decode the images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--samples", type=int, default=1500, help="of each corpus (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=60, help="of a caption, and of a turn (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=1500, help="samples per corpus (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=60, help="words per caption and per turn (default: %(default)s)")
     parser.add_argument("--pixels", type=int, default=384, help="side of a drawn image (default: %(default)s)")
-    parser.add_argument("--photos", type=Path, help="a tar with JPEGs, to take instead of drawn ones")
-    parser.add_argument("--tokenizer", type=Path, help="a folder (default: SentencePiece, trained on the texts)")
+    parser.add_argument("--photos", type=Path, help="tar of JPEGs to use instead of drawn images")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer folder (default: SentencePiece trained on the texts)")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
@@ -69,7 +69,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
-    """Ingest of one unit, and what a program must do at least for the same file."""
+    """Ingestion of one shard, and the minimum operations for the same file."""
     space = Workspace(recipe)
     jobs = {
         variant.corpus: ShardJob(variant.outputs[0], variant)
@@ -97,7 +97,7 @@ def _ingest_table(recipe: Recipe, corpus: str, bare: _Bare) -> Iterator[str]:
 
 
 def _ingest(job: ShardJob, stores: Path) -> tuple[int, float]:
-    """Return the samples of a unit, and the seconds to make it and to seal its images."""
+    """Return the samples of a shard, and the seconds to ingest it and to build its image store."""
     reports = list[ShardReport]()
     seconds = _seconds(lambda: reports.append(ingest_shard(job)))
     return reports[0].tally.kept, seconds + _seconds(lambda: build_image_store([job.output], stores, ALONE))

@@ -1,4 +1,4 @@
-"""``mma demo``: the whole way once, on the built-in world, with the commands a user would type."""
+"""``mma demo``: every step once, on the built-in demo data, with the commands a user would type."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA, RUNS = Path("data/demo"), Path("runs")
 DESCRIPTION = """\
 Draw a small world, tokenize and pack it, pre-train on its captions, instruction-tune with Modality-Mutual Attention,
-export the model, measure it on held-out scenes and ask it a question. Every step is an ordinary command, printed
-before it runs; steps that are done already are skipped, an interrupted one resumes."""
+export the model, evaluate it on held-out scenes and ask it a question. Every step is an ordinary command, printed
+before it runs. Finished steps are skipped; an interrupted step resumes."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +41,19 @@ class Stage:
 
     @property
     def folder(self) -> Path:
-        """Where the run lives."""
+        """The run folder."""
         return RUNS / self.run
 
     @property
     def export(self) -> Path:
-        """Where its model is exported to."""
+        """The folder of the exported model."""
         return self.folder / "export"
 
 
 def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
-    """Return the runs: PT, SFT with MMA, and the same SFT under another mask policy; a pipeline has its own folders.
+    """Return the runs: PT, SFT with MMA, and the same SFT under another mask policy. Each ``pp`` has its own folders.
 
-    A pipeline adds up the same micro-batches in the same order, so its answers are those of one stage, to the last.
+    A pipeline accumulates the same micro-batches in the same order, so its answers equal those of one stage exactly.
     Raises UserError for an unknown policy.
     """
     end = f"_pp{pp}" if pp > 1 else ""
@@ -70,13 +70,13 @@ def demo_command(argv: Sequence[str]) -> int:
     """Run the demo; return 0. Raises UserError when a step fails."""
     parser = OneLineParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
-    parser.add_argument("--compare", metavar="POLICY", help="train a twin of the SFT run under this policy: causal")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); 2 trains on 2 x RANKS / 2")
+    parser.add_argument("--compare", metavar="POLICY", help="also train the SFT stage under this mask policy: causal")
+    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); must divide the ranks")
     options = parser.parse_args(list(argv))
     began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
     _check_grid(options.pp, ranks)
     stages = stages_of(options.pp, options.compare)
-    _call(["mma-prep", "demo", str(DATA)], "draw the world and pack it")
+    _call(["mma-prep", "demo", str(DATA)], "draw the images and pack the data")
     for stage in stages:
         _train(stage, ranks)
     for stage in stages[1:]:
@@ -93,14 +93,14 @@ def demo_command(argv: Sequence[str]) -> int:
 
 
 def _check_grid(pp: int, ranks: int) -> None:
-    """Refuse what the trainer would, before minutes of drawing data."""
+    """Raise UserError for a grid that the trainer would refuse, before minutes of drawing data."""
     if pp < 1 or ranks < 1 or ranks % pp:
-        raise UserError(f"--pp {pp} does not divide --ranks {ranks}: give a multiple of the stages")
+        raise UserError(f"--pp {pp} does not divide --ranks {ranks}: make --ranks a multiple of --pp")
     split_layers(load_config("demo_pt").model.llm.config["num_hidden_layers"], pp)
 
 
 def default_ranks() -> int:
-    """Two processes, but not more than there are GPUs, where there are any."""
+    """Return 2, or 1 on a machine with a single GPU."""
     import torch
 
     return min(2, torch.cuda.device_count()) if torch.cuda.is_available() else 2
@@ -108,7 +108,7 @@ def default_ranks() -> int:
 
 def _train(stage: Stage, ranks: int) -> None:
     if RunFolder(str(stage.folder)).status().get("state") == "done":
-        print(f"\n# {stage.run} is trained already ({stage.folder}); remove the folder to train it again")
+        print(f"\n# {stage.run} is already trained ({stage.folder}); delete the folder to train again")
         return
     flags = ["--deepspeed", shown(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
     launch = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
@@ -117,7 +117,7 @@ def _train(stage: Stage, ranks: int) -> None:
 
 
 def shown(path: Path) -> str:
-    """Return a path as short as it can be typed from here."""
+    """Return a path, relative to the working folder if it is inside it."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
@@ -131,12 +131,12 @@ def _measure(stages: Sequence[Stage]) -> None:
 
 
 def same_answers(model: Path, other: Path) -> str:
-    """Say how many held-out answers of two evaluated models are the same."""
+    """Report how many held-out answers of two evaluated models are equal."""
     if not (other / "evaluation.json").is_file():
-        return f"{other} is not there to compare with: mma demo makes it"
+        return f"{other} does not exist, so there is nothing to compare: run mma demo without --pp first"
     ours, theirs = _answers(model), _answers(other)
     if [answer["sample"] for answer in ours] != [answer["sample"] for answer in theirs]:
-        return f"{other} was asked other questions: nothing to compare"
+        return f"{other} was evaluated on different questions, so there is nothing to compare"
     same = sum(left["answer"] == right["answer"] for left, right in zip(ours, theirs, strict=True))
     return f"answers equal to those of {other}: {same} of {len(ours)} ({same / len(ours):.1%})"
 
@@ -156,7 +156,7 @@ def held_out_example() -> tuple[Path, str, str]:
 
 
 def _call(command: list[str], what: str) -> None:
-    """Print and run one command as a user would; the launcher's own log lines are left out."""
+    """Print and run one command as a user would, without the launcher's own log lines."""
     print(f"\n# {what}\n$ {shlex.join(command)}", flush=True)
     program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
@@ -169,11 +169,11 @@ def _call(command: list[str], what: str) -> None:
             print(line, end="", flush=True)
     if process.wait():
         raise UserError(
-            f"'{what}' ended with exit code {process.returncode}: mend what it says above, then run mma demo again"
+            f"'{what}' failed with exit code {process.returncode}: fix the error above, then run mma demo again"
         )
 
 
 def noise(line: str) -> bool:
-    """Whether a line is the launcher's own chatter."""
-    chatter = line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
-    return chatter or not line.strip()
+    """Return whether a line is one of the launcher's own log lines."""
+    log_line = line.startswith(("[20", "[rank", "W1", "I1")) and ("[INFO]" in line or "[WARNING]" in line)
+    return log_line or not line.strip()

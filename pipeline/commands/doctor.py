@@ -1,4 +1,4 @@
-"""``mma doctor``: is everything there that a run needs, here or on every rank of a launcher?"""
+"""``mma doctor``: check that a machine, or every rank of a launcher, is ready for a run."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from pipeline.parallel.launch import configure_libraries, fill_rank_variables
 from pipeline.training.run.redact import redact
 
 DESCRIPTION = """\
-Look for what would keep a run from going well, and say how to mend it. Any flag of the trainer may follow --recipe:
+Check for problems before a run, and print how to fix them. Any flag of the trainer may follow --recipe:
 
-  mma doctor                                              software, GPUs, disk, network of this machine
-  mma doctor --data data/aki_sft --checkpoint runs/sft    and every hash of packs and checkpoints
+  mma doctor                                              software, GPUs, disk and network of this machine
+  mma doctor --data data/aki_sft --checkpoint runs/sft    also every hash of packs and checkpoints
   mma doctor --recipe aki_4b_sft --ranks 16 --parallel.pp 2
-  srun mma doctor                                         the same on every rank, and the network between them
+  srun mma doctor                                         the same on every rank, plus the network between them
   deepspeed --no_python mma doctor
 
-The exit code is 0 when all is fine, 1 when something is wrong, 2 for a wrong flag."""
+The exit code is 0 without problems, 1 with problems, 2 for a wrong flag."""
 
 
 def doctor_command(argv: Sequence[str]) -> int:
-    """Print what was found; return 0, or 1 when something is wrong."""
+    """Print the findings; return 0, or 1 if there is a problem."""
     options, flags = _parser().parse_known_args(list(argv))
     if flags and not options.recipe:
         _parser().error(f"unknown flag {flags[0].partition('=')[0]} (flags of the trainer need --recipe)")
@@ -53,11 +53,11 @@ def doctor_command(argv: Sequence[str]) -> int:
         for finding in check():
             _show(finding)
             findings.append(finding)
-    return _verdict(findings)
+    return _summarize(findings)
 
 
 def _own_checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
-    """Return what every rank looks at by itself."""
+    """Return the checks that every rank runs on its own."""
     return [check_software, check_devices, lambda: check_disk(options.run_dir)]
 
 
@@ -78,7 +78,7 @@ def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     problem = network_problem(rank, world, backend="nccl" if torch.cuda.is_available() else "gloo")
-    if problem:  # nobody can be told
+    if problem:  # it cannot be sent to rank 0
         _show(wrong(f"rank {rank} on {socket.gethostname()}: {problem}"))
         return 1
     findings = [finding for check in _own_checks(options) for finding in check()]
@@ -93,16 +93,16 @@ def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
                 _show(Finding("wrong", f"rank {other} on {host}: {finding.text}"))
                 findings.append(finding)
         findings += _differences(gathered)
-    answer = [_verdict(findings) if rank == 0 else 0]
+    answer = [_summarize(findings) if rank == 0 else 0]
     dist.broadcast_object_list(answer, 0)
     dist.destroy_process_group()
     return int(answer[0])
 
 
 def _differences(gathered: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:
-    """Return ranks whose software is not that of rank 0; versions come first in every rank's findings."""
+    """Return a problem for each rank whose software differs from rank 0; every rank's first finding holds versions."""
     odd = [
-        wrong(f"rank {rank} on {host} has other software than rank 0 ({found[0].text}): install the same everywhere")
+        wrong(f"rank {rank} on {host} has different software from rank 0 ({found[0].text}): install the same versions")
         for rank, (host, found) in enumerate(gathered)
         if found[0] != gathered[0][1][0]
     ]
@@ -115,9 +115,9 @@ def _show(finding: Finding) -> None:
     print(f"{finding.kind.upper() if finding.kind == 'wrong' else finding.kind:5}  {redact(finding.text)}", flush=True)
 
 
-def _verdict(findings: Sequence[Finding]) -> int:
+def _summarize(findings: Sequence[Finding]) -> int:
     count = sum(finding.kind == "wrong" for finding in findings)
-    print(f"{count} thing{'s' if count > 1 else ''} to mend" if count else "all is well", flush=True)
+    print(f"{count} problem{'s' if count > 1 else ''} to fix" if count else "no problems found", flush=True)
     return 1 if count else 0
 
 
@@ -125,11 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         "mma doctor", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or an output folder of mma-prep")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run folder, or one checkpoint")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or output folder of mma-prep")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run folder, or one checkpoint folder")
     parser.add_argument("--recipe", metavar="NAME", help="shipped recipe or YAML file")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks the recipe would run on (default: 1)")
-    parser.add_argument("--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="where runs go (runs)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan the recipe for (default: 1)")
+    parser.add_argument(
+        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of run folders (default: runs)"
+    )
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser

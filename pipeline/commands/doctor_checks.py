@@ -1,4 +1,4 @@
-"""What ``mma doctor`` looks at: each check yields what it found, in words, and how to mend what is wrong."""
+"""The checks of ``mma doctor``: each yields its findings and, for a problem, the fix."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ class Finding:
 
 
 def fine(text: str) -> Finding:
-    """Something is as it should be."""
+    """Return a finding that needs no action."""
     return Finding("fine", text)
 
 
 def note(text: str) -> Finding:
-    """Something to know."""
+    """Return a finding that is worth knowing."""
     return Finding("note", text)
 
 
 def wrong(text: str) -> Finding:
-    """Something that keeps a run from going well, with the fix."""
+    """Return a problem, with its fix."""
     return Finding("wrong", text)
 
 
 def check_software() -> Iterator[Finding]:
-    """Versions, and whether they are the ones that are relied on."""
+    """Check that all packages are installed, in tested versions."""
     from pipeline.parallel.zero3 import check_version
 
     found = versions()
@@ -68,12 +68,12 @@ def check_software() -> Iterator[Finding]:
         yield fine(f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, nccl)) or 'not in use'}")
     git = git_state()
     if git is not None:
-        dirty = f", {git['changed'][-1]}, not committed" if git["dirty"] else ""
+        dirty = f", {git['changed'][-1]}, uncommitted" if git["dirty"] else ""
         yield note(f"git commit {str(git['commit'])[:12]}{dirty}")
 
 
 def check_devices() -> Iterator[Finding]:
-    """GPUs: seen, free, and computing what they should; memory and cores of the host."""
+    """Check that torch sees every GPU and that each has free memory and computes correctly; report the host."""
     cores, memory = os.cpu_count(), os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
     yield fine(f"{cores} CPU cores, {memory:.1f} GiB of host memory free")
     present = sorted(Path("/dev").glob("nvidia[0-9]*"))
@@ -83,9 +83,9 @@ def check_devices() -> Iterator[Finding]:
             f"CUDA_VISIBLE_DEVICES={hidden!r} hides them: unset it" if hidden is not None
             else "the driver may be older than torch's CUDA: see nvidia-smi"
         )  # fmt: skip
-        yield wrong(f"this machine has {len(present)} GPUs and torch sees none; {why}")
+        yield wrong(f"this machine has {len(present)} GPUs but torch sees none; {why}")
     elif not torch.cuda.is_available():
-        yield note("no GPU: training would run on CPUs")
+        yield note("no GPU: training would use the CPU")
     for index in range(torch.cuda.device_count()):
         problems = list(gpu_problem(index))
         yield from map(wrong, problems)
@@ -97,16 +97,16 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_disk(folder: Path, need_bytes: float = 0) -> Iterator[Finding]:
-    """Whether a run folder, or where it would be made, can be written and holds what will come."""
+    """Check that a run folder, or its nearest existing parent, is writable and has room for ``need_bytes``."""
     place = next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
     problems = list(disk_problem(place, max(1.0, need_bytes / GIB)))
     yield from map(wrong, problems)
     if not problems:
-        yield fine(f"{place} can be written, {shutil.disk_usage(place).free / GIB:.1f} GiB free")
+        yield fine(f"{place} is writable, {shutil.disk_usage(place).free / GIB:.1f} GiB free")
 
 
 def check_data(folder: Path) -> Iterator[Finding]:
-    """Every hash of packs, tokenizer, plan and images."""
+    """Check every hash of packs, tokenizer, plan and images."""
     try:
         yield from map(fine, verify(folder))
     except (UserError, OSError) as error:
@@ -114,7 +114,7 @@ def check_data(folder: Path) -> Iterator[Finding]:
 
 
 def check_checkpoint(path: Path) -> Iterator[Finding]:
-    """A run folder (its state, all its checkpoints, which one a start would take) or one checkpoint folder."""
+    """Check one checkpoint folder, or a run folder: its state, its checkpoints and the one it resumes from."""
     single = (path / MANIFEST).is_file()
     if not single:
         yield from _check_run(path)
@@ -125,14 +125,14 @@ def check_checkpoint(path: Path) -> Iterator[Finding]:
         except UserError as error:
             faults = [str(error)]
         if not faults:
-            yield fine(f"{folder}: whole")
+            yield fine(f"{folder}: complete, all hashes match")
             taken = taken or folder
         else:
             more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
-            yield wrong(f"{faults[0]}{more}: put the folder back from a copy, or remove it")
+            yield wrong(f"{faults[0]}{more}: restore the folder from a copy, or remove it")
     if single or taken is None:
         return
-    yield note(f"a start would take {taken}")
+    yield note(f"the next start resumes from {taken}")
     yield from check_disk(path, 2 * sum(file.stat().st_size for file in taken.rglob("*") if file.is_file()))
 
 
@@ -143,24 +143,24 @@ def _check_run(path: Path) -> Iterator[Finding]:
         yield wrong(str(error))
         return
     place = f"{path}: {run.state} at step {run.step:,}" + (f" of {run.steps:,}" if run.steps else "")
-    again = "the same command goes on from the newest whole checkpoint"
+    again = "the same command resumes from the newest complete checkpoint"
     if run.state == "failed":
-        yield wrong(f"{place}: {run.error}; once that is mended, {again}; see {path / 'logs'}")
+        yield wrong(f"{place}: {run.error}; see {path / 'logs'}; once that is fixed, {again}")
     elif run.state == "killed":
-        yield wrong(f"{place}: its process is gone without a word (kill -9, a lost node, a time limit); {again}")
+        yield wrong(f"{place}: its process ended without a report (kill -9, a lost node, a time limit); {again}")
     else:
         yield fine(place)
     if run.checkpoint is None:
         yield (note if run.state == "running" else wrong)(
-            f"{path} holds no finished checkpoint: a start begins at step 1"
+            f"{path} has no complete checkpoint: the next start begins at step 1"
         )
     if run.state != "running":
         for torn in unfinished_folders(path):
-            yield note(f"{torn} was cut short; no start takes it, the next one removes it")
+            yield note(f"{torn} is incomplete; starts ignore it, and the next one removes it")
 
 
 def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Finding]:
-    """Paths, sizes and arithmetic of a recipe, as ``--dry-run`` checks them, and memory against this machine's GPU."""
+    """Check paths, sizes and batch arithmetic of a recipe, as ``--dry-run`` does, and memory against the local GPU."""
     from pipeline.config.flags import parse
     from pipeline.planning.dry_run import describe
     from pipeline.planning.estimate import WorkloadEstimate
@@ -177,7 +177,7 @@ def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Find
         total = torch.cuda.mem_get_info(0)[1] / GIB
         if need > total:
             yield wrong(
-                f"a rank needs about {need:.1f} GiB, its GPU has {total:.1f}: add ranks or stages (parallel.pp), "
+                f"a rank needs about {need:.1f} GiB, but its GPU has {total:.1f}: add ranks or stages (parallel.pp), "
                 "or set parallel.gathered_fraction to 0"
             )
     yield from check_disk(
@@ -186,7 +186,7 @@ def check_recipe(recipe: str, flags: Sequence[str], ranks: int) -> Iterator[Find
 
 
 def check_local_network() -> Iterator[Finding]:
-    """A small all-reduce between two processes of this machine."""
+    """Check a small all-reduce between two processes of this machine."""
     backend = "nccl" if torch.cuda.device_count() >= LOCAL_RANKS else "gloo"
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "pipeline.commands.doctor_checks", str(LOCAL_RANKS), backend]
@@ -200,14 +200,14 @@ def check_local_network() -> Iterator[Finding]:
     said = [worker.communicate()[0].strip() for worker in workers]
     failed = [text for worker, text in zip(workers, said, strict=True) if worker.returncode]
     if failed:
-        last = failed[0].splitlines()[-1] if failed[0] else "it ended without a word"
-        yield wrong(f"{last}; see GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME, and whether a firewall is in the way")
+        last = failed[0].splitlines()[-1] if failed[0] else "it ended without an error message"
+        yield wrong(f"{last}; check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and the firewall")
     else:
-        yield fine(f"{LOCAL_RANKS} processes of this machine add up numbers over {backend}")
+        yield fine(f"{LOCAL_RANKS} processes of this machine all-reduce over {backend}")
 
 
 def network_worker(words: Sequence[str]) -> int:
-    """Take part in `check_local_network`: WORLD BACKEND RANK; print what went wrong and return 1, or return 0."""
+    """Run one rank of `check_local_network` (WORLD BACKEND RANK): return 0, or print the problem and return 1."""
     problem = network_problem(int(words[2]), int(words[0]), backend=words[1])
     print(re.sub(r"\s+", " ", problem), flush=True)
     return 1 if problem else 0

@@ -1,4 +1,4 @@
-"""``mma estimate``: memory, work and bubble of a recipe on any number of ranks, without packs, GPUs or weights."""
+"""``mma estimate``: memory, compute and bubble of a recipe on any number of ranks, without packs, GPUs or weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pipeline.planning.estimate import GIB, WorkloadEstimate
 from pipeline.planning.stage_split import StageSplit
 
 DESCRIPTION = """\
-Estimate what each rank of a training run needs, before there are packs, and on a machine without GPUs. Any flag of the
-trainer may follow the recipe:
+Estimate the memory and compute of each rank. No packs and no GPUs are needed. Any flag of the trainer may follow the
+recipe:
 
   mma estimate demo_sft
   mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --seq-len 4096
@@ -31,17 +31,17 @@ trainer may follow the recipe:
 
 
 def estimate_command(argv: Sequence[str]) -> int:
-    """Print one table for each number of ranks; return 0. Raises UserError for a wrong recipe, key or grid."""
+    """Print one table per number of ranks; return 0. Raises UserError for an invalid recipe, key or grid."""
     parser = OneLineParser(
         "mma estimate", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")
     parser.add_argument("--ranks", type=positive_int, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
-    parser.add_argument("--seq-len", type=positive_int, default=4096, help="tokens of a pack (default: 4096)")
-    parser.add_argument("--vocab", type=positive_int, default=32064, help="token ids of the packs (default: 32064)")
-    parser.add_argument("--images", type=float, default=8.0, help="images in a pack, on average (default: 8)")
-    parser.add_argument("--targets", type=float, default=0.3, help="supervised share of the tokens (default: 0.3)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    parser.add_argument("--seq-len", type=positive_int, default=4096, help="tokens per row (default: 4096)")
+    parser.add_argument("--vocab", type=positive_int, default=32064, help="vocabulary size (default: 32064)")
+    parser.add_argument("--images", type=float, default=8.0, help="average images per row (default: 8)")
+    parser.add_argument("--targets", type=float, default=0.3, help="supervised fraction of the tokens (default: 0.3)")
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     options, flags = parser.parse_known_args(list(argv))
     configure_libraries()  # DeepSpeed checks its file
     invocation = parse(["--recipe", options.recipe, *flags])
@@ -57,7 +57,7 @@ def estimate_command(argv: Sequence[str]) -> int:
 
 
 def image_tokens(config: RunConfig) -> int:
-    """Return the tokens one image takes: what the connector gives."""
+    """Return the tokens per image that the connector outputs."""
     if config.model.connector.kind == "perceiver":
         return config.model.connector.latents
     vision = vision_config(config.model.vision)
@@ -67,7 +67,7 @@ def image_tokens(config: RunConfig) -> int:
 def build_workload_estimate(
     config: RunConfig, sharding: Sharding, spec: ModelSpec, *, ranks: int, seq_len: int, shares: tuple[float, float]
 ) -> WorkloadEstimate:
-    """Lay a model over a grid of ranks; ``shares`` are images and supervised tokens a token. Raises ConfigError."""
+    """Estimate a model on a grid of ranks; ``shares``: images and supervised tokens per token. Raises ConfigError."""
     if seq_len < spec.image_tokens:
         raise ConfigError(f"--seq-len {seq_len} cannot hold one image of {spec.image_tokens} tokens")
     topology = Topology(ranks, 0, config.parallel.pp)
@@ -75,12 +75,12 @@ def build_workload_estimate(
         config.train.global_batch_size, topology.dp, config.parallel.micro_batches
     )
     split = StageSplit.of(spec, config, image_share=shares[0], target_share=shares[1])
-    bf16 = config.train.dtype != "fp32"  # "auto" is bf16 wherever there are GPUs, which is where memory is short
+    bf16 = config.train.dtype != "fp32"  # "auto" means bf16 on GPUs, which the estimate is for
     return WorkloadEstimate(config, sharding, spec, split, topology.dp, microbatches, microbatch_rows * seq_len, bf16)
 
 
 def work_shares(load: WorkloadEstimate) -> list[float]:
-    """Return each stage's share of a step's floating-point operations."""
+    """Return each stage's fraction of a step's floating-point operations."""
     work = [
         sum(sum(load.split.work(stage, virtual_stage)) for virtual_stage in range(len(own)))
         for stage, own in enumerate(load.split.stage_layers)
@@ -89,7 +89,7 @@ def work_shares(load: WorkloadEstimate) -> list[float]:
 
 
 def table(load: WorkloadEstimate, title: str) -> Table:
-    """Return a line for each stage; memory is in GiB a rank: sharded states, what is held whole, activations, all."""
+    """Return one line per stage; memory is in GiB per rank: sharded states, gathered parameters, activations, total."""
     stages, parallel = len(load.split.stage_layers), load.config.parallel
     grid = (
         f"{stages} stages x {load.dp} data-parallel ranks, {load.microbatches} micro-batches "
@@ -98,7 +98,7 @@ def table(load: WorkloadEstimate, title: str) -> Table:
         f"{'bf16' if load.bf16 else 'fp32'}, {load.sharding}"
     )
     out = Table(title=title, caption=grid, title_justify="left", caption_justify="left")
-    for name in ("stage", "layers", "trained", "frozen", "work", "states", "held", "activ.", "GiB"):
+    for name in ("stage", "layers", "trained", "frozen", "work", "states", "gathered", "activ.", "GiB"):
         out.add_column(name, justify="right")
     for stage, work in enumerate(work_shares(load)):
         (trained, frozen), need, split = (

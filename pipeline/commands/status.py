@@ -1,4 +1,4 @@
-"""``mma status``: one line a run."""
+"""``mma status``: one line per run."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
 from pipeline.training.run.state import RunState, format_duration
 
-DESCRIPTION = "Show how runs stand: state, step, loss, speed, newest checkpoint, when the folder was last written."
+DESCRIPTION = "Show the state, step, loss, speed and newest checkpoint of runs, and when each was last written."
 
 
 def status_command(argv: Sequence[str]) -> int:
-    """Print a line for each run folder; return 0. Raises UserError where there is none."""
+    """Print one line per run folder; return 0. Raises UserError if there is none."""
     parser = OneLineParser("mma status", description=DESCRIPTION)
     parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folders (default: all in runs/)")
-    parser.add_argument("--debug", action="store_true", help="show a traceback for errors")
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     runs = parser.parse_args(list(argv)).runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))
     if not runs:
-        raise UserError("there are no runs in runs/: name run folders")
+        raise UserError("no runs in runs/: name run folders")
     states = [RunState.read(run) for run in runs]
     width = max(len(str(state.path)) for state in states)
     for state in states:
@@ -28,7 +28,7 @@ def status_command(argv: Sequence[str]) -> int:
 
 
 def status_line(run: RunState) -> str:
-    """Return a run's state in one line."""
+    """Return the state of a run as one line."""
     parts = [f"{run.state:8}", f"step {run.step:,}" + (f"/{run.steps:,}" if run.steps else "")]
     if run.last.get("loss") is not None:
         parts.append(f"loss {run.last['loss']:.4f}")

@@ -1,4 +1,4 @@
-"""Command-line flags of the trainer, made from the configuration tree so that they cannot drift from it."""
+"""Command-line flags of the trainer, generated from the configuration tree."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from pipeline.config.schema import RunConfig, Section, known_keys
 DESCRIPTION = """\
 Train a multimodal LLM with Modality-Mutual Attention under ZeRO-3 (and pipeline parallelism).
 
-  deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json                     the built-in demo, SFT with MMA
-  deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json --recipe demo_pt    its pre-training stage
+  deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json                     SFT with MMA on the built-in demo
+  deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json --recipe demo_pt    pre-training on the demo
   deepspeed pipeline/train.py --deepspeed ds_configs/zero3.json --recipe my.yaml --run-dir runs/x --train.lr 1e-5
 
-The same command resumes a run. A file named STOP in the run folder ends it after the current step, saved."""
+The same command resumes a run. To save and stop after the current step, create a file named STOP in the run folder."""
 
-_FREE = ("--model.llm.config.", "--model.vision.config.")  # any key of a Hugging Face config may follow
+_FREE = ("--model.llm.config.", "--model.vision.config.")  # followed by any key of a Hugging Face config
 
 
 @dataclass(frozen=True)
 class Invocation:
-    """One call of the trainer: the resolved configuration and what to do with it."""
+    """One parsed trainer command: the resolved configuration and the requested action."""
 
     config: RunConfig
     recipe: str
     deepspeed: str
     dry_run: bool
     ranks: int
-    """Of a dry run: as if so many had been started; 0 stands for those that are."""
+    """Ranks a dry run plans for; 0 = the ranks of this launch."""
     print_config: bool
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage and exit."""
+    """An argument parser that raises UserError instead of printing usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -50,7 +50,7 @@ def flag_name(key: str) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return a parser with one flag for each key of `RunConfig`, helped by the text under the key."""
+    """Return a parser with one flag for each key of `RunConfig`; the text under a key is its help."""
     parser = _Parser(
         "pipeline/train.py", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False, argument_default=argparse.SUPPRESS,
@@ -59,12 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--deepspeed", default="ds_configs/zero3.json", help="DeepSpeed configuration file")
     parser.add_argument(
         "--dry-run", nargs="?", type=int, const=0, default=None, metavar="RANKS",
-        help="check everything, print the plan (as if RANKS ranks were started), train nothing",
+        help="check everything and print the plan (for RANKS ranks) without training",
     )  # fmt: skip
     parser.add_argument(
         "--print-config", action="store_true", default=False, help="print the resolved configuration and exit"
     )
-    parser.add_argument("--debug", action="store_true", default=False, help="show a traceback for user errors too")
+    parser.add_argument("--debug", action="store_true", default=False, help="print a traceback for user errors too")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_section(parser, parser, RunConfig, "")
     return parser
@@ -76,31 +76,31 @@ def _add_section(parser: argparse.ArgumentParser, group: Any, kind: type[Section
         if section is not None:
             title = " ".join((section.__doc__ or "").split()).rstrip(".")
             _add_section(parser, parser.add_argument_group(key, title), section, f"{key}.")
-        elif name != "config":  # Hugging Face configs are free dictionaries: --model.llm.config.KEY, see parse
+        elif name != "config":  # Hugging Face configs are free-form: --model.llm.config.KEY, see parse
             text = f"{info.description} (default: {info.default!r})".replace("%", "%%")
             group.add_argument(flag_name(key), dest=key, metavar="VALUE", help=text)
 
 
 def parse(argv: Sequence[str]) -> Invocation:
-    """Parse the trainer's command line. Raises UserError (unknown flag, recipe or key, wrong value)."""
+    """Parse the trainer's command line. Raises UserError for an unknown flag, recipe or key, or a bad value."""
     options, rest = build_parser().parse_known_args([_dashed(word) for word in argv])
     overrides = [(key, value) for key, value in vars(options).items() if key in known_keys()]
     overrides += _free_overrides(rest)
     config = load_config(options.recipe, overrides)
     dry_run, ranks = options.dry_run is not None, options.dry_run or 0
     if ranks < 0:
-        raise UserError(f"--dry-run {ranks}: a number of ranks is positive")
+        raise UserError(f"--dry-run {ranks}: give a positive number of ranks")
     return Invocation(config, options.recipe, options.deepspeed, dry_run, ranks, options.print_config)
 
 
 def _dashed(word: str) -> str:
-    """Return a flag with dashes for underscores, for keys are written with them in recipes and messages."""
+    """Return a flag with dashes for underscores: recipes and messages spell keys with underscores."""
     flag, given, value = word.partition("=")
     return flag.replace("_", "-") + given + value if flag.startswith("--") and not flag.startswith(_FREE) else word
 
 
 def _free_overrides(rest: Sequence[str]) -> list[tuple[str, Any]]:
-    """Pair up ``--model.llm.config.KEY VALUE`` flags; anything else left over is unknown."""
+    """Collect ``--model.llm.config.KEY VALUE`` flags. Raises UserError for any other leftover word."""
     pairs = []
     words = iter(rest)
     for word in words:

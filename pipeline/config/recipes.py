@@ -1,4 +1,4 @@
-"""Recipes: YAML files with the keys of `RunConfig`, shipped in ``pipeline/recipes`` or the user's own."""
+"""Recipes: YAML files with the keys of `RunConfig`, shipped in ``pipeline/recipes`` or written by the user."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_RECIPE = "demo_sft"
 
 
 def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
-    """Read a recipe, lay ``("train.lr", "1e-4")`` pairs over it and validate. Raises UserError."""
+    """Read a recipe, apply ``("train.lr", "1e-4")`` overrides and validate. Raises UserError."""
     raw = read_recipe(recipe)
     for key, value in overrides:
         raw = merge(raw, _nest(key, value))
@@ -27,14 +27,14 @@ def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunCo
 
 
 def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not filled in yet.
+    """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not yet expanded.
 
-    ``extends`` names a file beside the recipe, with or without its ending, or a shipped recipe; ``below`` are the
-    recipes that led to this one.
+    ``extends`` names a file in the same folder, with or without its suffix, or a shipped recipe. ``below`` holds the
+    recipes that extend this one.
     """
     path = recipe_path(name)
     if path.resolve() in below:
-        raise ConfigError(f"{path}: 'extends' leads back to itself: name another recipe")
+        raise ConfigError(f"{path}: 'extends' forms a cycle: extend another recipe")
     raw = read_mapping(path)
     parent = raw.pop("extends", None)
     if parent is None:
@@ -45,7 +45,7 @@ def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def recipe_path(name: str) -> Path:
-    """Resolve a shipped recipe's name or a YAML file. Raises ConfigError with the closest name."""
+    """Return the file of a shipped recipe or of a path that ends in .yaml. Raises ConfigError with the closest name."""
     if name.endswith(YAML):
         if not Path(name).is_file():
             raise ConfigError(f"recipe file {name} does not exist")
@@ -58,12 +58,12 @@ def recipe_path(name: str) -> Path:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return the resolved configuration as YAML that is itself a recipe."""
+    """Return the resolved configuration as YAML, which is itself a valid recipe."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Lay one nested dictionary over another; a model's ``config`` of another ``model_type`` replaces the old one."""
+    """Merge ``over`` into ``base``; a model ``config`` with a different ``model_type`` replaces the inherited one."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

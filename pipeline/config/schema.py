@@ -1,8 +1,8 @@
 """The run configuration: one typed, frozen, strict tree, read from a recipe and overridden by flags.
 
-A recipe is a YAML file of the same shape as `RunConfig`; ``extends: other`` starts from another recipe. Flags are the
-dotted names of the same tree (``--train.lr 1e-4``); see `pipeline.config.flags`. Unknown keys and flags are errors
-that name the closest known one.
+A recipe is a YAML file with the same structure as `RunConfig`; ``extends: other`` inherits from another recipe. Flags
+are the dotted keys of the same tree (``--train.lr 1e-4``); see `pipeline.config.flags`. An unknown key or flag is an
+error that suggests the closest known one.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
 class ConfigError(UserError):
-    """A key of the recipe, a flag, or a combination of them is wrong."""
+    """A recipe key, a flag, or a combination of them is invalid."""
 
 
 class Section(BaseModel):
-    """A frozen group of keys; the text under each key is its help."""
+    """A frozen group of keys; the string under each key is its help text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
 
@@ -33,9 +33,9 @@ class LlmConfig(Section):
     """The decoder-only language model."""
 
     source: str = ""
-    """Local Hugging Face folder (config.json, *.safetensors); empty = build `config` from scratch."""
+    """Local Hugging Face model folder (config.json, *.safetensors); empty = build `config` from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Hugging Face config with `model_type`, used when `source` is empty; else laid over the folder's config."""
+    """Hugging Face config with `model_type`. With a `source`, these keys override the folder's config."""
 
 
 class VisionConfig(Section):
@@ -44,26 +44,26 @@ class VisionConfig(Section):
     source: str = ""
     """Local Hugging Face folder of a SigLIP or CLIP model; empty = build `config` from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
-    """Hugging Face vision config with `model_type`, as for the language model."""
+    """Hugging Face vision config with `model_type`. With a `source`, these keys override the folder's config."""
     frozen: bool = True
-    """Keep the tower's weights fixed, as the paper does."""
+    """Freeze the vision tower, as the paper does."""
 
 
 class ConnectorConfig(Section):
-    """What turns patch features into image tokens of the language model's width."""
+    """The connector, which projects patch features to image tokens of the language model."""
 
     kind: Literal["perceiver", "mlp"] = "perceiver"
-    """perceiver: `latents` tokens an image (the paper's); mlp: one token a patch (LLaVA's)."""
+    """perceiver: `latents` tokens per image, as in the paper; mlp: one token per patch, as in LLaVA."""
     latents: Positive = 144
-    """Image tokens of the perceiver resampler; must equal the packs' image_tokens."""
+    """Tokens per image from the perceiver resampler; must equal image_tokens of the packs."""
     depth: Positive = 6
-    """Perceiver blocks."""
+    """Number of perceiver blocks."""
     heads: Positive = 8
-    """Perceiver attention heads."""
+    """Attention heads of the perceiver."""
     head_dim: Positive = 64
-    """Size of a perceiver head."""
+    """Dimension of each perceiver attention head."""
     ff_mult: Positive = 4
-    """Width of the perceiver's feed-forward in multiples of the feature width."""
+    """Feed-forward width of the perceiver, as a multiple of the feature width."""
 
 
 class ModelConfig(Section):
@@ -78,46 +78,46 @@ class ModelConfig(Section):
 
 
 class MaskConfig(Section):
-    """Which tokens may see which (see `mma mask`)."""
+    """The attention mask (see `mma mask`)."""
 
     policy: str = "mma"
-    """Name of a mask policy: causal, mma, ..."""
+    """Mask policy; `mma mask --help` lists them."""
     allow_leak: bool = False
-    """Permit the ablation policies that let a supervised token see itself."""
+    """Allow ablation policies under which a supervised token can attend to itself."""
     prove_rows: NonNegative = 4
-    """Rows of the packs on which the mask is proved leak-free before training."""
+    """Rows on which the mask is proved leak-free before training starts."""
 
 
 class DataConfig(Section):
-    """Where the packed rows are and how they are read."""
+    """The packed rows and how they are loaded."""
 
     packs: str = ""
-    """Pack folder made by mma-prep."""
+    """Pack folder written by mma-prep."""
     demo: str = ""
-    """Folder of the built-in demo corpora: prepared first when `packs` lies in it and is missing."""
+    """Folder of the built-in demo corpora; prepared first if `packs` is inside it and does not exist."""
     verify: bool = False
-    """Hash packs and image store before training, each rank a share of the files (else only manifests are read)."""
+    """Hash packs and image store before training, each rank a share of the files; false = read only manifests."""
     decode_threads: NonNegative = 1
-    """Threads that read rows and decode images, each a step of its own ahead; 0 = between the steps."""
+    """Loader threads, each preparing a different future step (rows, decoded images); 0 = load between steps."""
     prefetch_steps: NonNegative = 2
-    """Steps held ready ahead of the one that trains."""
+    """Steps to load ahead of the current one."""
 
 
 class TrainSection(Section):
     """Optimisation."""
 
     global_batch_size: Positive = 8
-    """Packed rows of one optimizer step, over all ranks and micro-batches."""
+    """Packed rows per optimizer step, over all ranks and micro-batches."""
     steps: NonNegative = 0
-    """Optimizer steps of the run; 0 = every pack once."""
+    """Optimizer steps of the run; 0 = one epoch (every row once)."""
     lr: Annotated[float, Field(gt=0)] = 2e-5
     """Peak learning rate."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
     """Floor of the cosine decay."""
     warmup_steps: NonNegative = 150
-    """Linear warm-up from 0."""
+    """Linear warm-up from 0, in optimizer steps."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """AdamW weight decay of matrices; vectors (norms, biases) have none."""
+    """AdamW weight decay for matrices; vectors (norms, biases) are not decayed."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW beta1."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
@@ -125,57 +125,58 @@ class TrainSection(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     """AdamW epsilon."""
     clip_norm: Annotated[float, Field(ge=0)] = 1.0
-    """Global gradient-norm clip over all stages and ranks; 0 = none."""
+    """Maximum global gradient norm, over all stages and ranks; 0 = no clipping."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """Compute type: auto = bf16 on GPUs, fp32 on CPUs."""
+    """Compute dtype: auto = bf16 on GPUs, fp32 on CPUs."""
     gradient_checkpointing: bool = True
     """Recompute each decoder layer in the backward pass."""
     seed: int = 0
-    """Seed of weights built from scratch; nothing in a step is random."""
+    """Seed for weights built from scratch; training steps use no randomness."""
     max_skipped_steps: Positive = 10
-    """Consecutive steps with a non-finite gradient after which the run fails."""
+    """Fail the run after this many consecutive steps with a non-finite gradient."""
     max_hours: Annotated[float, Field(ge=0)] = 0.0
-    """Stop (saved, resumable) after this long; 0 = no limit."""
+    """Save and stop after this many hours; the same command resumes. 0 = no limit."""
 
     @model_validator(mode="after")
     def _floor_is_below_peak(self) -> TrainSection:
         if self.min_lr > self.lr:
-            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: lower it too")
+            raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: lower min_lr too")
         return self
 
 
 class ParallelConfig(Section):
-    """How ranks share the model and the batch."""
+    """Pipeline and data parallelism."""
 
     pp: Positive = 1
     """Pipeline stages; data-parallel ranks = ranks / pp."""
     micro_batches: NonNegative = 0
-    """Micro-batches of a step on each data-parallel rank; 0 = one pack each."""
+    """Micro-batches per step on each data-parallel rank; 0 = one row per micro-batch."""
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    """Order of forwards and backwards of a step (see `mma schedule`)."""
+    """Pipeline schedule (`mma schedule` draws it)."""
     virtual_stages: Positive = 1
-    """Pieces a stage's layers are cut into, with the interleaved schedule: so many times less bubble, more messages."""
+    """Virtual stages per stage (interleaved schedule): divides the bubble by this number, sends more messages."""
     layers_per_stage: str = ""
-    """Decoder layers of each stage by hand, e.g. "9,12,11", with chunks of all first ones, then all second ones;
-    empty = by cost."""
+    """Decoder layers of each stage, e.g. "9,12,11"; with virtual stages, list the first virtual stage of every stage,
+    then the second of every stage, and so on. Empty = balance by cost."""
     gathered_fraction: Share = 1.0
-    """Share of a stage's parameters kept gathered within a step: 1 gathers once a step, 0 is true ZeRO-3 memory.
-    Below 1 needs ZeRO stage 3 in the DeepSpeed file; the rest is released after each use."""
+    """Fraction of a stage's parameters kept gathered during a step. 1 gathers once per step; 0 has the memory of plain
+    ZeRO-3. The rest is released after each use. Below 1 requires ZeRO stage 3 in the DeepSpeed file."""
     reduce_once: bool | None = None
-    """Reduce-scatter gradients once a step instead of once a micro-batch (costs one whole fp32 gradient of the stage);
-    None = as the ZeRO stage of the DeepSpeed file has it: 1 and 3 once, 2 each micro-batch. Micro-batches add up in
-    fp32 either way; ranks reduce in bf16, or in the DeepSpeed file's "communication_data_type": "fp32"."""
+    """Reduce-scatter gradients once per step instead of once per micro-batch; needs memory for one full fp32 gradient
+    of the stage. None = chosen by the ZeRO stage of the DeepSpeed file: once for 1 and 3, per micro-batch for 2.
+    Micro-batches always accumulate in fp32; ranks reduce in bf16, or in fp32 with "communication_data_type": "fp32"
+    in the DeepSpeed file."""
     leaf_layers: bool = False
-    """Gather each decoder layer and vision block as one: fewer, larger collectives, one whole layer more in memory."""
+    """Gather each decoder layer and vision block as a whole: fewer, larger collectives, one more layer in memory."""
     timeout_s: Positive = 1800
-    """Seconds without progress of any rank after which the job ends, naming the rank that is the cause.
-    More than the longest step: on GPUs what is seen from outside may stand still until a step's end."""
+    """End the job after this many seconds without progress, and name the rank that caused it.
+    Must exceed the longest step: on GPUs progress may show only at the end of a step."""
 
     @model_validator(mode="after")
-    def _chunks_are_interleaved(self) -> ParallelConfig:
+    def _virtual_stages_are_interleaved(self) -> ParallelConfig:
         interleaved = self.schedule == "interleaved"
         if interleaved and self.pp == 1:
-            raise ValueError("schedule=interleaved needs stages to go around: set pp to 2 or more, or schedule to 1f1b")
+            raise ValueError("schedule=interleaved needs several stages: set pp to 2 or more, or schedule to 1f1b")
         if interleaved and self.virtual_stages == 1:
             raise ValueError("schedule=interleaved needs virtual stages: set virtual_stages to 2 or more")
         if self.virtual_stages > 1 and not interleaved:
@@ -186,48 +187,48 @@ class ParallelConfig(Section):
 
 
 class CheckpointConfig(Section):
-    """What is saved and kept."""
+    """Saving and retention of checkpoints."""
 
     every_steps: NonNegative = 500
-    """Save every so many steps (and at the end, and on a stop); 0 = only then."""
+    """Save every N steps; 0 = only at the end or on stop."""
     keep_last: Positive = 2
-    """Newest checkpoints kept."""
+    """Number of newest checkpoints to keep."""
     keep_every: NonNegative = 0
-    """Keep those of every so many steps for good, a multiple of every_steps; 0 = none."""
+    """Keep the checkpoint of every N-th step forever; a multiple of every_steps. 0 = none."""
     asynchronous: bool = True
-    """Write while training goes on, from a copy in host memory: 12 bytes a trained parameter of the rank, kept."""
+    """Write in the background from a copy in host memory (12 bytes per trained parameter of the rank)."""
 
     @model_validator(mode="after")
     def _kept_are_saved(self) -> CheckpointConfig:
         if self.keep_every and (not self.every_steps or self.keep_every % self.every_steps):
             raise ValueError(
-                f"keep_every={self.keep_every} is no multiple of every_steps={self.every_steps}: make it one"
+                f"keep_every={self.keep_every} is not a multiple of every_steps={self.every_steps}: change one of them"
             )
         return self
 
 
 class LogConfig(Section):
-    """What is reported."""
+    """Logging and metrics."""
 
     every_steps: Positive = 10
-    """Console line every so many steps; metrics.jsonl has every step."""
+    """Print a console line every N steps; metrics.jsonl records every step."""
     tensorboard: bool = True
-    """Write TensorBoard events through DeepSpeed's monitor into the run folder."""
+    """Write TensorBoard events to the run folder through DeepSpeed's monitor."""
     spike_mads: Annotated[float, Field(ge=0)] = 10.0
-    """Report a step whose loss is so many median absolute deviations above the last 64 steps' median; 0 = none."""
+    """Report a loss this many median absolute deviations above the median of the last 64 steps; 0 = never."""
     traffic: bool = False
-    """Add to metrics.jsonl what rank 0 gathers, reduces and sends in a step, and the measured pipeline bubble."""
+    """Add to metrics.jsonl the bytes rank 0 gathers, reduces and sends per step, and the measured pipeline bubble."""
     trace_step: NonNegative = 0
-    """Write what every rank does in this step to trace-step-N.json (open it in ui.perfetto.dev); 0 = none."""
+    """Trace this step on every rank into trace-step-N.json (open it in ui.perfetto.dev); 0 = none."""
 
 
 class RunConfig(Section):
-    """One training run: a stage (PT or SFT) of a recipe on a pack folder."""
+    """One training run: a recipe, such as PT or SFT, on one pack folder."""
 
     run_dir: str = ""
-    """Folder of the run; the same folder resumes. Empty = runs/RECIPE."""
+    """Run folder; starting again with the same folder resumes. Empty = runs/RECIPE."""
     init_from: str = ""
-    """Start from the weights (only) of another run's folder, checkpoint or export."""
+    """Initialize the weights (not the optimizer) from another run folder, checkpoint or export."""
     model: ModelConfig = ModelConfig()
     """The model."""
     mask: MaskConfig = MaskConfig()
@@ -237,11 +238,11 @@ class RunConfig(Section):
     train: TrainSection = TrainSection()
     """Optimisation."""
     parallel: ParallelConfig = ParallelConfig()
-    """Ranks."""
+    """Parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
-    """Saving."""
+    """Checkpoints."""
     log: LogConfig = LogConfig()
-    """Reporting."""
+    """Logging."""
 
 
 def known_keys(kind: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section] | None]:
@@ -258,7 +259,7 @@ def known_keys(kind: type[Section] = RunConfig, prefix: str = "") -> dict[str, t
 
 
 def build_config(raw: dict[str, Any], origin: str) -> RunConfig:
-    """Validate a nested dictionary. Raises ConfigError naming the origin, the key and the fix."""
+    """Validate a nested dictionary. Raises ConfigError with the origin, the key and the fix."""
     try:
         return RunConfig.model_validate(raw)
     except ValidationError as error:

@@ -1,4 +1,4 @@
-"""A two-node Slurm for the tests of this folder, and a place that looks like the repository root to its jobs."""
+"""A two-node Slurm for the tests of this folder, and a working folder that looks like the repository root."""
 
 from __future__ import annotations
 

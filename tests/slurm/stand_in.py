@@ -1,6 +1,6 @@
-"""Plays the trainer to the job scripts: a run folder with status.json and STOP, and an exit code, without a model.
+"""A stand-in for the trainer: it writes status.json, obeys STOP and sets an exit code, without a model.
 
-Copied to ``pipeline/train.py`` of a test's working folder, so that a start costs no more than Python.
+Copied to ``pipeline/train.py`` of a test's working folder, so a start costs no more than Python.
 ``--play done | limit | user | struck | crash | silence`` is how a start goes, ``--gain N`` the steps it makes.
 """
 
@@ -34,7 +34,7 @@ def main() -> int:
 
 
 def play(run: Path, part: str, gain: int, init_from: str) -> int:
-    """Go from the step of status.json as far as the part says, and write how it ended."""
+    """Advance from the step of status.json as the part requires, and write how the start ended."""
     status = run / "status.json"
     step = int(json.loads(status.read_text())["step"]) if status.exists() else 0
     print(f"from step {step}, weights of {init_from or 'nothing'}", flush=True)

@@ -1,4 +1,4 @@
-"""Every way a training job can end or go back to the queue, on the real Slurm, with a trainer that plays its part."""
+"""Every way a training job can end or be requeued, on a real Slurm with a stand-in for the trainer."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PLAYS = {
 
 @pytest.fixture(scope="module")
 def stage(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
-    """The cluster, called in a folder whose trainer is the stand-in."""
+    """The cluster, used from a folder whose trainer is the stand-in."""
     work = tmp_path_factory.mktemp("stage")
     shutil.copytree(ROOT / "slurm", work / "slurm", ignore=shutil.ignore_patterns("*.log"))
     (work / "pipeline").mkdir()
@@ -39,7 +39,7 @@ def stage(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
 
 @pytest.fixture(scope="module")
 def played(stage: Cluster) -> dict[str, str]:
-    """The job of every play, submitted together: most of their time is waiting in the queue."""
+    """One job per play, submitted together: they spend most of their time in the queue."""
     return {
         name: stage.submit("--gpus-per-node=2", "slurm/sft_mma.sh", env={**QUICK, **play, "RUN_DIR": f"runs/{name}"})
         for name, play in PLAYS.items()
@@ -52,18 +52,18 @@ def test_restarts_are_counted(stage: Cluster, played: dict[str, str]) -> None:
     log = stage.log(job)
     assert "start 1: runs/restarts" in log and "start 2: runs/restarts" in log and "start 3" not in log
     assert "the time limit is near; saved at step 1" in log
-    assert "error: MAX_RESTARTS=1 is reached: sbatch again to go on" in log
+    assert "error: MAX_RESTARTS=1 is reached: sbatch again to continue" in log
 
 
 @pytest.mark.parametrize("play", ["fruitless", "struck"])
-def test_two_starts_without_a_new_step_are_the_last(stage: Cluster, played: dict[str, str], play: str) -> None:
+def test_a_job_gives_up_after_two_starts_without_a_new_step(stage: Cluster, played: dict[str, str], play: str) -> None:
     job = played[play]
     assert stage.wait(job) == "FAILED"
     log = stage.log(job)
     assert log.count("from step 0, weights of nothing") == 2
-    assert f"error: two starts of job {job} have saved nothing after step 0, so it is not tried again" in log
+    assert f"error: two consecutive starts of job {job} saved nothing after step 0, so it is not requeued" in log
     if play == "struck":
-        assert "Slurm ends this start: preempted, cancelled or out of time" in log
+        assert "ended by Slurm: preempted, cancelled or out of time" in log
 
 
 def test_a_run_that_the_user_stops_stays_stopped(stage: Cluster, played: dict[str, str]) -> None:
@@ -79,14 +79,14 @@ def test_a_failed_rank_can_be_found(stage: Cluster, played: dict[str, str]) -> N
     assert stage.wait(job) == "FAILED"
     lines = stage.log(job).splitlines()
     assert "1: rank one is out of memory" in lines
-    assert lines[-2].endswith("failed; every node answers, so a restart would fail too: rank 1 is gone")
+    assert lines[-2].endswith("failed; every node responds, so a restart would fail too: rank 1 is gone")
     (path,) = (stage.work / "slurm/logs").glob(f"*-{job}.log")
-    assert lines[-1].endswith(f"what rank N said: grep '^ *N: ' {path}")
+    assert lines[-1].endswith(f"output of rank N: grep '^ *N: ' {path}")
 
 
 @pytest.fixture(scope="module")
 def silenced(stage: Cluster) -> str:
-    """A job whose trainer fails, and finds a node silent that Slurm has not missed; it is back in the queue."""
+    """A requeued job: its trainer failed and a node stopped responding, which Slurm had not noticed."""
     daemon = stage.root / f"run/slurmd.{NODES[1]}.pid"
     env = {**QUICK, "EXTRA_FLAGS": "--play silence", "SILENCED": str(daemon), "NODE_PATIENCE": "3"}
     with stage.missing_nodes_after(300):
@@ -94,27 +94,27 @@ def silenced(stage: Cluster) -> str:
             "--nodes=2", "--gpus-per-node=2", "slurm/sft_mma.sh", env={**env, "RUN_DIR": "runs/silenced"}
         )
         try:
-            stage.until(lambda: "back to the queue" in stage.log(job), 120, "the job to go back to the queue")
+            stage.until(lambda: "requeued" in stage.log(job), 120, "the job to be requeued")
         finally:
             os.kill(int(daemon.read_text()), signal.SIGCONT)
     return job
 
 
 def test_a_node_that_starts_no_process_counts_as_lost(stage: Cluster, silenced: str) -> None:
-    assert f"lost {NODES[1]}; the newest checkpoint goes on" in stage.log(silenced)
+    assert f"lost {NODES[1]}; resuming from the newest checkpoint" in stage.log(silenced)
 
 
 def test_four_stages_of_dual_order_training(stage: Cluster) -> None:
-    """A chain that is struck in its third stage; the same command takes up what is left."""
+    """A chain fails in its third stage; the same command runs the unfinished stages."""
     names = ["pt_text_first", "pt_image_first", "sft_text_first", "sft_image_first"]
     pt, sft = (",".join(f"{name}.yaml" for name in names if name.startswith(kind)) for kind in ("pt", "sft"))
     command = ["slurm/chain.sh", "--data", "none", "--pt", pt, "--sft", sft, "--eval", "none"]
     (stage.work / "runs/sft_text_first").mkdir(parents=True)
-    (stage.work / "runs/sft_text_first/slurm_job").mkdir()  # the run folder cannot be claimed
+    (stage.work / "runs/sft_text_first/slurm_job").mkdir()  # so the run folder cannot be claimed
     first = [line.split()[0] for line in stage.call(*command, env=QUICK).stdout.splitlines()[:-1]]
     states = [stage.wait(job) for job in first]
     assert states == ["COMPLETED", "COMPLETED", "FAILED", "CANCELLED", "CANCELLED"]
-    assert "RUN_DIR=runs/sft_text_first cannot be written" in stage.log(first[2])
+    assert "RUN_DIR=runs/sft_text_first is not writable" in stage.log(first[2])
     (stage.work / "runs/sft_text_first/slurm_job").rmdir()
     lines = stage.call(*command, env=QUICK).stdout.splitlines()
     assert lines[:2] == [f"- runs/{name} is finished (step 1)" for name in names[:2]]
@@ -127,7 +127,7 @@ def test_four_stages_of_dual_order_training(stage: Cluster) -> None:
 
 @pytest.fixture(scope="module")
 def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A folder on a file system of one MiB; None where it cannot be mounted."""
+    """A folder on a file system of one MiB; None if it cannot be mounted."""
     folder = tmp_path_factory.mktemp("small_disk")
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode
     yield None if mounted else folder
@@ -137,7 +137,7 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None
 
 @pytest.fixture(scope="module")
 def checked(stage: Cluster, small_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Jobs of two nodes, the second of which is unfit."""
+    """Jobs on two nodes, of which the second is unfit."""
     broken = tmp_path_factory.mktemp("broken") / "python"
     broken.write_text("#!/bin/sh\necho python: cannot open shared object file >&2\nexit 127\n")
     broken.chmod(0o755)
@@ -158,8 +158,8 @@ def checked(stage: Cluster, small_disk: Path | None, tmp_path_factory: pytest.Te
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("python", "python slurm/check_nodes.py ends with code 127"),
-        ("gpus", "the first node has 2 GPUs of the job, this one 1"),
+        ("python", "python slurm/check_nodes.py exits with code 127"),
+        ("gpus", "the job has 2 GPUs on the first node, but 1 on this one"),
         ("disk", "0.00 GiB left"),
     ],
 )
@@ -171,10 +171,10 @@ def test_an_unfit_node_is_named(stage: Cluster, checked: dict[str, str], fault: 
     log = stage.log(job)
     assert f": bad node {NODES[1]}: " in log and words in log
     assert log.count("bad node ") == 1
-    assert "error: a node is not fit for training" in log
-    assert "from step 0, weights" not in log and "back to the queue" not in log
+    assert "error: a node is unfit for training" in log
+    assert "from step 0, weights" not in log and "requeued" not in log
 
 
-def test_a_job_whose_node_is_there_again_goes_on(stage: Cluster, silenced: str) -> None:
+def test_a_job_continues_once_its_node_responds_again(stage: Cluster, silenced: str) -> None:
     assert stage.wait(silenced) == "COMPLETED", stage.logs()
     assert "start 2: runs/silenced" in stage.log(silenced)

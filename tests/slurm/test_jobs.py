@@ -30,7 +30,7 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run that the jobs train, where nothing disturbs it."""
+    """The run that the jobs train, without interruptions."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     train(small_demo, run, *BATCH, "--train.steps", STEPS).check()
     return run
@@ -38,7 +38,7 @@ def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def limited(slurm: Cluster) -> str:
-    """A job of two checked nodes that waits for its time limit while others run: its ranks' time stands still."""
+    """A job on two checked nodes whose ranks are stopped until its time limit, while other tests run."""
     limits = ["--time=10", "--signal=B:USR1@555"]  # it comes 15 to 45 s after the start
     env = {**LONG, "RUN_DIR": "runs/limited", "CHECK_NODES": "yes"}
     job = slurm.submit(*TWO_NODES, *limits, "slurm/sft_mma.sh", env=env)
@@ -48,7 +48,7 @@ def limited(slurm: Cluster) -> str:
 
 
 @pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])
-def test_slurm_takes_the_request(slurm: Cluster, script: str) -> None:
+def test_slurm_accepts_the_request(slurm: Cluster, script: str) -> None:
     done = slurm.call("sbatch", "--test-only", f"slurm/{script}")
     assert done.returncode == 0, done.stderr
 
@@ -72,13 +72,13 @@ def test_the_chain_ends_with_measured_models(slurm: Cluster) -> None:
     assert "runs/demo_pt is finished (step 3): nothing to do" in slurm.log(again)
 
 
-def test_a_killed_task_of_an_array_is_made_up_for(slurm: Cluster) -> None:
-    """Data preparation of the chain: one task dies in the middle of a unit; the same command makes the same packs."""
+def test_the_work_of_a_killed_array_task_is_redone(slurm: Cluster) -> None:
+    """Data preparation of the chain: one task dies while it writes a shard; the same command makes the same packs."""
     shutil.copy(ROOT / "data_prep/recipes/demo.yaml", slurm.work / "shared.yaml")
     command = ["slurm/chain.sh", "--data", "shared.yaml", "--shards", "3", "--pt", "none", "--sft", "none"]
     env = {"DEMO_OUT": "data/shared", "DATA_FLAGS": "--workers 1"}
     array, rest = (line.split()[0] for line in slurm.call(*command, env=env).stdout.splitlines()[:-1])
-    half = kill_in_a_unit(slurm, slurm.work / "data/shared/ingest")
+    half = kill_in_a_shard(slurm, slurm.work / "data/shared/ingest")
     assert slurm.wait(rest) == "CANCELLED"
     states = sorted(slurm.call("squeue", "-h", "-r", "-t", "all", "-j", array, "-o", "%T").stdout.split())
     assert states == ["COMPLETED", "COMPLETED", "FAILED"]
@@ -104,14 +104,14 @@ def writers(path: Path) -> list[int]:
     return found
 
 
-def kill_in_a_unit(slurm: Cluster, ingest: Path) -> Path:
-    """Kill -9 a process that has just begun to write a unit; return its temporary file."""
+def kill_in_a_shard(slurm: Cluster, ingest: Path) -> Path:
+    """Kill -9 a process that has just begun to write a shard; return its temporary file."""
     caught: list[Path] = []
 
     def catch() -> bool:
         for path in ingest.rglob(".*.arrow.*.tmp"):
             for pid in writers(path):
-                with suppress(ProcessLookupError):  # that was its last unit
+                with suppress(ProcessLookupError):  # it was writing its last shard
                     os.kill(pid, signal.SIGSTOP)
                     if path.exists():
                         os.kill(pid, signal.SIGKILL)
@@ -120,36 +120,36 @@ def kill_in_a_unit(slurm: Cluster, ingest: Path) -> Path:
                     os.kill(pid, signal.SIGCONT)
         return False
 
-    slurm.until(catch, 60, "a unit half written", every_s=0.002)
+    slurm.until(catch, 60, "a half-written shard", every_s=0.002)
     return caught[0]
 
 
 def test_the_time_limit_is_survived(slurm: Cluster, limited: str, undisturbed: Path) -> None:
-    """A real limit, in Slurm's unit of a minute."""
+    """A real time limit; Slurm counts in minutes."""
     run = slurm.work / "runs/limited"
     slurm.until(lambda: "USR1 from Slurm" in slurm.log(limited), 120, "the time limit")
     slurm.call("scancel", "--signal=CONT", limited)
-    slurm.until(lambda: "back to the queue" in slurm.log(limited), 240, "the job to go back to the queue")
+    slurm.until(lambda: "requeued" in slurm.log(limited), 240, "the job to be requeued")
     slurm.call("scontrol", "update", f"job={limited}", "TimeLimit=60")
     assert slurm.wait(limited) == "COMPLETED", slurm.logs()
-    assert slurm.log(limited).count("network: 2 nodes are fit") == 2
+    assert slurm.log(limited).count("network: 2 nodes passed") == 2
     assert "the time limit is near; saved at step" in slurm.log(limited)
     assert f"resuming from {run.relative_to(slurm.work)}" in slurm.log(limited)
     assert curve(run) == curve(undisturbed)
 
 
 def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
-    """A power cut: the other rank hears nothing and waits, until Slurm misses the node."""
+    """A power cut: the other rank waits until Slurm notices the lost node."""
     run = slurm.work / "runs/struck"
     job = slurm.submit(*TWO_NODES, "slurm/sft_mma.sh", env={**LONG, "RUN_DIR": "runs/struck"})
     reach(slurm, run, 8)
-    slurm.call("scancel", "--signal=STOP", job)  # here it would be told of the lost connection
+    slurm.call("scancel", "--signal=STOP", job)  # otherwise it would notice the closed connection
     with slurm.missing_nodes_after(4):
         slurm.kill_node(NODES[1])
-        slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to go back to the queue")
+        slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to be requeued")
     slurm.start_node(NODES[1])
     assert slurm.wait(job) == "COMPLETED", slurm.logs()
-    assert f"Slurm ends this start: lost {NODES[1]}" in slurm.log(job)
+    assert f"ended by Slurm: lost {NODES[1]}" in slurm.log(job)
     assert "resuming from runs/struck/checkpoints/step-" in slurm.log(job)
     assert curve(run) == curve(undisturbed)
 
@@ -162,7 +162,7 @@ def test_a_failed_pt_cancels_what_waits_for_it(slurm: Cluster) -> None:
     assert "unknown flag '--frob'" in slurm.log(pt)
 
 
-def test_sft_alone_says_what_is_missing(slurm: Cluster) -> None:
+def test_sft_alone_reports_a_missing_pt_run(slurm: Cluster) -> None:
     job = slurm.submit("slurm/sft_mma.sh", env={**QUICK, "PT_RUN_DIR": "runs/nowhere"})
     assert slurm.wait(job) == "FAILED"
     assert slurm.log(job).startswith("error: PT_RUN_DIR=runs/nowhere does not exist: train it first")

@@ -32,11 +32,11 @@ REQUESTS = [
     (2, ["--gpus-per-node=2", "--ntasks-per-node=2", "--gpus-per-task=1"]),
     (2, ["--gres=gpu:2", "--cpus-per-task=4"]),
 ]
-"""GPUs a node that the job gets, and how sbatch is asked for them."""
+"""GPUs per node of the job, and the sbatch options that request them."""
 
 
 def test_every_rank_sees_its_nodes_gpus(slurm: Cluster) -> None:
-    """However GPUs are asked for, two ranks a node can each take the one of their local rank."""
+    """However GPUs are requested, two ranks per node can each use the one of their local rank."""
     (slurm.work / "ranks.sh").write_text(_JOB)
     jobs = [(gpus, slurm.submit(*words, "ranks.sh", env={"LOCAL_RANK": "7"})) for gpus, words in REQUESTS]
     places = [f"{rank}: {rank} {rank % 2} 4 {NODES[rank // 2]} {NODES[0]} GPUs" for rank in range(4)]
@@ -48,7 +48,7 @@ def test_every_rank_sees_its_nodes_gpus(slurm: Cluster) -> None:
 
 
 def test_a_hostfile_without_slurm_and_ssh(small_demo: Path, tmp_path: Path) -> None:
-    """DeepSpeed's own way: the same command on every node, with its number; here a node of one rank and one of two."""
+    """DeepSpeed's own way: the same command on every node, with its node rank; here nodes of one and two ranks."""
     run = tmp_path / "run"
     (tmp_path / "hosts").write_text("".join(f"{node} slots={ranks}\n" for ranks, node in enumerate(NODES, 1)))
     port = str(free_port())
@@ -101,5 +101,5 @@ def _ranks_of(session: int) -> list[dict[str, str]]:
             continue
         named = dict(line.partition("=")[::2] for line in variables if "=" in line)
         if "RANK" in named and any(word.endswith("pipeline/train.py") for word in command):
-            found[int(named["RANK"])] = named  # once, even beside a copy of it that is about to run a command
+            found[int(named["RANK"])] = named  # once, even if a fork of it is about to run a command
     return [named for _, named in sorted(found.items())]

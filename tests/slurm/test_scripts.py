@@ -1,4 +1,4 @@
-"""The job scripts as text: what they would submit, and how they are refused. Nothing here needs Slurm."""
+"""The job scripts without Slurm: what they would submit, and what they refuse."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chain(*options: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_finds_nothing() -> None:
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     checker = shutil.which("shellcheck", path=path)
     assert checker, "shellcheck is part of the dev requirements"
@@ -38,7 +38,7 @@ def test_shellcheck_has_nothing_to_say() -> None:
 
 @pytest.mark.parametrize("golden", sorted(GOLDEN.glob("*.txt")), ids=lambda path: path.stem)
 def test_what_a_chain_would_submit(golden: Path, tmp_path: Path) -> None:
-    """A golden file: a line `# RUN STATE` for each run that is there, the command, and what it prints."""
+    """A golden file has a line `# RUN STATE` for each existing run, the command and its output."""
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
     start, _, expected = golden.read_text().partition("$ ")
     for line in start.splitlines():
@@ -58,12 +58,15 @@ def test_what_a_chain_would_submit(golden: Path, tmp_path: Path) -> None:
         (["--frob"], "unknown option '--frob'"),
         (["--pt"], "--pt needs a value"),
         (["--shards", "0"], "--shards 0: give 1 or more"),
-        (["--pt", "a/stage.yaml", "--sft", "b/stage.yaml"], "two recipes would share runs/stage: rename one"),
-        (["--pt", "demo_pt,demo_pt"], "two recipes would share runs/demo_pt: rename one"),
-        (["--policies", "mma,causal,mma"], "two recipes would share runs/demo_sft: rename one"),
-        (["--pt", ""], "--pt '': a name is empty; for no such stage: none"),
+        (
+            ["--pt", "a/stage.yaml", "--sft", "b/stage.yaml"],
+            "two recipes would share the run folder runs/stage: rename one",
+        ),
+        (["--pt", "demo_pt,demo_pt"], "two recipes would share the run folder runs/demo_pt: rename one"),
+        (["--policies", "mma,causal,mma"], "two recipes would share the run folder runs/demo_sft: rename one"),
+        (["--pt", ""], "--pt '': a name is empty; use none to skip the stage"),
         (["--policies", ","], "--policies ',': a name is empty"),
-        (["--policies", "none"], "--policies none: name a mask policy; for no SFT give --sft none"),
+        (["--policies", "none"], "--policies none: name a mask policy, or skip SFT with --sft none"),
         (["--sft", "a.yaml,"], "--sft 'a.yaml,': a name is empty"),
         (["--data", "nlvrr"], "recipe 'nlvrr' is neither a file nor a shipped name (did you mean 'nlvr'?)"),
         (["--pt", "demo_tp", "--dry-run"], "unknown recipe 'demo_tp' (did you mean 'demo_pt'?)"),
@@ -76,7 +79,7 @@ def test_wrong_options_are_one_line(options: list[str], words: str) -> None:
     assert words in done.stderr
 
 
-def test_a_run_is_called_as_its_recipe_wherever_that_lies() -> None:
+def test_a_run_has_the_name_of_its_recipe_in_any_folder() -> None:
     names = "demo_pt my.yaml v1.2/stage.yaml v1.2/stage.v3.yml lr1e-4.5"
     call = f". slurm/lib.sh && for name in {names}; do run_name $name; done"
     done = subprocess.run(["bash", "-c", call], cwd=ROOT, text=True, capture_output=True, check=True)
@@ -84,7 +87,7 @@ def test_a_run_is_called_as_its_recipe_wherever_that_lies() -> None:
 
 
 @pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])
-def test_a_job_script_outside_of_slurm_says_how_to_call_it(script: str) -> None:
+def test_a_job_script_outside_slurm_prints_how_to_submit_it(script: str) -> None:
     done = subprocess.run(
         ["bash", f"slurm/{script}"], cwd=ROOT, env=environment(), text=True, capture_output=True, check=False
     )
@@ -93,7 +96,7 @@ def test_a_job_script_outside_of_slurm_says_how_to_call_it(script: str) -> None:
 
 
 def in_a_job(folder: Path, script: str, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a job script where Slurm and the software are only names: the programs say how they were called."""
+    """Run a job script with stand-ins for the programs, which print how they were called."""
     (folder / "bin").mkdir(exist_ok=True)
     (folder / "slurm").unlink(missing_ok=True)
     (folder / "slurm").symlink_to(ROOT / "slurm")
@@ -117,7 +120,7 @@ def in_a_job(folder: Path, script: str, *words: str, **env: str) -> subprocess.C
         ("4 3 5", "", "set SHARES"),
     ],
 )
-def test_a_task_of_an_array_takes_its_own_share(tasks: str, shares: str, outcome: str, tmp_path: Path) -> None:
+def test_an_array_task_takes_its_own_share(tasks: str, shares: str, outcome: str, tmp_path: Path) -> None:
     number, first, last = tasks.split()
     count = {"3": "4", "17": "2", "5": "3"}[last]
     array = {"ID": number, "MIN": first, "MAX": last, "COUNT": count}
@@ -128,7 +131,7 @@ def test_a_task_of_an_array_takes_its_own_share(tasks: str, shares: str, outcome
 
 
 def finished_run(folder: Path, exported: int | None) -> Path:
-    """A run of 3 steps that is done, and its export."""
+    """A finished run of 3 steps, and its export."""
     run = folder / "runs/demo_sft"
     run.mkdir(parents=True)
     (run / "status.json").write_text(json.dumps({"state": "done", "step": 3}))
@@ -138,39 +141,39 @@ def finished_run(folder: Path, exported: int | None) -> Path:
     return run
 
 
-@pytest.mark.parametrize(("exported", "anew"), [(None, True), (3, False), (2, True)])
-def test_an_export_is_that_of_the_runs_last_step(exported: int | None, anew: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("exported", "again"), [(None, True), (3, False), (2, True)])
+def test_an_export_holds_the_last_step_of_its_run(exported: int | None, again: bool, tmp_path: Path) -> None:
     run = finished_run(tmp_path, exported)
     if exported == 3:
-        in_a_job(tmp_path, "evaluate.sh")  # says of what the scores are
+        in_a_job(tmp_path, "evaluate.sh")  # records the packs and steps of the scores
     if exported is not None:
         (run / "evaluation.json").write_text("{}")
     done = in_a_job(tmp_path, "evaluate.sh")
     assert done.returncode == 0, done.stderr
-    assert ("mma export runs/demo_sft runs/demo_sft/export" in done.stdout) == anew
-    assert ("mma evaluate --json runs/demo_sft/evaluation.json" in done.stdout) == anew
+    assert ("mma export runs/demo_sft runs/demo_sft/export" in done.stdout) == again
+    assert ("mma evaluate --json runs/demo_sft/evaluation.json" in done.stdout) == again
 
 
-def test_scores_are_kept_only_for_the_packs_and_flags_they_are_of(tmp_path: Path) -> None:
+def test_scores_are_kept_only_for_the_same_packs_and_flags(tmp_path: Path) -> None:
     run = finished_run(tmp_path, 3)
     (tmp_path / "eval").mkdir()
-    for packs, content, flags, anew in (
+    for packs, content, flags, again in (
         ("eval", "a", "", True),
         ("eval", "a", "", False),
         ("eval", "a", "--limit 5", True),
         ("other", "a", "--limit 5", True),
         ("eval", "a", "--limit 5", True),
-        ("eval", "made anew", "--limit 5", True),
-        ("eval", "made anew", "--limit 5", False),
+        ("eval", "changed", "--limit 5", True),
+        ("eval", "changed", "--limit 5", False),
     ):
         (tmp_path / "eval/manifest.json").write_text(content)
         done = in_a_job(tmp_path, "evaluate.sh", EVAL_PACKS=packs, EVAL_FLAGS=flags)
-        assert done.returncode == 0 and ("mma evaluate --json" in done.stdout) == anew, (packs, content, flags)
+        assert done.returncode == 0 and ("mma evaluate --json" in done.stdout) == again, (packs, content, flags)
         (run / "evaluation.json").write_text("{}")
 
 
-def test_a_step_that_is_refused_once_makes_no_node_a_lost_one(tmp_path: Path) -> None:
-    """As while the step before is being cleared away; a node that refuses every step is lost."""
+def test_a_step_that_is_refused_once_does_not_make_its_node_lost(tmp_path: Path) -> None:
+    """As while Slurm cleans up the previous step; a node that refuses every step is lost."""
     refusing = f"""#!/bin/sh
 case "$*" in *--nodelist=gone*) exit 1 ;; esac
 [ -f {tmp_path}/refused ] || {{ touch {tmp_path}/refused; exit 1; }}
@@ -185,7 +188,7 @@ case "$*" in *--nodelist=gone*) exit 1 ;; esac
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("broken", [False, True], ids=["both fit", "one bad"])
+@pytest.mark.parametrize("broken", [False, True], ids=["both pass", "one bad"])
 def test_the_node_check_names_the_bad_node(broken: bool, tmp_path: Path) -> None:
     port = str(free_port())
     folders = [tmp_path, tmp_path / "unmounted" if broken else tmp_path]
@@ -202,4 +205,4 @@ def test_the_node_check_names_the_bad_node(broken: bool, tmp_path: Path) -> None
     if broken:
         assert output.startswith("bad node node-1: ") and "unmounted cannot be written" in output
     else:
-        assert output.splitlines() == ["GPUs and disks: 2 nodes are fit", "network: 2 nodes are fit"]
+        assert output.splitlines() == ["GPUs and disks: 2 nodes passed", "network: 2 nodes passed"]

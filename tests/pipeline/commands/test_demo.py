@@ -1,4 +1,4 @@
-"""The demo's runs: what they are called, and that the trainer takes their flags."""
+"""The demo's runs: their names, and that the trainer accepts their flags."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.config.flags import parse
 
 
 @pytest.mark.parametrize(("pp", "end"), [(1, ""), (2, "_pp2")])
-def test_a_pipeline_has_runs_of_its_own(pp: int, end: str) -> None:
+def test_each_number_of_stages_has_its_own_runs(pp: int, end: str) -> None:
     stages = stages_of(pp, "causal")
     assert [stage.run for stage in stages] == [f"demo_pt{end}", f"demo_sft{end}", f"demo_sft_causal{end}"]
     for stage in stages:
@@ -31,10 +31,10 @@ def test_an_unknown_policy_is_refused() -> None:
 
 
 @pytest.mark.parametrize("words", ["--pp 3 --ranks 4", "--pp 0", "--ranks -2", "--pp 4 --ranks 4"])
-def test_ranks_that_stages_cannot_share_are_refused_before_any_work(
+def test_ranks_that_stages_do_not_divide_are_refused_before_any_work(
     words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.commands.demo._call", lambda command, what: pytest.fail(f"{what} was begun"))
+    monkeypatch.setattr("pipeline.commands.demo._call", lambda command, what: pytest.fail(f"{what} was started"))
     with pytest.raises(UserError, match=r"--pp -?\d does not divide --ranks -?\d|= 4 is more than the model's 3"):
         demo_command(words.split())
 
@@ -49,5 +49,5 @@ def test_answers_are_compared_question_by_question(tmp_path: Path) -> None:
 
     ours = evaluated("ours", "red", "two", "yes", "no")
     assert same_answers(ours, evaluated("theirs", "red", "two", "no", "no")).endswith("theirs: 3 of 4 (75.0%)")
-    assert "other questions" in same_answers(ours, evaluated("fewer", "red"))
-    assert "is not there to compare with" in same_answers(ours, tmp_path / "nowhere")
+    assert "different questions" in same_answers(ours, evaluated("fewer", "red"))
+    assert "does not exist" in same_answers(ours, tmp_path / "nowhere")

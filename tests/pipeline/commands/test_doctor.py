@@ -1,4 +1,4 @@
-"""Each fault that `mma doctor` can find, really made; and what `mma status` says of runs."""
+"""Every problem that `mma doctor` can find, really caused; and what `mma status` prints about runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def finished(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def run_dir(finished: Path, tmp_path: Path) -> Path:
-    """A copy of a finished run, to be spoilt."""
+    """A copy of a finished run, for a test to damage."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
@@ -41,7 +41,7 @@ def set_state(run_dir: Path, **change: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_healthy_place_is_all_well(
+def test_a_healthy_machine_has_no_problems(
     run_dir: Path, small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # The shipped recipe's own run folder may hold a run of this checkout, on other packs.
@@ -58,14 +58,14 @@ def test_a_healthy_place_is_all_well(
     code = main(words)
     output = capsys.readouterr().out
     assert code == 0, output
-    for part in ("deepspeed ", "GiB free", "processes of this machine add up numbers over", "packs/sft: whole",
-                 f"done at step {STEPS} of {STEPS}", "step-00000006: whole", "a start would take", "2 replicas",
-                 "all is well"):  # fmt: skip
+    for part in ("deepspeed ", "GiB free", "processes of this machine all-reduce over", "packs/sft: ",
+                 f"done at step {STEPS} of {STEPS}", "step-00000006: complete", "the next start resumes from",
+                 "no problems found"):  # fmt: skip
         assert part in output, output
 
 
 @pytest.mark.slow
-def test_a_damaged_checkpoint_is_named_with_the_one_a_start_would_take(
+def test_a_damaged_checkpoint_is_named_with_the_one_a_start_resumes_from(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = run_dir / "checkpoints/step-00000006/rank-00000.safetensors"
@@ -76,23 +76,23 @@ def test_a_damaged_checkpoint_is_named_with_the_one_a_start_would_take(
     monkeypatch.setattr("pipeline.commands.doctor.check_local_network", lambda: iter(()))
     assert main(["doctor", "--checkpoint", str(run_dir), "--run-dir", str(run_dir)]) == 1
     output = capsys.readouterr().out
-    assert f"WRONG  {shard} is damaged: put the folder back from a copy" in output
-    assert "a start would take" in output and "step-00000004" in output
-    assert ".step-00000008.abc.tmp was cut short; no start takes it" in output
-    assert output.endswith("1 thing to mend\n")
+    assert f"WRONG  {shard} is damaged: restore the folder from a copy" in output
+    assert "the next start resumes from" in output and "step-00000004" in output
+    assert ".step-00000008.abc.tmp is incomplete; starts ignore it" in output
+    assert output.endswith("1 problem to fix\n")
 
 
 @pytest.mark.slow
-def test_how_a_run_ended_is_told(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_how_a_run_ended_is_printed(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     set_state(run_dir, state="running")
-    assert "killed at step 6 of 6: its process is gone without a word" in said(doctor_checks.check_checkpoint(run_dir))
+    assert "killed at step 6 of 6: its process ended without a report" in said(doctor_checks.check_checkpoint(run_dir))
     with (run_dir / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert said(doctor_checks.check_checkpoint(run_dir)) == ""
         assert main(["status", str(run_dir)]) == 0
         assert "running   step 6/6  loss " in capsys.readouterr().out
     set_state(run_dir, state="failed", error="rank 3 died")
-    assert "failed at step 6 of 6: rank 3 died; once that is mended" in said(doctor_checks.check_checkpoint(run_dir))
+    assert "failed at step 6 of 6: rank 3 died; see " in said(doctor_checks.check_checkpoint(run_dir))
     assert main(["status", str(run_dir)]) == 0
     line = capsys.readouterr().out
     assert line.startswith(f"{run_dir}  failed    step 6/6  loss ") and line.endswith("ago  rank 3 died\n")
@@ -104,9 +104,9 @@ def test_torn_and_missing_checkpoints(run_dir: Path) -> None:
     (run_dir / "checkpoints/step-00000006/manifest.json").write_text("{")
     (run_dir / "checkpoints/step-00000004/tokenizer/tokenizer.model").unlink()
     text = said(doctor_checks.check_checkpoint(run_dir))
-    assert "step-00000006 is not a whole checkpoint" in text and "tokenizer.model is missing" in text
+    assert "step-00000006 is not a" in text and "tokenizer.model is missing" in text
     shutil.rmtree(run_dir / "checkpoints")
-    assert "holds no finished checkpoint" in said(doctor_checks.check_checkpoint(run_dir))
+    assert "has no complete checkpoint" in said(doctor_checks.check_checkpoint(run_dir))
     assert "is not a run folder" in said(doctor_checks.check_checkpoint(run_dir / "nowhere"))
 
 
@@ -132,7 +132,7 @@ def test_recipes(small_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "nowhere" in said(doctor_checks.check_recipe("demo_sft", ["--data.packs", "nowhere"], 1))
 
 
-def test_software_that_is_not_what_was_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untested_and_missing_software_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert said(doctor_checks.check_software()) == ""
     monkeypatch.setattr("deepspeed.__version__", "0.1")
     monkeypatch.setattr("pipeline.training.run.environment.PACKAGES", ("torch", "no-such-package"))
@@ -141,7 +141,7 @@ def test_software_that_is_not_what_was_tested(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.slow
-def test_a_network_that_does_not_carry(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_does_not_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
     text = said(doctor_checks.check_local_network())
     assert "no all-reduce of 2 processes over gloo at 127.0.0.1:" in text and "GLOO_SOCKET_IFNAME" in text
@@ -156,17 +156,17 @@ def test_wrong_flags_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-def test_under_a_launcher_every_rank_is_looked_at(tmp_path: Path) -> None:
+def test_under_a_launcher_every_rank_is_checked(tmp_path: Path) -> None:
     script = ROOT / "tests/pipeline/commands/doctor_ranks.py"
     done = run(2, script, str(tmp_path), env={"PYTHONPATH": str(ROOT)}, launcher="srun")
     assert done.code != 0
     assert "rank 1 on " in done.output and "cannot be written" in done.output, done.output
-    assert "1 thing to mend" in done.output
+    assert "1 problem to fix" in done.output
 
 
 @pytest.mark.slow
 def test_no_secret_gets_out(small_demo: Path, tmp_path: Path) -> None:
-    """Secrets are in the environment, and on the command line as parts of words that are allowed there."""
+    """Secrets are in the environment, and inside words of the command line that are allowed there."""
     hidden = {"HF_TOKEN": "hf_" + "Q" * 30, "WANDB_API_KEY": "w" * 40, "AWS_SECRET": "aws+secret/value-1",
               "NCCL_TOKEN": "nccl-secret-value"}  # fmt: skip
     words = flags(small_demo, tmp_path / "run", "--train.steps", "1")

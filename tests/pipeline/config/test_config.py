@@ -56,7 +56,7 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
         pytest.param(
             ["--parallel.pp", "2", "--parallel.virtual-stages", "2"],
             ["virtual_stages=2 needs schedule=interleaved"],
-            id="chunks alone",
+            id="virtual stages alone",
         ),
         pytest.param(
             ["--parallel.schedule", "interleaved", "--parallel.virtual-stages", "2"],
@@ -64,7 +64,9 @@ def test_every_key_has_a_flag_and_a_help_text() -> None:
             id="one stage",
         ),
         pytest.param(
-            ["--parallel.schedule", "interleaved", "--parallel.pp", "2"], ["set chunks to 2 or more"], id="one chunk"
+            ["--parallel.schedule", "interleaved", "--parallel.pp", "2"],
+            ["set virtual_stages to 2 or more"],
+            id="one virtual stage",
         ),
         pytest.param(["--train.lr", "1e-9"], ["train", "min_lr=0.0001 is above lr=1e-09"], id="floor above peak"),
         pytest.param(["--model.llm.config.hidden_size"], ["hidden_size", "expected a value"], id="no value"),
@@ -92,7 +94,7 @@ def test_wrong_flags_are_named(argv: list[str], words: list[str]) -> None:
         pytest.param("data: {packs: '${NO_SUCH_VARIABLE}'}", ["NO_SUCH_VARIABLE"], id="unset variable"),
         pytest.param("extends: nothing", ["nothing"], id="unknown parent"),
         pytest.param("extends: r", ["unknown recipe 'r'"], id="its own parent"),
-        pytest.param("extends: other.yaml", ["r.yaml", "leads back to itself"], id="a circle of parents"),
+        pytest.param("extends: other.yaml", ["r.yaml", "forms a cycle"], id="a cycle of parents"),
     ],
 )
 def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) -> None:
@@ -104,11 +106,11 @@ def test_wrong_recipes_are_named(text: str, words: list[str], tmp_path: Path) ->
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_an_empty_run_folder_is_the_recipes() -> None:
+def test_an_empty_run_dir_is_named_after_the_recipe() -> None:
     assert parse(["--recipe", "demo_pt", "--run-dir", ""]).config.run_dir == "runs/demo_pt"
 
 
-def test_flags_may_be_written_as_keys_are() -> None:
+def test_flags_accept_the_underscores_of_keys() -> None:
     words = ["--train.global_batch_size", "4", "--parallel.micro_batches=2", "--train.lr", "1e-3"]
     assert parse(words).config == parse([word.replace("_", "-") for word in words]).config
 
@@ -119,10 +121,10 @@ def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
     assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "qwen3", "hidden_size": 32}
     config = parse(["--model.llm.config.hidden_size", "48", "--model.llm.config.rope_theta=1e4"]).config
     assert config.model.llm.config["hidden_size"] == 48
-    assert config.model.llm.config["rope_theta"] == 10_000.0, "a number, though YAML 1.1 asks for a dot in it"
+    assert config.model.llm.config["rope_theta"] == 10_000.0, "a number, although YAML 1.1 requires a dot"
 
 
-def test_a_recipe_may_take_the_name_of_the_shipped_one_it_extends(tmp_path: Path) -> None:
+def test_a_recipe_may_have_the_name_of_the_shipped_one_it_extends(tmp_path: Path) -> None:
     path = tmp_path / "demo_sft.yaml"
     path.write_text("extends: demo_sft\ntrain: {lr: 5e-3}")
     config = load_config(str(path))
@@ -134,7 +136,7 @@ def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
         read_mapping(tmp_path)
 
 
-def test_a_flag_spares_the_variable_it_replaces(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_flag_makes_the_variable_it_overrides_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in ("LLM_DIR", "VISION_DIR"):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match="LLM_DIR"):

@@ -68,7 +68,7 @@ def _line(problem: Any, known: KnownKeys, within: str) -> str:
     if kind == "missing":
         return f"{key} is missing: add it"
     if kind in ("model_type", "dict_type"):
-        return f"{key}: a mapping of keys belongs here (found {short_repr(value)})"
+        return f"{key}: expected a mapping of keys (found {short_repr(value)})"
     message = str(problem["msg"]).removeprefix("Value error, ")
     if kind != "value_error" or isinstance(value, str | int | float):
         message += f" (found {short_repr(value)})"

@@ -29,7 +29,7 @@ class OCRVQA(RowCorpus):
     images: RawFolder = Path("images")
     """Folder of the cover images."""
     split: Literal["train", "val", "test"] = "train"
-    """Split to read."""
+    """Split of the covers to read."""
     prompt: Annotated[str, placeholder("question")] = SHORT_ANSWER
     """User turn. ``{question}`` becomes the question."""
 

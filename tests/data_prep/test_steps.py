@@ -263,7 +263,9 @@ def test_rejects_are_counted_listed_and_limited(tmp_path: Path) -> None:
         "e": (png(3), "fine"),
     }
     write_tar(tmp_path / "raw" / "captions" / "00009.tar", bad)
-    with pytest.raises(UserError, match=r"corpora.captions \(in packs.pt\): 4 of 65 .*bad_fraction=0: .*rejects.jsonl"):
+    with pytest.raises(
+        UserError, match=r"corpora.captions \(in packs.pt\): 4 of 65 .*bad_fraction=0: .*mma-prep rejects"
+    ):
         prepare(make_recipe(tmp_path))
     prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
     listed = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Attention under a plan: the mask of each packed segment, rebuilt from sidecars and never materialised."""
+"""Attention under a plan: the mask of each packed segment is derived from sidecars and never materialised."""
 
 from pipeline.attention.backends import BACKENDS, attend
 from pipeline.attention.plan import AttentionPlan, build_plan
@@ -7,7 +7,7 @@ __all__ = ["BACKENDS", "AttentionPlan", "attend", "build_plan", "register"]
 
 
 def register() -> str:
-    """Make ``attn_implementation="mma"`` known to transformers (imported only here); returns the name."""
+    """Register ``attn_implementation="mma"`` with transformers (imported only here); return the name."""
     from pipeline.attention import hf
 
     return hf.register()

@@ -1,4 +1,4 @@
-"""``attend``: the one attention call of every layer, over interchangeable backends."""
+"""``attend``: the attention call of every layer, with interchangeable backends."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from pipeline.attention.sdpa_runs import attend_sdpa_runs, sdpa
 
 log = logging.getLogger(__name__)
 
-LSE_COPIES = 8.0
-"""Beyond this many gathered keys per token, ``auto`` merges two flash calls on CUDA instead of gathering."""
+LSE_GATHER_RATIO = 8.0
+"""Above this many gathered keys per token, ``auto`` on CUDA merges two flash calls instead of gathering keys."""
 
 
 class Backend(Protocol):
@@ -37,7 +37,7 @@ class Backend(Protocol):
         scaling: float,
         softcap: float | None,
     ) -> torch.Tensor:
-        """Attend; the plan, scaling and softcap are those of :func:`attend`."""
+        """Attend; plan, scaling and softcap as in :func:`attend`."""
         ...
 
 
@@ -54,19 +54,19 @@ def attend(
     """Attend one packed row (B = 1) under its plan; differentiable in q, k and v.
 
     Args:
-        q_BHTD: queries [1, H, T, D].
+        q_BHTD: queries [1, H, T, D], of any floating dtype.
         k_BHkTD: keys [1, H_kv, T, D]; H_kv divides H.
         v_BHkTD: values [1, H_kv, T, D].
-        plan: of exactly these T tokens, on the same device.
+        plan: the plan of these T tokens, on the same device.
         backend: a key of ``BACKENDS``, or ``auto``.
         scaling: factor of the logits; default ``D ** -0.5``.
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2).
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
 
     Returns:
-        out_BHTD [1, H, T, D]. Rows of padding are finite and mean nothing.
+        out_BHTD [1, H, T, D] in the dtype of ``q_BHTD``. Rows of padding are finite and meaningless.
 
     Raises:
-        UserError: unknown backend, or shapes that do not fit the plan.
+        UserError: the backend is unknown or cannot run this policy or dtype, or shapes do not match the plan.
     """
     _check(q_BHTD, k_BHkTD, plan)
     if backend == "auto":
@@ -96,7 +96,7 @@ def _runsplit(
 ) -> torch.Tensor:
     if _flash_fits(q) and softcap is None:
         return runsplit(q, k, v, plan.runs, partial(varlen.attend_varlen, scaling=scaling))
-    return runsplit(q, k, v, plan.runs, partial(_pieces, scaling=scaling, softcap=softcap))
+    return runsplit(q, k, v, plan.runs, partial(_sdpa_runs, scaling=scaling, softcap=softcap))
 
 
 def runsplit(
@@ -106,18 +106,29 @@ def runsplit(
     runs: RunSplit,
     kernel: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, VarlenBatch], torch.Tensor],
 ) -> torch.Tensor:
-    """Gather, attend every part with ``kernel`` (q[T, H, D], k and v[K, H_kv, D] -> out[T, H, D]), and put back."""
+    """Gather queries and keys, attend each batch of runs with ``kernel``, and restore the order of the queries.
+
+    Args:
+        q: queries [1, H, T, D].
+        k: keys [1, H_kv, T, D].
+        v: values [1, H_kv, T, D].
+        runs: the row's tables, on the same device.
+        kernel: q[T, H, D], k and v[K, H_kv, D], batch -> out[T, H, D].
+
+    Returns:
+        out [1, H, T, D].
+    """
     q_THD, k_KHD, v_KHD = (
         gather_rows(x[0].transpose(0, 1), gather) for x, gather in ((q, runs.queries), (k, runs.keys), (v, runs.keys))
     )
     q_sizes, k_sizes = [batch.q_tokens for batch in runs.batches], [batch.k_tokens for batch in runs.batches]
-    pieces = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
-    outs = [kernel(*tensors, batch) for tensors, batch in zip(pieces, runs.batches, strict=True)]
+    groups = zip(torch.split(q_THD, q_sizes), torch.split(k_KHD, k_sizes), torch.split(v_KHD, k_sizes), strict=True)
+    outs = [kernel(*tensors, batch) for tensors, batch in zip(groups, runs.batches, strict=True)]
     out_THD = outs[0] if len(outs) == 1 else torch.cat(outs)
     return gather_rows(out_THD, runs.outputs).transpose(0, 1)[None]
 
 
-def _pieces(
+def _sdpa_runs(
     q_THD: torch.Tensor,
     k_KHD: torch.Tensor,
     v_KHD: torch.Tensor,
@@ -133,11 +144,11 @@ def _lse(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
     if softcap is not None:
-        raise UserError("attention backend 'lse' has no soft cap of logits: use 'runsplit' for this model")
+        raise UserError("attention backend 'lse' cannot soft-cap logits: use 'runsplit' for this model")
     kernels: Kernels = varlen if _flash_fits(q) else loops
     if q.is_cuda and kernels is loops:
         raise UserError(
-            f"attention backend 'lse' needs fp16 or bf16 on CUDA, and heads of a multiple of 8 up to "
+            "attention backend 'lse' on CUDA needs fp16 or bf16 and a head size that is a multiple of 8 up to "
             f"{varlen.MAX_HEAD_SIZE}, got {q.dtype} and {q.shape[-1]}: train in bf16, or use 'runsplit'"
         )
     q_THD, k_THD, v_THD = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -146,7 +157,7 @@ def _lse(
 
 
 def _flash_fits(q: torch.Tensor) -> bool:
-    """Whether torch's variable-length flash attention takes queries [..., D]; it pads no head to a multiple of 8."""
+    """Return whether torch's variable-length flash attention supports queries [..., D]; it does not pad heads."""
     size = q.shape[-1]
     return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= varlen.MAX_HEAD_SIZE and size % 8 == 0
 
@@ -155,33 +166,40 @@ BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, 
 
 
 def choose_backend(plan: AttentionPlan, device: str, softcap: float | None = None, *, flash_fits: bool = True) -> str:
-    """Return the backend ``auto`` stands for, and log why once; ``flash_fits``: flash takes the queries on CUDA."""
+    """Return the backend that ``auto`` selects, and log the reason once.
+
+    Args:
+        plan: of the row.
+        device: type of the device, ``cpu`` or ``cuda``.
+        softcap: of the model's logits; only ``runsplit`` handles it on every device.
+        flash_fits: whether flash attention supports the queries' dtype and head size on CUDA.
+    """
     mergeable = softcap is None and plan.order is None and not plan.bidirectional and (flash_fits or device != "cuda")
-    if mergeable and (plan.run_split is None or (device == "cuda" and plan.gather_ratio > LSE_COPIES)):
-        name, reason = "lse", "samples with so many media that gathering keys would cost more"
+    if mergeable and (plan.run_split is None or (device == "cuda" and plan.gather_ratio > LSE_GATHER_RATIO)):
+        name, reason = "lse", "samples hold so many media that gathering keys would cost more"
     elif device == "cuda":
         name, reason = "runsplit", "one variable-length flash call over gathered keys"
     else:
         name, reason = "runsplit", "one fused attention per run"
-    _say_once(f"attention: {name} for policy {plan.policy.name} on {device}: {reason}")
+    _log_once(f"attention: {name} for policy {plan.policy.name} on {device}: {reason}")
     return name
 
 
 @lru_cache(maxsize=64)
-def _say_once(message: str) -> None:
+def _log_once(message: str) -> None:
     log.info(message)
 
 
 def _check(q: torch.Tensor, k: torch.Tensor, plan: AttentionPlan) -> None:
     if q.dim() != 4 or q.shape[0] != 1:
         raise UserError(
-            f"a plan is one row: got queries of shape {tuple(q.shape)} where [1, H, T, D] is needed; "
-            "join the rows of a micro-batch into one with Sidecars.concat"
+            f"a plan covers one row: queries must be [1, H, T, D], got {tuple(q.shape)}; "
+            "join the rows of a micro-batch with Sidecars.concat"
         )
     if q.shape[2] != len(plan) or k.shape[2] != len(plan):
         raise UserError(
-            f"the plan is of {len(plan)} tokens, but the layer has {q.shape[2]} queries and {k.shape[2]} keys: "
+            f"the plan covers {len(plan)} tokens, but the layer has {q.shape[2]} queries and {k.shape[2]} keys: "
             "build the plan from the sidecars of the same micro-batch"
         )
     if q.shape[1] % k.shape[1]:
-        raise UserError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: mend the model's configuration")
+        raise UserError(f"{q.shape[1]} query heads cannot share {k.shape[1]} key heads: fix the model's config")

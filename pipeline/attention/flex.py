@@ -1,4 +1,4 @@
-"""FlexAttention with a block mask computed from run bounds, not by evaluating the mask on every pair."""
+"""FlexAttention with a block mask computed from run bounds instead of evaluating the mask on every pair."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def attend_flex(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend in one fused kernel (compiled on CUDA, once per shape); out[1, H, T, D]."""
+    """Attend in one fused kernel, compiled on CUDA once per shape; out[1, H, T, D]. Arguments as in ``attend``."""
     tokens = q_BHTD.shape[2]
     pad = -tokens % BLOCK
     q, k, v = (F.pad(x, (0, 0, 0, pad)) if pad else x for x in (q_BHTD, k_BHkTD, v_BHkTD))
@@ -46,7 +46,7 @@ def attend_flex(
 
 
 def build_block_mask(policy: Policy, sidecars: Sidecars, device: torch.device) -> BlockMask:
-    """Return the block mask of a row of T tokens, padded to whole blocks; O(T + (T / 128)^2) time and memory.
+    """Return the block mask of a row of T tokens, padded to full blocks; O(T + (T / 128)^2) time and memory.
 
     Raises UserError for a policy that reorders tokens (``cca``).
     """
@@ -58,7 +58,7 @@ def build_block_mask(policy: Policy, sidecars: Sidecars, device: torch.device) -
     side = -(-len(table) // BLOCK)
     pairs, inside = _pairs_per_block(query_runs(policy, table), side)
     if pad := side * BLOCK - len(table):
-        inside[-1, -1] = True  # rows past the end see themselves: no softmax is empty
+        inside[-1, -1] = True  # rows past the end see themselves, so no softmax is empty
     whole = pairs == BLOCK * BLOCK
     return BlockMask.from_kv_blocks(
         *_block_lists(inside & ~whole, device),
@@ -70,7 +70,7 @@ def build_block_mask(policy: Policy, sidecars: Sidecars, device: torch.device) -
 
 
 def _pairs_per_block(runs: QueryRuns, side: int) -> tuple[IntArray, BoolArray]:
-    """Count allowed pairs per block of queries x keys (diagonal triangles aside), and mark blocks with any pair."""
+    """Count allowed pairs per block of queries x keys, except in diagonal triangles, and mark blocks with any pair."""
     run = runs.key_run
     own = (runs.key_start == runs.start[run]) & (runs.key_end == runs.end[run])
     first_q, last_q = runs.start[run] // BLOCK, (runs.end[run] - 1) // BLOCK
@@ -99,7 +99,7 @@ def _overlap(block: IntArray, start: IntArray, end: IntArray) -> IntArray:
 
 
 def _block_lists(marked: BoolArray, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return for each block row how many blocks are marked, and their columns first in a table; int32."""
+    """Return, per block row, the number of marked blocks and all columns with the marked ones first; int32."""
     counts = torch.from_numpy(marked.sum(axis=1).astype(np.int32))
     columns = torch.from_numpy(np.argsort(~marked, axis=1, kind="stable").astype(np.int32))
     return counts[None, None].to(device), columns[None, None].to(device)
@@ -111,7 +111,7 @@ def _mask_mod(policy: Policy, table: TokenTable, pad: int, device: torch.device)
 
     limit = column(table.segment_end if policy.leaks else table.commit, -1)
     tokens = SpanColumns(*(column(values, 0) for values in table.span_columns))  # type: ignore[arg-type]
-    unlock: Any = policy.unlock  # predicates only compare and combine, so tensors do as well as arrays
+    unlock: Any = policy.unlock  # predicates only compare and combine, so they also work on tensors
 
     def allowed(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         i, j = tokens.at(q), tokens.at(k)
@@ -134,7 +134,7 @@ def _soft_cap(softcap: float) -> Callable[..., torch.Tensor]:
 
 @lru_cache(maxsize=2)
 def _kernel(device: str) -> Callable[..., Any]:
-    # Shapes are fixed on purpose: dynamic ones gave NaN with masks that depend on the batch.
+    # Static shapes on purpose: dynamic shapes gave NaN with masks that depend on the batch.
     return (
         torch.compile(flex_attention, dynamic=False) if device == "cuda" else cast("Callable[..., Any]", flex_attention)
     )

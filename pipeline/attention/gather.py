@@ -13,7 +13,7 @@ from pipeline.attention.runs import Gather
 
 
 class _GatherRows(torch.autograd.Function):
-    """``y = x[rows]``; in the backward each row of x sums its copies in a fixed order (fp32 inside for bf16)."""
+    """``y = x[rows]``; the backward sums the copies of each row of x in a fixed order (bf16 accumulates in fp32)."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:
@@ -35,7 +35,7 @@ def gather_rows(x: torch.Tensor, gather: Gather | None) -> torch.Tensor:
 
 
 def scatter_sum(y: torch.Tensor, gather: Gather) -> torch.Tensor:
-    """Return for each row of x the sum of its copies in y: [K, ...] -> [T, ...], in a fixed order."""
+    """Return, for each row of x, the sum of its copies in y in a fixed order: [K, ...] -> [T, ...]."""
     return _sum_rows(y.reshape(y.shape[0], -1), gather.bag, gather.offsets).view(-1, *y.shape[1:])
 
 
@@ -43,8 +43,8 @@ def _sum_rows(source_KW: torch.Tensor, bag: torch.Tensor, offsets: torch.Tensor)
     if source_KW.is_cuda and source_KW.dtype != torch.float64 and _has_triton():
         from pipeline.attention.gather_triton import sum_rows
 
-        return sum_rows(source_KW.contiguous(), bag, offsets)  # a sum's gradient is one element, expanded
-    # An embedding bag is the library's own gather-sum: no atomics, and bf16 is summed in fp32.
+        return sum_rows(source_KW.contiguous(), bag, offsets)  # the gradient of a sum is an expanded scalar
+    # An embedding bag is torch's own gather-sum: no atomics, and bf16 accumulates in fp32.
     return F.embedding_bag(bag, source_KW, offsets, mode="sum", include_last_offset=True)
 
 

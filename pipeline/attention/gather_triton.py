@@ -1,4 +1,4 @@
-"""The gather-sum as one Triton kernel; import it only where Triton is installed (it comes with torch for CUDA)."""
+"""The gather-sum as one Triton kernel; import only where Triton is installed (torch for CUDA brings it)."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def _sum_rows(source, bag, offsets, out, width, BLOCK: tl.constexpr) -> None:  #
 
 
 def sum_rows(source_KW: torch.Tensor, bag: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """Return out[T, W]: row t sums ``source[bag[offsets[t]:offsets[t + 1]]]``, in that order, in fp32.
+    """Return out[T, W]: row t is the sum of ``source[bag[offsets[t]:offsets[t + 1]]]``, in that order, in fp32.
 
     Args:
-        source_KW: contiguous rows of a floating type of at most 32 bits.
+        source_KW: contiguous rows of a floating dtype of at most 32 bits.
         bag: int64[K].
         offsets: int64[T + 1].
     """

@@ -1,13 +1,13 @@
-"""The plug into Hugging Face decoders: attention implementation ``mma``, with the plan in place of the mask.
+"""The plug into Hugging Face decoders: attention implementation ``mma`` takes a plan in place of the mask.
 
-A decoder layer hands ``attention_mask=`` through to its attention untouched, so a plan given there arrives here::
+A decoder layer passes ``attention_mask=`` unchanged to its attention, so a plan given there arrives here::
 
     register()
     model.set_attn_implementation("mma")
     hidden = layer(hidden, attention_mask=plan, position_ids=..., position_embeddings=...)
 
-Any other mask (None, or the boolean one that ``generate`` makes) goes to the library's own sdpa, so that decoding with
-a KV cache works on the same model.
+Any other mask (None, or the boolean mask of ``generate``) goes to transformers' own sdpa, so decoding with a KV cache
+works on the same model.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ NAME = "mma"
 
 
 def register() -> str:
-    """Make ``attn_implementation="mma"`` known to transformers; returns the name. Calling it again is harmless."""
+    """Register ``attn_implementation="mma"`` with transformers; return the name. Idempotent."""
     AttentionInterface.register(NAME, mma_attention)
-    # Without a mask function of that name, generate() would drop padding masks without a word.
+    # Without a mask function of the same name, generate() would silently drop padding masks.
     AttentionMaskInterface.register(NAME, sdpa_mask)
     return NAME
 
@@ -47,10 +47,12 @@ def mma_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers asks: q[B, H, T, D], k and v[B, H_kv, T, D] -> (out[B, T, H, D], None).
+    """Attend through transformers' interface: q[B, H, T, D], k and v[B, H_kv, T, D] -> (out[B, T, H, D], None).
+
+    With a plan, B is 1, and the plan covers the T tokens.
 
     Raises:
-        UserError: with a plan, for attention dropout, or a sliding window shorter than the row's longest segment.
+        UserError: a plan is combined with attention dropout, or with a sliding window shorter than its longest segment.
     """
     if not isinstance(attention_mask, AttentionPlan):
         if softcap is not None:
@@ -66,7 +68,7 @@ def mma_attention(
     if sliding_window is not None and sliding_window < plan.longest_segment:
         raise UserError(
             f"a layer's sliding window of {sliding_window} tokens is shorter than a packed sample of "
-            f"{plan.longest_segment}: pack shorter samples, or choose a model with full attention"
+            f"{plan.longest_segment}: pack shorter samples, or use a model with full attention"
         )
     return attend(query, key, value, plan, scaling=scaling, softcap=softcap).transpose(1, 2), None
 
@@ -79,7 +81,7 @@ def _capped(
     scaling: float | None,
     softcap: float,
 ) -> torch.Tensor:
-    """Soft-capped attention of a decoding step, which the library's sdpa refuses; out[B, T, H, D]."""
+    """Soft-capped attention of a decoding step, which transformers' sdpa does not support; out[B, T, H, D]."""
     scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = mask is None and q.shape[2] > 1
     return sdpa(q, k, v, mask, scaling=scaling, softcap=softcap, is_causal=is_causal).transpose(1, 2)

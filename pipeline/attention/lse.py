@@ -1,9 +1,9 @@
-"""Two attentions merged by their log-sum-exp: whole segments causally, and rectangles of what a policy unlocks.
+"""Two attentions merged by their log-sum-exp: causal attention of full segments, and rectangles of unlocked pairs.
 
-Nothing of the causal part is gathered, so rows whose samples hold many media cost little memory. The backward is that
-of ring attention: each part is differentiated with the *merged* output and log-sum-exp. (Merging two library calls
-with plain autograd passes every test of the forward and gives wrong gradients: log-sum-exp is not differentiable
-there.)
+The causal part gathers nothing, so rows whose samples hold many media need little memory. The backward is that of ring
+attention (arXiv 2310.01889): each part is differentiated with the *merged* output and log-sum-exp. Merging two library
+calls with plain autograd would pass every forward test and give wrong gradients, because the library's log-sum-exp is
+not differentiable.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from pipeline.masks.spans import expand
 
 @dataclass(frozen=True)
 class Rectangles:
-    """A row's attention as causal segments and full rectangles on top of them."""
+    """A row's attention as causal segments plus rectangles of unlocked pairs."""
 
     segments: VarlenBatch
     rectangles: VarlenBatch
-    """Full runs; none when nothing is unlocked."""
+    """Bidirectional runs; empty when nothing is unlocked."""
     queries: torch.Tensor
-    """Tokens whose rows the rectangles add to, each at most once; int64."""
+    """Tokens the rectangles add to, each at most once; int64[queries of the rectangles]."""
     keys: Gather
-    """The rectangles' keys."""
+    """Keys of the rectangles."""
 
     def to(self, device: torch.device | str) -> Rectangles:
         """Return the tables on ``device``."""
@@ -40,13 +40,14 @@ class Rectangles:
 
 
 def build_rectangles(runs: QueryRuns, tokens: int) -> Rectangles:
-    """Turn a row's runs into segments and rectangles.
+    """Convert a row's runs into segments and rectangles.
 
-    Raises UserError when tokens of a run see each other both ways: that is no rectangle on top of a causal segment.
+    Raises UserError for bidirectional runs: they are not a rectangle on top of a causal segment.
     """
     if np.any(runs.bidirectional & (runs.end - runs.start > 1)):
         raise UserError(
-            "attention backend 'lse' adds to causal attention, but this policy is bidirectional too: use 'runsplit'"
+            "attention backend 'lse' cannot express this policy, because it is bidirectional within a run: "
+            "use 'runsplit'"
         )
     segment_start = runs.start[runs.start == runs.first_key]
     lengths = np.diff(np.append(segment_start, tokens))
@@ -62,7 +63,7 @@ def build_rectangles(runs: QueryRuns, tokens: int) -> Rectangles:
 
 
 class Kernels(Protocol):
-    """Attention of a part with its log-sum-exp: ``pipeline.attention.varlen`` or ``pipeline.attention.loops``."""
+    """Attention of a batch of runs with log-sum-exp: ``pipeline.attention.varlen`` or ``pipeline.attention.loops``."""
 
     def forward_with_lse(
         self, q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, scaling: float
@@ -102,7 +103,7 @@ class _Merged(torch.autograd.Function):
         scaling: float,
         kernels: Kernels,
     ) -> torch.Tensor:
-        """Return out[T, H, D]: rows of the rectangles weighed against the causal part by their log-sum-exp."""
+        """Return out[T, H, D]: rectangle and causal outputs, weighted by their log-sum-exp."""
         out, lse = kernels.forward_with_lse(q, k, v, tables.segments, scaling)
         if tables.rectangles.q_tokens:
             rows, keys = tables.queries, tables.keys.rows
@@ -111,7 +112,7 @@ class _Merged(torch.autograd.Function):
                 q.index_select(0, rows), k.index_select(0, keys), v.index_select(0, keys), tables.rectangles, scaling
             )
             both_lse = torch.logaddexp(near_lse, far_lse)
-            near_share, far_share = ((batch - both_lse).exp().T[..., None] for batch in (near_lse, far_lse))
+            near_share, far_share = ((own_lse - both_lse).exp().T[..., None] for own_lse in (near_lse, far_lse))
             out.index_copy_(0, rows, (near * near_share + far * far_share).to(out.dtype))
             lse.index_copy_(1, rows, both_lse)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -120,7 +121,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of q, k and v: the sums of both parts', each with the merged output and log-sum-exp."""
+        """Return the gradients of q, k and v: both parts' summed, each with the merged output and log-sum-exp."""
         gradient = gradients[0]
         state = AttentionState(*ctx.saved_tensors)
         tables, scaling, kernels = ctx.tables, ctx.scaling, ctx.kernels

@@ -1,4 +1,4 @@
-"""Attention run by run with the library's fused kernel: any device, any dtype; the CPU's way."""
+"""Attention with one call of torch's fused kernel per run: any device, any dtype; used on the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from pipeline.attention.runs import VarlenBatch
 
 QUERY_BLOCK = 256
-"""Queries of a long run are taken in blocks, so that the mask of a block stays O(T) and later keys are skipped."""
+"""Queries of a long run are processed in blocks: the mask of a block stays O(T), and later keys are skipped."""
 
 
 def attend_sdpa_runs(
@@ -22,18 +22,18 @@ def attend_sdpa_runs(
     scaling: float,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Attend the T queries of a part to its K gathered keys, run by run; out[1, H, T, D]."""
+    """Attend the T queries of a batch to its K gathered keys, run by run; out[1, H, T, D]."""
     lengths = [list(batch.q_lengths), list(batch.k_lengths), list(batch.k_lengths)]
-    # Pieces come from split, never from slices: the backward of each slice would fill a whole row with zeros.
+    # Split, never slice: the backward of every slice would fill a whole row with zeros.
     q_runs, k_runs, v_runs = (
         torch.split(x, sizes, dim=2) for x, sizes in zip((q_BHTD, k_BHkKD, v_BHkKD), lengths, strict=True)
     )
-    runs = [
-        piece
+    outs = [
+        out
         for q, k, v in zip(q_runs, k_runs, v_runs, strict=True)
-        for piece in _run(q, k, v, batch.causal, scaling, softcap)
+        for out in _run(q, k, v, batch.causal, scaling, softcap)
     ]
-    return torch.cat(runs, dim=2)
+    return torch.cat(outs, dim=2)
 
 
 def sdpa(
@@ -46,12 +46,22 @@ def sdpa(
     softcap: float | None = None,
     is_causal: bool = False,
 ) -> torch.Tensor:
-    """Scaled dot-product attention with grouped heads, in the library's kernel unless logits are soft-capped.
+    """Scaled dot-product attention with grouped heads; torch's fused kernel unless logits are soft-capped.
 
-    ``mask`` [T, K] is boolean (True: visible). Soft-capping (Gemma 2) is ``softcap * tanh(logits / softcap)``.
+    Args:
+        q_BHTD: queries [B, H, T, D].
+        k_BHkKD: keys [B, H_kv, K, D]; H_kv divides H.
+        v_BHkKD: values [B, H_kv, K, D].
+        mask: bool, broadcastable to [B, H, T, K], True where visible; None: all visible.
+        scaling: factor of the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
+        is_causal: causal, aligned top-left; only without ``mask``.
+
+    Returns:
+        out [B, H, T, D].
     """
     repeats = q_BHTD.shape[1] // k_BHkKD.shape[1]
-    masked_on_cuda = mask is not None and q_BHTD.is_cuda  # grouped heads and a mask have no fused kernel there
+    masked_on_cuda = mask is not None and q_BHTD.is_cuda  # CUDA has no fused kernel for grouped heads with a mask
     if softcap is None and not masked_on_cuda:
         return F.scaled_dot_product_attention(
             q_BHTD, k_BHkKD, v_BHkKD, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=repeats > 1
@@ -77,7 +87,7 @@ def _run(
         return
     for first in range(0, queries, QUERY_BLOCK):
         block = q.narrow(2, first, min(QUERY_BLOCK, queries - first))
-        before = keys - queries + first  # keys ahead of the block's own tokens, visible to all of it
+        before = keys - queries + first  # keys ahead of the block's own tokens, visible to all its queries
         seen = before + block.shape[2]
         mask = torch.ones(block.shape[2], seen, dtype=torch.bool, device=q.device).tril(before)
         yield sdpa(block, k.narrow(2, 0, seen), v.narrow(2, 0, seen), mask, scaling=scaling, softcap=softcap)

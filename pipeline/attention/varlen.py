@@ -1,7 +1,7 @@
-"""One thin adapter over torch's variable-length flash attention, whose signature moved between releases.
+"""A thin adapter to torch's variable-length flash attention, whose signature changes between releases.
 
-Queries are [T, H, D], keys and values [K, H_kv, D], in fp16 or bf16 on CUDA with D a
-multiple of 8, at most ``MAX_HEAD_SIZE``.
+Queries are [T, H, D], keys and values [K, H_kv, D], fp16 or bf16 on CUDA; D is a multiple of 8, at most
+``MAX_HEAD_SIZE``.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PARAMETERS = frozenset(inspect.signature(varlen.varlen_attn).parameters)
 def attend_varlen(
     q_THD: torch.Tensor, k_KHkD: torch.Tensor, v_KHkD: torch.Tensor, batch: VarlenBatch, *, scaling: float
 ) -> torch.Tensor:
-    """Attend the T queries of a part to its K gathered keys in one flash call; out[T, H, D], differentiable."""
+    """Attend the T queries of a batch to its K gathered keys in one flash call; out[T, H, D], differentiable."""
     _check_cover(q_THD, k_KHkD, batch)
     window = (-1, 0) if batch.causal else (-1, -1)
     offered = {"window_size": window, "is_causal": batch.causal, "enable_gqa": q_THD.shape[1] != k_KHkD.shape[1]}
@@ -49,10 +49,10 @@ def forward_with_lse(
 def backward_with_lse(
     gradient_THD: torch.Tensor, state: AttentionState, batch: VarlenBatch, scaling: float
 ) -> Gradients:
-    """Return the gradients of q, k and v for this part of the softmax whose output and log-sum-exp are given."""
+    """Return the gradients of q, k and v for this batch's share of a softmax whose output and log-sum-exp are given."""
     q_THD, k_KHkD, v_KHkD, out_THD, lse_HT = state
     _check_cover(q_THD, k_KHkD, batch)
-    # Without dropout the random state is never read, but the operator wants one.
+    # Without dropout the random state is never read, but the operator requires one.
     random_state = torch.zeros(2, dtype=torch.uint64, device=q_THD.device)
     given = {"query": q_THD, "key": k_KHkD, "value": v_KHkD, **_options(batch, scaling), "rng_state": random_state}
     given |= {"grad_out": gradient_THD.contiguous(), "out": out_THD, "lse": lse_HT.contiguous()}
@@ -61,8 +61,8 @@ def backward_with_lse(
 
 
 def _check_cover(q_THD: torch.Tensor, k_KHkD: torch.Tensor, batch: VarlenBatch) -> None:
-    # Rows past the last offset come back as garbage gradients, so the runs must cover every row.
-    assert batch.q_tokens == q_THD.shape[0] and batch.k_tokens == k_KHkD.shape[0], "a part does not cover its rows"
+    # Rows past the last offset would get garbage gradients, so the runs must cover every row.
+    assert batch.q_tokens == q_THD.shape[0] and batch.k_tokens == k_KHkD.shape[0], "the batch must cover all rows"
 
 
 def _options(batch: VarlenBatch, scaling: float) -> dict[str, Any]:

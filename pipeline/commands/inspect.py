@@ -1,6 +1,6 @@
-"""``mma inspect``: the page of ``mma-prep inspect --html`` with the mask of every row.
+"""``mma inspect``: the page of ``mma-prep inspect --html`` plus the mask of every row.
 
-Data preparation knows no mask (it runs where there is no torch), so the page takes whoever draws masks as an argument.
+Data preparation runs without torch and cannot draw masks, so its page takes the drawing function as an argument.
 """
 
 from __future__ import annotations

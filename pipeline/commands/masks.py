@@ -1,4 +1,4 @@
-"""``mma mask`` and ``mma prove``: look at the mask of a row, and prove that it leaks nothing."""
+"""``mma mask`` and ``mma prove``: draw the mask of a row, and prove that it leaks no answer."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Packs to micro-batches: which rows a rank trains at a step, and what each stage needs of them."""
+"""From packs to micro-batches: which rows a rank trains on in each step, and the inputs every stage needs."""

@@ -1,4 +1,4 @@
-"""Builds each step's micro-batches from the packs, ahead of the step, in background threads."""
+"""Builds the micro-batches of each step from the packs, ahead of time, in background threads."""
 
 from __future__ import annotations
 
@@ -27,27 +27,36 @@ from pipeline.model.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class StepBatch:
-    """This rank's micro-batches of one step, and what the whole step holds."""
+    """This rank's micro-batches of one step, with the step's counts."""
 
     microbatches: tuple[StageInputs, ...]
     rows: range
     """Rows of the global batch."""
     targets: int
-    """Supervised tokens of the global batch, over all replicas: what the loss is divided by."""
+    """Supervised tokens of the global batch, over all data-parallel ranks; the loss is divided by this count."""
     tokens: int
-    """Tokens of this replica that are not padding."""
+    """Tokens of this data-parallel rank, padding excluded."""
     images: int
-    """Images of this replica."""
+    """Images of this data-parallel rank."""
 
 
 def shifted_labels(row: PackRow) -> torch.Tensor:
-    """Return int64[L]: the supervised token that each position predicts, IGNORE where there is none."""
+    """Return int64[L]: the supervised token each position predicts, or IGNORE."""
     following = np.roll(row.input_ids.astype(np.int64), -1)
     return torch.from_numpy(np.where(predicts_target(row.segment, row.generated), following, IGNORE))
 
 
 def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None) -> StageInputs:
-    """Lay rows end to end as one sequence and build what a stage needs of it."""
+    """Join rows into one sequence of T tokens and build the stage inputs on the CPU.
+
+    Args:
+        rows: of one micro-batch, at least one.
+        policy: mask policy of the attention plan.
+        pixels: float32[n_images, 3, S, S] of the rows' images in order; None on stages without the vision tower.
+
+    Raises:
+        UserError: the sidecars of a row are damaged, or an image does not fit the policy's grid.
+    """
     sidecars = Sidecars.concat([Sidecars.from_row(row) for row in rows])
     labels = torch.cat([shifted_labels(row) for row in rows])
     return StageInputs(
@@ -65,12 +74,12 @@ _TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels", 
 
 
 def pinned(inputs: StageInputs) -> StageInputs:
-    """Return a micro-batch in page-locked memory, from which it reaches a GPU while that computes."""
+    """Return a micro-batch in page-locked memory, so its copy to the GPU can overlap with computation."""
     return _each_tensor(inputs, torch.Tensor.pin_memory)
 
 
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
-    """Move a micro-batch to the accelerator, without waiting for it where it is pinned."""
+    """Return a micro-batch on ``device``; the copy is asynchronous if the memory is pinned."""
     if device.type == "cpu":
         return inputs
     moved = _each_tensor(inputs, partial(torch.Tensor.to, device=device, non_blocking=True))
@@ -84,7 +93,7 @@ def _each_tensor(inputs: StageInputs, change: Callable[[torch.Tensor], torch.Ten
 
 
 class BatchSource:
-    """Yields `StepBatch` after `StepBatch`, read ahead by threads; its only state is where it started."""
+    """Yields one `StepBatch` per step, prefetched by threads; the step number is its only state."""
 
     def __init__(
         self,
@@ -100,15 +109,18 @@ class BatchSource:
         """Open the image store of a pack folder.
 
         Args:
-            packs: The rows.
-            order: How they are shared.
-            dp_rank: This rank's data-parallel index.
-            policy: Mask policy the plans are built for.
-            preprocess: Pixels of the vision tower; None on stages without it, which then read no image.
-            threads: Reading threads; 0 reads in the caller's.
-            ahead: Steps held ready.
+            packs: the rows.
+            order: which rows each rank takes.
+            dp_rank: data-parallel index of this rank.
+            policy: mask policy of the attention plans.
+            preprocess: preprocessing of the vision tower; None on stages without it, which read no images.
+            threads: loader threads; 0 loads in the calling thread.
+            ahead: steps to prefetch.
+
+        Raises:
+            UserError: the image store is missing or damaged.
         """
-        self._packs, self._order, self._replica, self._policy = packs, order, dp_rank, policy
+        self._packs, self._order, self._dp_rank, self._policy = packs, order, dp_rank, policy
         self._preprocess = preprocess
         store = packs.manifest.image_store
         self._images = ImageStore(packs.directory / store) if store and preprocess is not None else None
@@ -116,7 +128,7 @@ class BatchSource:
         self._ahead = max(1, ahead)
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
-        """Yield the batches of steps ``first .. last - 1`` (0-based)."""
+        """Yield the batches of steps ``first .. last - 1``, counted from 0. Raises UserError as :meth:`read` does."""
         if self._pool is None:
             yield from (self.read(step) for step in range(first, last))
             return
@@ -129,11 +141,11 @@ class BatchSource:
             yield waiting.popleft().result()
 
     def read(self, step: int) -> StepBatch:
-        """Build one step's micro-batches. Raises UserError naming the row and image that cannot be read."""
+        """Build the micro-batches of one step. Raises UserError naming the image that cannot be decoded."""
         consumed = step * self._order.global_batch_size
         microbatches, tokens, images = [], 0, 0
         for number in range(self._order.microbatches):
-            rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._replica, number)]
+            rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._dp_rank, number)]
             pixels = None if self._preprocess is None else self._pixels(rows, self._preprocess)
             microbatch = stage_inputs(rows, self._policy, pixels)
             microbatches.append(pinned(microbatch) if torch.cuda.is_available() else microbatch)
@@ -150,7 +162,7 @@ class BatchSource:
         return preprocess.batch([image for row in rows for image in self._shown(self._images, row)])
 
     def _shown(self, store: ImageStore, row: PackRow) -> Iterator[Image.Image]:
-        """Yield a row's images as the pack says they are shown."""
+        """Yield a row's images, augmented as the row records."""
         for number, index in enumerate(row.image_row.tolist()):
             image = self._decode(store, index)
             yield image if row.augmentation is None else apply_augmentation(image, row.augmentation[number])
@@ -165,6 +177,6 @@ class BatchSource:
             ) from error
 
     def close(self) -> None:
-        """End the reading threads."""
+        """Stop the loader threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Attention masks as pure functions of per-token sidecars: commit index, policies, their oracle and their proof."""
+"""Attention masks as pure functions of per-token sidecars: commit index, policies, dense oracle and proof."""
 
 from data_prep.common.modalities import MODALITIES
 from pipeline.masks.layout import parse_layout

@@ -1,8 +1,8 @@
-"""Attention policies: one-line predicates over sidecars, safe by construction through the commit index.
+"""Attention policies: one-line predicates over sidecars, made safe by the commit index.
 
-Every policy allows token i to see token j of the same segment when ``j <= i``, or when its predicate unlocks the pair
-and j does not pass the clamp: ``j <= c(i)``. The two ablations have no clamp and leak their answers; they exist to show
-that they do, and must be asked for by name.
+Token i sees token j of the same segment if ``j <= i``, or if the policy's predicate unlocks the pair and j is within
+the clamp, ``j <= c(i)`` (c: the commit index). The two ablations have no clamp and leak answers; they exist to
+demonstrate the leak and must be enabled explicitly. The base rule is Modality-Mutual Attention (arXiv 2503.02597).
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from pipeline.masks.sidecars import BoolArray, Sidecars, SpanColumns, TokenTable
 _PROBES = 64
 
 Unlock: TypeAlias = Callable[[SpanColumns, SpanColumns], BoolArray]
-"""``unlock(i, j)``: may token i see token j although j comes later?
+"""``unlock(i, j)``: whether token i may see the later token j.
 
-Called on columns of equal or broadcastable shape. It must depend on the values of the pair alone.
+Called on columns of equal or broadcastable shapes; the result may depend only on the values of the two tokens.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """Who may see whom in a packed row.
+    """A rule for which tokens of a packed row see which.
 
     Raises UserError when ``unlock`` reads a column that can change within a token span, or depends on anything but
-    the values of the pair.
+    the values of the two tokens.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Policy:
     unlock: Unlock | None = None
     """None: nothing beyond causal."""
     leaks: bool = False
-    """No clamp: tokens may see what is generated after them (ablations only)."""
+    """No clamp: tokens may see generated tokens that follow them (ablations only)."""
     needs_grid: bool = False
     """Image tokens must lie on a 2-D grid (not come from a resampler)."""
     grid: tuple[int, int] | None = None
@@ -52,12 +52,15 @@ class Policy:
             _check_predicate(self.name, self.unlock)
 
     def table(self, sidecars: Sidecars) -> TokenTable:
-        """Return the columns this policy's predicate reads. Raises UserError when an image does not fit the grid."""
+        """Return the row's columns, with rings if the policy has a grid.
+
+        Raises UserError when an image does not fit the grid.
+        """
         return token_table(sidecars, self.grid)
 
 
 def _check_predicate(name: str, unlock: Unlock) -> None:
-    """Try a predicate on pairs of made-up tokens, all at once, in reverse and one by one. Raises UserError."""
+    """Evaluate a predicate on random pairs of tokens: together, reversed and one by one. Raises UserError."""
     values = np.random.default_rng(0).integers(0, 3, (2, len(SpanColumns._fields), _PROBES))
     i, j = (SpanColumns(*columns) for columns in values)
     backwards = np.arange(_PROBES)[::-1]
@@ -67,19 +70,19 @@ def _check_predicate(name: str, unlock: Unlock) -> None:
     except AttributeError as error:
         raise UserError(
             f"mask policy '{name}' reads '{error.name}': a predicate may read only {', '.join(SpanColumns._fields)}, "
-            "which do not change within a token span"
+            "which are constant within a token span"
         ) from error
     if not isinstance(together, np.ndarray) or together.dtype != np.bool_ or together.shape != (_PROBES,):
         raise UserError(f"mask policy '{name}': the predicate must return one boolean per pair of tokens")
     if not np.array_equal(together, reverse[backwards]) or not np.array_equal(together, np.concatenate(alone)):
-        raise UserError(f"mask policy '{name}': the predicate must depend on the values of the two tokens alone")
+        raise UserError(f"mask policy '{name}': the predicate may depend only on the values of the two tokens")
 
 
 _POLICIES = (
-    Policy("causal", "the baseline: every token sees what came before it"),
+    Policy("causal", "baseline: every token sees the tokens before it"),
     Policy(
         "mma",
-        "media also see the given text that follows them in their turn (the paper's rule)",
+        "media also see the given text that follows in their turn (the paper's rule)",
         lambda i, j: (i.modality != TEXT) & (j.modality == TEXT),
     ),
     Policy(
@@ -89,44 +92,44 @@ _POLICIES = (
     ),
     Policy(
         "mma_general_instance",
-        "as mma_general, but two images count as different too",
+        "like mma_general, but two images also count as different",
         lambda i, j: i.instance != j.instance,
     ),
     Policy(
         "mma_aki",
-        "as the released AKI weights: images of the first turn see its text up to the assistant header",
+        "like the released AKI weights: images of the first turn see its text up to the assistant header",
         lambda i, j: (i.modality == IMAGE) & (j.modality == TEXT) & (i.turn == 0),
     ),
     Policy(
         "mixed",
-        "bidirectional inside one medium, causal elsewhere",
+        "bidirectional within each medium, causal elsewhere",
         lambda i, j: (i.instance == j.instance) & (i.instance >= 0),
     ),
     Policy(
         "mma_mixed",
-        "mma and mixed together",
+        "mma and mixed combined",
         lambda i, j: ((i.modality != TEXT) & (j.modality == TEXT)) | ((i.instance == j.instance) & (i.instance >= 0)),
     ),
     Policy(
         "prefix",
-        "bidirectional among everything given in one turn (prefix LM)",
+        "bidirectional among all given tokens of a turn (prefix LM)",
         lambda i, j: (i.generated == 0) & (j.generated == 0),
     ),
     Policy(
         "cca",
-        "concentric: inside an image, outer rings come before inner ones (arXiv 2410.15926)",
+        "concentric: within an image, outer rings come before inner rings (arXiv 2410.15926)",
         lambda i, j: (i.modality == IMAGE) & (i.instance == j.instance) & (i.ring == j.ring),
         needs_grid=True,
     ),
     Policy(
         "mma_unclamped",
-        "ablation, leaks: different modalities see each other, answers too (the paper's interleaved form, literally)",
+        "ablation, leaks: different modalities see each other, even answers (the paper's interleaved form, verbatim)",
         lambda i, j: i.modality != j.modality,
         leaks=True,
     ),
     Policy(
         "image_to_answer",
-        "ablation, leaks: media see all later text of the segment, answers too",
+        "ablation, leaks: media see all later text of the segment, even answers",
         lambda i, j: (i.modality != TEXT) & (j.modality == TEXT),
         leaks=True,
     ),
@@ -143,28 +146,30 @@ def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | N
         grid: patches per image as (rows, columns); None when image tokens come from a resampler.
 
     Raises:
-        UserError: the name is unknown, leaks without ``allow_leak``, or needs a grid that is not there.
+        UserError: the name is unknown, the policy leaks and ``allow_leak`` is not set, or it needs a grid.
     """
     if name not in POLICIES:
         raise UserError(f"unknown mask policy '{name}'{did_you_mean(name, POLICIES)}; known: {', '.join(POLICIES)}")
     policy = POLICIES[name]
     if policy.leaks and not allow_leak:
         raise UserError(
-            f"mask policy '{name}' shows the model the answers it is trained on; it is an ablation: "
-            "set allow_leak to true to run it knowingly, or use 'mma'"
+            f"mask policy '{name}' is an ablation that shows the model the answers it is trained on: "
+            "set allow_leak to true to run it on purpose, or use 'mma'"
         )
     if policy.needs_grid and grid is None:
         raise UserError(
-            f"mask policy '{name}' orders image tokens by their place on a 2-D grid, and a resampler's have none: "
-            "use a connector that keeps the grid (linear, mlp), or the policy 'mma'"
+            f"mask policy '{name}' orders image tokens by their place on the patch grid, which a resampler does not "
+            "keep: set model.connector.kind to mlp (in mma mask and mma prove: give --grid), or use policy 'mma'"
         )
     return replace(policy, grid=grid) if policy.needs_grid else policy
 
 
 def dense_mask(policy: Policy | str, sidecars: Sidecars) -> torch.Tensor:
-    """Return bool[T, T], True where row i may see column j: the oracle of every fast backend, O(T^2) memory.
+    """Return bool[T, T], True where token i (row) sees token j (column); O(T^2) memory.
 
-    Padding tokens see only themselves, so that no softmax is empty.
+    This is the oracle for every fast backend. Padding tokens see only themselves, so no softmax is empty.
+
+    Raises UserError for an unknown policy, or an image that does not fit the policy's grid.
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     table = policy.table(sidecars)

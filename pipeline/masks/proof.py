@@ -1,8 +1,8 @@
-"""Proof, on the layered attention graph of a row, that no answer leaks and that decoding with a cache is exact.
+"""Proof, on the layered attention graph of a row, that no answer leaks and that decoding with a KV cache is exact.
 
-A token's hidden state after L layers depends on the tokens reachable from it in L steps along allowed pairs. Two
-questions need only the *latest* token of a kind within reach, so what is propagated is one integer per token: in each
-layer it becomes the maximum over the tokens seen. That is exact, and costs O(T + unlocked pairs) per layer.
+A token's hidden state after L layers depends on the tokens reachable from it in L steps along allowed pairs. Both
+questions need only the *latest* reachable token of a kind, so one integer per token is propagated: in each layer it
+becomes the maximum over the tokens seen. This is exact and costs O(T + unlocked pairs) per layer.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """How a token's hidden state comes to depend on one it must not depend on."""
+    """The path along which a token's hidden state comes to depend on a forbidden token."""
 
     layer: int
-    """First layer (counted from 1) after which it does."""
+    """First layer, counted from 1, after which it does."""
     tokens: tuple[int, ...]
-    """The tokens on the way, from the dependent one to the forbidden one; ``layer`` steps."""
+    """Row indices on the path, from the dependent token to the forbidden one: ``layer`` steps."""
 
     def __str__(self) -> str:
         steps = " -> ".join(str(token) for token in self.tokens)
@@ -39,32 +39,38 @@ class Path:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What :func:`prove` found on one row."""
+    """The result of :func:`prove` on one row."""
 
     policy: str
     layers: int
     targets: int
-    """Supervised tokens whose predictions were examined."""
+    """Supervised tokens examined."""
     leak: Path | None
-    """From the position that predicts a target to that target or a later answer; None: no answer leaks."""
+    """From the position that predicts a target to that target or a later answer; None if no answer leaks."""
     inexact: Path | None
-    """From a token to one beyond its commit index; None: prefill and cached decoding give the training states."""
+    """From a token to one beyond its commit index; None if prefill and cached decoding reproduce training."""
 
     @property
     def leak_free(self) -> bool:
-        """No prediction depends on what it predicts, nor on any answer after it."""
+        """Whether every prediction is independent of its own target and of all later answers."""
         return self.leak is None
 
     @property
     def kv_exact(self) -> bool:
-        """Every hidden state depends only on tokens up to its commit index."""
+        """Whether every hidden state depends only on tokens up to its commit index."""
         return self.inexact is None
 
 
 def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
     """Examine every token of a row under ``layers`` layers of attention.
 
-    Raises UserError for an unknown policy, fewer than one layer, or an image that does not fit the policy's grid.
+    Args:
+        policy: a policy, or the name of one that neither leaks nor needs a grid.
+        sidecars: the row.
+        layers: attention layers of the model, at least 1.
+
+    Raises:
+        UserError: the policy is unknown, ``layers`` is below 1, or an image does not fit the policy's grid.
     """
     if layers < 1:
         raise UserError(f"a proof needs at least one layer of attention, got {layers}")
@@ -84,9 +90,9 @@ def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
 
 
 def check_rows(policy: Policy, reader: PackReader, rows: Iterable[int], layers: int) -> int:
-    """Prove the policy on these rows of a pack folder; returns how many were examined.
+    """Prove the policy on these rows of a pack folder; return the number of rows examined.
 
-    Raises UserError naming the first row with a leak and the way the answer takes.
+    Raises UserError naming the first row that leaks and the path along which the answer leaks.
     """
     examined = 0
     for row in rows:
@@ -107,15 +113,15 @@ class _Graph:
     table: TokenTable
     spans: TokenSpans
     span: IntArray
-    """The atom of each token."""
+    """Index of each token's span."""
     firsts: IntArray
-    """Where each atom's unlocked pairs begin in the list of pairs."""
+    """Start of each span's unlocked pairs in the list of pairs."""
     order: IntArray
-    """The row's own index of each token."""
+    """Each token's index in the row."""
 
     @classmethod
     def build(cls, policy: Policy, sidecars: Sidecars) -> _Graph:
-        """Cut a row into atoms and list what the policy unlocks between them."""
+        """Split a row into token spans and list the pairs the policy unlocks."""
         table = policy.table(sidecars)
         order = causal_order(policy, table)
         order = np.arange(len(table)) if order is None else order
@@ -125,7 +131,7 @@ class _Graph:
         return cls(table, spans, span, np.flatnonzero(run_starts(spans.left)), order)
 
     def step(self, reach: IntArray) -> IntArray:
-        """Return for each token the maximum of ``reach`` over the tokens it sees."""
+        """Return the maximum of ``reach`` over the tokens each token sees."""
         spans = self.spans
         base = np.cumsum(spans.start == spans.first_key)[self.span] * (len(reach) + 1)
         past = np.maximum.accumulate(reach + base) - base  # a later segment's base hides what came before it
@@ -138,7 +144,7 @@ class _Graph:
         return latest
 
     def first(self, reach: IntArray, forbidden: Callable[[IntArray], BoolArray], layers: int) -> Path | None:
-        """Propagate until some token reaches what is forbidden to it, or nothing changes, or layers are used up."""
+        """Propagate until a token reaches a forbidden one, nothing changes, or all layers are done."""
         history = [reach]
         for layer in range(1, layers + 1):
             history.append(self.step(history[-1]))
@@ -149,7 +155,7 @@ class _Graph:
         return None
 
     def _trace(self, token: int, history: list[IntArray]) -> tuple[int, ...]:
-        """Walk back from a token to the one whose index arrived at it."""
+        """Walk back from a token to the one whose index reached it."""
         tokens, wanted = [token], history[-1][token]
         for reach in reversed(history[:-1]):
             token = int(np.flatnonzero(self._sees(token) & (reach == wanted))[0])

@@ -1,6 +1,6 @@
-"""Per-token sidecars of one packed row, and what is derived from them: commit indices, turns and positions.
+"""Per-token sidecars of one packed row, and the columns derived from them: commit indices, turns and positions.
 
-A mask is never stored. Four integers per token say everything a policy needs; the rest is computed here in O(T).
+Masks are never stored. Four integers per token hold everything a policy needs; the rest is derived here in O(T).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from data_prep.common.errors import UserError
 from data_prep.common.modalities import IMAGE, MODALITIES, TEXT
 
-if TYPE_CHECKING:  # pyarrow stays optional for whoever only computes masks
+if TYPE_CHECKING:  # computing masks needs no pyarrow
     from data_prep.packs import PackRow
 
 IntArray = npt.NDArray[np.int64]
@@ -25,19 +25,19 @@ BoolArray = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Sidecars:
-    """What the mask of one packed row is made of; every field is a 1-D integer tensor of length T.
+    """The four per-token columns that define the mask of a packed row; each a 1-D integer tensor of length T.
 
     Raises UserError when lengths differ, a code is out of range, or the tokens of one segment are not contiguous.
     """
 
     segment: torch.Tensor
-    """Which packed sample a token belongs to: 1, 2, ...; 0 = padding."""
+    """Packed sample of the token: 1, 2, ...; 0 = padding."""
     modality: torch.Tensor
     """0 text, 1 image, 2 video, 3 audio."""
     instance: torch.Tensor
-    """Which medium of the row a token belongs to; -1 = text."""
+    """Medium of the token, counted from 0 in the row; -1 = text."""
     generated: torch.Tensor
-    """1 where the model writes at inference (answers, captions), 0 where the token is given."""
+    """1 for tokens the model writes at inference (answers, captions), 0 for given tokens."""
 
     def __post_init__(self) -> None:
         _check_shapes(self)
@@ -48,18 +48,18 @@ class Sidecars:
 
     @classmethod
     def from_row(cls, row: PackRow) -> Sidecars:
-        """Take the sidecar columns of a pack row (copied: pack rows are read-only views of a file)."""
+        """Copy the sidecar columns of a packed row (rows are read-only views of a file)."""
         return cls(**{field.name: torch.tensor(getattr(row, field.name)) for field in fields(cls)})
 
     @classmethod
     def concat(cls, rows: Sequence[Sidecars]) -> Sidecars:
-        """Join rows into one long row: segments stay apart, and instances go on counting from row to row.
+        """Join rows into one long row: segments stay separate, and instance numbers continue from row to row.
 
-        The joined row's media are those of the rows in order, so image features are joined in the same order.
+        Media keep the order of the rows, so image features are concatenated in the same order.
         Raises UserError for an empty list.
         """
         if not rows:
-            raise UserError("a micro-batch of no rows has no sidecars: ask for at least one row")
+            raise UserError("a micro-batch of no rows has no sidecars: give at least one row")
         segments, instances, segment_base, instance_base = [], [], 0, 0
         for row in rows:
             segment, instance = row.segment.long(), row.instance.long()
@@ -76,10 +76,10 @@ class Sidecars:
 
 
 class SpanColumns(NamedTuple):
-    """The columns a policy's predicate may read (int64[T] each): token spans are cut wherever one of them changes.
+    """The columns a policy's predicate may read, int64[T] each; a new token span begins wherever one of them changes.
 
-    Masks and proofs evaluate a predicate once per pair of token spans. A column that changes inside a span would give
-    a wrong mask and a wrong proof, so predicates get no other.
+    Masks and proofs evaluate a predicate once per pair of token spans. A column that changed inside a span would give
+    a wrong mask and a wrong proof, so predicates see no other column.
     """
 
     segment: IntArray
@@ -87,18 +87,18 @@ class SpanColumns(NamedTuple):
     instance: IntArray
     generated: IntArray
     turn: IntArray
-    """Number of generated runs that began in the segment at or before the token: 0 in the first given run."""
+    """Generated runs of the segment that begin at or before the token: 0 in the first given run."""
     ring: IntArray
     """Distance to the border of the image's grid; 0 without a grid."""
 
     def at(self, index: Any) -> SpanColumns:
-        """Return these columns for the tokens of any index array, so one predicate serves masks and lists of pairs."""
+        """Return the columns at any index array, so one predicate serves dense masks and lists of pairs."""
         return SpanColumns(*(column[index] for column in self))
 
 
 @dataclass(frozen=True, slots=True)
 class TokenTable:
-    """Numpy columns of a row (int64[T] each): sidecars and what is derived from them."""
+    """A row as numpy columns, int64[T] each: its sidecars and the columns derived from them."""
 
     segment: IntArray
     modality: IntArray
@@ -107,15 +107,15 @@ class TokenTable:
     commit: IntArray
     """See :func:`commit_index`."""
     segment_end: IntArray
-    """Index of the last token of the segment (of the token itself in padding)."""
+    """Index of the segment's last token (in padding, of the token itself)."""
     turn: IntArray
-    """Number of generated runs that began in the segment at or before the token: 0 in the first given run."""
+    """Generated runs of the segment that begin at or before the token: 0 in the first given run."""
     ring: IntArray
     """Distance to the border of the image's grid; 0 without a grid."""
 
     @property
     def span_columns(self) -> SpanColumns:
-        """What policies may read of these tokens."""
+        """The columns that policies may read."""
         return SpanColumns(*(getattr(self, name) for name in SpanColumns._fields))
 
     def __getitem__(self, index: Any) -> TokenTable:
@@ -126,7 +126,7 @@ class TokenTable:
 
 
 def token_table(sidecars: Sidecars, grid: tuple[int, int] | None = None) -> TokenTable:
-    """Derive every column policies may read. ``grid`` (rows, columns) gives image tokens their rings.
+    """Derive all columns of a row; with ``grid`` (rows, columns of patches) image tokens get their ring.
 
     Raises UserError when ``grid`` is given and an image of the row is not one contiguous run of rows x columns tokens.
     """
@@ -145,21 +145,23 @@ def token_table(sidecars: Sidecars, grid: tuple[int, int] | None = None) -> Toke
 
 
 def commit_index(sidecars: Sidecars) -> torch.Tensor:
-    """Return c, int64[T]: the last token each token may depend on without leaking anything generated.
+    """Return the commit index c, int64[T]: the last token that each token may depend on.
 
-    c(i) = i for generated tokens (and padding); for a given token it is the last index of the maximal run of given
-    tokens of its segment that contains i. A mask with ``allowed(i, j) => j <= c(i)`` in every layer leaks no target
-    and can be decoded with a KV cache exactly.
+    c(i) = i for generated tokens and padding; for a given token c(i) is the end of the maximal run of given tokens
+    of its segment that contains i. If ``allowed(i, j)`` implies ``j <= c(i)`` in every layer, no target leaks, and
+    decoding with a KV cache is exact.
     """
     segment, generated = (x.detach().cpu().numpy().astype(np.int64) for x in (sidecars.segment, sidecars.generated))
     return torch.from_numpy(_commit(segment, generated)).to(sidecars.segment.device)
 
 
 def position_ids(sidecars: Sidecars, grid: tuple[int, int] | None = None) -> torch.Tensor:
-    """Return positions, int64[T], counted from 0 in every segment (and 0 in padding).
+    """Return positions, int64[T], counted from 0 in every segment; padding has 0.
 
     With ``grid`` (rows, columns) image tokens take concentric positions (Concentric Causal Attention,
-    arXiv 2410.15926): the image's start plus the token's ring; what follows goes on after the last ring.
+    arXiv 2410.15926): the image's start plus the token's ring. Later tokens continue after the last ring.
+
+    Raises UserError as :func:`token_table` does.
     """
     table = token_table(sidecars, grid)
     step = np.ones(len(table), dtype=np.int64)
@@ -173,7 +175,7 @@ def position_ids(sidecars: Sidecars, grid: tuple[int, int] | None = None) -> tor
 
 
 def run_starts(*columns: npt.NDArray[Any]) -> BoolArray:
-    """Mark the first token of every maximal run in which all columns are constant; bool[T]."""
+    """Mark the first token of every maximal run over which all columns are constant; bool[T]."""
     starts = np.zeros(len(columns[0]), dtype=np.bool_)
     starts[:1] = True
     for column in columns:
@@ -182,19 +184,19 @@ def run_starts(*columns: npt.NDArray[Any]) -> BoolArray:
 
 
 def run_first(starts: BoolArray) -> IntArray:
-    """Return for each token the index of the first token of its run; int64[T]."""
+    """Return the index of the first token of each token's run; int64[T]."""
     index = np.arange(len(starts))
     return np.maximum.accumulate(np.where(starts, index, 0))
 
 
 def run_last(starts: BoolArray) -> IntArray:
-    """Return for each token the index of the last token of its run; int64[T]."""
+    """Return the index of the last token of each token's run; int64[T]."""
     first = np.flatnonzero(starts)
     return np.repeat(np.append(first[1:], len(starts)) - 1, np.diff(np.append(first, len(starts))))
 
 
 def ring_count(grid: tuple[int, int]) -> int:
-    """Number of concentric rings of a grid of (rows, columns) patches."""
+    """Return the number of concentric rings of a grid of (rows, columns) patches."""
     return (min(grid) + 1) // 2
 
 
@@ -212,8 +214,8 @@ def _rings(modality: IntArray, instance: IntArray, segment: IntArray, grid: tupl
     if np.any(wrong := image & (lengths != rows * columns)):
         where = int(np.flatnonzero(wrong)[0])
         raise UserError(
-            f"image {instance[where]} at token {where} has {lengths[where]} tokens, its grid {rows} x {columns}: "
-            "give the connector's grid, or choose a policy without one (mma, mixed)"
+            f"image {instance[where]} at token {where} has {lengths[where]} tokens, but its grid is {rows} x "
+            f"{columns}: give the connector's grid, or choose a policy that needs none (mma, mixed)"
         )
     row, column = np.divmod(np.arange(len(segment)) - first, columns)
     ring = np.minimum(np.minimum(row, rows - 1 - row), np.minimum(column, columns - 1 - column))
@@ -230,7 +232,7 @@ def _check_shapes(sidecars: Sidecars) -> None:
             )
     if len({column.numel() for column in columns.values()}) > 1:
         lengths = ", ".join(f"{name} {column.numel()}" for name, column in columns.items())
-        raise UserError(f"sidecars of one row must have one length, got {lengths}: the pack is damaged, make it again")
+        raise UserError(f"sidecars of one row must have equal lengths, got {lengths}: the row is damaged, rebuild it")
 
 
 def _check_values(sidecars: Sidecars) -> None:
@@ -246,11 +248,11 @@ def _check_values(sidecars: Sidecars) -> None:
     }
     for fault, where in bad.items():
         if where.any():
-            raise UserError(f"token {int(where.argmax())} has a {fault}: the pack is damaged, make it again")
+            raise UserError(f"token {int(where.argmax())} has a {fault}: the row is damaged, rebuild it")
     heads = segment[run_starts(segment)]
     ids, counts = np.unique(heads[heads > 0], return_counts=True)
     if np.any(counts > 1):
         raise UserError(
-            f"segment {ids[counts > 1][0]} appears in several pieces of the row: a packed sample must be contiguous, "
-            "and rows of a micro-batch are joined with Sidecars.concat"
+            f"segment {ids[counts > 1][0]} is not contiguous: the tokens of a packed sample must be adjacent; "
+            "join the rows of a micro-batch with Sidecars.concat"
         )

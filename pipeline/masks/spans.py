@@ -1,8 +1,8 @@
-"""A row as atoms: maximal runs of tokens alike to every policy, and the pairs of them a policy unlocks.
+"""A row as token spans: maximal runs of tokens that no policy can tell apart, and the pairs a policy unlocks.
 
-In atom terms a mask is small: a token sees what comes before it in its segment, all of its own atom where that is
-full, and all of each later atom that is unlocked for its own. Plans and proofs are computed on this form in time
-proportional to the row and to the unlocked pairs, without any T x T array.
+In terms of spans a mask is small. A token sees the earlier tokens of its segment, its whole span if that span is
+bidirectional, and every later span unlocked for its own. Plans and proofs work on this form in time proportional to
+the row and the unlocked pairs; no T x T array is built.
 """
 
 from __future__ import annotations
@@ -19,29 +19,30 @@ PAIRS_PER_BATCH = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class TokenSpans:
-    """TokenSpans [start, end) in order; the first key of all of an atom's tokens is ``first_key``."""
+    """Token spans [start, end) of a row in order; int64[N] unless stated."""
 
     start: IntArray
     end: IntArray
     first_key: IntArray
-    """Where the atom's segment begins."""
+    """First key of every token in the span: the start of its segment."""
     bidirectional: BoolArray
-    """Tokens of the atom see each other both ways."""
+    """Tokens of the span see each other both ways; bool[N]."""
     left: IntArray
-    """Unlocked pairs, ascending: atom ``left[n]`` sees all of the later atom ``right[n]``."""
+    """Unlocked pairs, ascending: span ``left[p]`` sees all of the later span ``right[p]``; int64[P]."""
     right: IntArray
+    """int64[P]."""
 
     def __len__(self) -> int:
         return len(self.start)
 
 
 def token_spans(policy: Policy, table: TokenTable, segment_starts: BoolArray) -> TokenSpans:
-    """Cut a row into atoms and evaluate the policy once per pair of them within reach of each other.
+    """Split a row into token spans and evaluate the policy once for each pair of spans within its clamp.
 
     Args:
-        policy: whose predicate decides.
-        table: the row's tokens, in the order of :func:`causal_order`.
-        segment_starts: where segments begin; padding may be cut into any number of them. bool[T].
+        policy: its predicate decides which pairs are unlocked.
+        table: the row's T tokens, in the order of :func:`causal_order`.
+        segment_starts: bool[T], True where a segment begins; padding may be split into any number of segments.
     """
     first = run_first(segment_starts)
     if policy.unlock is None:
@@ -62,7 +63,7 @@ def token_spans(policy: Policy, table: TokenTable, segment_starts: BoolArray) ->
 
 
 def _unlocked_pairs(unlock: Unlock, heads: SpanColumns, last: IntArray) -> tuple[IntArray, IntArray]:
-    """Return the pairs (atom, later atom up to ``last[atom]``) that are unlocked, evaluated in bounded batches."""
+    """Return the unlocked pairs (span, later span up to ``last[span]``), evaluated in batches of bounded size."""
     own = np.arange(len(last))
     batch = np.cumsum(last - own) // PAIRS_PER_BATCH
     lefts, rights = [], []
@@ -75,18 +76,19 @@ def _unlocked_pairs(unlock: Unlock, heads: SpanColumns, last: IntArray) -> tuple
 
 
 def causal_order(policy: Policy, table: TokenTable) -> IntArray | None:
-    """Return the order of tokens in which the policy is causal between atoms; None for the row's own order.
+    """Return the token order, int64[T], in which the policy is causal between spans; None for the row's own order.
 
-    Concentric attention is causal when every image's tokens are sorted by ring, all others staying in place.
+    Concentric attention (arXiv 2410.15926) is causal once the tokens of every image are sorted by ring; all other
+    tokens keep their places.
     """
     if policy.grid is None:
         return None
-    piece = np.cumsum(run_starts(table.segment, table.modality, table.instance))
-    return np.lexsort((table.ring, piece))
+    run = np.cumsum(run_starts(table.segment, table.modality, table.instance))
+    return np.lexsort((table.ring, run))
 
 
 def expand(start: IntArray, end: IntArray) -> IntArray:
-    """Concatenate the ranges ``start[n]..end[n]`` (ends excluded); int64[sum of lengths]."""
+    """Concatenate the ranges ``start[n] .. end[n] - 1``; int64[sum of lengths]."""
     lengths = end - start
     ends = np.cumsum(lengths)
     shift: IntArray = np.repeat(start - (ends - lengths), lengths)

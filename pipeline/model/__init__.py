@@ -1,1 +1,1 @@
-"""The multimodal model in pipeline stages: vision tower, connector, any Hugging Face decoder, loss."""
+"""The multimodal model as pipeline stages: vision tower, connector, a Hugging Face decoder, loss."""

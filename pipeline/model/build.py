@@ -1,4 +1,4 @@
-"""Builds a stage unit by unit, so that no rank ever holds more than one unsharded layer."""
+"""Builds a stage one unit at a time, so a rank never holds more than one unsharded layer."""
 
 from __future__ import annotations
 
@@ -32,23 +32,26 @@ def build_stage(
 ) -> Stage:
     """Build the stage of decoder layers ``layers``.
 
-    Each unit (an encoder block, the connector, the embedding, a decoder layer, the norm, the head) is made in memory,
-    filled, cast and handed to ``shard`` before the next: in host memory a rank has its own shards and one unit. From
-    scratch, a unit's values depend on ``seed`` and its global name alone: any split into stages gives the same model to
-    the bit.
+    Each unit (an encoder block, the connector, the embedding, a decoder layer, the norm, the head) is allocated,
+    filled, cast and passed to ``shard`` before the next one, so the host memory of a rank holds its own shards and one
+    unit. Values drawn from scratch depend only on ``seed`` and the unit's global name, so every split into stages gives
+    the same model to the bit.
 
     Args:
         spec: the model.
-        layers: global indices of the decoder layers, in order; one run of them, or several chunks.
-        first: adds vision tower, connector and embedding.
-        last: adds final norm and head.
-        dtype: type of the parameters; values are drawn in fp32 and cast.
-        device: where units end up before they are sharded.
-        seed: of what starts from scratch.
-        source: pretrained weights; parts it does not hold start from scratch.
-        reads: whether this rank fills the units; where False they are zeros, to be overwritten by a broadcast.
+        layers: global indices of the decoder layers, ascending; one run of layers, or several virtual stages.
+        first: add the vision tower, the connector and the embedding.
+        last: add the final norm and the head.
+        dtype: dtype of the parameters; values are drawn in fp32 and cast.
+        device: where units are moved before they are sharded.
+        seed: seed of everything that starts from scratch.
+        source: pretrained weights; parts it lacks start from scratch.
+        reads: whether this rank fills the units; if False they are zeros, to be overwritten by a broadcast.
         shard: called with each finished unit (ZeRO-3 partitions it there).
         gradient_checkpointing: recompute decoder layers in the backward pass.
+
+    Returns:
+        The stage, in training mode.
 
     Raises:
         UserError: a weight file cannot be read.
@@ -60,7 +63,7 @@ def build_stage(
     )
     for name, unit in stage.units():
         family = vision if name.startswith("vision.") else llm
-        if not reads or _in_source(name, unit, source):  # only what is drawn must be whole in fp32 first
+        if not reads or _in_source(name, unit, source):  # only values drawn from scratch need fp32 first
             _cast(unit, dtype)
         unit.to_empty(device="cpu")
         _fill(name, unit, family, seed=seed, source=source, reads=reads)
@@ -81,7 +84,7 @@ def _in_source(name: str, unit: nn.Module, source: WeightSource | None) -> bool:
 
 
 def _cast(unit: nn.Module, dtype: torch.dtype) -> None:
-    """Change the type of a unit's parameters; its buffers keep theirs."""
+    """Change the dtype of a unit's parameters; buffers keep theirs."""
     for param in unit.parameters():
         param.data = param.data.to(dtype)
 
@@ -90,12 +93,12 @@ def _cast(unit: nn.Module, dtype: torch.dtype) -> None:
 def _fill(
     name: str, unit: nn.Module, family: PreTrainedModel | None, *, seed: int, source: WeightSource | None, reads: bool
 ) -> None:
-    """Give a unit's parameters and buffers their values, on the CPU."""
-    # A head tied to an embedding on another stage starts as the same draw.
+    """Set the values of a unit's parameters and buffers, on the CPU."""
+    # A head tied to an embedding on another stage must start with the same values.
     drawn_as = "model.embed_tokens" if name == "lm_head" and family is not None and _is_tied(family) else name
     loaded = _in_source(name, unit, source)
     for param in unit.parameters():
-        if loaded or not reads:  # the library's initialisers pass over parameters marked so, and fill only buffers
+        if loaded or not reads:  # transformers' initialisers skip parameters with this mark and fill only buffers
             setattr(param, INITIALISED, True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed_of(seed, drawn_as))

@@ -1,4 +1,4 @@
-"""Connectors: patch features of the vision tower -> image tokens of the language model's width.
+"""Connectors: from patch features of the vision tower to image tokens of the language model's width.
 
 B images, P patches, N image tokens, D feature width, H heads.
 """
@@ -13,7 +13,7 @@ from pipeline.config.schema import ConnectorConfig
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the features and to themselves; without biases."""
+    """Latents attend to the features and to themselves; no biases (Flamingo, arXiv 2204.14198)."""
 
     def __init__(self, width: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class PerceiverAttention(nn.Module):
         self.to_out = nn.Linear(heads * head_dim, width, bias=False)
 
     def forward(self, features_BPD: torch.Tensor, latents_BND: torch.Tensor) -> torch.Tensor:
-        """Return the update of the latents, [B, N, D]."""
+        """Return the update of the latents [B, N, D], from features [B, P, D] and latents [B, N, D]."""
         latents_BND = self.norm_latents(latents_BND)
         keys_BKD = torch.cat([self.norm_features(features_BPD), latents_BND], dim=1)
         q, k, v = (self._split(x) for x in (self.to_q(latents_BND), *self.to_kv(keys_BKD).chunk(2, dim=-1)))
@@ -37,7 +37,7 @@ class PerceiverAttention(nn.Module):
 
 
 class PerceiverBlock(nn.Module):
-    """Attention and feed-forward, each on a residual."""
+    """Attention and feed-forward, each with a residual connection."""
 
     def __init__(self, width: int, config: ConnectorConfig) -> None:
         super().__init__()
@@ -48,13 +48,13 @@ class PerceiverBlock(nn.Module):
         )
 
     def forward(self, features_BPD: torch.Tensor, latents_BND: torch.Tensor) -> torch.Tensor:
-        """Return the next latents, [B, N, D]."""
+        """Return the next latents [B, N, D], from features [B, P, D] and latents [B, N, D]."""
         latents_BND = latents_BND + self.attention(features_BPD, latents_BND)
         return latents_BND + self.feed_forward(latents_BND)  # type: ignore[no-any-return]
 
 
 class PerceiverResampler(nn.Module):
-    """Learned queries read any number of patches into a fixed number of tokens (arXiv 2204.14198; AKI's connector)."""
+    """Learned queries condense any number of patches into a fixed number of tokens (arXiv 2204.14198; as in AKI)."""
 
     def __init__(self, width: int, out_width: int, config: ConnectorConfig) -> None:
         super().__init__()
@@ -65,11 +65,11 @@ class PerceiverResampler(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the queries; sub-modules draw their own weights."""
+        """Initialise the latents; sub-modules initialise their own weights."""
         nn.init.normal_(self.latents)
 
     def forward(self, features_BPD: torch.Tensor) -> torch.Tensor:
-        """Return image tokens [B, latents, out_width]."""
+        """Return image tokens [B, latents, out_width] of features [B, P, width]."""
         latents_BND = self.latents.expand(len(features_BPD), -1, -1)
         for block in self.blocks:
             latents_BND = block(features_BPD, latents_BND)
@@ -77,7 +77,7 @@ class PerceiverResampler(nn.Module):
 
 
 class MlpConnector(nn.Sequential):
-    """One token a patch through two linear layers (LLaVA-1.5, arXiv 2310.03744): [B, P, width] -> [B, P, out_width]."""
+    """Two linear layers, one token per patch (LLaVA-1.5, arXiv 2310.03744): [B, P, width] -> [B, P, out_width]."""
 
     def __init__(self, width: int, out_width: int) -> None:
         super().__init__(nn.Linear(width, out_width), nn.GELU(), nn.Linear(out_width, out_width))

@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, counted on the meta device."""
+"""Parameter and FLOP counts of a model, computed on the meta device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.model.spec import ModelSpec
 
 
 class Cost(NamedTuple):
-    """Floating-point operations of a part of the model."""
+    """FLOPs of one part of the model."""
 
     forward: float
     backward: float
@@ -20,24 +20,25 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class ParamCounts:
-    """Parameters by part of the model."""
+    """Parameter counts by part of the model."""
 
     vision: int
     connector: int
     embed: int
     layers: tuple[int, ...]
-    """Each decoder layer."""
+    """One count per decoder layer."""
     norm: int
     head: int
-    """0 where the head is the embedding."""
+    """0 where the head shares the embedding's weight."""
     patches: int
-    """Vision tokens of one image."""
+    """Patch features of one image."""
     image_tokens: int
+    """Language-model tokens of one image."""
     vision_frozen: bool
 
     @classmethod
     def of(cls, spec: ModelSpec) -> ParamCounts:
-        """Count a model's parameters without allocating any."""
+        """Count a model's parameters without allocating them."""
         llm = spec.meta_llm()
         return cls(
             vision=_size(spec.meta_vision()),
@@ -57,7 +58,7 @@ class ParamCounts:
         return self.vision + self.connector + self.embed + sum(self.layers) + self.norm + self.head
 
     def of_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> tuple[int, int]:
-        """Return (trained, frozen) parameters of a stage; a tied head on another stage than the embedding is a copy."""
+        """Return (trained, frozen) parameters of a stage; a tied head counts again if the embedding is elsewhere."""
         trained = sum(self.layers[layer] for layer in layers)
         if first:
             trained += self.connector + self.embed + (0 if self.vision_frozen else self.vision)
@@ -66,22 +67,22 @@ class ParamCounts:
         return trained, self.vision if first and self.vision_frozen else 0
 
     def step_flops(self, *, tokens: int, targets: int, images: int) -> float:
-        """Return the operations of a step: 6 a parameter a token (2 forward, 4 backward), 2 where nothing trains.
+        """Return the FLOPs of a step: 6 per parameter and token (2 forward, 4 backward), 2 for frozen parameters.
 
-        Scores and recomputation are left out, so an MFU from this is a lower bound. The head counts its supervised
-        tokens only, the connector its image tokens.
+        Attention scores and recomputation are excluded, so an MFU based on this is a lower bound. The head counts
+        supervised tokens only, the connector image tokens only.
         """
         decoder = 6.0 * sum(self.layers) * tokens + 6.0 * (self.head or self.embed) * targets
         vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * images
         return decoder + vision + 6.0 * self.connector * self.image_tokens * images
 
     def part_costs(self, *, image_share: float, target_share: float, recomputed: bool) -> Sequence[Cost]:
-        """Return the operations of a packed token: before the layers, each layer, after them.
+        """Return the FLOPs per packed token: before the decoder layers, of each layer, after them.
 
         Args:
-            image_share: Images per packed token.
-            target_share: Supervised tokens per packed token.
-            recomputed: Decoder layers run forward again in the backward pass.
+            image_share: images per packed token.
+            target_share: supervised tokens per packed token.
+            recomputed: decoder layers are recomputed in the backward pass.
         """
         vision = self.vision * self.patches * image_share
         before = vision + self.connector * self.image_tokens * image_share

@@ -1,4 +1,4 @@
-"""Hugging Face configurations of the language model and the vision tower, checked before anything is built."""
+"""Hugging Face configs of the language model and the vision tower, checked before anything is built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LLM_FAMILIES = (
     "qwen3",
     "smollm3",
 )
-"""Decoder families whose layers, rotary embedding and head are called as their own library code calls them."""
+"""Decoder families whose layers, rotary embedding and head are called exactly as in transformers."""
 VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model")
 _COMPOSITE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
 _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
@@ -35,21 +35,21 @@ _DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     """Return the decoder's config with at least ``vocab_size`` embedding rows and no dropout.
 
-    Raises ConfigError naming the key for a missing folder, an unknown family, or a config it refuses.
+    Raises ConfigError naming the key for a missing folder, an unsupported family, or a value it refuses.
     """
     raw = _merged("model.llm", config.source, config.config)
     family = _family("model.llm", raw, LLM_FAMILIES)
     raw["vocab_size"] = max(int(raw.get("vocab_size", 0)), vocab_size)
-    # Special tokens are the tokenizer's affair. Named here, the padding row would never be trained, and Phi-3's
-    # padding is also its end-of-text token.
+    # Special tokens belong to the tokenizer. If set here, the padding row would never be trained, and Phi-3's padding
+    # is also its end-of-text token.
     raw |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     return _without_dropout(_make("model.llm", family, raw, config.config))
 
 
 def vision_config(config: VisionConfig) -> PreTrainedConfig:
-    """Return the tower's config, without dropout and without the pooling head that no connector reads.
+    """Return the tower's config without dropout and without the pooling head, which no connector uses.
 
-    Raises ConfigError as :func:`llm_config` does, and for an image size that patches do not tile.
+    Raises ConfigError as :func:`llm_config` does, and for an image size smaller than a patch.
     """
     raw = _merged("model.vision", config.source, config.config)
     if raw.get("model_type") in _COMPOSITE:
@@ -69,12 +69,12 @@ def vision_config(config: VisionConfig) -> PreTrainedConfig:
 
 
 def config_from_dict(raw: Mapping[str, Any], known: tuple[str, ...]) -> PreTrainedConfig:
-    """Rebuild a config saved in a checkpoint or an export. Raises ConfigError when its family is not ``known``."""
+    """Rebuild a config saved in a checkpoint or an export. Raises ConfigError as :func:`llm_config` does."""
     return _make("saved model", _family("saved model", raw, known), raw, {})
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Nothing in a step is random, so that a resumed run equals an undisturbed one."""
+    """Set dropout to 0: no step is random, so a resumed run equals an uninterrupted one."""
     for key in _DROPOUTS:
         if hasattr(config, key):
             setattr(config, key, 0.0)
@@ -87,7 +87,7 @@ def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]
     path = Path(source) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"{key}.source={source} holds no config.json: name a local Hugging Face folder (nothing is downloaded here)"
+            f"{key}.source={source} holds no config.json: give a local Hugging Face folder (nothing is downloaded)"
         )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What a pipeline stage is given for one micro-batch, next to the hidden states of the stage before it."""
+"""The inputs of a pipeline stage for one micro-batch, apart from the previous stage's hidden states."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ IGNORE = -100
 
 @dataclass(frozen=True)
 class StageInputs:
-    """One micro-batch: its packed rows laid end to end as a single sequence of T tokens.
+    """One micro-batch: its packed rows joined into one sequence of T tokens.
 
-    Every stage builds its own from the packs it maps; only hidden states travel between stages.
+    Every stage builds its own from the memory-mapped packs; only hidden states travel between stages.
     """
 
     input_ids: torch.Tensor
@@ -31,4 +31,4 @@ class StageInputs:
     pixels: torch.Tensor | None = None
     """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""
     supervised: torch.Tensor | None = None
-    """int64[n]: positions that have a label, if found beforehand: to find them on a GPU, its host would wait for it."""
+    """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""

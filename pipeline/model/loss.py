@@ -1,4 +1,4 @@
-"""The language-model head and its loss, without ever holding all logits.
+"""The language-model head and its loss, computed without holding all logits at once.
 
 n supervised rows, d hidden width, V vocabulary rows.
 """
@@ -16,7 +16,7 @@ CHUNK_LOGITS = 1 << 25
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of cross-entropies; gradients are made in the forward pass, chunk by chunk, while logits are at hand."""
+    """Sum of cross-entropies; the forward pass also computes the gradients, chunk by chunk, from the same logits."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -58,8 +58,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Scale the gradients of hidden states [n, d] and weight [V, d] that the forward made, once only."""
-        assert ctx.gradients is not None, "the loss was differentiated twice; compute it again"
+        """Scale the gradients of hidden states [n, d] and weight [V, d] computed by the forward pass; once only."""
+        assert ctx.gradients is not None, "the loss was differentiated twice: recompute it first"
         (dh_ND, dw_VD), ctx.gradients = ctx.gradients, None  # scaled in place: a copy would double the peak
         dh_ND = None if dh_ND is None else dh_ND.mul_(grads[0])
         dw_VD = None if dw_VD is None else dw_VD.mul_(grads[0]).to(ctx.weight_dtype)
@@ -67,7 +67,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add ``left @ right``, without a temporary where the types agree."""
+    """Add ``left @ right``, without a temporary where the dtypes agree."""
     if into.dtype == left.dtype:
         into.addmm_(left, right)
     else:
@@ -86,14 +86,14 @@ def linear_cross_entropy(
     """Return the *sum* over rows of the cross-entropy of ``softcap(scale * h @ w.T)``; a scalar of at least fp32.
 
     Args:
-        h_ND: hidden states of the supervised rows.
-        w_VD: weight of the head.
-        labels_N: int64, the row each must predict, 0 .. V-1.
+        h_ND: hidden states of the supervised rows, [n, d].
+        w_VD: weight of the head, [V, d], in the same dtype.
+        labels_N: int64[n], the vocabulary row to predict, 0 .. V-1.
         scale: factor of the logits (Granite).
-        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2 and 3).
-        chunk_rows: rows whose logits are held at once; default: what ``CHUNK_LOGITS`` allows.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` (Gemma 2, arXiv 2408.00118).
+        chunk_rows: rows whose logits are held at once; default: as many as ``CHUNK_LOGITS`` allows.
 
-    No rows give an exact 0.0 that is still connected to both inputs, so that every rank runs the same backward.
+    With no rows the result is exactly 0.0 but still connected to both inputs, so every rank runs the same backward.
     """
     chunk_rows = chunk_rows or max(16, CHUNK_LOGITS // len(w_VD))
     options = (scale, softcap, chunk_rows, torch.is_grad_enabled())
@@ -101,10 +101,10 @@ def linear_cross_entropy(
 
 
 class LMHead(nn.Linear):
-    """The output projection, computing its loss in its own forward: ZeRO-3 gathers a weight only there."""
+    """The output projection; computes the loss in its own forward, because ZeRO-3 gathers its weight only there."""
 
     def __init__(self, width: int, vocab_rows: int, *, scale: float = 1.0, softcap: float | None = None) -> None:
-        """Make an unbiased head; ``scale`` and ``softcap`` as in :func:`linear_cross_entropy`."""
+        """Build a head without bias; ``scale`` and ``softcap`` as in :func:`linear_cross_entropy`."""
         super().__init__(width, vocab_rows, bias=False)
         self.scale, self.softcap = scale, softcap
 

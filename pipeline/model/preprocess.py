@@ -1,4 +1,4 @@
-"""From decoded images to the pixels a vision tower expects."""
+"""Converts decoded images to the pixels a vision tower expects."""
 
 from __future__ import annotations
 
@@ -15,24 +15,28 @@ from data_prep.common.errors import UserError
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Squash to a square, scale to 0..1, normalise: what the tower saw when it was trained.
+    """Resize to a square, scale to 0..1 and normalise, as in the tower's own training.
 
-    The whole image is squashed, never cropped: crops and flips would change positions, counts and written words that
-    questions ask about. Where a sample's text allows one, its pack says so (``data_prep.images.augment``).
+    Images are resized without keeping their aspect ratio, never cropped: crops and flips would change the positions,
+    counts and written words that questions ask about. Augmentations that a sample's text allows are recorded in its
+    packed row (``data_prep.images.augment``).
+
+    Raises UserError when mean or std are not three numbers each, or a std is not above 0.
     """
 
     size_px: int
-    """Side of the square."""
+    """Side of the square, in pixels."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Per channel, of values in 0..1."""
+    """Per channel, for values in 0..1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    """Per channel, for values in 0..1."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"image mean {self.mean} and std {self.std} must be three numbers each, std above 0")
 
     def batch(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Return float32[n, 3, S, S] of RGB images."""
+        """Return the pixels of n images, float32[n, 3, S, S] with S = ``size_px``."""
         if not images:
             return torch.empty(0, 3, self.size_px, self.size_px)
         return torch.from_numpy(np.stack([self._one(image) for image in images]))

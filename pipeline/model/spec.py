@@ -1,4 +1,4 @@
-"""The model a recipe describes, resolved and checked once; everything that builds or loads a model starts here."""
+"""The model of a recipe, resolved and checked once; everything that builds or loads a model starts here."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from data_prep.common.errors import one_line
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.connector import build_connector
 from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
@@ -22,18 +23,20 @@ from pipeline.model.preprocess import Preprocess
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Vision tower, connector and language model, by their configs."""
+    """A model by the configs of its vision tower, connector and language model."""
 
     llm: PreTrainedConfig
     vision: PreTrainedConfig
     connector: ConnectorConfig
     preprocess: Preprocess
     image_tokens: int
-    """Tokens the connector gives for one image."""
+    """Tokens of one image after the connector."""
     vision_frozen: bool = True
+    """The vision tower is not trained."""
     llm_source: str = ""
-    """Folder the language model's weights come from; empty = from scratch."""
+    """Folder with the language model's weights; empty = from scratch."""
     vision_source: str = ""
+    """Folder with the vision tower's weights; empty = from scratch."""
 
     @classmethod
     def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int) -> ModelSpec:
@@ -41,8 +44,8 @@ class ModelSpec:
 
         Args:
             config: the recipe's ``model`` section.
-            vocab_size: embedding rows the packs' token ids need.
-            image_tokens: positions one image takes in the packs.
+            vocab_size: embedding rows that the packs' token ids need.
+            image_tokens: tokens of one image in the packs.
 
         Raises:
             ConfigError: naming the key and the fix.
@@ -67,28 +70,32 @@ class ModelSpec:
         if self.connector.kind == "perceiver":
             raise ConfigError(
                 f"model.connector.latents={made}, but an image takes {self.image_tokens} tokens in the packs: "
-                f"set it to {self.image_tokens}, or make the packs with image_tokens {made}"
+                f"set it to {self.image_tokens}, or rebuild the packs with image_tokens {made}"
             )
         raise ConfigError(
-            f"model.connector.kind=mlp gives one token a patch, {made}, but an image takes {self.image_tokens} tokens "
-            f"in the packs: use the perceiver with latents={self.image_tokens}, or packs with image_tokens {made}"
+            f"model.connector.kind=mlp gives one token per patch, {made}, but an image takes {self.image_tokens} "
+            f"tokens in the packs: use kind=perceiver with latents={self.image_tokens}, or rebuild the packs with "
+            f"image_tokens {made}"
         )
 
     def check_segments(self, longest: int) -> None:
-        """Refuse packs whose longest sample of ``longest`` tokens the positions cannot hold. Raises ConfigError."""
+        """Check that the longest packed sample, of ``longest`` tokens, fits the model's positions.
+
+        Raises ConfigError when it does not.
+        """
         limit = self.longest_segment
         if limit is not None and longest > limit:
             raise ConfigError(
-                f"the packs hold a sample of {longest} tokens, and this {self.llm.model_type} was made for {limit} "
-                "(max_position_embeddings, or a longrope model's short regime): make the packs with shorter samples"
+                f"the packs hold a sample of {longest} tokens, but this {self.llm.model_type} supports {limit} "
+                "(max_position_embeddings, or a longrope model's short regime): rebuild the packs with shorter samples"
             )
 
     @cached_property
     def longest_segment(self) -> int | None:
-        """Longest sample in tokens: positions the model was made for, and of longrope models the short regime.
+        """Longest sample in tokens: ``max_position_embeddings``, or the short regime of longrope models; None: any.
 
-        Longrope switches its frequencies for the whole row when one position passes the short limit, so that a long
-        sample would change its neighbours.
+        Longrope (arXiv 2402.13753) switches its frequencies for the whole row when one position passes the short limit,
+        so a long sample would change its neighbours.
         """
         limit: int | None = getattr(self.llm, "max_position_embeddings", None)
         rope = getattr(self.llm, "rope_parameters", None) or {}
@@ -104,7 +111,7 @@ class ModelSpec:
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
+        """Number of decoder layers."""
         return int(self.llm.num_hidden_layers)
 
     @property
@@ -130,29 +137,29 @@ class ModelSpec:
 
     @property
     def mask_grid(self) -> tuple[int, int] | None:
-        """Grid of the image tokens, for mask policies that need one; a resampler's tokens have none."""
+        """Grid of the image tokens for mask policies that need one; None for a resampler."""
         return self.grid if self.connector.kind == "mlp" else None
 
     def meta_llm(self) -> PreTrainedModel:
-        """Return the whole language model without memory (meta device)."""
+        """Return the whole language model on the meta device."""
         with torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.llm)](self.llm)
 
     def meta_vision(self) -> PreTrainedModel:
-        """Return the vision tower without memory, less the parts whose output nothing reads."""
+        """Return the vision tower on the meta device, without the parts whose output is unused."""
         with torch.device("meta"):
             tower = MODEL_MAPPING[type(self.vision)](self.vision)
         if self.vision.model_type == "clip_vision_model":
-            tower.post_layernorm = nn.Identity()  # CLIP norms only its pooled output with it
+            tower.post_layernorm = nn.Identity()  # CLIP uses it only for its pooled output
         return tower
 
     def meta_connector(self) -> nn.Module:
-        """Return the connector without memory."""
+        """Return the connector on the meta device."""
         with torch.device("meta"):
             return build_connector(self.connector, width=int(self.vision.hidden_size), out_width=self.width)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all that is needed to build the model again, JSON-ready; folders it was loaded from are left out."""
+        """Return the JSON-ready description from which the model can be rebuilt; source folders are omitted."""
         return {
             "llm": json.loads(self.llm.to_json_string(use_diff=False)),
             "vision": json.loads(self.vision.to_json_string(use_diff=False)),
@@ -164,7 +171,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelSpec:
-        """Rebuild what :meth:`to_dict` returned. Raises ConfigError for a damaged description."""
+        """Rebuild a spec from :meth:`to_dict`. Raises ConfigError for a damaged or refused description."""
         try:
             return cls(
                 llm=config_from_dict(raw["llm"], LLM_FAMILIES),
@@ -177,23 +184,25 @@ class ModelSpec:
         except ConfigError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigError(f"the saved model description is damaged ({error}): export or save it again") from error
+            raise ConfigError(
+                f"the saved model description is damaged ({one_line(error)}): export or save the model again"
+            ) from error
 
 
 def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
-    """Take mean and std from the tower's folder where it says them, else what its family was trained with."""
+    """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
     path = Path(source) / "preprocessor_config.json"
     clip = vision.model_type == "clip_vision_model"
     try:
-        said = json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
-        mean = said.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
-        std = said.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
+        saved = json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
+        mean = saved.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
+        std = saved.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
         return Preprocess(int(vision.image_size), _channels(mean), _channels(std))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): copy it anew, or remove it") from error
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
 
 
 def _channels(values: Any) -> tuple[float, float, float]:
-    """Return a number for each of the three channels. Raises ValueError or TypeError."""
+    """Return one number per channel. Raises ValueError or TypeError."""
     red, green, blue = map(float, values)
     return red, green, blue

@@ -1,6 +1,6 @@
-"""A pipeline stage: some decoder layers, and at the ends what comes before and after them.
+"""A pipeline stage: some decoder layers, plus the vision tower, connector and embedding, or the norm and head.
 
-T packed tokens of one micro-batch, D hidden width. Parameter names are global, the same in every split:
+T packed tokens of one micro-batch, D hidden width. Parameter names are global and the same in every split:
 ``vision.*``, ``connector.*``, ``model.embed_tokens.weight``, ``model.layers.<i>.*``, ``model.norm.weight``,
 ``lm_head.weight``.
 """
@@ -23,7 +23,7 @@ from pipeline.model.spec import ModelSpec
 
 
 class Decoder(nn.Module):
-    """The stage's part of the language model, under the names of the whole."""
+    """The stage's part of the language model, under the parameter names of the whole model."""
 
     embed_tokens: nn.Module
     norm: nn.Module
@@ -34,10 +34,10 @@ class Decoder(nn.Module):
 
 
 class Stage(nn.Module):
-    """Decoder layers ``layers``; the first stage adds vision tower, connector and embedding, the last norm and head.
+    """Decoder layers; the first stage adds vision tower, connector and embedding, the last one norm and head.
 
-    Modules are the family's own, on the meta device until `pipeline.model.build` fills them. The forward pass touches
-    a parameter only inside the module that owns it, as ZeRO-3 needs.
+    Modules are the family's own, on the meta device until `pipeline.model.build` fills them. The forward pass uses a
+    parameter only inside the module that owns it, as ZeRO-3 requires.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class Stage(nn.Module):
 
         Args:
             spec: the model.
-            llm: the whole language model on the meta device, whose modules the stage takes.
+            llm: the whole language model on the meta device; the stage takes its modules.
             vision: the vision tower on the meta device; None unless ``first``.
-            layers: global indices of its decoder layers, in order; one run of them, or several chunks.
+            layers: global indices of its decoder layers, ascending; one run of layers, or several virtual stages.
             first: holds vision tower, connector and embedding.
             last: holds the final norm, the head and the loss.
             gradient_checkpointing: recompute each decoder layer in the backward pass.
@@ -76,12 +76,12 @@ class Stage(nn.Module):
             self.model.norm = llm.model.norm
             with torch.device("meta"):
                 self.lm_head = _head(spec)
-        # Held in a tuple, out of the module tree: casting the stage to bf16 must not round the rotary frequencies.
+        # Kept in a tuple, outside the module tree: casting the stage to bf16 must not round the rotary frequencies.
         self._rotary = (type(llm.model.rotary_emb)(config=spec.llm),)
         self._per_type = "layer_type" in inspect.signature(self._rotary[0].forward).parameters
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (global name, module) of the pieces that are built, filled and sharded one at a time."""
+        """Yield (global name, module) of each module that is built, filled and sharded as one unit."""
         if self.first:
             for name, module in self.vision.named_children():
                 if name == "encoder":
@@ -108,12 +108,12 @@ class Stage(nn.Module):
 
     @property
     def shares_head(self) -> bool:
-        """Whether the head's weight is this stage's embedding."""
+        """Whether the head's weight is this stage's embedding weight."""
         return self.spec.tied and self.first and self.last
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
-        """This stage's copy of the weight that embedding and head share, when they are on different stages."""
+        """This stage's copy of the weight shared by embedding and head when they are on different stages; else None."""
         if not self.spec.tied or self.first == self.last:
             return None
         owner = self.model.embed_tokens if self.first else self.lm_head
@@ -127,16 +127,16 @@ class Stage(nn.Module):
         return self
 
     def forward(self, hidden: torch.Tensor | None, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
-        """Run one micro-batch through one chunk of the stage.
+        """Run one micro-batch through the stage, or through one of its virtual stages.
 
         Args:
-            hidden: [1, T, D] from the chunk before; None where the model's first layer is run.
+            hidden: [1, T, D] from the previous virtual stage; None for the one with the model's first layer.
             inputs: the micro-batch, on the stage's device.
-            layers: the chunk's decoder layers; None = all of the stage.
+            layers: decoder layers of the virtual stage; None = all layers of the stage.
 
         Returns:
-            Hidden states [1, T, D]; from the model's last layer on the *sum* of the supervised tokens' losses, an
-            fp32 scalar.
+            Hidden states [1, T, D] in the stage's dtype; after the model's last layer the *sum* of the losses of the
+            supervised tokens, a scalar of at least fp32.
         """
         hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs, layers)
         if not self.last or (layers is not None and layers.stop < self.spec.layers):
@@ -148,7 +148,7 @@ class Stage(nn.Module):
         return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
 
     def embed(self, inputs: StageInputs) -> torch.Tensor:
-        """Return the token embeddings with image tokens in their places, [1, T, D]; first stage only."""
+        """Return the token embeddings [1, T, D] with image tokens inserted; first stage only."""
         embeds_1TD: torch.Tensor = self.model.embed_tokens(inputs.input_ids[None])
         images_MD = self.image_tokens(inputs.pixels, embeds_1TD)
         if inputs.pixels is None:
@@ -157,9 +157,9 @@ class Stage(nn.Module):
         return embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
 
     def image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return image tokens [images * image_tokens, D] in the type of ``like``: one run of the tower for all images.
+        """Return image tokens [images * image_tokens, D] in the dtype of ``like``; one tower pass for all images.
 
-        Without images one blank image goes the same way: ZeRO-3 hangs when a rank leaves out a module.
+        Without images, a blank image is processed instead: ZeRO-3 hangs when a rank skips a module.
         """
         if pixels is None:
             side = self.spec.preprocess.size_px
@@ -170,10 +170,10 @@ class Stage(nn.Module):
         return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
 
     def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
-        """Run decoder layers, by default all of this stage, [1, T, D] -> [1, T, D]."""
+        """Run decoder layers, by default all of the stage's: [1, T, D] -> [1, T, D]."""
         run = [(int(name), layer) for name, layer in self.model.layers.items() if not layers or int(name) in layers]
         multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
-        if run[0][0] == 0 and multiplier is not None:  # Granite scales whatever enters its layers, images too
+        if run[0][0] == 0 and multiplier is not None:  # Granite scales all inputs of its layers, image tokens too
             hidden_1TD = hidden_1TD * multiplier
         positions_1T = inputs.position_ids[None]
         rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
@@ -193,7 +193,7 @@ class Stage(nn.Module):
         return str(self.spec.llm.layer_types[index]) if self._per_type else ""
 
     def _rotary_embeddings(self, hidden_1TD: torch.Tensor, positions_1T: torch.Tensor) -> dict[str, Any]:
-        """Return (cos, sin) by layer type; families with one rotary embedding have the type ""."""
+        """Return (cos, sin) by layer type; families with a single rotary embedding use the type ""."""
         rotary = self.rotary.to(hidden_1TD.device)
         kinds = {self._layer_type(int(index)) for index in self.model.layers}
         if not self._per_type:

@@ -1,7 +1,7 @@
-"""Pretrained weights, read from safetensors one tensor at a time by their global names.
+"""Pretrained weights, read from safetensors one tensor at a time by global name.
 
-Two kinds of folder: a Hugging Face model (the language model, or a SigLIP or CLIP tower), and an export of this
-project, which holds every part. Names and shapes are checked when a source is opened, before anything is built.
+A source is either a Hugging Face model folder (a language model, or a SigLIP or CLIP tower) or an export of this
+project, which holds every part. Names and shapes are checked when the source is opened, before anything is built.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TensorFolder:
     """The tensors of one folder of safetensors files, sharded or single."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Read the index. Raises UserError when the folder has no safetensors, or an index that leaves the folder."""
+        """Read the index. Raises UserError if the folder has no safetensors, or its index points outside the folder."""
         self.directory = Path(directory)
         self._handles: dict[Path, Any] = {}
         self.files = self._index()
@@ -44,10 +44,10 @@ class TensorFolder:
             return dict.fromkeys(self._open(single).keys(), single)
         if any(self.directory.glob("*.bin")) or any(self.directory.glob("*.pt*")):
             raise UserError(
-                f"{self.directory} holds pickled weights only, which are not read (they can run code): "
+                f"{self.directory} holds only pickled weights, which are never read because they can run code: "
                 "convert them with save_pretrained(..., safe_serialization=True)"
             )
-        raise UserError(f"{self.directory} holds neither {SINGLE} nor {INDEX}: name a folder with safetensors weights")
+        raise UserError(f"{self.directory} holds neither {SINGLE} nor {INDEX}: give a folder with safetensors weights")
 
     def _inside(self, name: str) -> Path:
         path = self.directory / name
@@ -58,16 +58,16 @@ class TensorFolder:
         return path
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading it."""
+        """Return a tensor's shape without reading its values."""
         return tuple(self._open(self.files[key]).get_slice(key).get_shape())
 
     def read(self, key: str) -> torch.Tensor:
-        """Read one tensor, on the CPU, in the type it was saved in."""
+        """Read one tensor on the CPU, in the dtype it was saved in."""
         tensor: torch.Tensor = self._open(self.files[key]).get_tensor(key)
         return tensor
 
     def close(self) -> None:
-        """Unmap the files; the next read opens its own again. What was read of a mapped file stays in memory."""
+        """Unmap the files; the next read reopens its own. Pages already read may stay in the page cache."""
         self._handles.clear()
 
     def _open(self, path: Path) -> Any:
@@ -80,7 +80,7 @@ class TensorFolder:
 
 
 class WeightSource:
-    """Where parameters come from, by global name; parts without a folder are not in it and start from scratch."""
+    """The origin of each parameter by global name; parts without a folder are absent and start from scratch."""
 
     def __init__(self) -> None:
         """Start empty; see :meth:`open` and :meth:`open_export`."""
@@ -88,9 +88,9 @@ class WeightSource:
 
     @classmethod
     def open(cls, spec: ModelSpec) -> WeightSource | None:
-        """Open the folders a spec names; None when everything starts from scratch.
+        """Open the folders named by a spec; None when everything starts from scratch.
 
-        Raises UserError listing missing or unexpected names, or naming a tensor of another shape.
+        Raises UserError listing missing or unexpected tensors, or naming a tensor of the wrong shape.
         """
         source = cls()
         if spec.llm_source:
@@ -101,7 +101,7 @@ class WeightSource:
 
     @classmethod
     def open_export(cls, spec: ModelSpec, directory: Path | str) -> WeightSource:
-        """Open an export of this project as the source of all parts. Raises UserError as :meth:`open` does."""
+        """Open an export of this project as the source of every part. Raises UserError as :meth:`open` does."""
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
         source._add(folder, shapes, {name: name for name in shapes}, folder.files)
@@ -112,7 +112,7 @@ class WeightSource:
         return name in self._where
 
     def fill(self, name: str, into: torch.Tensor) -> None:
-        """Copy a parameter into a tensor of its shape; vocabulary rows the folder lacks become the mean of its rows."""
+        """Copy a parameter into ``into``; vocabulary rows that the folder lacks are set to the mean of its rows."""
         folder, key = self._where[name]
         values = folder.read(key)
         into[: len(values)].copy_(values) if values.dim() else into.copy_(values)
@@ -120,7 +120,7 @@ class WeightSource:
             into[len(values) :] = values.mean(dim=0, dtype=torch.float32).to(into.dtype)
 
     def close(self) -> None:
-        """Give back the memory of what was read; reading on is possible."""
+        """Release the memory of everything read so far; reading remains possible."""
         for folder, _ in self._where.values():
             folder.close()
 
@@ -132,7 +132,7 @@ class WeightSource:
         self._share_head(spec)
 
     def _share_head(self, spec: ModelSpec) -> None:
-        if spec.tied:  # a last stage apart from the first holds its own copy
+        if spec.tied:  # a last stage that is not also the first holds its own copy
             self._where["lm_head.weight"] = self._where["model.embed_tokens.weight"]
 
     def _add_tower(self, spec: ModelSpec, folder: TensorFolder) -> None:
@@ -144,7 +144,7 @@ class WeightSource:
 
     @staticmethod
     def _unread(key: str, prefix: str, spec: ModelSpec) -> bool:
-        """Whether a tower's tensor is one nothing reads: text half, pooling, layers past ``num_hidden_layers``."""
+        """Return whether a tower's tensor is unused: text half, pooling, layers past ``num_hidden_layers``."""
         layer = re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(prefix))
         if layer:
             return int(layer[1]) >= int(spec.vision.num_hidden_layers)
@@ -170,12 +170,14 @@ class WeightSource:
             saved = folder.shape(keys[name])
             shorter = name in _VOCABULARY and saved[0] <= shape[0] and saved[1:] == shape[1:]
             if saved != shape and not shorter:
-                raise UserError(f"{folder.directory}: {keys[name]} is {list(saved)}, the config says {list(shape)}")
+                raise UserError(
+                    f"{folder.directory}: {keys[name]} has shape {list(saved)}, but the config asks for {list(shape)}"
+                )
             self._where[name] = (folder, keys[name])
 
 
 def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Yield (global name, shape) of every parameter of the whole model; a tied head is not listed."""
+    """Yield (global name, shape) of every parameter of the whole model; a tied head is omitted."""
     parts: tuple[tuple[str, Any], ...] = (
         ("vision.", spec.meta_vision()),
         ("connector.", spec.meta_connector()),

@@ -1,1 +1,1 @@
-"""Trained models at work: export, questions, evaluation."""
+"""Uses of trained models: export, generation, evaluation."""

@@ -1,7 +1,7 @@
-"""Accuracy of exported models on a held-out pack folder, family by family, beside the best constant guess.
+"""Accuracy of exported models on a held-out pack folder, by question family, beside the best constant guess.
 
-A pack's segment is asked as it was packed: its tokens up to the last generated run are the prompt, and that run is the
-reference. Nothing is re-tokenised, so a model is asked exactly as it was trained.
+Each segment is asked as it was packed: its tokens before the last generated run are the prompt, and that run is the
+reference answer. Nothing is re-tokenised, so a model is asked exactly as it was trained.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.serving.model import MultimodalModel, Prompt, decode_image
 
 SPARE_TOKENS = 8
-"""Tokens an answer may be longer than the longest reference."""
+"""Number of tokens by which an answer may exceed the longest reference."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One segment of a pack: what is asked, and the answer on record."""
+    """One segment of a packed row: a prompt and its reference answer."""
 
     sample: str
     family: str
@@ -43,27 +43,27 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Right answers of one family."""
+    """Correct answers in one family."""
 
     asked: int
     right: int
     guess: int
-    """Right answers of the constant that answers this family best, chosen on these very questions."""
+    """Correct answers of the best constant answer for this family, chosen on these same questions."""
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """Fraction of correct answers, 0..1."""
         return self.right / self.asked
 
     @property
     def chance(self) -> float:
-        """Share the best constant gets right."""
+        """Fraction that the best constant answer gets right, 0..1."""
         return self.guess / self.asked
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One question's outcome, for the record."""
+    """The outcome of one question."""
 
     sample: str
     family: str
@@ -73,7 +73,7 @@ class Answer:
 
 
 def questions(packs: PackReader) -> Iterator[Question]:
-    """Yield the questions of a pack folder in order; segments that generate nothing are passed over."""
+    """Yield the questions of a pack folder in order; segments without a prompt or an answer are skipped."""
     for row in packs:
         for number, source in enumerate(row.source, start=1):
             found = _question(row, number)
@@ -91,7 +91,7 @@ def _question(row: PackRow, number: int) -> tuple[Encoded, tuple[int, ...], tupl
     stop = int(written[-1]) + 1
     given = np.flatnonzero(generated[:stop] == 0)
     start = int(given[-1]) + 1 if len(given) else 0
-    if start == 0:  # nothing is asked: a text-only document
+    if start == 0:  # no prompt: a text-only document
         return None
     instance = row.instance[own][:start]
     media = np.unique(instance[instance >= 0])
@@ -102,7 +102,7 @@ def _question(row: PackRow, number: int) -> tuple[Encoded, tuple[int, ...], tupl
 
 
 def normal(text: str) -> str:
-    """Return an answer as it is compared: lower case, single spaces, no final full stop."""
+    """Normalise an answer for comparison: lower case, single spaces, no final full stop."""
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
@@ -111,12 +111,15 @@ def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = N
 
     Args:
         model: an exported model.
-        packs: a held-out folder, made with the model's tokenizer.
-        limit: ask only the first so many questions.
-        batch: questions asked together.
+        packs: a held-out folder, built with the model's tokenizer.
+        limit: ask only the first ``limit`` questions.
+        batch: questions per batch.
+
+    Returns:
+        One answer per question, in the order of the packs.
 
     Raises:
-        UserError: the packs were made with another tokenizer, image size or hold no question.
+        UserError: the packs were built with a different tokenizer or ``image_tokens``, or hold no question.
     """
     _check_same(model, packs)
     asked = list(islice(questions(packs), limit))
@@ -139,16 +142,18 @@ def _check_same(model: MultimodalModel, packs: PackReader) -> None:
     manifest = packs.manifest
     if manifest.image_tokens != model.spec.image_tokens:
         raise UserError(
-            f"{packs.directory} gives an image {manifest.image_tokens} tokens, the model {model.spec.image_tokens}: "
-            "make the packs with the model's image_tokens"
+            f"{packs.directory} has {manifest.image_tokens} tokens per image, the model {model.spec.image_tokens}: "
+            "rebuild the packs with the model's image_tokens"
         )
     if Tokenizer.load(packs.directory / manifest.tokenizer).sha256 != model.tokenizer.sha256:
-        raise UserError(f"{packs.directory} was made with another tokenizer than the model has: make it again with it")
+        raise UserError(
+            f"{packs.directory} was built with a different tokenizer: rebuild the packs with the model's tokenizer"
+        )
 
 
 def _prompt(question: Question, images: ImageStore | None) -> Prompt:
     if question.image_rows and images is None:
-        raise UserError(f"sample {question.sample} has images, but the packs name no image store: make them again")
+        raise UserError(f"sample {question.sample} has images, but the packs name no image store: rebuild the packs")
     rows = [(row, images.read(row)) for row in question.image_rows] if images is not None else []
     return Prompt(question.prompt, tuple(decode_image(f"{row} of the image store", data) for row, data in rows))
 
@@ -160,7 +165,7 @@ def _judge(question: Question, text: str, model: MultimodalModel) -> Answer:
 
 
 def scores(answers: Sequence[Answer]) -> dict[str, Score]:
-    """Count right answers by family, in order of name, and over all (``all``; its guess answers each family apart)."""
+    """Count correct answers by family, in order of name, then in ``all``, whose guess adds the guesses per family."""
     table: dict[str, Score] = {}
     for family in sorted({answer.family for answer in answers}):
         own = [answer for answer in answers if answer.family == family]
@@ -171,7 +176,7 @@ def scores(answers: Sequence[Answer]) -> dict[str, Score]:
 
 
 def show(results: dict[str, list[Answer]], console: Console) -> None:
-    """Print accuracies by family, one column for each model, beside the best constant guess."""
+    """Print the accuracy per family, one column per model, beside the best constant guess."""
     tables = {name: scores(answers) for name, answers in results.items()}
     first = next(iter(tables.values()))
     table = Table(title="exact-match accuracy", title_justify="left")
@@ -183,13 +188,13 @@ def show(results: dict[str, list[Answer]], console: Console) -> None:
         own = [f"{100 * table_[family].accuracy:.1f} %" for table_ in tables.values()]
         table.add_row(family, str(score.asked), f"{100 * score.chance:.1f} %", *own, end_section=family == last_family)
     console.print(table)
-    console.print("best guess: the constant answer that is right most often in its family, chosen on these questions")
+    console.print("best guess: the most frequent answer of each family, chosen on these same questions")
     if len(tables) > 1:
-        console.print("one run of each model on these questions: a comparison of two runs, not of two methods")
+        console.print("one run per model on these questions: this compares two runs, not two methods")
 
 
 def save(results: dict[str, list[Answer]], path: Path) -> None:
-    """Write scores and every answer as JSON."""
+    """Write the scores and every answer as JSON. Raises OSError when the file cannot be written."""
     content = {
         name: {
             "scores": {

@@ -1,7 +1,7 @@
 """Exports a checkpoint as one self-contained folder of safetensors: ``mma export RUN OUT``.
 
-The folder holds ``config.json`` (see `pipeline.serving.export_config`), sharded safetensors with an index,
-and ``tokenizer/``. It appears whole or not at all, and no more than one shard is in memory at a time.
+The folder holds ``config.json`` (see `pipeline.serving.export_config`), sharded safetensors with an index, and
+``tokenizer/``. It appears atomically, and at most one shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -26,23 +26,26 @@ SHARD_BYTES = 4 << 30
 
 
 class SavedModel(Protocol):
-    """What an export is made from: a checkpoint, read one parameter at a time."""
+    """The source of an export: a checkpoint, read one parameter at a time."""
 
     @property
     def meta(self) -> Mapping[str, Any]:
-        """What the checkpoint says of its model."""
+        """The checkpoint's description of its model."""
         ...
 
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (global name, whole parameter)."""
+        """Yield (global name, full parameter) of every parameter."""
         ...
 
 
 def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
-    """Export the newest checkpoint of a run folder, or one checkpoint folder, once it is whole; see :func:`export`."""
+    """Export the newest checkpoint of a run folder, or one checkpoint folder, after verifying it; see :func:`export`.
+
+    Raises UserError for a damaged checkpoint, and as :func:`export` does.
+    """
     from pipeline.parallel.launch import configure_libraries
 
-    configure_libraries()  # checkpoints are read by the training room, which loads DeepSpeed
+    configure_libraries()  # reading checkpoints loads DeepSpeed
     from pipeline.checkpoints.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(run)
@@ -57,18 +60,18 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
     Args:
         saved: the checkpoint.
         out: a folder that does not exist yet.
-        dtype: ``bfloat16``, ``float32``, or ``auto`` for the type the model was trained in.
-        step: optimizer steps it has seen, for the record.
+        dtype: ``bfloat16``, ``float32``, or ``auto`` for the dtype the model was trained in.
+        step: optimizer steps behind the weights, recorded in the config.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder exists, the tokenizer is gone, or the checkpoint lacks a parameter.
+        UserError: the folder exists, the tokenizer is missing, or the checkpoint lacks a parameter.
     """
     out = Path(out)
     if out.exists():
-        raise UserError(f"{out} exists: give a new folder, or remove it first")
+        raise UserError(f"{out} already exists: give a new folder, or remove it first")
     export_config = ExportConfig.from_meta(saved.meta, step=step)
     export_config = export_config if dtype == "auto" else replace(export_config, dtype=dtype)
     tokenizer = Tokenizer.load(saved.meta["tokenizer"])
@@ -86,20 +89,20 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
 
 
 def _checked(export_config: ExportConfig, saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """Pass on the parameters the model has; the second copy of a tied head is dropped."""
+    """Yield the model's parameters, checked against the config; the second copy of a tied head is dropped."""
     missing = dict(global_shapes(export_config.spec))
     for name, tensor in saved.parameters():
         if export_config.spec.tied and name == "lm_head.weight":
             continue
         if missing.pop(name, None) != tuple(tensor.shape):
-            raise UserError(f"the checkpoint's {name} of shape {list(tensor.shape)} is not of the model it describes")
+            raise UserError(f"the checkpoint's {name} of shape {list(tensor.shape)} does not fit its own model")
         yield name, tensor
     if missing:
         raise UserError(f"the checkpoint lacks {len(missing)} parameters ({', '.join(sorted(missing)[:3])}, ...)")
 
 
 def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
-    """Write shards of at most ``SHARD_BYTES`` as they fill, then name them and index them."""
+    """Write shards of at most ``SHARD_BYTES`` as they fill, then rename and index them."""
     shards: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
     total = 0
@@ -122,7 +125,7 @@ def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, 
     _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for number, file in enumerate(files):
         shard = (folder / f"shard-{number}").rename(folder / file)
-        shard.chmod((folder / INDEX).stat().st_mode)  # safetensors makes files that only their owner can read
+        shard.chmod((folder / INDEX).stat().st_mode)  # safetensors creates files that only their owner can read
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -1,7 +1,7 @@
-"""The model card of an export: everything but the weights, in its ``config.json``.
+"""The config of an export: everything but the weights, in its ``config.json``.
 
-The file is the language model's own Hugging Face config with one more key, ``mma``, so that other tools can load the
-language model from the folder by itself.
+The file is the language model's own Hugging Face config plus the key ``mma``, so other tools can load the language
+model alone from the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, one_line
 from data_prep.common.files import check_format
 from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
@@ -26,35 +26,35 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What a model was and how it is to be asked."""
+    """A trained model's architecture, and everything needed to prompt it as in training."""
 
     spec: ModelSpec
     policy: str
-    """Name of the mask policy it was trained with."""
+    """Name of its training mask policy."""
     template: Template
     image_id: int
     pad_id: int
     eos_ids: tuple[int, ...]
     """Ids that end an answer."""
     dtype: str
-    """Type of the saved weights, a key of ``DTYPES``."""
+    """Dtype of the saved weights, a key of ``DTYPES``."""
     tokenizer: str = "tokenizer"
-    """Folder of the tokenizer, inside the export."""
+    """Tokenizer folder inside the export."""
     step: int = 0
-    """Optimizer steps the weights have seen."""
+    """Optimizer steps behind the weights."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UserError(f"weights of type {self.dtype!r} are not written here: use one of {', '.join(DTYPES)}")
+            raise UserError(f"weights cannot be saved as {self.dtype!r}: use one of {', '.join(DTYPES)}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """Type of the saved weights."""
+        """Dtype of the saved weights."""
         return DTYPES[self.dtype]
 
     @classmethod
     def from_meta(cls, meta: Mapping[str, Any], **over: Any) -> ExportConfig:
-        """Read what a checkpoint says of its model. Raises UserError when something is missing."""
+        """Read the description of a model in a checkpoint or an export. Raises UserError when it is incomplete."""
         try:
             raw = {**meta, **over}
             return cls(
@@ -68,7 +68,9 @@ class ExportConfig:
                 step=int(raw.get("step", 0)),
             )
         except (KeyError, TypeError) as error:
-            raise UserError(f"the description of the model is incomplete ({error}): save it again") from error
+            raise UserError(
+                f"the model description is incomplete ({one_line(error)}): save or export the model again"
+            ) from error
 
     def to_config(self) -> dict[str, Any]:
         """Return the content of ``config.json``."""
@@ -90,10 +92,10 @@ class ExportConfig:
 
     @classmethod
     def load(cls, directory: Path | str) -> ExportConfig:
-        """Read an export's card. Raises UserError when the folder is not an export of this version."""
+        """Read the config of an export. Raises UserError when the folder is not an export of this format version."""
         path = Path(directory) / CONFIG
         if not path.is_file():
-            raise UserError(f"{directory} is not an exported model (no {CONFIG}): make one with mma export RUN OUT")
+            raise UserError(f"{directory} is not an exported model (no {CONFIG}): create one with mma export RUN OUT")
         try:
             own = json.loads(path.read_text(encoding="utf-8"))["mma"]
             check_format(path, own, format=FORMAT, version=VERSION, fix="export the run again")

@@ -1,4 +1,4 @@
-"""A trained model, loaded from an export: asks it questions, or scores conversations with the training mask."""
+"""A trained model loaded from an export: it answers questions and scores conversations under the training mask."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.serving.prefill import PromptBatch, generating_class
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation up to where the model speaks: ids with sidecars, and its images in reading order."""
+    """A conversation up to the model's turn: token ids with sidecars, and its images in reading order."""
 
     encoded: Encoded
     images: tuple[Image.Image, ...] = ()
@@ -50,7 +50,7 @@ class MultimodalModel:
     """An exported model with its tokenizer, template and mask policy; made by :func:`load_model`."""
 
     def __init__(self, export_config: ExportConfig, stage: Stage, tokenizer: Tokenizer) -> None:
-        """Join the parts; ``stage`` is the whole model as one stage."""
+        """Wrap the parts; ``stage`` is the whole model as one stage."""
         self.export_config, self.tokenizer = export_config, tokenizer
         self.spec: ModelSpec = stage.spec
         self.template: Template = export_config.template
@@ -60,11 +60,11 @@ class MultimodalModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self._stage.parameters()).device
 
     def prompt(self, turns: Sequence[Turn]) -> Prompt:
-        """Write a conversation as training wrote it, up to and including the assistant's header.
+        """Encode a conversation as in training, up to and including the assistant's header.
 
         Earlier assistant turns are kept as history. Raises UserError for an image that cannot be read.
         """
@@ -75,25 +75,25 @@ class MultimodalModel:
 
     @torch.inference_mode()
     def logits(self, prompt: Prompt) -> torch.Tensor:
-        """Return the logits after every token, at least fp32[T, V]: one full forward pass under the training mask."""
+        """Return the logits at every token, [T, V], at least fp32: one full forward pass under the training mask."""
         inputs = self._inputs(prompt)
         hidden = self._stage.decode(self._stage.embed(inputs), inputs)
         return self._stage.lm_head.logits(self._stage.model.norm(hidden))[0]
 
     @torch.inference_mode()
     def generate_ids(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> Any:
-        """Continue prompts together through the library's ``generate`` (greedy unless ``options`` say otherwise).
+        """Continue a batch of prompts with transformers' ``generate``; greedy unless ``options`` say otherwise.
 
         Args:
-            prompts: of any lengths; they are padded on the left.
-            max_new_tokens: most tokens to generate for each.
+            prompts: of any lengths; they are left-padded.
+            max_new_tokens: limit per prompt.
             options: of transformers' ``generate``: ``num_beams``, ``do_sample``, ``return_dict_in_generate``, ...
 
         Returns:
-            What ``generate`` returns: int64[B, new tokens], without the prompts.
+            The result of ``generate``: int64[B, new tokens] without the prompts.
 
         Raises:
-            UserError: a prompt is longer than the model's positions or its sliding window allow.
+            UserError: a prompt exceeds the model's positions or its sliding window.
         """
         for prompt in prompts:
             self._check_length(len(prompt.encoded), max_new_tokens)
@@ -111,7 +111,7 @@ class MultimodalModel:
         )
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
-        """Return the answers to prompts as text; arguments as :meth:`generate_ids`."""
+        """Return the answers as text; arguments and errors as in :meth:`generate_ids`."""
         if not prompts:
             return []
         rows = self.generate_ids(prompts, max_new_tokens=max_new_tokens, **options)
@@ -141,13 +141,13 @@ class MultimodalModel:
         limit, window = self.spec.longest_segment, getattr(self.spec.llm, "sliding_window", None)
         if limit is not None and tokens + new > limit:
             raise UserError(
-                f"the conversation takes {tokens} tokens, with the answer's {new} more than the model's {limit}: "
+                f"the conversation takes {tokens} tokens and the answer up to {new}, more than the model's {limit}: "
                 "drop early turns or images, or ask for fewer new tokens"
             )
         if window is not None and tokens > window:
             raise UserError(
-                f"the conversation takes {tokens} tokens, more than the {window} a layer's sliding window can mask "
-                "as in training: drop early turns or images"
+                f"the conversation takes {tokens} tokens, more than the sliding window of {window}, within which the "
+                "mask equals training's: drop early turns or images"
             )
 
 
@@ -182,7 +182,7 @@ def load_model(
 
 
 def read_image(image: ImageRef) -> Image.Image:
-    """Read and decode an image. Raises UserError naming it when it cannot be used."""
+    """Read and decode an image as RGB. Raises UserError naming the image when it cannot be read or decoded."""
     try:
         return decode_image(image.name, image.read())
     except OSError as error:
@@ -190,7 +190,7 @@ def read_image(image: ImageRef) -> Image.Image:
 
 
 def decode_image(name: str, data: bytes) -> Image.Image:
-    """Decode an image's bytes. Raises UserError naming it when it cannot be used."""
+    """Decode an image's bytes as RGB. Raises UserError naming the image when it cannot be decoded."""
     try:
         return decode_rgb(data)
     except BadImage as error:
@@ -198,7 +198,7 @@ def decode_image(name: str, data: bytes) -> Image.Image:
 
 
 def _generator(stage: Stage) -> PreTrainedModel:
-    """Return the family's own language model, able to prefill with a mask, around the stage's modules."""
+    """Return the family's own language model, extended by mask prefill, around the stage's modules."""
     with torch.device("meta"):
         llm = generating_class(type(stage.spec.llm))(stage.spec.llm)
     llm.model.embed_tokens, llm.model.norm = stage.model.embed_tokens, stage.model.norm

@@ -1,7 +1,7 @@
-"""``generate`` with the training mask: the prompt is read in one pass under it, then decoding is causal and cached.
+"""``generate`` with the training mask: one prefill pass under that mask, then causal decoding with a KV cache.
 
 With a commit-respecting policy (see `pipeline.masks`) this computes exactly what training computed: a generated token
-sees everything before it, and no given token ever sees past the end of its own given run.
+sees every earlier token, and no given token sees past the end of its own given run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
 
 
 class PrefillMask:
-    """Mixin of a causal language model: ``generate(..., prefill_mask=bool[B, 1, P, P])`` masks the prompt with it."""
+    """Mixin for a causal language model: ``generate(..., prefill_mask=bool[B, 1, P, P])`` masks the prompt."""
 
     config: Any
 
@@ -31,7 +31,7 @@ class PrefillMask:
         prefill_mask: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Put the mask in place of the library's on the pass that reads the prompt, and only there."""
+        """Replace transformers' mask by ``prefill_mask`` in the prefill pass, and only there."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(  # type: ignore[misc]
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
@@ -39,7 +39,7 @@ class PrefillMask:
             return inputs
         keys = prefill_mask.shape[-1]
         past = inputs.get("past_key_values")
-        if past is not None:  # a static cache has its final length from the start
+        if past is not None:  # a static cache has its full length from the start
             keys = past.get_mask_sizes(prefill_mask.shape[-2], 0)[0]
         mask = F.pad(prefill_mask, (0, keys - prefill_mask.shape[-1]))
         kinds = getattr(self.config, "layer_types", None)
@@ -54,20 +54,20 @@ def generating_class(config_class: type) -> type[PreTrainedModel]:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """Prompts of different lengths, padded on the left to P tokens."""
+    """Prompts of different lengths, left-padded to P tokens."""
 
     embeds: torch.Tensor
-    """[B, P, D]; zeros where padded."""
+    """[B, P, D]; zeros in padding."""
     attention_mask: torch.Tensor
-    """int64[B, P]; 0 where padded."""
+    """int64[B, P]; 0 in padding."""
     position_ids: torch.Tensor
-    """int64[B, P]; 0 where padded."""
+    """int64[B, P]; 0 in padding."""
     prefill_mask: torch.Tensor
-    """bool[B, 1, P, P]; a padded row sees itself, so that no softmax is empty."""
+    """bool[B, 1, P, P]; a padding token sees itself, so no softmax is empty."""
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[tuple[Sidecars, torch.Tensor]]) -> PromptBatch:
-        """Lay out prompts, each given by its sidecars (length T) and embeddings [T, D]."""
+        """Build the batch from each prompt's sidecars (length T) and embeddings [T, D]."""
         longest = max(len(sidecars) for sidecars, _ in prompts)
         embeds, real, positions, masks = [], [], [], []
         for sidecars, embeds_TD in prompts:

@@ -42,7 +42,7 @@ class Inputs:
 
 
 def errors(policy: Policy | str, row: Sidecars, backend: str, inputs: Inputs, **options: float) -> list[float]:
-    """Relative errors of out, dq, dk and dv against the dense mask in float64, padding left out."""
+    """Relative errors of out, dq, dk and dv against the dense mask in float64, padding excluded."""
     plan, real = build_plan(policy, row), row.segment > 0
     found = inputs.results(plan, backend, **options)
     exact = inputs.to(torch.float64).results(plan, "dense", **options)

@@ -20,7 +20,7 @@ from tests.pipeline.attention.tensors import Inputs, errors
 from tests.pipeline.masks.rows import GRID, rows
 
 CAUSAL_KINDS = ("causal", "mma", "mma_general", "mma_aki", "mma_unclamped", "image_to_answer")
-"""Policies without tokens that see each other both ways: what the backend ``lse`` computes."""
+"""Policies without bidirectional runs: those the backend ``lse`` supports."""
 
 LAYOUTS = [
     pytest.param("Q5 A3 | Q1 A1", id="no-image"),
@@ -94,7 +94,7 @@ def test_rows_of_padding_are_finite() -> None:
 
 
 class LargestTensor(TorchDispatchMode):
-    """Watches every tensor that torch makes."""
+    """Records the largest tensor that torch allocates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def _tensors(value: object) -> Iterator[torch.Tensor]:
 
 @pytest.mark.parametrize("backend", ["runsplit", "lse"])
 @pytest.mark.parametrize("layout", ["V144 Q40 A90 |" * 16, "V144 Q400 A3700"], ids=["short", "one-long-segment"])
-def test_nothing_of_the_size_of_the_mask_is_ever_made(layout: str, backend: str) -> None:
+def test_no_tensor_of_mask_size_is_allocated(layout: str, backend: str) -> None:
     row = parse_layout(layout)
     tokens, heads, size = len(row), 1, 8
     with LargestTensor() as watch:
@@ -151,13 +151,13 @@ def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.Lo
     [(64, "bfloat16", True), (256, "float16", True), (264, "bfloat16", False), (20, "bfloat16", False),
      (64, "float32", False)],
 )  # fmt: skip
-def test_flash_attention_is_called_with_heads_it_takes(size: int, dtype: str, fits: bool) -> None:
+def test_flash_is_chosen_only_for_head_sizes_it_supports(size: int, dtype: str, fits: bool) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(1, 2, 3, size, dtype=getattr(torch, dtype), device="cuda")
     assert _flash_fits(q) == fits
 
 
-def test_a_row_that_would_be_copied_too_often_is_refused_or_merged() -> None:
+def test_a_row_with_too_many_gathered_keys_is_refused_or_merged() -> None:
     row = parse_layout("V1 Q1 " * 200 + "A3")
     inputs, plan = Inputs.draw(row), build_plan("mma", row)
     with pytest.raises(UserError, match=r"gather \d+ keys per token"):
@@ -169,15 +169,15 @@ def test_a_row_that_would_be_copied_too_often_is_refused_or_merged() -> None:
     ("call", "message"),
     [
         pytest.param({"backend": "flash"}, r"unknown attention backend 'flash'.*known: dense", id="backend"),
-        pytest.param({"batch": 2}, r"a plan is one row.*Sidecars\.concat", id="batch"),
-        pytest.param({"tokens": 5}, "plan is of 8 tokens, but the layer has 5 queries", id="length"),
+        pytest.param({"batch": 2}, r"a plan covers one row.*Sidecars\.concat", id="batch"),
+        pytest.param({"tokens": 5}, "plan covers 8 tokens, but the layer has 5 queries", id="length"),
         pytest.param({"key_heads": 3}, "4 query heads cannot share 3 key heads", id="heads"),
-        pytest.param({"backend": "lse", "softcap": 1.0}, "'lse' has no soft cap", id="lse-softcap"),
-        pytest.param({"backend": "lse", "policy": "mixed"}, "bidirectional too: use 'runsplit'", id="lse-mixed"),
+        pytest.param({"backend": "lse", "softcap": 1.0}, "'lse' cannot soft-cap", id="lse-softcap"),
+        pytest.param({"backend": "lse", "policy": "mixed"}, "bidirectional within a run: use 'runsplit'", id="lse-mixed"),
         pytest.param({"backend": "flex", "policy": "cca"}, "cannot reorder tokens", id="flex-cca"),
     ],
 )
-def test_what_does_not_fit_is_refused(call: dict[str, object], message: str) -> None:
+def test_mismatched_inputs_are_refused(call: dict[str, object], message: str) -> None:
     options = {"batch": 1, "tokens": 8, "key_heads": 2, "policy": "mma", "backend": "auto", "softcap": None} | call
     plan = build_plan(get_policy(str(options["policy"]), grid=(2, 2)), parse_layout("V4 Q2 A2"))
     q = torch.zeros(options["batch"], 4, options["tokens"], 8)

@@ -37,8 +37,8 @@ def test_backends_on_the_gpu(name: str, backend: str, heads: tuple[int, int], si
     assert max(distance(a.double()[:, :, real], b[:, :, real]) for a, b in zip(found, exact, strict=True)) <= 2e-2
 
 
-def test_an_expanded_gradient_is_summed_as_a_whole_one() -> None:
-    """The gradient of a sum is one element, seen everywhere."""
+def test_an_expanded_gradient_is_summed_like_a_dense_one() -> None:
+    """The gradient of a sum is one expanded scalar."""
     gather = build_plan("mma", parse_layout(LAYOUT)).to("cuda").runs.keys
     assert gather is not None
     tokens = int(gather.offsets.numel()) - 1

@@ -91,7 +91,7 @@ SAFE = ["causal", "mma", "mma_general", "mma_general_instance", "mma_aki", "mixe
 
 @pytest.mark.parametrize("policy", SAFE)
 def test_no_token_beyond_the_commit_index_moves_a_hidden_state_by_a_bit(policy: str, row: Sidecars) -> None:
-    """The theorem, on three layers of Llama: whatever lies beyond c(i) is replaced, and h(i) stays the same."""
+    """The theorem on three layers of Llama: h(i) does not change when every token beyond c(i) is replaced."""
     model = decoder("Llama")
     model.set_attn_implementation("mma")
     plan, commit, positions = (
@@ -121,8 +121,8 @@ def every_question(i: Any, j: Any) -> Any:
     ],
     ids=lambda policy: policy.name,
 )
-def test_a_leak_that_is_proved_is_there(policy: Policy) -> None:
-    """The path's last token has a gradient on the prediction at its first, from the proved layer on and not before."""
+def test_a_proved_leak_exists_in_a_real_model(policy: Policy) -> None:
+    """The path's last token gets a gradient from the prediction at its first one, from the proved layer on."""
     row = parse_layout("V4 Q2 A3 Q2 A2")
     path = prove(policy, row, layers=3).leak
     assert path is not None
@@ -178,7 +178,7 @@ def test_gradient_checkpointing_recomputes_under_the_same_plan(row: Sidecars) ->
         ("Llama", {"attention_dropout": 0.1}, r"attention dropout 0\.1 is not supported"),
     ],
 )
-def test_layers_that_do_not_fit_are_refused(family: str, changes: dict[str, Any], message: str, row: Sidecars) -> None:
+def test_unsupported_layers_are_refused(family: str, changes: dict[str, Any], message: str, row: Sidecars) -> None:
     model = decoder(family, **changes)
     model.set_attn_implementation("mma")
     model.train()

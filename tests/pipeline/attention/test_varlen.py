@@ -1,4 +1,4 @@
-"""The CUDA way on the CPU: the flash operators get a reference kernel here, everything above them is the real code."""
+"""The CUDA path on the CPU: a reference kernel replaces the flash operators; everything above them is the real code."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def worst(found: torch.Tensor, inputs: Inputs, row: Sidecars, exact: list[torch.
 @pytest.mark.parametrize("name", POLICIES)
 @given(row=rows)
 @settings(max_examples=10, deadline=None)
-def test_one_flash_call_per_part_is_exact(name: str, row: Sidecars) -> None:
+def test_one_flash_call_per_batch_is_exact(name: str, row: Sidecars) -> None:
     plan, inputs = build_plan(get_policy(name, allow_leak=True, grid=GRID), row), Inputs.draw(row)
     out = runsplit(inputs.q, inputs.k, inputs.v, plan.runs, partial(varlen.attend_varlen, scaling=0.3))
     assert worst(out, inputs, row, inputs.results(plan, "dense", scaling=0.3)) <= 1e-12

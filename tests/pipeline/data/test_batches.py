@@ -1,4 +1,4 @@
-"""Which rows a rank trains, what its micro-batches hold, and what each position must predict."""
+"""Which rows a rank trains on, the content of its micro-batches, and the target of each position."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def source(packs: PackReader, *, dp: int = 1, dp_rank: int = 0, threads: int = 0
 
 
 def oracle_labels(row: PackRow) -> list[int]:
-    """What each position predicts, told token by token."""
+    """The target of each position, computed token by token."""
     labels = [IGNORE] * len(row.segment)
     for t in range(len(labels) - 1):
         if row.segment[t + 1] != 0 and row.segment[t + 1] == row.segment[t] and row.generated[t + 1] == 1:
@@ -71,7 +71,7 @@ def test_threads_read_the_same_batches_in_the_same_order(threads: int, packs: Pa
         assert all(map(torch.equal, contents(ours), contents(theirs)))
 
 
-def test_replicas_share_a_step_and_agree_on_its_targets(packs: PackReader) -> None:
+def test_data_parallel_ranks_share_a_step_and_agree_on_its_targets(packs: PackReader) -> None:
     whole = source(packs).read(2)
     halves = [source(packs, dp=2, dp_rank=dp_rank).read(2) for dp_rank in range(2)]
     assert [half.targets for half in halves] == [whole.targets] * 2
@@ -91,8 +91,8 @@ def test_a_stage_without_the_tower_reads_no_image(packs: PackReader) -> None:
         assert len(other.pixels) * packs.manifest.image_tokens == len(other.image_positions)
 
 
-def test_a_micro_batch_moves_whole(packs: PackReader) -> None:
-    """Every tensor reaches the device, the plan's too; what a stage is not given stays away."""
+def test_a_micro_batch_moves_with_all_its_tensors(packs: PackReader) -> None:
+    """Every tensor reaches the device, including the plan's; absent tensors stay absent."""
     for images in (True, False):
         microbatch = source(packs, images=images).read(0).microbatches[0]
         moved = to_device(microbatch, torch.device("meta"))

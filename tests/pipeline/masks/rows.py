@@ -1,4 +1,4 @@
-"""Random packed rows, and every policy written once more in plain Python, straight from its definition."""
+"""Random packed rows, and every policy reimplemented in plain Python from its definition."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 from pipeline.masks import Sidecars, parse_layout
 
 GRID = (3, 4)
-"""Images of the random rows have 12 tokens, so that policies that need a grid can be tried on all of them."""
+"""Images of the random rows have 12 tokens, so policies that need a grid run on all of them."""
 
-_pieces = st.one_of(
+_runs = st.one_of(
     st.just(f"V{GRID[0] * GRID[1]}"),
     st.builds("{}{}".format, st.sampled_from("SQAWU"), st.integers(1, 7)),
 )
-_segments = st.lists(_pieces, min_size=1, max_size=9).map(" ".join)
+_segments = st.lists(_runs, min_size=1, max_size=9).map(" ".join)
 _padding = st.sampled_from(["", "P1", "P70"])
 layouts = st.builds(
     lambda segments, padding: " | ".join(segments) + " " + padding,
@@ -34,7 +34,7 @@ class Token:
 
 
 class PlainRow:
-    """A row as a list of tokens, with everything derived by walking over it."""
+    """A row as a list of tokens; derived columns are computed by walking over it."""
 
     def __init__(self, sidecars: Sidecars) -> None:
         columns = (sidecars.segment, sidecars.modality, sidecars.instance, sidecars.generated)

@@ -1,4 +1,4 @@
-"""From raw corpora to proved masks: what turns, prompts and orders let an image read."""
+"""From raw corpora to proved masks: which text an image reads under each turn, prompt and order setting."""
 
 from __future__ import annotations
 

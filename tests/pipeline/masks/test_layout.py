@@ -20,6 +20,6 @@ def test_letters_counts_segments_and_padding() -> None:
     ("text", "batch"),
     [("V4 X3", "'X3'"), ("V4, Q2", "','"), ("12", "'1'"), ("", "holds no tokens"), ("V0 |", "holds no tokens")],
 )
-def test_what_cannot_be_read_is_named(text: str, batch: str) -> None:
+def test_unreadable_layouts_are_refused_by_part(text: str, batch: str) -> None:
     with pytest.raises(UserError, match=batch):
         parse_layout(text)

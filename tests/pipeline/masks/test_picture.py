@@ -1,4 +1,4 @@
-"""Pictures: what each cell means, and files that can be looked at."""
+"""Pictures of masks: the meaning of every cell, and the files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_png_shows_every_kind_of_cell(layout: str, tmp_path: Path) -> None:
     assert image.width > 2 * 960
 
 
-def test_rows_that_no_picture_holds_are_refused(tmp_path: Path) -> None:
+def test_rows_too_long_to_draw_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at most 16384 tokens, the row has 20000"):
         draw_png([get_policy("mma")], parse_layout("Q20000"), tmp_path / "mask.png")
 
@@ -64,7 +64,7 @@ def test_the_terminal_view_has_two_rows_per_line(layout: str, size: int) -> None
     assert "unlocked" in terminal_legend().plain
 
 
-def test_without_colours_the_mask_is_written_in_signs() -> None:
+def test_without_colours_the_mask_is_drawn_in_ascii() -> None:
     lines = plain(get_policy("mma"), parse_layout("V2 Q2 A1"), columns=60).splitlines()
     assert lines[1:] == ["  VVQQA", "V . ## ", "V ..## ", "Q ...  ", "Q .... ", "A ....."]
     assert len(plain(get_policy("mma"), parse_layout("V64 Q64 A64"), columns=40).splitlines()) == 2 + 38

@@ -52,14 +52,14 @@ def test_safe_policies_respect_the_commit_index(name: str, row: Sidecars) -> Non
         pytest.param("mma", "V1 Q1 | V1 Q1", {(0, 1), (2, 3)}, id="segments-stay-apart"),
     ],
 )
-def test_what_is_unlocked_beyond_causal(name: str, layout: str, unlocked: set[tuple[int, int]]) -> None:
+def test_which_pairs_each_policy_unlocks(name: str, layout: str, unlocked: set[tuple[int, int]]) -> None:
     row = parse_layout(layout)
     beyond = dense_mask(name, row) & ~dense_mask("causal", row)
     assert {(i, j) for i, j in beyond.nonzero().tolist()} == unlocked
 
 
 @pytest.mark.parametrize("name", LEAKING)
-def test_ablations_must_be_asked_for(name: str) -> None:
+def test_ablations_need_allow_leak(name: str) -> None:
     with pytest.raises(UserError, match="allow_leak"):
         get_policy(name)
     assert get_policy(name, allow_leak=True).leaks
@@ -70,10 +70,10 @@ def test_an_unknown_policy_is_refused_with_a_suggestion() -> None:
         get_policy("mma_mixd")
 
 
-def test_a_policy_of_rings_needs_a_grid_that_fits() -> None:
+def test_cca_needs_a_matching_grid() -> None:
     with pytest.raises(UserError, match="resampler"):
         get_policy("cca")
-    with pytest.raises(UserError, match="image 0 at token 1 has 5 tokens, its grid 3 x 4"):
+    with pytest.raises(UserError, match="image 0 at token 1 has 5 tokens, but its grid is 3 x 4"):
         dense_mask(get_policy("cca", grid=GRID), parse_layout("Q1 V5 Q2"))
 
 
@@ -100,7 +100,7 @@ def test_a_predicate_is_a_function_of_two_tokens(unlock: Unlock, words: str) -> 
 
 @given(row=rows)
 @settings(max_examples=50, deadline=None)
-def test_spans_are_cut_where_any_column_a_predicate_reads_changes(row: Sidecars) -> None:
+def test_a_new_span_begins_where_any_predicate_column_changes(row: Sidecars) -> None:
     table = token_table(row)
     starts = run_starts(table.segment) | (table.segment == 0)
     spans = token_spans(POLICIES["mma"], table, starts)

@@ -26,7 +26,7 @@ from tests.pipeline.masks.rows import GRID, rows
 
 
 def closure(policy: Policy, row: Sidecars, layers: int) -> tuple[int | None, int | None]:
-    """First layers of a leak and of a look beyond the commit index, by multiplying the whole mask out."""
+    """First layers of a leak and of a read beyond the commit index, by repeated multiplication of the dense mask."""
     mask, index = dense_mask(policy, row), torch.arange(len(row))
     follows = (row.segment[1:] == row.segment[:-1]) & (row.segment[1:] > 0) & (row.generated[1:] == 1)
     predicts = torch.cat([follows, torch.tensor([False])])

@@ -1,4 +1,4 @@
-"""Sidecars: what is derived from them, joining rows, and what is refused."""
+"""Sidecars: derived columns, joined rows, and refusals."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def test_commit_index_agrees_with_a_walk_over_the_tokens(row: Sidecars) -> None:
     assert commit_index(row).tolist() == [plain.commit(i) for i in range(len(row))]
 
 
-def test_concentric_positions_share_a_ring_and_text_goes_on_after_the_last() -> None:
+def test_tokens_of_a_ring_share_a_position_and_text_continues_after_the_last() -> None:
     row = parse_layout("Q1 V9 Q2 | V9 A1")
     rings = [0, 0, 0, 0, 1, 0, 0, 0, 0]
     assert position_ids(row, grid=(3, 3)).tolist() == [0, *(1 + ring for ring in rings), 3, 4, *rings, 2]
 
 
-def test_joined_rows_keep_their_masks_and_count_media_on() -> None:
+def test_joined_rows_keep_their_masks_and_number_media_consecutively() -> None:
     one, two = parse_layout("V2 Q1 A1 | Q2 P3"), parse_layout("V2 V1 Q1 P1")
     joined = Sidecars.concat([one, two])
     assert dense_mask("mma", joined).equal(torch.block_diag(dense_mask("mma", one), dense_mask("mma", two)).bool())
@@ -77,8 +77,8 @@ def test_a_pack_row_becomes_sidecars() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        pytest.param({"segment": [1, 1, 1]}, "one length", id="lengths"),
-        pytest.param({"segment": [1, 2, 1, 0]}, "segment 1 appears in several pieces", id="interleaved"),
+        pytest.param({"segment": [1, 1, 1]}, "equal lengths", id="lengths"),
+        pytest.param({"segment": [1, 2, 1, 0]}, "segment 1 is not contiguous", id="interleaved"),
         pytest.param({"segment": [1, 1, 1, -1]}, "token 3 has a segment below 0", id="negative-segment"),
         pytest.param({"modality": [7, 0, 0, 0]}, "token 0 has a modality outside 0..3", id="modality"),
         pytest.param({"generated": [0, 0, 2, 0]}, "token 2 has a generated that is neither", id="generated"),

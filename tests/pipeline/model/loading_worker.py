@@ -1,4 +1,4 @@
-"""One rank of `test_loading`: builds a sharded model from a folder, and notes how much memory that took at its peak."""
+"""One rank of `test_loading`: builds a sharded model from a folder and records its peak memory."""
 
 from __future__ import annotations
 

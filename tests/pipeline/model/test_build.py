@@ -1,4 +1,4 @@
-"""Building: the same bits for any split, and exactly what a folder holds."""
+"""Building a stage: the same bits for every split, and exactly the weights of a folder."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_tied_head_on_another_stage_starts_as_the_embedding() -> None:
     assert "lm_head.weight" not in weights(one)
 
 
-def test_seeds_units_and_the_callers_generator_are_apart() -> None:
+def test_initial_values_depend_only_on_seed_and_unit() -> None:
     spec = tiny_spec()
     before = torch.random.get_rng_state()
     one, other = weights(*parts(spec)), weights(*parts(spec, seed=4))
@@ -76,7 +76,7 @@ def test_seeds_units_and_the_callers_generator_are_apart() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_KEYS)
-def test_a_family_starts_as_its_own_library_code_starts_it(family: str) -> None:
+def test_initialisation_equals_the_familys_own(family: str) -> None:
     stage = whole_stage(tiny_spec(family))
     model = plain_llm(stage)  # its state is the stage's; its initialiser is the family's
     torch.manual_seed(1)
@@ -192,7 +192,7 @@ def test_loading_a_tower_is_exact(whole: bool, tmp_path: Path) -> None:
         assert torch.equal(param, saved[name]), name
 
 
-def test_fewer_tower_layers_can_be_asked_for(tmp_path: Path) -> None:
+def test_a_tower_can_be_loaded_with_fewer_layers(tmp_path: Path) -> None:
     save_tower(tmp_path, whole=False)
     config = source_config(vision=tmp_path)
     config = config.model_copy(update={"vision": config.vision.model_copy(update={"config": {"num_hidden_layers": 1}})})
@@ -240,7 +240,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_folders_that_do_not_fit_are_refused(fault: str, tmp_path: Path) -> None:
+def test_mismatched_folders_are_refused(fault: str, tmp_path: Path) -> None:
     folder = tmp_path / "llm"
     save_llm(folder, shard="1GB")
     spec = resolve(source_config(folder))

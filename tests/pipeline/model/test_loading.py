@@ -1,4 +1,4 @@
-"""Host memory of loading: a rank never holds more than its own shards and the unit that is being read."""
+"""Host memory while loading: a rank holds at most its own shards and the unit being read."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ def test_a_second_backward_is_refused() -> None:
         loss.backward()
 
 
-def test_logits_are_what_the_loss_is_made_of() -> None:
+def test_the_loss_is_computed_from_the_returned_logits() -> None:
     head = LMHead(D, V, scale=0.5, softcap=4.0).double()
     h, _, y = draw()
     assert torch.allclose(F.cross_entropy(head.logits(h), y, reduction="sum"), head(h, y), rtol=1e-12)

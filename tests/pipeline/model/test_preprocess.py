@@ -23,7 +23,7 @@ IMAGES = [picture(64, 48), picture(31, 200), picture(32, 32), picture(5, 3)]
 
 @pytest.mark.parametrize("family", ["siglip", "clip"])
 @pytest.mark.parametrize("size", [32, 56])
-def test_pixels_are_those_of_the_library_in_its_squash_setting(family: str, size: int) -> None:
+def test_pixels_equal_those_of_transformers_without_cropping(family: str, size: int) -> None:
     square = {"height": size, "width": size}
     if family == "siglip":
         theirs, mine = SiglipImageProcessorPil(size=square), Preprocess(size)

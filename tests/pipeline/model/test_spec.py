@@ -1,4 +1,4 @@
-"""What a recipe's model section may say, and what is said back when it is wrong."""
+"""The model section of a recipe: what it accepts, and its errors."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ CASES: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
     "vision-family": (lambda _: edited(vision={"model_type": "vit"}), "model.vision: model_type 'vit'"),
     "patch": (lambda _: edited(vision={"patch_size": 99}), "image_size 16 is smaller than patch_size 99"),
     "latents": (lambda _: edited(connector={"latents": 6}), "model.connector.latents=6.*takes 5 tokens.*set it to 5"),
-    "patches": (lambda _: edited(connector={"kind": "mlp"}), "one token a patch, 4.*takes 5 tokens"),
-    "no-folder": (folder("llm", None), "holds no config.json: name a local"),
+    "patches": (lambda _: edited(connector={"kind": "mlp"}), "one token per patch, 4.*takes 5 tokens"),
+    "no-folder": (folder("llm", None), "holds no config.json: give a local"),
     "no-vision-folder": (folder("vision", None), "model.vision.source=.*holds no config.json"),
     "not-json": (folder("llm", "{"), "is not JSON"),
     "not-object": (folder("llm", "[]"), "is not a JSON object"),

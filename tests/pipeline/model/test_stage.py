@@ -171,7 +171,7 @@ def test_a_trained_tower_gets_gradients_everywhere() -> None:
     assert all(param.grad is not None for param in stage.parameters())
 
 
-def test_images_are_put_where_their_positions_say() -> None:
+def test_image_tokens_land_at_their_positions() -> None:
     stage = whole_stage(tiny_spec())
     inputs = stage_inputs(random_sidecars(1, 3, padding=0), dtype=F32)
     assert inputs.pixels is not None
@@ -190,8 +190,8 @@ def test_casting_the_stage_keeps_rotary_frequencies_exact() -> None:
 
 @pytest.mark.parametrize("family", FAMILY_KEYS)
 @pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
-def test_nothing_in_a_step_is_random_whatever_the_configs_say(family: str, vision: str) -> None:
-    """So a checkpoint needs no state of a random number generator, and a resumed run equals an undisturbed one."""
+def test_no_step_is_random_whatever_the_config(family: str, vision: str) -> None:
+    """A checkpoint therefore needs no random-number state, and a resumed run equals an uninterrupted one."""
     plain = tiny_spec(family, vision=vision)
     rates = {key: 0.5 for key in plain.llm.to_dict() if "drop" in key}
     config = model_config(family, vision=vision, **rates)

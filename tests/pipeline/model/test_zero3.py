@@ -1,4 +1,4 @@
-"""Stages under ZeRO-3 on two ranks, of which one at a time has no image: one step equals a plain one."""
+"""Stages under ZeRO-3 on two ranks, one of them without images: a step equals an unsharded one."""
 
 from __future__ import annotations
 

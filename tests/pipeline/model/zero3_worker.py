@@ -29,7 +29,7 @@ CASES: dict[str, dict[str, Any]] = {
     "phi3-trained-tower-checkpointing": {"frozen": False, "checkpointing": True},
 }
 TARGETS = 50
-"""What the loss is divided by: any number, the same on all ranks."""
+"""Divisor of the loss: any number, the same on all ranks."""
 
 
 def micro_batches(rank: int) -> list[StageInputs]:

@@ -33,7 +33,7 @@ GRID_TOKENS = (SIDE // int(VISION["patch_size"])) ** 2
 
 @dataclass(frozen=True)
 class Saved:
-    """What a checkpoint looks like to the exporter."""
+    """A checkpoint as the exporter sees it."""
 
     stage: Stage
     meta: dict[str, Any]
@@ -52,7 +52,7 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 def make_saved(
     folder: Path, family: str = "llama", *, policy: str = "mma", patch_tokens: bool = False, **llm: Any
 ) -> Saved:
-    """Make a random model; ``patch_tokens`` gives it one token a patch, on a grid."""
+    """Make a random model; ``patch_tokens`` gives it one token per patch, on a grid."""
     tokenizer = make_tokenizer(folder)
     config, image_tokens = model_config(family, **llm), IMAGE_TOKENS
     if patch_tokens:

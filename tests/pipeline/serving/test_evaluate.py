@@ -1,4 +1,4 @@
-"""Accuracy on packs: the questions are the packs' own, and the counting is plain."""
+"""Accuracy on packs: the questions equal those of the packs, and the counts are right."""
 
 from __future__ import annotations
 
@@ -123,13 +123,13 @@ def test_scores_count_right_answers_and_the_best_constant() -> None:
     assert (table["all"].accuracy, table["count"].chance) == (0.6, 0.5)
 
 
-def test_the_table_and_the_file_say_the_same(tmp_path: Path) -> None:
+def test_the_table_and_the_file_agree(tmp_path: Path) -> None:
     rows = answers(("colour", "red", "red"), ("count", "2", "3"))
     results = {"first": rows, "second": [replace(row, right=True) for row in rows]}
     console = Console(record=True, width=100)
     show(results, console)
     text = console.export_text()
-    assert "50.0 %" in text and "100.0 %" in text and "best guess" in text and "two runs, not of two methods" in text
+    assert "50.0 %" in text and "100.0 %" in text and "best guess" in text and "two runs, not two methods" in text
     save(results, tmp_path / "out.json")
     saved = json.loads((tmp_path / "out.json").read_text())
     assert saved["first"]["scores"]["all"] == {"asked": 2, "right": 1, "guess": 2, "accuracy": 0.5, "chance": 1.0}
@@ -137,8 +137,8 @@ def test_the_table_and_the_file_say_the_same(tmp_path: Path) -> None:
 
 
 def test_packs_of_another_model_are_refused(packs: PackReader, model: MultimodalModel, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="gives an image 16 tokens, the model 5"):
+    with pytest.raises(UserError, match="has 16 tokens per image, the model 5"):
         evaluate(load_model(make_export(tmp_path)), packs)
     other = MultimodalModel(model.export_config, model._stage, Tokenizer.load(tmp_path / "tokenizer"))
-    with pytest.raises(UserError, match="another tokenizer"):
+    with pytest.raises(UserError, match="different tokenizer"):
         evaluate(other, packs)

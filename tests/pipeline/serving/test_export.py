@@ -1,4 +1,4 @@
-"""Exports: whole or absent, exact, and readable by others."""
+"""Exports: atomic, exact, and readable by other tools."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_new_process_computes_the_same_logits(dtype: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("shard_bytes", [1, 20_000, 1 << 30])
-def test_every_weight_comes_back_whatever_the_shards(
+def test_every_weight_survives_any_sharding(
     tied: bool, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export_module, "SHARD_BYTES", shard_bytes)
@@ -106,7 +106,7 @@ def meta_with(**changes: Any) -> Callable[[Saved], Saved]:
     ("change", "words"),
     [
         pytest.param(meta_without("policy"), "incomplete .'policy'", id="no-policy"),
-        pytest.param(meta_with(dtype="float8"), "'float8' are not written", id="dtype"),
+        pytest.param(meta_with(dtype="float8"), "cannot be saved as 'float8'", id="dtype"),
         pytest.param(meta_with(template={"name": "plan"}), "did you mean 'plain'", id="template"),
         pytest.param(meta_with(tokenizer="gone"), "not a tokenizer folder", id="tokenizer"),
     ],

@@ -1,4 +1,4 @@
-"""Questions to an exported model: what training computed, in batches and with a cache."""
+"""Questions to an exported model: it computes exactly what training computed, in batches and with a cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEW = 7
 
 
 def continued(prompt: Prompt, ids: torch.Tensor) -> Prompt:
-    """The prompt with a generated run, as training would see it."""
+    """The prompt with a generated run, as in training."""
     extra = {
         "ids": ids.numpy(),
         "modality": 0 * ids.numpy(),
@@ -52,7 +52,7 @@ def test_prefill_and_cached_decoding_equal_the_training_forward(family: str, tmp
     assert_cached_equals_full(load_model(make_export(tmp_path, family)))
 
 
-def test_a_static_cache_does_too(tmp_path: Path) -> None:
+def test_prefill_with_a_static_cache_equals_it_too(tmp_path: Path) -> None:
     options = {"cache_implementation": "static", "disable_compile": True}
     assert_cached_equals_full(load_model(make_export(tmp_path, "llama")), **options)
 
@@ -67,7 +67,7 @@ def test_concentric_positions_prefill_and_decode_as_in_training(tmp_path: Path) 
     assert_cached_equals_full(model)
 
 
-def test_a_history_that_is_given_is_read_by_its_images(tmp_path: Path) -> None:
+def test_images_read_a_given_history(tmp_path: Path) -> None:
     model = load_model(make_export(tmp_path))
     apart = model.logits(model.prompt(CONVERSATIONS[0]))
     model.template = replace(model.template, turns="expand")
@@ -93,7 +93,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> MultimodalModel:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_a_batch_answers_as_its_prompts_do_alone(model: MultimodalModel, beams: int) -> None:
+def test_a_batch_answers_like_its_prompts_alone(model: MultimodalModel, beams: int) -> None:
     prompts = [model.prompt(turns) for turns in CONVERSATIONS]
     together = model.generate(prompts, max_new_tokens=NEW, num_beams=beams)
     assert together == [model.generate([prompt], max_new_tokens=NEW, num_beams=beams)[0] for prompt in prompts]

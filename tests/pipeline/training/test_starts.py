@@ -48,7 +48,7 @@ def test_a_damaged_description_of_pixels_is_named(text: str, tmp_path: Path) -> 
     (tmp_path / "preprocessor_config.json").write_text(text)
     model = parse([]).config.model.model_dump()
     config = ModelConfig.model_validate({**model, "vision": {"source": str(tmp_path)}})
-    with pytest.raises(UserError, match=r"preprocessor_config.json is damaged .*copy it anew"):
+    with pytest.raises(UserError, match=r"preprocessor_config.json is damaged .*copy it again"):
         ModelSpec.resolve(config, vocab_size=512, image_tokens=16)
 
 

@@ -59,7 +59,7 @@ class Measured:
 
 def measure(words: Sequence[str], blocks: int) -> Measured:
     """Train in blocks; on every rank of a launched job."""
-    from pipeline.checkpoints.checkpoint import load, newest_whole
+    from pipeline.checkpoints.checkpoint import load, newest_intact
     from pipeline.config.flags import parse
     from pipeline.parallel.launch import configure_libraries, fill_rank_variables, start_processes, stop_processes
     from pipeline.planning.run_plan import RunPlan
@@ -85,7 +85,7 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     trainer._checkpoints = savers["synchronous"]
     trainer._checkpoints.save(last := trainer.step)
     began = time.monotonic()
-    found, complaints = newest_whole(folder.path, rank=plan.topology.rank, world=plan.topology.world)
+    found, complaints = newest_intact(folder.path, rank=plan.topology.rank, world=plan.topology.world)
     assert found is not None and not complaints, complaints
     load(trainer._stage, found)
     took = time.monotonic() - began

@@ -1,1 +1,1 @@
-"""Sharded checkpoints: what one says of itself, how it is written, and how any grid of ranks loads it."""
+"""Sharded checkpoints: their manifest, how all ranks write one, and how any grid of ranks loads it."""

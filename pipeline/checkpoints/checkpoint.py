@@ -1,10 +1,10 @@
-"""Sharded checkpoints that are all there or not there, and load on any grid of ranks.
+"""Sharded checkpoints, published atomically, that load on any grid of ranks.
 
 One folder per checkpoint: a safetensors file per rank with flat fp32 shards of its stage's parameters and optimizer
 state (``master|NAME``, ``exp_avg|NAME``, ``exp_avg_sq|NAME``; ``frozen|NAME`` in the compute type), and a manifest with
 the shape of every parameter, the grid, the training state and a hash of every file. Parameter names are global
-(``model.layers.7...``), so a shard of any other grid is a slice of a few files. The tokenizer lies beside them, so that
-a checkpoint can be exported wherever it is moved to. Nothing is pickled, and nothing outside of the folder is read.
+(``model.layers.7...``), so a shard of another grid is a slice of a few files. The tokenizer is included, so checkpoints
+can be moved and exported. Nothing is pickled, and nothing outside the folder is read.
 
 `pipeline.checkpoints.writing` writes them.
 """
@@ -30,29 +30,29 @@ from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 _NAME = re.compile(r"step-\d{8}")
 SHOWN_S = 30.0
-"""How long a network file system may take to show one node what others have written."""
+"""How long a network file system may take to show one node the files of another."""
 _TYPES = {"frozen": ("F32", "BF16")}
 _View = tuple[list[str], str]
-"""What a rank sees of a checkpoint: what is wrong with it, and its manifest."""
+"""A checkpoint as one rank sees it: its faults and its manifest."""
 
 
 class Checkpoint:
     """A finished checkpoint folder, readable tensor by tensor or slice by slice, by any process."""
 
     def __init__(self, path: Path | str) -> None:
-        """Read the manifest. Raises UserError when the folder is not a whole checkpoint of this format."""
+        """Read the manifest. Raises UserError when the folder is not a complete checkpoint of this format."""
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
         self._open: dict[int, Any] = {}
 
-    def faults(self, *, part: int = 0, parts: int = 1) -> list[str]:
-        """Hash every ``parts``-th file from ``part`` on; return a line for each that is missing or altered."""
+    def faults(self, *, rank: int = 0, world: int = 1) -> list[str]:
+        """Hash this rank's share of the files; return a line for each one that is missing or damaged."""
         lines = []
-        for name in sorted(self.manifest.files)[part::parts]:
+        for name in sorted(self.manifest.files)[rank::world]:
             path, entry = self.path / name, self.manifest.files[name]
             try:
                 if not is_plain_file(path) or (path.parent.is_symlink() and path.parent != self.path):
-                    lines.append(f"{path} is missing, or is no plain file")
+                    lines.append(f"{path} is missing or not a regular file")
                 elif path.stat().st_size != entry.bytes or hash_file(path) != entry.xxh3:
                     lines.append(f"{path} is damaged")
             except OSError as error:
@@ -63,28 +63,30 @@ class Checkpoint:
         if rank not in self._open:
             path = self.path / rank_file(rank)
             if not is_plain_file(path):
-                raise UserError(f"{path} is missing, or is no plain file: name another checkpoint")
+                raise UserError(f"{path} is missing or not a regular file: use another checkpoint")
             try:
                 self._open[rank] = safe_open(path, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{path} cannot be read ({error}): name another checkpoint") from error
+                raise UserError(f"{path} cannot be read ({error}): use another checkpoint") from error
         return self._open[rank]
 
     def _shard(self, rank: int, kind: str, name: str) -> Any:
-        """Return one rank's shard of a tensor, unread: one row of numbers of the type the format writes."""
+        """Return one rank's shard of a tensor, unread. Raises UserError unless it is 1-D and of a saved type."""
         try:
             shard = self._shards(rank).get_slice(f"{kind}|{name}")
             shape, dtype = shard.get_shape(), shard.get_dtype()
         except SafetensorError as error:
-            raise UserError(f"{self.path / rank_file(rank)} has no {kind}|{name}: name another checkpoint") from error
+            raise UserError(f"{self.path / rank_file(rank)} has no {kind}|{name}: use another checkpoint") from error
         if len(shape) != 1 or dtype not in _TYPES.get(kind, ("F32",)):
-            raise UserError(f"{self.path / rank_file(rank)}: {kind}|{name} is {dtype}{shape}, which no run saves")
+            raise UserError(
+                f"{self.path / rank_file(rank)}: {kind}|{name} is {dtype}{shape}, not a type or shape that a run saves"
+            )
         return shard
 
     def read_flat(self, kind: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Return elements ``start .. stop - 1`` of a flattened parameter or optimizer state (1-D, as saved).
 
-        Raises UserError where the shards are not what the manifest says.
+        Raises UserError where the shards contradict the manifest.
         """
         entry, dp = self.manifest.params[name], self.manifest.dp
         size = -(-torch.Size(entry.shape).numel() // dp)  # of every rank's shard; the last ones are padded to it
@@ -94,7 +96,7 @@ class Checkpoint:
             if (found := shard.get_shape()[0]) != size:
                 raise UserError(
                     f"{self.path / rank_file(entry.stage * dp + dp_rank)}: {kind}|{name} has {found} elements, "
-                    f"its shape is {list(entry.shape)}, {size} of it a rank's: name another checkpoint"
+                    f"but a rank's shard of shape {list(entry.shape)} has {size}: use another checkpoint"
                 )
             offset = dp_rank * size
             pieces.append(shard[max(start - offset, 0) : min(stop - offset, size)])
@@ -108,12 +110,12 @@ class Checkpoint:
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The model's description and its tokenizer's folder, as export wants them."""
+        """The model's description and its tokenizer's folder, for export."""
         return {**self.manifest.model, "tokenizer": str(self.path / TOKENIZER)}
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Return the finished checkpoint folders of a run, newest first (whole or damaged; hidden ones are unfinished)."""
+    """Return the published checkpoint folders of a run, newest first, intact or not."""
     folder = run_dir / "checkpoints"
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, reverse=True)
@@ -126,57 +128,57 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         return Checkpoint(path)
     folders = checkpoint_folders(path)
     if not folders:
-        raise UserError(f"{path} holds no checkpoint: give a run folder that was trained, or a checkpoint folder")
+        raise UserError(f"{path} has no checkpoint: give a trained run folder or a checkpoint folder")
     return Checkpoint(folders[0])
 
 
-def newest_whole(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
-    """Return the newest undamaged checkpoint and what was wrong with newer ones; all ranks share the hashing.
+def newest_intact(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest intact checkpoint and the faults of newer ones; ranks share the hashing. Collective.
 
-    ``path`` is a run folder, or one checkpoint folder. Which folders there are is for rank 0 to say, and what a
-    checkpoint is, for all: on a network file system one node may not see yet what another has written.
+    ``path`` is a run folder or a checkpoint folder. Rank 0 lists the folders, and all ranks must see the same
+    checkpoint: on a network file system, a node may not see yet what another has written.
     """
-    complaints: list[str] = []
+    faults_found: list[str] = []
     folders = [path] if (path / MANIFEST).is_file() else checkpoint_folders(path)
-    for folder, has_manifest in _said_by_rank_0([(folder, (folder / MANIFEST).is_file()) for folder in folders]):
+    for folder, has_manifest in _broadcast_from_rank0([(folder, (folder / MANIFEST).is_file()) for folder in folders]):
         if has_manifest:
             _wait_for(folder / MANIFEST)
         checkpoint, faults = _inspect(folder, rank, world)
-        views = _of_all_ranks((faults, checkpoint.manifest.to_json() if checkpoint else ""))
+        views = _all_gather((faults, checkpoint.manifest.to_json() if checkpoint else ""))
         faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
         if not faults and len({manifest for _, manifest in views}) > 1:
-            faults = [f"{folder} is not the same on all nodes: the run folder must lie on a disk that they share"]
+            faults = [f"{folder} differs between nodes: the run folder must be on a shared disk"]
         if not faults:
-            return checkpoint, complaints
-        complaints += faults
-    return None, complaints
+            return checkpoint, faults_found
+        faults_found += faults
+    return None, faults_found
 
 
 def _wait_for(path: Path) -> None:
-    """Give a network file system time to show a file that another node sees."""
-    patience = time.monotonic() + SHOWN_S
-    while not path.is_file() and time.monotonic() < patience:
+    """Wait for a network file system to show a file that another node sees."""
+    deadline = time.monotonic() + SHOWN_S
+    while not path.is_file() and time.monotonic() < deadline:
         time.sleep(0.2)
 
 
 def _inspect(folder: Path, rank: int, world: int) -> tuple[Checkpoint | None, list[str]]:
-    """Open a checkpoint and hash a rank's share of its files; return it with what is wrong with it."""
+    """Open a checkpoint and hash this rank's share of its files; return it with its faults."""
     try:
         checkpoint = Checkpoint(folder)
-        return checkpoint, checkpoint.faults(part=rank, parts=world)
+        return checkpoint, checkpoint.faults(rank=rank, world=world)
     except UserError as error:
         return None, [str(error)]
 
 
 def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = False) -> None:
-    """Fill a stage's shards from a checkpoint of any grid. Raises UserError where parameters do not match."""
+    """Fill a stage's shards from a checkpoint of any grid. Raises UserError where the parameters do not match."""
     kinds = [("master", None)] if weights_only else [("master", None), *((state, state) for state in STATES)]
     for name, param in stage.trainable():
         name = _as_saved(name, checkpoint)
         start, entry = _own_range(stage, name, param, checkpoint)
         if not (entry.trained or weights_only):
             raise UserError(
-                f"{checkpoint.path}: {name} was frozen, so it has no optimizer state to go on from: keep it frozen, "
+                f"{checkpoint.path}: {name} was frozen, so it has no optimizer state to resume from: keep it frozen, "
                 f"or start another --run-dir with --init-from {checkpoint.path}"
             )
         for kind, state in kinds:
@@ -191,8 +193,8 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
 def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -> None:
     """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
 
-    Others are older ones, and damaged ones of later steps, which the run has gone back from. ``newest`` must be whole;
-    it is never removed. Unfinished folders stay: other ranks may have begun the next save.
+    Damaged checkpoints of later steps, which the run did not resume from, are removed, too. ``newest`` must be intact
+    and is never removed. Unfinished folders stay: other ranks may have begun the next save.
     """
     folders = checkpoint_folders(run_dir)
     earlier = [folder for folder in folders if folder.name <= newest.name]
@@ -202,7 +204,7 @@ def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -
 
 
 def _remove(folder: Path) -> None:
-    """Remove a checkpoint: it is hidden first, so that one whose removal is cut short is never met under its name."""
+    """Remove a checkpoint. It is hidden first, so an interrupted removal leaves no partial checkpoint."""
     hidden = folder.with_name(f".old-{folder.name}")
     shutil.rmtree(hidden, ignore_errors=True)
     with suppress(OSError):
@@ -211,23 +213,23 @@ def _remove(folder: Path) -> None:
 
 
 def unfinished_folders(run_dir: Path) -> list[Path]:
-    """Return the folders of saves under way, or what interrupted ones left."""
+    """Return the folders of saves in progress or interrupted."""
     return sorted((run_dir / "checkpoints").glob(".step-*.tmp"))
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Remove what interrupted saves and removals left, at the start of a run, when none is under way."""
-    for torn in [*unfinished_folders(run_dir), *(run_dir / "checkpoints").glob(".old-step-*")]:
-        shutil.rmtree(torn, ignore_errors=True)
+    """Remove the remains of interrupted saves and removals; only at the start of a run, when no save is in progress."""
+    for folder in [*unfinished_folders(run_dir), *(run_dir / "checkpoints").glob(".old-step-*")]:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def step_of(folder: Path) -> int:
-    """Return the step a finished checkpoint's folder is named after."""
+    """Return the step of a published checkpoint's folder."""
     return int(folder.name.removeprefix("step-"))
 
 
 def _as_saved(name: str, checkpoint: Checkpoint) -> str:
-    """Return the name a parameter was saved under: a tied head is the embedding where one stage held both."""
+    """Return the name that a parameter was saved under: a tied head is the embedding if one stage held both."""
     tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"].get("tie_word_embeddings")
     return "model.embed_tokens.weight" if tied and name not in checkpoint.manifest.params else name
 
@@ -237,10 +239,10 @@ def _own_range(
 ) -> tuple[int, ParamEntry]:
     saved = checkpoint.manifest.params
     if name not in saved:
-        raise UserError(f"{checkpoint.path} has no parameter {name}: it was trained with another model section")
+        raise UserError(f"{checkpoint.path} has no parameter {name}: it was trained with a different model section")
     shape = tuple(stage.full_shape(param))
     if saved[name].shape != shape:
-        raise UserError(f"{checkpoint.path}: {name} is {saved[name].shape}, the model section says {shape}")
+        raise UserError(f"{checkpoint.path}: {name} has shape {saved[name].shape}, but {shape} in the model section")
     return stage.topology.dp_rank * stage.compute_shard(param).numel(), saved[name]
 
 
@@ -252,7 +254,7 @@ def _copy_range(into: torch.Tensor, source: Checkpoint, kind: str, name: str, st
 
 
 def hash_file(path: Path) -> str:
-    """Return the xxh3-128 of a file in hex, read in pieces."""
+    """Return the xxh3-128 of a file in hex."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
@@ -260,7 +262,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _said_by_rank_0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:
+def _broadcast_from_rank0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:
     """Return rank 0's list on every rank."""
     lists = [own]
     if dist.is_initialized():
@@ -268,7 +270,7 @@ def _said_by_rank_0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:
     return lists[0]
 
 
-def _of_all_ranks(own: _View) -> list[_View]:
+def _all_gather(own: _View) -> list[_View]:
     """Return every rank's view, in the order of ranks."""
     if not dist.is_initialized():
         return [own]

@@ -1,7 +1,7 @@
-"""What a checkpoint says of itself: ``manifest.json``, believed only as far as it is checked.
+"""``manifest.json`` of a checkpoint: a typed model with a hash of its own, validated before use.
 
-A checkpoint may come from someone else. Every number is a bounded whole number, every file name is one this format
-writes, and nothing in it can name a place outside of its folder.
+A checkpoint may be untrusted. Every number is a bounded integer, every file name is one that this format writes, and
+nothing can refer to a path outside the folder.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Ranks = Annotated[int, Field(gt=0, lt=1 << 20)]
 
 @dataclass(frozen=True, config=_STRICT)
 class ParamEntry:
-    """One parameter of the model: its whole shape, the stage that holds it, and whether it trains."""
+    """One parameter of the model: its full shape, the stage that holds it, and whether it trains."""
 
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     stage: Count
@@ -50,15 +50,15 @@ class FileDigest:
 
 @dataclass(frozen=True, config=_STRICT)
 class CheckpointManifest:
-    """What a checkpoint holds beside tensors."""
+    """Everything in a checkpoint except tensors."""
 
     step: Count
     """Optimizer steps taken, skipped ones included."""
     optimizer_steps: Count
-    """Updates AdamW counted."""
+    """Updates that AdamW applied."""
     consumed_packs: Count
     plan_sha256: str
-    """Identity of the packs' order; resuming on another is refused."""
+    """Identity of the order of rows; resuming on another is refused."""
     global_batch_size: Count
     pp: Ranks
     dp: Ranks
@@ -85,7 +85,7 @@ def rank_file(rank: int) -> str:
 
 
 def is_plain_file(path: Path) -> bool:
-    """Whether a path is a file itself, no link that may lead elsewhere and no pipe that never ends."""
+    """Whether a path is a regular file: not a link, which may lead elsewhere, nor a pipe, which may never end."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:
@@ -93,19 +93,19 @@ def is_plain_file(path: Path) -> bool:
 
 
 def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read and check the manifest of a checkpoint folder. Raises UserError where it cannot be believed."""
+    """Read and validate the manifest of a checkpoint folder. Raises UserError when it is damaged or not valid."""
     path = folder / MANIFEST
     try:
         if not is_plain_file(path):
-            raise ValueError(f"{MANIFEST} is missing, or is no plain file")
+            raise ValueError(f"{MANIFEST} is missing or not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{MANIFEST} is larger than {_MAX_BYTES >> 20} MiB")
         manifest = _MANIFEST.validate_json(path.read_bytes())
         _check(manifest)
     except ValidationError as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({_fault(error)})") from error
+        raise UserError(f"{folder} is not an intact checkpoint ({_fault(error)})") from error
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is not a whole checkpoint ({error})") from error
+        raise UserError(f"{folder} is not an intact checkpoint ({error})") from error
     return manifest
 
 
@@ -117,17 +117,17 @@ def _fault(error: ValidationError) -> str:
 
 
 def _check(manifest: CheckpointManifest) -> None:
-    """Check what concerns more than one field. Raises ValueError."""
+    """Check the constraints between fields. Raises ValueError."""
     for name in manifest.files:
         if not _RANK_FILE.fullmatch(name) and not _TOKENIZER_FILE.fullmatch(name):
             raise ValueError(f"a checkpoint has no file named {name!r}")
     ranks = {name for name in manifest.files if _RANK_FILE.fullmatch(name)}
     world = manifest.pp * manifest.dp
     if len(ranks) != world or not ranks.issuperset(rank_file(rank) for rank in range(world)):
-        raise ValueError(f"{len(ranks)} files of ranks, but {manifest.pp} stages x {manifest.dp} replicas")
+        raise ValueError(f"{len(ranks)} rank files, but {manifest.pp} stages x {manifest.dp} data-parallel ranks")
     for name, entry in manifest.params.items():
         if entry.stage >= manifest.pp:
-            raise ValueError(f"{name} is of stage {entry.stage}, but there are {manifest.pp}")
+            raise ValueError(f"{name} is on stage {entry.stage}, but there are {manifest.pp} stages")
     spec = manifest.model.get("spec")
     if not isinstance(spec, dict) or not isinstance(spec.get("llm"), dict):
-        raise ValueError("model: no description of a language model")
+        raise ValueError("model: the description of the language model is missing")

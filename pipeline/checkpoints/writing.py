@@ -1,6 +1,6 @@
-"""Writes one checkpoint from all ranks: shards first, then, once every rank's are on the disk, all of it at once.
+"""Writes one checkpoint from all ranks: every rank writes its shards, then rank 0 publishes the checkpoint.
 
-A checkpoint is written into a hidden folder, synced, and renamed: a reader never meets half of one.
+A checkpoint is written into a hidden folder, synced and renamed, so a reader never sees a partial one.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifes
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 Phase = Callable[[], Any]
-"""What one rank has to do before all ranks go on; it may run in a thread, so it takes part in no collective."""
+"""One rank's work before all ranks continue. It may run in a thread, so it must not call collectives."""
 Files = dict[str, FileDigest]
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a checkpoint goes; the same on every rank."""
+    """Where a checkpoint is written; the same on every rank."""
 
     final: Path
     token: str
-    """Unlike that of any other start of the run, so that a rank another start left behind can spoil nothing."""
+    """Unique to this start of the run, so a rank left over from an earlier start cannot interfere."""
 
     @property
     def hidden(self) -> Path:
@@ -47,18 +47,17 @@ class Target:
 class HostCopy:
     """A rank's shards at one step, copied to host memory.
 
-    The memory (12 bytes a trained parameter of this rank, and the frozen ones) is taken at the first copy and kept for
-    the next: there is never more than one. It is pinned on GPU machines, where torch rounds the bytes of each tensor up
-    to a power of two: it is up to twice as much.
+    The memory (12 bytes per trained parameter of this rank, plus its frozen ones) is allocated at the first copy and
+    reused. On GPU machines it is pinned, and torch rounds the size of each tensor up to a power of two.
     """
 
     def __init__(self, stage: Zero3Stage) -> None:
-        """Copy shards of ``stage``; nothing is taken yet."""
+        """Copy shards of ``stage``; nothing is allocated yet."""
         self._stage = stage
         self._copies: dict[str, torch.Tensor] = {}
 
     def take(self) -> dict[str, torch.Tensor]:
-        """Return this moment's shards; they hold until the next call."""
+        """Return a copy of the current shards, valid until the next call."""
         pinned = torch.cuda.is_available()
         for key, shard in shards(self._stage):
             if key not in self._copies:
@@ -70,7 +69,7 @@ class HostCopy:
 
 
 def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield what a rank saves, under its key in the file: live tensors, on the device they are on."""
+    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device."""
     for name, param in stage.trainable():
         yield f"master|{name}", stage.master_shard(param)
         yield from ((f"{state}|{name}", stage.master_shard(param, state)) for state in STATES)
@@ -78,7 +77,7 @@ def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
-    """Return this rank's part of the manifest's ``params``: its stage's, from one of the stage's ranks."""
+    """Return this rank's share of the manifest's ``params``: those of its stage if this is dp rank 0, else none."""
     if stage.topology.dp_rank:
         return {}
     return {
@@ -90,16 +89,16 @@ def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
 def save_phases(
     own: dict[str, torch.Tensor], target: Target, manifest: CheckpointManifest, *, rank: int, tokenizer: Path
 ) -> Generator[Phase, list[Any], None]:
-    """Yield a rank's parts of a save one after the other; every rank's must be done before the next is asked for.
+    """Yield a rank's phases of a save in order; all ranks must finish a phase before the next is requested.
 
     Args:
         own: The rank's shards, as of `shards`.
-        target: Where the checkpoint goes.
-        manifest: What it says, but for its files.
+        target: Where the checkpoint is written.
+        manifest: Its manifest, without the files.
         rank: This rank; 0 publishes.
         tokenizer: Folder of the tokenizer, saved by rank 0.
 
-    What is sent back after a part is what each rank's part returned, in the order of ranks.
+    The caller sends back the results of a phase on all ranks, in rank order.
     """
     files = yield lambda: _write(own, target.hidden, rank, tokenizer if rank == 0 else None)
     whole = replace(manifest, files={name: entry for each in files for name, entry in each.items()})
@@ -107,7 +106,7 @@ def save_phases(
 
 
 def gather_phase(phase: Future[Any], what: Path) -> list[Any]:
-    """Wait for this rank's part and for every other rank's; return what each has to say.
+    """Wait until all ranks have finished a phase; return their results, in rank order. Collective.
 
     Raises UserError on all ranks alike when one of them could not write.
     """
@@ -120,40 +119,40 @@ def gather_phase(phase: Future[Any], what: Path) -> list[Any]:
     dist.all_gather_object(gathered, (result, fault))
     faults = sorted({fault for _, fault in gathered if fault})
     if faults:
-        raise UserError(f"{what} cannot be written ({faults[0]}): mend that, and the same command goes on")
+        raise UserError(f"{what} cannot be written ({faults[0]}): fix that and run the same command again")
     return [result for result, _ in gathered]
 
 
 def _write(own: dict[str, torch.Tensor], folder: Path, rank: int, tokenizer: Path | None) -> Files:
-    """Write one rank's shards, and the tokenizer, to the disk; return their entries of the manifest."""
+    """Write one rank's shards and, if given, the tokenizer; return their manifest entries."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / rank_file(rank)
     save_file({key: tensor.cpu().contiguous() for key, tensor in own.items()}, path)
-    path.chmod(folder.stat().st_mode & 0o666)  # safetensors makes files that only their owner can read
-    files = {path.name: _seal(path)}
+    path.chmod(folder.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+    files = {path.name: _sync_and_hash(path)}
     if tokenizer is not None:
         (folder / TOKENIZER).mkdir()
         for source in sorted(tokenizer.iterdir()):
             copy = Path(shutil.copyfile(source, folder / TOKENIZER / source.name))
-            files[f"{TOKENIZER}/{source.name}"] = _seal(copy)
+            files[f"{TOKENIZER}/{source.name}"] = _sync_and_hash(copy)
     return files
 
 
-def _seal(path: Path) -> FileDigest:
-    """Bring a file to the disk; return its entry in the manifest."""
+def _sync_and_hash(path: Path) -> FileDigest:
+    """Sync a file to disk; return its manifest entry."""
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())
     return FileDigest(path.stat().st_size, hash_file(path))
 
 
 def _publish(target: Target, manifest: CheckpointManifest) -> None:
-    """Make a written checkpoint one that a start takes, in one step. Raises OSError where not all files are here."""
-    patience = time.monotonic() + SHOWN_S
+    """Publish a written checkpoint atomically. Raises OSError when rank 0 cannot see all files."""
+    deadline = time.monotonic() + SHOWN_S
     for name, entry in manifest.files.items():
         path = target.hidden / name
         while not path.is_file() or path.stat().st_size != entry.bytes:
-            if time.monotonic() > patience:
-                raise OSError(f"rank 0 does not see {path}: the run folder must lie on a disk that all nodes share")
+            if time.monotonic() > deadline:
+                raise OSError(f"rank 0 does not see {path}: the run folder must be on a disk shared by all nodes")
             time.sleep(0.2)
     write_atomic(target.hidden / MANIFEST, manifest.to_json().encode())
     _sync_folder(target.hidden / TOKENIZER)
@@ -164,7 +163,7 @@ def _publish(target: Target, manifest: CheckpointManifest) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk."""
+    """Sync the directory entries of a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

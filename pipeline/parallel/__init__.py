@@ -1,1 +1,1 @@
-"""Ranks as a grid of pipeline stages by data-parallel replicas, and one ZeRO-3 engine per stage."""
+"""Ranks as a grid of pipeline stages by data-parallel ranks, and one ZeRO-3 engine per stage."""

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run: the user's JSON file, completed with what the recipe decides."""
+"""The DeepSpeed configuration of a run: the user's JSON file, completed from the recipe."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ _OWNED = {
     "pipeline": "parallel.pp",
     "tensorboard": "log.tensorboard",
 }
-# What else of DeepSpeed's settings has an effect here.
+# DeepSpeed's other settings that have an effect here.
 _PASSED_ON = frozenset({
     "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger", "flops_profiler",
     "csv_monitor", "wandb", "comet", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
 })  # fmt: skip
-# Their groups of ranks are made over the whole world, across pipeline stages; a value of 1 or less leaves them off.
+# These form groups of ranks across pipeline stages; a value of 1 or less turns them off.
 _WORLD_WIDE = ("zero_hpz_partition_size", "mics_shard_size")
 _RENAMED = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _QUANTIZED = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
@@ -39,10 +39,11 @@ _WHOLE = 1 << 60  # more elements than any parameter, or any stage, has
 
 
 def read_ds_config(path: str) -> dict[str, Any]:
-    """Read the user's DeepSpeed file, without what it leaves "auto": to the recipe, or to DeepSpeed.
+    """Read the user's DeepSpeed file without its "auto" values, which the recipe or DeepSpeed sets.
 
     Raises:
-        ConfigError: Missing, bad JSON, a key that the recipe owns or that DeepSpeed does not know, no ZeRO stage.
+        ConfigError: The file is missing or not valid JSON, has a key that the recipe sets or that DeepSpeed does not
+            know, or has no ZeRO stage.
     """
     try:
         raw = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,7 +72,7 @@ def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _dtype_fault(raw: dict[str, Any]) -> str:
-    """Return what of the types that gradients are added up and reduced in cannot be run; empty when all can."""
+    """Return what is wrong with the types that gradients are accumulated and reduced in; empty if nothing is."""
     types = raw.get("data_types", {})
     if not isinstance(types, dict):
         return f'data_types={json.dumps(types)}: must be an object, as {{"grad_accum_dtype": "fp32"}}'
@@ -84,7 +85,7 @@ def _dtype_fault(raw: dict[str, Any]) -> str:
 
 
 def _zero_fault(zero: dict[str, Any]) -> str:
-    """Return what of a ``zero_optimization`` section cannot be run, and the way out; empty when all can."""
+    """Return what is wrong with a ``zero_optimization`` section, and the fix; empty if nothing is."""
     if fault := _unknown_to_deepspeed(zero):
         return fault
     fault = _not_run_here(zero)
@@ -92,11 +93,11 @@ def _zero_fault(zero: dict[str, Any]) -> str:
 
 
 def _unknown_to_deepspeed(zero: dict[str, Any]) -> str:
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # seconds, for whom only the flags matter
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # takes seconds, which flags alone do not need
 
     for key, name in _RENAMED.items():
         if key in zero:
-            return f'zero_optimization.{key} has another name now: use "{name}": {{"device": "cpu"}}'
+            return f'zero_optimization.{key} was renamed: use "{name}": {{"device": "cpu"}}'
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
@@ -118,7 +119,7 @@ def _not_run_here(zero: dict[str, Any]) -> str:
         if _device(zero, key) not in ("none", "cpu"):
             return f"{key}.device={_device(zero, key)} is not supported: use cpu"
     if _device(zero, "offload_param") == "cpu" and zero["stage"] != 3:
-        return f"offload_param needs stage 3, in stage {zero['stage']} the weights stay on the device: remove it"
+        return f"offload_param needs stage 3, stage {zero['stage']} keeps weights on the device: remove it"
     if _device(zero, "offload_param") == "cpu" and _device(zero, "offload_optimizer") != "cpu":
         return "offload_param needs offload_optimizer too: add it"
     offload = zero.get("offload_optimizer") or {}
@@ -128,7 +129,7 @@ def _not_run_here(zero: dict[str, Any]) -> str:
         "offload_optimizer.ratio": offload.get("ratio", 1) != 1,
     }
     asked = [key for key, on in others.items() if on]
-    return f"{asked[0]} brings an optimizer of its own, which is not supported: remove it" if asked else ""
+    return f"{asked[0]} uses its own optimizer, which is not supported: remove it" if asked else ""
 
 
 def _device(zero: dict[str, Any], key: str) -> str:
@@ -137,26 +138,26 @@ def _device(zero: dict[str, Any], key: str) -> str:
 
 @dataclass(frozen=True)
 class Sharding:
-    """What the data-parallel ranks of a stage share among them, and when: ZeRO-1, 2 and 3 in one code path.
+    """What the data-parallel ranks of a stage shard, and when: ZeRO-1, 2 and 3 in one code path.
 
     Optimizer states and fp32 weights are always sharded. ZeRO-1 and ZeRO-2 are ZeRO-3 with every parameter
-    *persistent*: gathered once, right after the optimizer step, and whole until the next.
+    *persistent*: gathered once, right after the optimizer step, and kept until the next.
     """
 
     stage: int
     """ZeRO stage of the DeepSpeed file."""
     gathered_fraction: float
-    """Share of a stage's parameters whole within a step."""
+    """Share of a stage's parameters kept gathered within a step."""
     reduce_once: bool
     """Gradients are reduce-scattered once a step, else once a micro-batch."""
     offload_optimizer: bool
-    """Master weights, moments and gradients for the update are in host memory."""
+    """Master weights, moments and the update's gradients are in host memory."""
     offload_params: bool
     """Compute-type shards are in host memory."""
 
     @classmethod
     def of(cls, ds_config: dict[str, Any], parallel: ParallelConfig) -> Sharding:
-        """Read the user's DeepSpeed file together with the recipe. Raises ConfigError where they disagree."""
+        """Combine the user's DeepSpeed file with the recipe. Raises ConfigError where they disagree."""
         zero = ds_config["zero_optimization"]
         stage, once = int(zero["stage"]), parallel.reduce_once
         if stage < 3 and parallel.gathered_fraction < 1:
@@ -176,7 +177,7 @@ class Sharding:
     def __str__(self) -> str:
         offloaded = {"optimizer": self.offload_optimizer, "parameters": self.offload_params}
         moved = " and ".join(name for name, there in offloaded.items() if there)
-        weights = "weights whole between steps" if self.stage < 3 else f"resident {self.gathered_fraction:g}"
+        weights = "weights whole between steps" if self.stage < 3 else f"gathered_fraction {self.gathered_fraction:g}"
         reduced = f"gradients reduced {'once a step' if self.reduce_once else 'every micro-batch'}"
         return f"ZeRO-{self.stage}, {weights}, {reduced}" + (f", {moved} on the CPU" if moved else "")
 
@@ -184,8 +185,8 @@ class Sharding:
 def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_rows: int, bf16: bool) -> dict[str, Any]:
     """Return the configuration handed to ``deepspeed.initialize``.
 
-    Micro-batching is the schedule's: DeepSpeed sees one accumulation step and would otherwise divide by their number
-    again on every stage. ``gradient_clipping`` is always explicit because DeepSpeed's default is 1.0, not off.
+    The schedule runs the micro-batches, so DeepSpeed sees one accumulation step: it would otherwise divide by their
+    number on every stage. ``gradient_clipping`` is always set because DeepSpeed's default is 1.0, not off.
     """
     done = {
         **raw,
@@ -206,7 +207,7 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_row
 
 
 def _as_stage_3(zero: dict[str, Any]) -> dict[str, Any]:
-    """Return ZeRO-1 and ZeRO-2 as the ZeRO-3 that keeps every parameter whole between steps."""
+    """Express ZeRO-1 and ZeRO-2 as ZeRO-3 that keeps every parameter gathered between steps."""
     if zero["stage"] == 3:
         return zero
     kept = {"stage3_param_persistence_threshold": _WHOLE, "stage3_model_persistence_threshold": _WHOLE}

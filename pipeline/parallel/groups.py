@@ -22,17 +22,17 @@ class Groups:
     data: Any
     """Ranks that hold the same stage."""
     p2p_groups: Mapping[tuple[int, int], Any]
-    """(from stage, to stage) -> the group of these two ranks of this replica, for neighbours on the line of stages.
+    """(from stage, to stage) -> the group of the two ranks of this dp rank's pipeline, for neighbouring stages.
 
-    NCCL runs what is asked of a communicator one after the other on one stream. A receive that was posted ahead of its
-    message would hold up whatever came behind it: a send the other way, which the message may be waiting for, or a
-    message from another rank. So each ordered pair of ranks has a communicator of its own: one rank only ever sends
-    in it, the other only ever receives, in the same order.
+    NCCL runs the operations of a communicator in order, on one stream. A receive posted ahead of its message would
+    block everything behind it: a send in the other direction, which the message may depend on, or a message from
+    another rank. So each ordered pair of ranks has its own communicator, in which one rank only sends and the other
+    only receives, in the same order.
     """
     self_group: Any
-    """This rank alone: what DeepSpeed is told is the model-parallel group."""
-    ends: Any
-    """First and last stage of this replica (tied embeddings); None with one stage or in between."""
+    """This rank alone: the model-parallel group, as far as DeepSpeed is concerned."""
+    embedding_group: Any
+    """First and last stage of this pipeline (tied embeddings); None with one stage and on stages in between."""
 
 
 def create_groups(topology: Topology, timeout_s: int = 1800, *, ring: bool = True) -> Groups:
@@ -40,26 +40,26 @@ def create_groups(topology: Topology, timeout_s: int = 1800, *, ring: bool = Tru
 
     Args:
         topology: Place of this rank.
-        timeout_s: Seconds after which a collective gives up.
-        ring: Whether a stage may hold several chunks: the last stage and the first then have links, too.
+        timeout_s: Timeout of collectives in seconds.
+        ring: Connect the last stage to the first, too: needed with several virtual stages a stage.
     """
-    # A new group does not take the world's limit over: left out, it would be the backend's (10 minutes on NCCL).
+    # A new group does not inherit the world's timeout; the backend's default is 10 minutes on NCCL.
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     data = [new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
     p2p_groups = _create_p2p_groups(topology, new_group, ring)
-    self_group = new_group([topology.rank], use_local_synchronization=True)  # on no other rank
-    ends = None
+    self_group = new_group([topology.rank], use_local_synchronization=True)  # created on this rank only
+    embedding_group = None
     if topology.pp > 1:
         pairs = [[topology.rank_of(0, r), topology.rank_of(topology.pp - 1, r)] for r in range(topology.dp)]
-        made = [new_group(pair) for pair in pairs]
-        ends = made[topology.dp_rank] if topology.first or topology.last else None
-    return Groups(data[topology.stage], p2p_groups, self_group, ends)
+        embedding_groups = [new_group(pair) for pair in pairs]
+        embedding_group = embedding_groups[topology.dp_rank] if topology.first or topology.last else None
+    return Groups(data[topology.stage], p2p_groups, self_group, embedding_group)
 
 
 def _create_p2p_groups(
     topology: Topology, new_group: Callable[[list[int]], Any], ring: bool
 ) -> dict[tuple[int, int], Any]:
-    """Create the links of all replicas; return those of this rank."""
+    """Create the groups of all neighbouring pairs; return those of this rank."""
     own = {}
     for dp_rank, (source, target) in itertools.product(range(topology.dp), neighbours(topology.pp, ring)):
         group = new_group([topology.rank_of(source, dp_rank), topology.rank_of(target, dp_rank)])
@@ -69,16 +69,16 @@ def _create_p2p_groups(
 
 
 def neighbours(stages: int, ring: bool) -> list[tuple[int, int]]:
-    """Return the ordered pairs of stages that exchange messages: a line, with chunks a ring."""
+    """Return the ordered pairs of stages that exchange messages: a line, or a ring with virtual stages."""
     line = {(stage, stage + 1) for stage in range(stages - 1)} | ({(stages - 1, 0)} if ring and stages > 1 else set())
     return sorted(line | {(after, before) for before, after in line})
 
 
 def connect(topology: Topology, groups: Groups, device: torch.device) -> None:
-    """Send one number over every link, in one order on all ranks.
+    """Send one number in every group, in the same order on all ranks.
 
-    NCCL connects two ranks at the first message between them and waits for both: a receive posted ahead would wait
-    for a send that cannot come yet.
+    NCCL connects two ranks at their first message and waits for both, so a receive posted ahead would wait for a send
+    that cannot happen yet.
     """
     for source, target in sorted(groups.p2p_groups):
         number, group = torch.zeros(1, device=device), groups.p2p_groups[source, target]

@@ -1,4 +1,4 @@
-"""Whether a machine is fit for training: its GPUs, its disk, and the network between processes."""
+"""Checks that a machine can train: its GPUs, its disk, and the network between processes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 
 MIN_FREE_GIB = 1.0
 MIN_FREE_TEMPORARY_GIB = 0.05
-"""Temporary files are few and small, and on nodes without disks they lie in memory."""
+"""Temporary files are few and small, and on diskless nodes they occupy memory."""
 PATIENCE = timedelta(seconds=60)
 
 
 def gpu_problem(index: int) -> Iterator[str]:
-    """Yield what is wrong with one GPU: a product of ones is known without computing it."""
+    """Yield what is wrong with one GPU, by a matrix product with a known result."""
     try:
         ones = torch.ones(256, 256, device=f"cuda:{index}")
         if not bool((ones @ ones == 256).all()):
@@ -31,7 +31,7 @@ def gpu_problem(index: int) -> Iterator[str]:
 
 
 def disk_problem(folder: Path, need_gib: float | None = None) -> Iterator[str]:
-    """Yield what keeps this process from writing ``need_gib`` to a folder that exists.
+    """Yield why this process cannot write ``need_gib`` to an existing folder.
 
     None = 1 GiB, or 0.05 GiB in the folder of temporary files.
     """
@@ -46,13 +46,13 @@ def disk_problem(folder: Path, need_gib: float | None = None) -> Iterator[str]:
         return
     free = shutil.disk_usage(folder).free / 2**30
     if free < need_gib:
-        yield f"{folder} has {free:.2f} GiB left, {need_gib:.2f} are needed: make room"
+        yield f"{folder} has {free:.2f} GiB free, {need_gib:.2f} GiB are needed: free some space"
 
 
 def network_problem(rank: int, world: int, *, backend: str, store: Store | None = None) -> str:
-    """Add up a number over all processes that meet at MASTER_ADDR, or in a store; return what went wrong, or nothing.
+    """All-reduce over all processes that meet at MASTER_ADDR, or in a store; return the problem, or an empty string.
 
-    The process group stays, for whoever has more to say in it.
+    The process group stays open for further checks.
     """
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if backend == "nccl" else torch.device("cpu")
     place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

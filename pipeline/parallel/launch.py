@@ -1,4 +1,4 @@
-"""Processes and devices: what launchers set, process groups, shares of a node."""
+"""Processes and devices: variables set by launchers, the process group, a rank's share of its node."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pipeline.config.schema import ConfigError
 
 _LAUNCHERS: Mapping[
     str, Mapping[str, str]
-] = {  # the variable only this launcher's tasks have -> the ranks' names in it
-    "SLURM_STEP_NUM_TASKS": {  # a step of srun; a batch script by itself is one process, whatever --ntasks says
+] = {  # a variable that only this launcher sets -> its names for torch's variables
+    "SLURM_STEP_NUM_TASKS": {  # set in a step of srun only: a batch script is one process, whatever --ntasks says
         "RANK": "SLURM_PROCID",
         "WORLD_SIZE": "SLURM_STEP_NUM_TASKS",
         "LOCAL_RANK": "SLURM_LOCALID",
@@ -36,9 +36,9 @@ _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def fill_rank_variables() -> None:
-    """Give torch's rank variables their values: from the launcher, Slurm or MPI, else a single process.
+    """Set torch's rank variables from the launcher, Slurm or MPI; else to those of a single process.
 
-    Raises ConfigError where ranks on several nodes are not told where they are to meet.
+    Raises ConfigError where ranks on several nodes have no MASTER_ADDR.
     """
     launcher = next((names for mark, names in _LAUNCHERS.items() if mark in os.environ), {})
     for name, alone in _ALONE.items():
@@ -46,19 +46,19 @@ def fill_rank_variables() -> None:
     if "MASTER_ADDR" not in os.environ and _on_several_nodes():
         raise ConfigError("ranks on several nodes need MASTER_ADDR, the host of rank 0: export it (slurm/pt.sh does)")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    if "MASTER_PORT" not in os.environ:  # several ranks must agree on one; a single process takes any free one
+    if "MASTER_PORT" not in os.environ:  # several ranks must agree on a port; a single process takes any free one
         os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())
 
 
 def _on_several_nodes() -> bool:
-    """Whether the launcher says so; MPICH does not say."""
+    """Whether the launcher reports several nodes; MPICH does not report nodes."""
     world = os.environ.get("OMPI_COMM_WORLD_SIZE")
     here = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", world)
     return here != world or int(os.environ.get("SLURM_STEP_NUM_NODES", "1")) > 1
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on at this moment."""
+    """Return a port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -67,13 +67,13 @@ def free_port() -> int:
 def device_of_rank() -> torch.device:
     """Return this rank's GPU, or the CPU. Raises ConfigError when a node runs more ranks than it has GPUs.
 
-    A task that was given one GPU of its own (``srun --gpus-per-task=1``) sees it as the first, whatever its local rank.
+    A task with a GPU of its own (``srun --gpus-per-task=1``) sees it as the first, whatever its local rank.
     """
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if local and count == 1 and "SLURM_STEP_NUM_TASKS" in os.environ:
-        os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed takes the number of its device from it
+        os.environ["LOCAL_RANK"], local = "0", 0  # DeepSpeed reads its device index from it
     if local >= count:
         raise ConfigError(f"local rank {local} has no GPU of its own: start at most {count} ranks here")
     torch.cuda.set_device(local)
@@ -81,10 +81,7 @@ def device_of_rank() -> torch.device:
 
 
 def share_of_cores() -> int:
-    """Return how many cores this rank can keep busy: those it is bound to, shared with the ranks bound to them too.
-
-    Every rank must call this.
-    """
+    """Return this rank's number of cores: those it is bound to, divided by the ranks bound to them. Collective."""
     host, cores = socket.gethostname(), os.sched_getaffinity(0)
     places: list[tuple[str, set[int]]] = [("", set())] * dist.get_world_size()
     dist.all_gather_object(places, (host, cores))
@@ -93,7 +90,7 @@ def share_of_cores() -> int:
 
 
 def refuse_shared_gpu(store: Any, gpu: str) -> None:
-    """Raise UserError when another rank has said in the job's ``store`` that it uses the GPU of this name."""
+    """Register a GPU in the job's ``store``. Raises UserError when another rank has registered it."""
     if store.add(f"gpu {gpu}", 1) > 1:
         raise UserError(
             f"two ranks share {gpu}: start one rank a GPU (srun --gpus-per-task=1, or fewer --ntasks-per-node)"
@@ -104,39 +101,38 @@ def start_processes(timeout_s: int) -> None:
     """Join the job's process group: NCCL on GPUs, gloo on CPUs. Raises UserError when another job has the port."""
     import deepspeed
 
-    # DeepSpeed would try out its kernels with the host's compiler, to compile a shared-memory collective for CPUs:
-    # gloo does without it.
+    # Keep DeepSpeed from compiling a shared-memory collective for CPUs, which gloo does not need.
     deepspeed.ops.__compatible_ops__ = {}
     backend, limit = "nccl" if torch.cuda.is_available() else "gloo", timedelta(seconds=timeout_s)
     try:
-        # Left to DeepSpeed, the group would be bound to the device: NCCL then connects the world at once, and makes
-        # every other group by splitting it. Like this the ranks of a group connect at its first message.
+        # DeepSpeed would bind the group to the device: NCCL would then connect the world at once and split it to
+        # create every other group. Created here, the ranks of a group connect at its first message.
         dist.init_process_group(backend, timeout=limit)
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         port = os.environ["MASTER_PORT"]
         raise UserError(
-            f"port {port} is taken, by another job on this machine: deepspeed --master_port OTHER ..."
+            f"port {port} is in use by another job on this machine: use deepspeed --master_port OTHER ..."
         ) from error
-    if torch.cuda.is_available():  # as it connects, NCCL would only say "invalid usage"
+    if torch.cuda.is_available():  # NCCL would only report "invalid usage"
         own = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
         refuse_shared_gpu(dist.distributed_c10d._get_default_store(), f"GPU {own} of {socket.gethostname()}")
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
 
 
 def stop_processes() -> None:
-    """Leave the process group, if one was joined."""
+    """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def configure_libraries() -> None:
-    """Name DeepSpeed's device, which it would guess aloud, and pass over calls of its that torch will rename.
+    """Set DeepSpeed's accelerator explicitly and silence its warnings about calls that torch will rename.
 
-    CUDA loads its kernels at the start, as NCCL's authors advise: one that is loaded at its first use waits until all
-    that runs has ended, and that may be a collective waiting for another rank. It costs some device memory.
+    CUDA loads its kernels at the start, as NCCL's documentation advises: a kernel loaded at its first use waits for all
+    running kernels, one of which may be a collective waiting for another rank. This costs some device memory.
     """
-    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read when CUDA is first asked for anything, as below
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read at the first use of CUDA, which is below
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

@@ -8,7 +8,7 @@ from itertools import accumulate, pairwise, permutations
 from pipeline.config.schema import ConfigError
 
 VirtualStages = tuple[range, ...]
-"""Decoder layers of a stage, chunk by chunk."""
+"""Decoder layers of a stage, by virtual stage."""
 
 
 def joined(virtual_stages: VirtualStages) -> list[int]:
@@ -19,12 +19,12 @@ def joined(virtual_stages: VirtualStages) -> list[int]:
 def split_stages(
     layers: int, stages: int, virtual_stages: int, *, layers_per_stage: str = "", costs: Sequence[float] = ()
 ) -> tuple[VirtualStages, ...]:
-    """Return the chunks of each stage: every ``stages``-th of the pieces that `split_layers` makes.
+    """Return the virtual stages of each stage: every ``stages``-th range of `split_layers`.
 
-    By cost, the most expensive stage is made as cheap as can be first, with all its chunks, then pieces even.
+    A split by cost first minimises the cost of the most expensive stage, then evens out its virtual stages.
 
     Raises:
-        ConfigError: The hand-made split does not fit, or there are more chunks than layers.
+        ConfigError: The hand-made split does not fit, or there are more virtual stages than layers.
     """
     pieces = split_layers(layers, stages * virtual_stages, layers_per_stage=layers_per_stage, costs=costs)
     if not layers_per_stage:
@@ -35,14 +35,14 @@ def split_stages(
 def split_layers(layers: int, stages: int, *, layers_per_stage: str = "", costs: Sequence[float] = ()) -> list[range]:
     """Return the decoder layers of each stage.
 
-    Every stage has a layer: ZeRO needs something to train on each, and of the rest only parts of the ends train.
+    Every stage has at least one layer: ZeRO needs a trainable parameter on each stage.
 
     Args:
         layers: Decoder layers of the model.
-        stages: Pipeline stages, or with chunks the places of the line they form.
+        stages: Pipeline stages times virtual stages of each.
         layers_per_stage: ``"9,12,11"``: layers of each stage, or empty.
         costs: ``layers + 2`` relative costs: what precedes the layers (vision, connector, embedding), each layer, what
-            follows them (head and loss). Empty = every layer 1, ends 0.
+            follows them (head and loss). Empty = 1 for every layer, 0 for the rest.
 
     Raises:
         ConfigError: The hand-made split does not fit, or there are more stages than layers.
@@ -106,15 +106,15 @@ def _balance(costs: Sequence[float], stages: int) -> list[int]:
 
 
 def _even_out(counts: Sequence[int], costs: Sequence[float], stages: int) -> list[int]:
-    """Move single layers between pieces while that makes the dearest stage cheaper, or else pieces more even."""
+    """Move single layers between virtual stages while this lowers the highest stage cost, or evens them out."""
     total = [0.0, *accumulate(costs[1:-1])]
 
     def key(tried: Sequence[int]) -> tuple[float, float]:
         pieces = [total[hi] - total[lo] for lo, hi in pairwise(accumulate(tried, initial=0))]
         pieces[0] += costs[0]
         pieces[-1] += costs[-1]
-        dearest = max(sum(pieces[stage::stages]) for stage in range(stages))
-        return round(dearest / sum(costs), 9), sum(piece * piece for piece in pieces) / sum(costs) ** 2
+        highest = max(sum(pieces[stage::stages]) for stage in range(stages))
+        return round(highest / sum(costs), 9), sum(piece * piece for piece in pieces) / sum(costs) ** 2
 
     best = list(counts)
     while True:

@@ -1,4 +1,4 @@
-"""Runs one optimizer step's micro-batches through this rank's stage, in the order of a schedule."""
+"""Runs the micro-batches of one optimizer step through this rank's stage, in the order of a schedule."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.parallel.zero3 import Zero3Stage
 
 
 class _Step:
-    """What one optimizer step keeps between actions."""
+    """The state of one optimizer step between actions."""
 
     def __init__(
         self, microbatches: Sequence[StageInputs], scale: float, messages: Messages, device: torch.device
@@ -26,22 +26,22 @@ class _Step:
         self.microbatches, self.scale, self.messages = microbatches, scale, messages
         self.losses = torch.zeros(len(microbatches), dtype=torch.float64, device=device)
         self.live: dict[tuple[int, int], tuple[torch.Tensor | None, torch.Tensor]] = {}
-        """(micro-batch, chunk) -> its input and output, from its forward to its backward."""
+        """(micro-batch, virtual stage) -> its input and output, from its forward to its backward."""
         self._device, self._moved = device, dict[int, StageInputs]()
 
     def inputs(self, microbatch: int) -> StageInputs:
-        """Return a micro-batch on the device, where it stays until it is dropped: a backward may recompute."""
+        """Return a micro-batch on the device, where it stays until it is dropped: its backward may recompute."""
         if microbatch not in self._moved:
             self._moved[microbatch] = to_device(self.microbatches[microbatch], self._device)
         return self._moved[microbatch]
 
     def drop(self, microbatch: int) -> None:
-        """Let a micro-batch go from the device: all of its backwards are done."""
+        """Free a micro-batch on the device: all of its backwards are done."""
         del self._moved[microbatch]
 
 
 class Runner:
-    """Moves hidden states forward and their gradients back; nothing else crosses between stages."""
+    """Moves hidden states forward and their gradients backward; nothing else travels between stages."""
 
     def __init__(
         self,
@@ -53,9 +53,9 @@ class Runner:
         dtype: torch.dtype,
         schedule: str,
         virtual_stages: Sequence[range | None] = (None,),
-        doing: Callable[[str], None] = lambda words: None,
+        progress_callback: Callable[[str], None] = lambda activity: None,
     ) -> None:
-        """Bind a stage to its neighbours; every rank must do so at the same time.
+        """Connect a stage to its neighbours. Collective.
 
         Args:
             stage: This rank's stage.
@@ -64,29 +64,29 @@ class Runner:
             width: Hidden size.
             dtype: Type of hidden states.
             schedule: A key of `SCHEDULES`.
-            virtual_stages: Decoder layers of each of the stage's chunks; None = all of its layers.
-            doing: Told what is about to be done, in words: what a rank that hangs did last.
+            virtual_stages: Decoder layers of each virtual stage; None = all layers of the stage.
+            progress_callback: Called with each activity as it begins, for the report on a rank that hangs.
         """
         self._stage, self._topology, self._groups = stage, topology, groups
         self._width, self._dtype, self._schedule = width, dtype, schedule
-        self._chunks, self._doing = virtual_stages, doing
+        self._virtual_stages, self._progress_callback = virtual_stages, progress_callback
         self._device = stage.engine.device
         self.recorder = Recorder(self._device, stage.traffic)
-        """Sees every forward, backward and wait, when it is told to."""
+        """Records every forward, backward and wait of a step, on request."""
         connect(topology, groups, self._device)
 
     def run(self, microbatches: Sequence[StageInputs], scale: float) -> torch.Tensor:
         """Forward and backward every micro-batch inside one accumulation.
 
         Args:
-            microbatches: This replica's micro-batches; each is moved to the device for as long as it is needed there.
-            scale: What the summed token loss is multiplied by before the backward: data-parallel ranks / global
-                targets, since ZeRO averages gradients over the data-parallel ranks.
+            microbatches: This dp rank's micro-batches; each is on the device only while it is needed.
+            scale: Factor of the summed token loss before the backward: data-parallel ranks / global targets, since ZeRO
+                averages gradients over the data-parallel ranks.
 
         Returns:
-            float64 [len(micros)]: the *sum* of token losses of each micro-batch (0 but on the last stage).
+            float64 [len(microbatches)]: the *sum* of token losses of each micro-batch (0 except on the last stage).
         """
-        place = self._topology.stage, self._topology.pp, len(microbatches), len(self._chunks)
+        place = self._topology.stage, self._topology.pp, len(microbatches), len(self._virtual_stages)
         order = SCHEDULES[self._schedule](*place)
         step = _Step(microbatches, scale, self._messages(microbatches), self._device)
         with self._stage.accumulate():
@@ -102,7 +102,7 @@ class Runner:
 
     def _messages(self, microbatches: Sequence[StageInputs]) -> Messages:
         return Messages(
-            virtual_stages=len(self._chunks), tokens=[inputs.input_ids.numel() for inputs in microbatches],
+            virtual_stages=len(self._virtual_stages), tokens=[inputs.input_ids.numel() for inputs in microbatches],
             width=self._width, dtype=self._dtype, topology=self._topology, groups=self._groups, device=self._device,
             traffic=self._stage.traffic,
         )  # fmt: skip
@@ -112,23 +112,25 @@ class Runner:
         if sender is None:
             return None
         what = "hidden states" if action.kind == "F" else "gradients"
-        self._doing(f"waiting for rank {sender}: {what} of {self._name(action)}")
+        self._progress_callback(f"waiting for rank {sender}: {what} of {self._name(action)}")
         with self.recorder.span("wait", f"wait for rank {sender}", action):
             return step.messages.take(action)
 
     def _name(self, action: Action) -> str:
-        virtual_stage = f", chunk {action.virtual_stage}" if len(self._chunks) > 1 else ""
+        virtual_stage = f", virtual stage {action.virtual_stage}" if len(self._virtual_stages) > 1 else ""
         return f"micro-batch {action.microbatch}{virtual_stage}"
 
     def _forward(self, step: _Step, action: Action) -> None:
         hidden = self._receive(step, action)
         if hidden is not None:
             hidden.requires_grad_()
-        self._doing(f"forward of {self._name(action)}")
+        self._progress_callback(f"forward of {self._name(action)}")
         with self.recorder.span("forward", f"F {self._name(action)}", action):
-            output = self._stage.forward(hidden, step.inputs(action.microbatch), self._chunks[action.virtual_stage])
+            output = self._stage.forward(
+                hidden, step.inputs(action.microbatch), self._virtual_stages[action.virtual_stage]
+            )
         step.live[action.microbatch, action.virtual_stage] = hidden, output
-        if self._topology.last and action.virtual_stage == len(self._chunks) - 1:
+        if self._topology.last and action.virtual_stage == len(self._virtual_stages) - 1:
             step.losses[action.microbatch] = output.detach()
         else:
             step.messages.send(action, output.detach())
@@ -136,7 +138,7 @@ class Runner:
     def _backward(self, step: _Step, action: Action) -> None:
         grad = self._receive(step, action)
         hidden, output = step.live.pop((action.microbatch, action.virtual_stage))
-        self._doing(f"backward of {self._name(action)}")
+        self._progress_callback(f"backward of {self._name(action)}")
         with self.recorder.span("backward", f"B {self._name(action)}", action):
             self._stage.backward(output * step.scale if grad is None else output, grad)
         if action.virtual_stage == 0:

@@ -1,4 +1,4 @@
-"""What a schedule costs before it is run: a simulated step, with the time of every action on every stage."""
+"""A simulated step of a schedule: the time of every action on every stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Cost = Callable[[int, Action], float]
 
 
 def unit_cost(stage: int, action: Action) -> float:
-    """Return 1 for a forward and 2 for a backward, which does about twice the work."""
+    """Return 1 for a forward and 2 for a backward, which is about twice the work."""
     return 1.0 if action.kind == "F" else 2.0
 
 
@@ -29,10 +29,10 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulation:
-    """One step of a pipeline, messages taking no time."""
+    """One step of a pipeline, with messages that take no time."""
 
     slots: tuple[tuple[Slot, ...], ...]
-    """What each stage does, in order."""
+    """The actions of each stage, in order."""
 
     @property
     def makespan(self) -> float:
@@ -41,7 +41,7 @@ class Simulation:
 
     @property
     def bubble(self) -> float:
-        """Share of the step in which stages have nothing to do, on average."""
+        """Mean share of the step in which a stage is idle."""
         busy = sum(slot.end - slot.start for slots in self.slots for slot in slots)
         return 1 - busy / (len(self.slots) * self.makespan)
 
@@ -52,10 +52,10 @@ def orders(schedule: str, stages: int, microbatches: int, virtual_stages: int = 
 
 
 def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: int = 1) -> Simulation:
-    """Run every stage's actions in its order, each as soon as its input is there.
+    """Run every stage's actions in its order, each as soon as its input exists.
 
     Raises:
-        RuntimeError: No stage can go on, so that a real step would hang.
+        RuntimeError: The schedule deadlocks.
     """
     stages = len(of_stages)
     done: dict[tuple[int, Action], float] = {}
@@ -79,7 +79,7 @@ def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: 
 def _ready(
     stage: int, action: Action, done: dict[tuple[int, Action], float], stages: int, virtual_stages: int
 ) -> float | None:
-    """Return when an action's inputs are there; None while one of them has not been made."""
+    """Return when an action's inputs are ready; None while one of them is missing."""
     peer = upstream(stage, action, stages, virtual_stages)
     wanted = [peer] if peer else []
     if action.kind == "B":
@@ -93,13 +93,13 @@ def _ready(
 def receives(
     schedule: str, stage: int, stages: int, microbatches: int, virtual_stages: int = 1
 ) -> Sequence[Sequence[Action]]:
-    """Return for each action of a stage those whose messages are to be received from when it is launched, in order.
+    """Return, for each action of a stage, the actions whose receives are posted just before it, in order.
 
-    On a GPU a posted receive is a kernel that waits for its message, and a send one that waits for its receive.
-    Whatever is launched behind them and synchronises the device (a kernel that is loaded, memory that is freed) waits
-    for all of them. So actions take turns, by the simulated clock: a receive is posted before the first action whose
-    turn comes after that of the action that sends. All that an action may then wait for has an earlier turn, so that
-    even a step whose every action synchronises ends; and a message still passes while its receiver computes.
+    On a GPU a posted receive is a kernel that waits for its message, and a send is a kernel that waits for its receive.
+    Anything launched later that synchronises the device (loading a kernel, freeing memory) waits for all of them. So a
+    receive is posted before the first action that starts, on the simulated clock, after the sending action. An action
+    then only waits for actions that start earlier, so a step cannot deadlock even if every action synchronises, and
+    messages still overlap with the receiver's compute.
     """
     of_stages = orders(schedule, stages, microbatches, virtual_stages)
     step = simulate(of_stages, unit_cost, virtual_stages)
@@ -115,7 +115,7 @@ def receives(
 
 
 def peak_in_flight(order: Sequence[Action], sizes: Sequence[float]) -> float:
-    """Return the most activations a stage holds at once; a micro-batch of chunk c counts ``sizes[c]``."""
+    """Return the peak of the activations a stage holds; a micro-batch of virtual stage v counts ``sizes[v]``."""
     held = most = 0.0
     for action in order:
         held += sizes[action.virtual_stage] if action.kind == "F" else -sizes[action.virtual_stage]

@@ -1,7 +1,7 @@
-"""The grid of ranks: pipeline stages x data-parallel replicas.
+"""The grid of ranks: pipeline stages x data-parallel ranks.
 
-``rank = stage * dp + replica``: the replicas of a stage are neighbours, so ZeRO-3's gathers and reductions stay inside
-a node while only activations cross nodes.
+``rank = stage * dp + dp_rank``: the data-parallel ranks of a stage are neighbours, so ZeRO-3's gathers and reductions
+stay inside a node and only activations cross nodes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Topology:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas of each stage."""
+        """Data-parallel ranks of each stage."""
         return self.world // self.pp
 
     @property
@@ -66,14 +66,14 @@ def divisors(number: int) -> list[int]:
 
 
 def micro_batches(global_batch_size: int, dp: int, asked: int) -> tuple[int, int]:
-    """Split the global batch: return (micro-batches per replica, packs per micro-batch).
+    """Split the global batch: return (micro-batches per data-parallel rank, rows per micro-batch).
 
-    Raises ConfigError where ``global_batch_size`` packs cannot be shared evenly.
+    Raises ConfigError where ``global_batch_size`` rows cannot be divided evenly.
     """
     if global_batch_size % dp:
         near = ", ".join(str(n) for n in divisors(global_batch_size))
         raise ConfigError(
-            f"train.global_batch_size={global_batch_size} cannot be shared by {dp} data-parallel ranks: "
+            f"train.global_batch_size={global_batch_size} does not divide among {dp} data-parallel ranks: "
             f"use a multiple of {dp}, or one of {near} ranks"
         )
     own = global_batch_size // dp
@@ -81,7 +81,7 @@ def micro_batches(global_batch_size: int, dp: int, asked: int) -> tuple[int, int
     if own % count:
         near = ", ".join(str(n) for n in divisors(own))
         raise ConfigError(
-            f"parallel.micro_batches={count} does not divide the {own} packs of a data-parallel rank "
+            f"parallel.micro_batches={count} does not divide the {own} rows of a data-parallel rank "
             f"(train.global_batch_size={global_batch_size} / {dp} ranks): use one of {near}"
         )
     return count, own // count

@@ -1,4 +1,4 @@
-"""What a rank does in a step and when: the measured bubble, and a picture of the step for ui.perfetto.dev."""
+"""A timeline of each rank's step: the measured bubble, and a trace for ui.perfetto.dev."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.parallel.traffic import Traffic
 
 
 class Span(NamedTuple):
-    """Something a rank did; times are seconds since its recorder began."""
+    """One activity of a rank; times are seconds since its recorder began."""
 
     kind: str
     """forward, backward, wait, optimizer or data."""
@@ -28,17 +28,17 @@ class Span(NamedTuple):
     end: float
     action: Action | None
     counts: dict[str, int]
-    """What was counted on the way (see `Traffic`)."""
+    """Traffic counted meanwhile (see `Traffic`)."""
 
 
 class Recorder:
-    """Records spans between `begin` and `take`, and costs nothing at other times.
+    """Records spans between `begin` and `take`; free of cost otherwise.
 
-    On a GPU the times are those of its compute stream, from events that are read once the step is over.
+    On a GPU, times are those of its compute stream, from events that are read after the step.
     """
 
     def __init__(self, device: torch.device, traffic: Traffic) -> None:
-        """Record what runs on a device; ``traffic`` is read around each span."""
+        """Record spans on a device; ``traffic`` is read around each of them."""
         self._cuda, self._traffic = device.type == "cuda", traffic
         self._began: Any = None
         self._raw: list[tuple[str, str, Any, Any, Action | None, dict[str, int]]] = []
@@ -49,12 +49,12 @@ class Recorder:
         return self._began is not None
 
     def begin(self) -> None:
-        """Start to record: what came before is forgotten."""
+        """Start to record; earlier spans are dropped."""
         self._raw, self._began = [], self._now()
 
     @contextmanager
     def span(self, kind: str, name: str, action: Action | None = None) -> Iterator[None]:
-        """Record what is done inside."""
+        """Record the body of the ``with`` statement."""
         if not self.recording:
             yield
             return
@@ -64,7 +64,7 @@ class Recorder:
         self._raw.append((kind, name, start, self._now(), action, counts))
 
     def take(self) -> list[Span]:
-        """Return what was recorded, and stop."""
+        """Stop and return the recorded spans."""
         if self._cuda and self._raw:
             self._raw[-1][3].synchronize()
         spans = [
@@ -86,10 +86,10 @@ class Recorder:
 
 
 def measured_bubble(spans: Sequence[Span], device: torch.device) -> float:
-    """Return the share of the time from the start of a step to its last backward in which ranks run nothing.
+    """Return the mean idle share of ranks between the start of a step and its last backward. Collective.
 
-    It is the mean over ranks, the same on all of them; every rank must call this. What counts as running is the
-    forwards and backwards, with the gathers inside them; the optimizer step is left out, as theory does.
+    Forwards and backwards count as busy, including the gathers inside them; the optimizer step is excluded, as in
+    theory.
     """
     ran = [span for span in spans if span.kind in ("forward", "backward")]
     busy = torch.tensor([sum(span.end - span.start for span in ran)], dtype=torch.float64, device=device)
@@ -104,12 +104,14 @@ def chrome_trace(of_ranks: Sequence[Sequence[Span]], topology: Topology) -> byte
     events: list[dict[str, Any]] = []
     for rank, spans in enumerate(of_ranks):
         place = Topology(topology.world, rank, topology.pp)
-        title = f"stage {place.stage}, replica {place.dp_rank} (rank {rank})"
+        title = f"stage {place.stage}, dp rank {place.dp_rank} (rank {rank})"
         events.append({"ph": "M", "name": "process_name", "pid": rank, "tid": 0, "args": {"name": title}})
         for span in spans:
             events += _events(span, place)
     ends = Counter(event.get("id") for event in events)
-    events = [event for event in events if ends[event.get("id")] != 1]  # tokens, losses and embeddings send nothing
+    events = [
+        event for event in events if ends[event.get("id")] != 1
+    ]  # drop arrows without a second end: tokens, losses and embeddings
     return (json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n").encode()
 
 
@@ -118,14 +120,14 @@ def _events(span: Span, place: Topology) -> Iterator[dict[str, Any]]:
     times = {"ts": 1e6 * span.start, "dur": 1e6 * (span.end - span.start)}
     args = dict(span.counts)
     if span.action is not None:
-        args |= {"micro_batch": span.action.microbatch, "chunk": span.action.virtual_stage}
+        args |= {"micro_batch": span.action.microbatch, "virtual_stage": span.action.virtual_stage}
     yield {"ph": "X", "name": span.name, "cat": span.kind, **where, **times, "args": args}
     if span.action is None or span.kind == "wait":
         return
     forth = 1 if span.action.kind == "F" else -1
     at = place.stage + span.action.virtual_stage * place.pp
     for phase, edge, moment in (("f", at - forth, span.start), ("s", at, span.end)):
-        message = f"{span.action.kind}{span.action.microbatch} from {edge} in replica {place.dp_rank}"
+        message = f"{span.action.kind}{span.action.microbatch} from {edge}, dp rank {place.dp_rank}"
         yield {
             "ph": phase, "bp": "e", "name": "message", "cat": "message", "id": message, "ts": 1e6 * moment, **where,
         }  # fmt: skip

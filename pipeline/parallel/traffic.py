@@ -1,4 +1,4 @@
-"""What a rank moves in one optimizer step, in bytes and in multiples of the least that ZeRO-3 can do with."""
+"""Communication of a rank in one optimizer step, in bytes and in multiples of ZeRO-3's minimum."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass
 class Traffic:
-    """Bytes and calls since the last `take`; DeepSpeed's collectives are counted in `pipeline.parallel.zero3`."""
+    """Bytes and calls since the last `take`; `pipeline.parallel.zero3` counts DeepSpeed's collectives."""
 
     gathered: int = 0
     """Whole size of gathered weights."""
@@ -30,7 +30,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class StepTraffic:
-    """One rank's traffic of a step as metrics.jsonl has it; all 0 where a stage has a single replica."""
+    """One rank's traffic of a step as metrics.jsonl has it; all 0 where a stage has a single rank."""
 
     gather_x: float
     """Gathered bytes over the bytes of the stage's parameters; 1 = each gathered once."""

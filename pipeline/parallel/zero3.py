@@ -1,21 +1,21 @@
-"""One stock DeepSpeed ZeRO-3 engine as a pipeline stage: every line that reaches into DeepSpeed's internals.
+"""One stock DeepSpeed ZeRO-3 engine as a pipeline stage. Only this file uses DeepSpeed's internals.
 
-DeepSpeed refuses ZeRO-2/3 inside its own pipeline engine. One engine per stage over the stage's data-parallel group
-composes with any outside schedule, given these corrections:
+DeepSpeed refuses ZeRO-2/3 inside its own pipeline engine. One engine per stage, over the stage's data-parallel group,
+works with any external schedule, given these corrections:
 
-1. *Group-local order check*: DeepSpeed compares parameter orders over the world; stages rightly differ, so training
-   would be refused, or hang. It is compared over the stage's data-parallel group.
-2. *Backwards without a forward between*: each backward starts with `clear_backward_seen_flag`, else it overwrites the
-   gradient shard the one before it accumulated.
-3. *One gradient norm*: every rank of the grid holds a different piece, so the clip norm, and the decision to skip a
-   non-finite step, are taken over all ranks.
-4. *One accumulation step*: the schedule owns micro-batches and the caller scales its loss (see `ds_config`).
+1. *Group-local order check*: DeepSpeed compares parameter orders over the world, but stages differ, so training would
+   fail or hang. Here the order is compared over the stage's data-parallel group.
+2. *Consecutive backwards*: each backward starts with `clear_backward_seen_flag`; otherwise it overwrites the gradient
+   shard that the previous one accumulated.
+3. *One gradient norm*: every rank of the grid holds a different shard, so the clip norm and the decision to skip a
+   non-finite step are taken over all ranks.
+4. *One accumulation step*: the schedule runs the micro-batches and the caller scales its loss (see `ds_config`).
 5. *Release after each backward*: DeepSpeed counts a module's open backwards in one counter that every forward resets;
-   with several micro-batches alive, weights would stay gathered after the first. Each call gets a counter of its own.
-6. *A stack that is cleared*: recomputation ends a module's forward early, so DeepSpeed's stack of running modules grows
-   with every recomputed layer of a run; it is cut back after each step.
-7. *Sums in fp32*: gradients reduced once a step stay on the parameters until then, where autograd would add up those of
-   its micro-batches in bf16. (Those reduced each micro-batch are added to a shard of ``grad_accum_dtype``.)
+   with several micro-batches in flight, weights would stay gathered after the first. Each call gets its own counter.
+6. *Module stack*: recomputation ends a module's forward early, so DeepSpeed's stack of running modules grows with every
+   recomputed layer; it is truncated after each step.
+7. *Sums in fp32*: gradients reduced once a step stay on the parameters until then, where autograd would accumulate them
+   in bf16. (Gradients reduced each micro-batch are added to a shard of ``grad_accum_dtype``.)
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ STATES = ("exp_avg", "exp_avg_sq")
 _GATHER, _REDUCE = partition_parameters._dist_allgather_fn, stage3.reduce_scatter_coalesced
 _GATHER_PERSISTENT = partition_parameters.Init._allgather_params_coalesced
 _GATHER_ONE = partition_parameters.Init._allgather_params_sequential
-_PREFETCHED = 0.05  # share of a stage that may be gathered ahead where weights are released after each use
+_PREFETCHED = 0.05  # share of a stage that may be prefetched where weights are released after each use
 _DEFAULTS = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9}
-_HOLD = -1  # a module id that no module has: a parameter held under it stays gathered until the optimizer step
+_HOLD = -1  # not the id of any module: a parameter held under it stays gathered until the optimizer step
 
 
 class _Mpu:
-    """What DeepSpeed asks about model parallelism: plain data parallelism within the stage; the pipeline is ours."""
+    """DeepSpeed's view of the grid: data parallelism within the stage, no model parallelism."""
 
     def __init__(self, topology: Topology, groups: Groups) -> None:
         self._topology, self._groups = topology, groups
@@ -77,7 +77,7 @@ class _Mpu:
 
 @dataclass(frozen=True)
 class StepResult:
-    """Outcome of an optimizer step; the same on every rank."""
+    """Result of an optimizer step; the same on every rank."""
 
     grad_norm: float
     """Global gradient norm before clipping; not finite when the step was skipped."""
@@ -85,28 +85,28 @@ class StepResult:
 
 
 def check_version() -> str | None:
-    """Return a warning when DeepSpeed's version is not one the corrections were tested with, else None."""
+    """Return a warning when the corrections were not tested with this version of DeepSpeed, else None."""
     if deepspeed.__version__ in TESTED_VERSIONS:
         return None
     return f"DeepSpeed {deepspeed.__version__} was not tested here (tested: {', '.join(TESTED_VERSIONS)})"
 
 
 def sharder(topology: Topology, groups: Groups, ds_config: dict[str, Any]) -> Callable[[nn.Module], None]:
-    """Return a function that broadcasts a unit's weights from replica 0 of the stage and keeps this rank's shards."""
+    """Return a function that broadcasts a module's weights from dp rank 0 of the stage and keeps this rank's shards."""
     _compare_orders_within(groups.data)
     mpu = _Mpu(topology, groups)
     dtype = torch.bfloat16 if ds_config.get("bf16", {}).get("enabled") else torch.float32
 
-    def shard(unit: nn.Module) -> None:
+    def shard(module: nn.Module) -> None:
         deepspeed.zero.Init(
-            module=unit, data_parallel_group=groups.data, config_dict_or_path=ds_config, mpu=mpu, dtype=dtype
+            module=module, data_parallel_group=groups.data, config_dict_or_path=ds_config, mpu=mpu, dtype=dtype
         )
 
     return shard
 
 
 def _compare_orders_within(group: Any) -> None:
-    """Correction 1: replace the world-wide comparison by one over the stage's data-parallel group."""
+    """Correction 1: compare over the stage's data-parallel group instead of the world."""
 
     def same(ints: list[int]) -> None:
         """Raise RuntimeError unless every rank of the group has these numbers, compared by length and hash."""
@@ -124,7 +124,7 @@ def _compare_orders_within(group: Any) -> None:
 
 
 def _count_collectives(traffic: Traffic) -> None:
-    """Count what DeepSpeed gathers and reduces from now on, in place of what counted before."""
+    """Count DeepSpeed's gathers and reductions from now on, replacing any earlier counter."""
 
     def gather(shard: torch.Tensor, whole: torch.Tensor, group: Any = None) -> Any:
         """Gather every rank's flat ``shard`` into ``whole``, and count its bytes."""
@@ -139,7 +139,7 @@ def _count_collectives(traffic: Traffic) -> None:
         return _REDUCE(tensors, group)
 
     def counted(gather_params: Callable[..., Any]) -> Callable[..., Any]:
-        """Return DeepSpeed's method ``(init, params, ...)`` with what it gathers of sharded parameters counted."""
+        """Wrap DeepSpeed's method ``(init, params, ...)`` to count the sharded parameters it gathers."""
 
         def gather_each(init: Any, params: list[Any], *args: Any, **options: Any) -> Any:
             sharded = [param for param in params if param.ds_zero_partition_world_size > 1]
@@ -160,11 +160,11 @@ def _params(module: nn.Module) -> list[Any]:
     return list(module.parameters())
 
 
-def _released_at_once(ds_config: dict[str, Any], numel: int, gathered_fraction: float) -> dict[str, Any]:
-    """Bound what of a stage of ``numel`` elements is gathered ahead.
+def _limit_prefetch(ds_config: dict[str, Any], numel: int, gathered_fraction: float) -> dict[str, Any]:
+    """Limit how much of a stage of ``numel`` elements is prefetched.
 
-    DeepSpeed's prefetch does not release what it met in its queue while it was whole. Over several micro-batches that
-    is everything, sooner or later, unless `stage3_max_live_parameters` ends its looking ahead.
+    DeepSpeed's prefetch does not release a parameter that was already gathered when its turn came. Over several
+    micro-batches everything would stay gathered, unless `stage3_max_live_parameters` limits the prefetch.
     """
     zero = ds_config["zero_optimization"]
     bounds = {
@@ -175,19 +175,16 @@ def _released_at_once(ds_config: dict[str, Any], numel: int, gathered_fraction: 
     return {**ds_config, "zero_optimization": {**zero, **bounded}}
 
 
-def _not_looking_ahead(ds_config: dict[str, Any]) -> dict[str, Any]:
-    """Let DeepSpeed not look whether a weight is used again soon: `resident` says what is kept.
+def _disable_reuse_search(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """Disable DeepSpeed's reuse search; `gathered_fraction` decides what stays gathered.
 
-    Its search walks along the trace from every module that ends, and a trace here is a whole step: quadratic time.
+    The search scans the trace at the end of every module, and a trace here covers a whole step: quadratic time.
     """
     return {**ds_config, "zero_optimization": {**ds_config["zero_optimization"], "stage3_max_reuse_distance": 0}}
 
 
 def _leave_muon_uncompiled() -> None:
-    """Import Muon as plain Python. DeepSpeed imports it to see that the optimizer is another, and its import compiles.
-
-    That takes two seconds of every start, for torch's compiler alone.
-    """
+    """Import Muon without torch.compile: DeepSpeed imports it for a type check, and compiling takes two seconds."""
     compile_, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
     try:
         import deepspeed.runtime.zero.muon.original_muon  # noqa: F401
@@ -197,7 +194,7 @@ def _leave_muon_uncompiled() -> None:
 
 @contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads on the host."""
+    """Let torch use ``count`` threads on the host."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -207,18 +204,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class _CallEnd(torch.autograd.Function):
-    """Passes one call's inputs through, and calls back once all their gradients have been computed."""
+    """Passes the inputs of one call through, and calls back once all their gradients are computed."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, open_inputs: list[int], release: Callable[[], None]) -> torch.Tensor:  # type: ignore[override]
-        """Return the input as it is; one that wants a gradient adds to ``open_inputs``, a count shared by a call."""
+        """Return the input unchanged; count it in the call's ``open_inputs`` if it requires a gradient."""
         ctx.open_inputs, ctx.release = open_inputs, release
         open_inputs[0] += tensor.requires_grad
         return tensor.detach()
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Return the gradient as it is; the last of a call's inputs releases."""
+        """Return the gradient unchanged; release after the call's last input."""
         ctx.open_inputs[0] -= 1
         if ctx.open_inputs[0] == 0:
             ctx.release()
@@ -226,7 +223,7 @@ class _CallEnd(torch.autograd.Function):
 
 
 def _release_each_call(offload: Any, root: nn.Module) -> None:
-    """Correction 5: a counter of open inputs for each call of a module, in place of one for the module."""
+    """Correction 5: count open inputs per call of a module instead of per module."""
 
     def before_forward(module: nn.Module, inputs: Any) -> Any:
         open_inputs, release = [0], functools.partial(offload.post_sub_module_backward_function, module)
@@ -243,19 +240,21 @@ def _release_each_call(offload: Any, root: nn.Module) -> None:
 
 
 def _add_up_in_fp32(params: Iterable[nn.Parameter]) -> None:
-    """Correction 7: the first gradient is widened, and autograd adds the others to it in place."""
+    """Correction 7: cast the first gradient to fp32; autograd adds the others to it in place."""
 
     def widen(param: nn.Parameter) -> None:
         if param.grad is not None and param.grad.dtype in (torch.bfloat16, torch.float16):
             param.grad = param.grad.float()
 
     for param in params:
-        param.grad_dtype = None  # any; fp32 would refuse the zeros that DeepSpeed gives to what a leaf did not use
+        param.grad_dtype = (
+            None  # any dtype; fp32 would refuse the zeros that DeepSpeed sets for unused parameters of a leaf
+        )
         param.register_post_accumulate_grad_hook(widen)  # type: ignore[no-untyped-call]
 
 
 class Zero3Stage:
-    """A stage's module under ZeRO-3, driven by an outside schedule."""
+    """A stage's module under ZeRO-3, driven by an external schedule."""
 
     def __init__(
         self,
@@ -269,7 +268,7 @@ class Zero3Stage:
         reduce_once: bool,
         tied: nn.Parameter | None = None,
         leaves: Iterable[nn.Module] = (),
-        doing: Callable[[str], None] = lambda words: None,
+        progress_callback: Callable[[str], None] = lambda activity: None,
     ) -> None:
         """Wrap a module whose parameters `sharder` has sharded.
 
@@ -281,29 +280,29 @@ class Zero3Stage:
             ds_config: Completed DeepSpeed configuration.
             gathered_fraction: Share of the stage's parameters kept gathered within a step.
             reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
-            tied: This stage's copy of a weight that the first and the last stage share, when they are different ranks.
-            leaves: Modules whose parameters are gathered together when the module runs, instead of each sub-module's.
-            doing: Told what a step is about to do, in words: what a rank that hangs did last.
+            tied: This stage's copy of a weight that the first and the last stage share across ranks.
+            leaves: Modules whose parameters are gathered together, not one sub-module at a time.
+            progress_callback: Called with each activity as it begins, for the report on a rank that hangs.
         """
-        self.topology, self._groups, self._tied, self._doing = topology, groups, tied, doing
-        self._resident, self._reduce_once = gathered_fraction, reduce_once
+        self.topology, self._groups, self._tied, self._progress_callback = topology, groups, tied, progress_callback
+        self._gathered_fraction, self._reduce_once = gathered_fraction, reduce_once
         for leaf in leaves:
             set_z3_leaf_module(leaf, True)
         if gathered_fraction < 1:
             numel = sum(param.ds_numel for param in _params(module))
-            ds_config = _released_at_once(ds_config, numel, gathered_fraction)
+            ds_config = _limit_prefetch(ds_config, numel, gathered_fraction)
         _leave_muon_uncompiled()
         self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_not_looking_ahead(ds_config), mpu=_Mpu(topology, groups)
+            model=module, optimizer=optimizer, config=_disable_reuse_search(ds_config), mpu=_Mpu(topology, groups)
         )
         self._zero = self.engine.optimizer
         self._check_internals()
-        self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace = one optimizer step, not one forward
+        self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace per optimizer step, not per forward
         self._zero._get_norm_groups = self._global_norm  # correction 3
         _release_each_call(self._zero.parameter_offload, self.module)
         if reduce_once:
             _add_up_in_fp32(param for _, param in self.trainable())
-        # Ranks run one thread each, for a GPU needs no more; an update on the host takes all cores there are.
+        # A rank runs one thread, which is enough to feed a GPU; an update on the host uses all of its cores.
         on_host = self._zero.offload_optimizer and self.engine.device.type == "cuda"
         self._threads = share_of_cores() if on_host else torch.get_num_threads()
         self._norm = 0.0
@@ -312,7 +311,7 @@ class Zero3Stage:
         _count_collectives(self.traffic)
 
     def _check_internals(self) -> None:
-        """Fail at start-up, not in mid-run, where DeepSpeed's internals are not the ones relied on."""
+        """Fail at start-up, not in mid-run, if DeepSpeed's internals have changed."""
         needed = ("parameter_offload", "fp16_groups", "averaged_gradients", "fp32_partitioned_groups_flat",
                   "grad_position", "grad_partitions_flat_buffer", "clear_backward_seen_flag", "_get_norm_groups",
                   "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
@@ -330,7 +329,7 @@ class Zero3Stage:
         """Surround all forwards and backwards of one optimizer step."""
         self._hold()
         self._zero.parameter_offload.get_param_coordinator().reset_step()
-        # The step's first backward overwrites what the step before left; another chunk's parameters see a later one.
+        # A step's first backward overwrites the last step's gradients, but only of its own virtual stage: clear all.
         with _threads(self._threads):
             self._zero.grad_partitions_flat_buffer.zero_()
         with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
@@ -340,22 +339,22 @@ class Zero3Stage:
             self._sum_tied(self.gradient_shard(self._tied))
 
     def _sum_tied(self, shard: torch.Tensor) -> None:
-        """Add the other end's gradient: equal shape and equal dp, so the shards line up and are summed pairwise."""
-        on_device = shard.to(self.engine.device)  # NCCL moves nothing that is offloaded to the host
-        dist.all_reduce(on_device, group=self._groups.ends)
+        """Add the gradient of the other copy: shape and dp are equal, so the shards match and are summed pairwise."""
+        on_device = shard.to(self.engine.device)  # NCCL cannot send host memory
+        dist.all_reduce(on_device, group=self._groups.embedding_group)
         shard.copy_(on_device)
 
     def _hold(self) -> None:
-        """Keep parameters gathered, up to the resident share, until the optimizer step releases them."""
+        """Keep parameters gathered, up to ``gathered_fraction``, until the optimizer step releases them."""
         params = _params(self.module)
-        left = self._resident * sum(param.ds_numel for param in params)
+        left = self._gathered_fraction * sum(param.ds_numel for param in params)
         for param in params:
             if param.ds_numel <= left:
                 left -= param.ds_numel
                 param.ds_active_sub_modules.add(_HOLD)
 
     def forward(self, hidden: torch.Tensor | None, inputs: Any, layers: range | None = None) -> torch.Tensor:
-        """Run one micro-batch forward, through a chunk of the stage's layers or through all."""
+        """Run one micro-batch forward, through one virtual stage or all layers of the stage."""
         return self.engine(hidden, inputs, layers)  # type: ignore[no-any-return]
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:
@@ -367,7 +366,7 @@ class Zero3Stage:
         """Clip, update and re-shard; skipped on all ranks alike when the gradient norm is not finite."""
         for group in self._zero.optimizer.param_groups:
             group["lr"] = lr
-        self._doing("adding up the gradient norm")
+        self._progress_callback("adding up the gradient norm")
         with _threads(self._threads):
             self.engine.step()
         return StepResult(self._norm, bool(self.engine.was_step_applied()))
@@ -389,28 +388,30 @@ class Zero3Stage:
                 yield from (grad for param, grad in pairs if not self._second_copy(param))
 
     def _second_copy(self, param: nn.Parameter) -> bool:
-        """Whether a tied weight is counted by the first stage already."""
+        """Whether the first stage already counts this tied weight."""
         return param is self._tied and not self.topology.first
 
     def _global_norm(self) -> list[torch.Tensor]:
-        """Correction 3: the norm over all shards of all stages; -1 is DeepSpeed's word for "skip this step"."""
+        """Correction 3: the norm over all shards of all stages; -1 makes DeepSpeed skip the step."""
         norms = torch._foreach_norm(list(self._grad_shards()), 2, torch.float32)  # half-precision shards: no copies
         total = torch.stack(norms).double().square().sum(0, keepdim=True).to(self.engine.device)
-        self._doing("waiting for all ranks: the gradient norm")  # a GPU's host runs ahead of the step up to here
+        self._progress_callback(
+            "waiting for all ranks: the gradient norm"
+        )  # on GPUs, the host runs ahead of the device up to here
         dist.all_reduce(total)
         norm = total.sqrt()[0]
         if self._zero.offload_optimizer:
-            norm = norm.cpu()  # what it clips lies on the host, where a number on a GPU is refused
+            norm = norm.cpu()  # the gradients it clips are on the host
         self._norm = float(norm)
-        self._doing("optimizer step")
+        self._progress_callback("optimizer step")
         return [torch.where(torch.isfinite(norm), norm, torch.full_like(norm, -1.0))]
 
     def trainable(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (global name, parameter) of what the optimizer updates."""
+        """Yield (global name, parameter) of every parameter that trains."""
         return ((name, param) for name, param in self.module.named_parameters() if param.requires_grad)
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield (global name, parameter) of what stays fixed."""
+        """Yield (global name, parameter) of every frozen parameter."""
         return ((name, param) for name, param in self.module.named_parameters() if not param.requires_grad)
 
     def master_shard(self, param: nn.Parameter, state: str | None = None) -> torch.Tensor:
@@ -436,14 +437,14 @@ class Zero3Stage:
         return int(self._optimizer_state(self._zero.fp32_partitioned_groups_flat[0])["step"])
 
     def finish_load(self, optimizer_steps: int) -> None:
-        """Make the compute-type shards follow fp32 shards that were written through `master_shard`."""
+        """Copy fp32 shards that were written through `master_shard` to the compute-type shards."""
         for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
             self._optimizer_state(flat)["step"].fill_(optimizer_steps)
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self.refresh_persistent()
 
     def refresh_persistent(self) -> None:
-        """Gather again the small parameters DeepSpeed keeps whole, after their shards were written."""
+        """Gather the parameters that DeepSpeed keeps whole again, after their shards were written."""
         persistent: Sequence[Any] = self._zero.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
@@ -451,7 +452,7 @@ class Zero3Stage:
 
     @staticmethod
     def compute_shard(param: Any) -> torch.Tensor:
-        """Return this rank's flat shard of a parameter in the compute type (all there is of a frozen one)."""
+        """Return this rank's flat shard of a parameter in the compute type (a frozen one has no other)."""
         return param.ds_tensor.data.view(-1)  # type: ignore[no-any-return]
 
     @staticmethod

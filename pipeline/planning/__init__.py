@@ -1,1 +1,1 @@
-"""What a run will do, and whether it can, before it does."""
+"""The plan of a run, resolved and checked before it starts."""

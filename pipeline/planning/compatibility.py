@@ -1,4 +1,4 @@
-"""Where a run's weights come from, checked before anything is built: its own checkpoints, another run, an export."""
+"""Checks that a run may continue from its checkpoints, or start from another run or an export."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.spec import ModelSpec
 
-# Keys of a model's description that change nothing it computes: how it was saved, and what is trained of it.
+# Keys of a model's description that do not change what it computes: how it was saved, and what trains.
 _NOT_THE_FUNCTION = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vision_frozen",
                      "architectures", "attn_implementation", "_attn_implementation", "pad_token_id", "bos_token_id",
                      "eos_token_id", "id2label", "label2id", "max_position_embeddings")  # fmt: skip
@@ -26,31 +26,31 @@ def is_export(path: str) -> bool:
 
 
 def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Refuse weights of a model that computes something else with tensors of the same shapes. Raises ConfigError."""
+    """Refuse weights of a model that computes something different with equal shapes. Raises ConfigError."""
     old, new = (dict(_leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
             raise ConfigError(
-                f"{origin} is of a model with {key}={old[key]!r}, now it is {new[key]!r}: keep the model section"
+                f"{origin} was trained with {key}={old[key]!r}, but it is {new[key]!r} now: keep the model section"
             )
 
 
 def check_resume(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
-    """Refuse to continue a run on other data, or as another model: both are part of its state. Raises ConfigError."""
+    """Refuse to resume a run on other data or as another model. Raises ConfigError."""
     for folder in checkpoint_folders(Path(config.run_dir)):
         try:
             saved = Checkpoint(folder).manifest
-        except UserError:  # damaged: reported when the run looks for a whole one
+        except UserError:  # damaged: reported when the run looks for an intact one
             continue
         if saved.plan_sha256 != manifest.plan_sha256:
             raise ConfigError(
-                f"{folder} was trained on packs with another plan than {config.data.packs} has: "
-                "give the packs it was started with, or another --run-dir (with --init-from for its weights)"
+                f"{folder} was trained on other packs than {config.data.packs}: "
+                "use the packs it was started with, or another --run-dir (with --init-from for its weights)"
             )
         if saved.global_batch_size != config.train.global_batch_size:
             raise ConfigError(
                 f"{folder} was trained with train.global_batch_size={saved.global_batch_size}, "
-                f"the run now has {config.train.global_batch_size}: "
+                f"but it is {config.train.global_batch_size} now: "
                 "keep it, or start another --run-dir with --init-from"
             )
         check_same_model(str(folder), saved.model["spec"], spec)
@@ -73,9 +73,9 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
-    """Refuse weights of another model, or trained with another tokenizer than the packs'. Raises UserError.
+    """Refuse weights of another model, or trained with a different tokenizer than the packs. Raises UserError.
 
-    A run that has checkpoints of its own takes nothing from ``init_from`` any more, which may be gone by then.
+    A run with checkpoints of its own no longer reads ``init_from``, which may have been removed.
     """
     source = config.init_from
     if not source or checkpoint_folders(Path(config.run_dir)):
@@ -88,16 +88,16 @@ def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> N
         check_same_model(f"init_from={source}", meta["spec"], spec)
     if theirs != manifest.tokenizer_sha256:
         raise ConfigError(
-            f"init_from={source} was trained with another tokenizer than the packs in {config.data.packs}: "
-            "make the packs with its tokenizer (tokenizer: path in the data recipe)"
+            f"init_from={source} was trained with a different tokenizer than the packs in {config.data.packs}: "
+            "build the packs with its tokenizer (tokenizer: path in the data recipe)"
         )
 
 
 def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
     """Compare the vocabulary of ``model.llm.source`` with the packs' tokenizer. Raises ConfigError where ids differ.
 
-    The packs' tokenizer may have more tokens (markers were added at the end); no shared token may have another id.
-    Models built from a config have no tokenizer of their own and take the packs'.
+    The packs' tokenizer may have more tokens (markers added at the end), but shared tokens must have equal ids.
+    Models built from a config have no tokenizer of their own and use that of the packs.
     """
     source = Path(config.model.llm.source) / "tokenizer.json"
     if not config.model.llm.source or not source.is_file():
@@ -106,9 +106,9 @@ def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
     wrong = next((token for token, number in own.items() if packed.get(token) != number), None)
     if wrong is not None:
         raise ConfigError(
-            f"the packs in {config.data.packs} were made with another tokenizer than model.llm.source="
+            f"the packs in {config.data.packs} were built with a different tokenizer than model.llm.source="
             f"{config.model.llm.source} has (token {wrong!r} is {packed.get(wrong)} there, {own[wrong]} here): "
-            "make the packs again with this model's tokenizer"
+            "rebuild the packs with the model's tokenizer"
         )
 
 

@@ -1,4 +1,4 @@
-"""The plan of a run in words: what is printed before training, and all that ``--dry-run`` does."""
+"""The plan of a run in words, printed before training and by ``--dry-run``."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _model_lines(plan: RunPlan) -> Iterator[str]:
     trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
     yield f"model    {parts}: {millions(plan.split.counts.total)} parameters, {trained}"
     proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
-    yield f"mask     {plan.policy.name}: {'LEAKS answers, on purpose' if plan.policy.leaks else proof}"
+    yield f"mask     {plan.policy.name}: {'LEAKS answers (mask.allow_leak)' if plan.policy.leaks else proof}"
 
 
 def _data_lines(plan: RunPlan) -> Iterator[str]:
     manifest = plan.packs.manifest
     filled = manifest.tokens / (manifest.rows * manifest.seq_len)
     yield (
-        f"data     {plan.config.data.packs}: {manifest.rows:,} packs x {manifest.seq_len:,} tokens, {filled:.1%} full, "
+        f"data     {plan.config.data.packs}: {manifest.rows:,} rows x {manifest.seq_len:,} tokens, {filled:.1%} full, "
         f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
     )
     for name, corpus in sorted(manifest.corpora.items()):
@@ -40,11 +40,11 @@ def _batch_lines(plan: RunPlan) -> Iterator[str]:
     order, topology, train = plan.order, plan.topology, plan.config.train
     tokens = order.global_batch_size * plan.packs.manifest.seq_len
     yield (
-        f"batch    {order.global_batch_size} packs = {topology.dp} replicas x {order.microbatches} micro-batches x "
-        f"{order.microbatch_rows} packs = {tokens:,} tokens a step"
+        f"batch    {order.global_batch_size} rows = {topology.dp} dp ranks x {order.microbatches} micro-batches x "
+        f"{order.microbatch_rows} rows = {tokens:,} tokens a step"
     )
     yield (
-        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} of warm-up, "
+        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} steps of warm-up, "
         f"cosine to {train.min_lr:.1e}; clip {train.clip_norm}, weight decay {train.weight_decay}"
     )
 
@@ -52,10 +52,10 @@ def _batch_lines(plan: RunPlan) -> Iterator[str]:
 def _stage_lines(plan: RunPlan) -> Iterator[str]:
     topology, parallel, load = plan.topology, plan.config.parallel, WorkloadEstimate.of(plan)
     yield (
-        f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} replicas, {parallel.schedule}, "
+        f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} dp ranks, {parallel.schedule}, "
         f"expected bubble {shown_bubble(load)}"
     )
-    yield f"sharding {plan.sharding}{', layers gathered whole' if parallel.leaf_layers else ''}"
+    yield f"sharding {plan.sharding}{', each layer gathered at once' if parallel.leaf_layers else ''}"
     for stage, virtual_stages in enumerate(plan.split.stage_layers):
         trained, frozen = load.split.parameters(stage)
         need = load.memory(stage)
@@ -68,7 +68,7 @@ def _stage_lines(plan: RunPlan) -> Iterator[str]:
 
 
 def shown_bubble(load: WorkloadEstimate) -> str:
-    """Return the bubble of a step, and what it would be if all chunks cost the same."""
+    """Return the bubble of a step, and the bubble with virtual stages of equal cost."""
     even = bubble(len(load.split.stage_layers), load.microbatches, load.config.parallel.virtual_stages)
     return f"{load.bubble:.1%} ({even:.1%} with equal stages)"
 

@@ -1,8 +1,7 @@
-"""What a rank of each stage will need and do, counted from the model's shape before anything is started.
+"""Memory and work of a rank of each stage, computed from the model's shape before anything starts.
 
-Model states follow ZeRO (arXiv 1910.02054): what is sharded is divided by the data-parallel ranks of a stage; what the
-step, or ZeRO-1 and ZeRO-2 for good, keeps whole is not. What is offloaded is counted for the host. Activations assume
-one recomputed layer at a time where checkpointing is on.
+Model states follow ZeRO (arXiv 1910.02054): sharded states are divided by the data-parallel ranks of a stage, gathered
+ones are not. Offloaded states count as host memory. With gradient checkpointing, one layer is recomputed at a time.
 """
 
 from __future__ import annotations
@@ -24,27 +23,27 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one rank of one stage, by purpose."""
+    """Bytes needed by one rank of a stage, by purpose."""
 
     states: float
     """Sharded: compute-type weights, fp32 master weights, two Adam moments, the gradient shard."""
     gathered: float
-    """Weights held whole within a step, and the whole fp32 gradient where it is reduced once."""
+    """Weights gathered within a step, and the unsharded fp32 gradient if it is reduced once."""
     activations: float
     losses: float = 0.0
-    """On the last stage, the fp32 gradient of the head that each loss holds until its backward."""
+    """On the last stage, the head's fp32 gradient that each loss holds until its backward."""
     host: float = 0.0
-    """Sharded states in host memory; not in the others."""
+    """Sharded states in host memory, not included in the others."""
 
     @property
     def total(self) -> float:
-        """All that is on the device."""
+        """Total on the device."""
         return self.states + self.gathered + self.activations + self.losses
 
 
 @dataclass(frozen=True)
 class WorkloadEstimate:
-    """A model on a grid: all that memory depends on."""
+    """A model on a grid: everything that memory depends on."""
 
     config: RunConfig
     sharding: Sharding
@@ -58,7 +57,7 @@ class WorkloadEstimate:
 
     @classmethod
     def of(cls, plan: RunPlan) -> WorkloadEstimate:
-        """Take the load of a checked run."""
+        """Return the workload of a run plan."""
         tokens = plan.order.microbatch_rows * plan.packs.manifest.seq_len
         return cls(
             plan.config, plan.sharding, plan.spec, plan.split, plan.topology.dp,
@@ -67,7 +66,7 @@ class WorkloadEstimate:
 
     @property
     def orders(self) -> list[Sequence[Action]]:
-        """What every stage does in a step, in order."""
+        """The actions of every stage in a step, in order."""
         return orders(
             self.config.parallel.schedule,
             len(self.split.stage_layers),
@@ -77,7 +76,7 @@ class WorkloadEstimate:
 
     @property
     def bubble(self) -> float:
-        """Share of a step in which stages wait for each other, for what their parts really cost."""
+        """Share of a step in which stages wait for each other, from the cost of their parts."""
         costs = [
             [self.split.work(stage, virtual_stage) for virtual_stage in range(len(own))]
             for stage, own in enumerate(self.split.stage_layers)
@@ -94,22 +93,22 @@ class WorkloadEstimate:
         size, sharding = (2 if self.bf16 else 4), self.sharding
         shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
-        whole = max(sharding.gathered_fraction * (trained + frozen), self._largest_unit(stage))
+        whole = max(sharding.gathered_fraction * (trained + frozen), self._largest_module(stage))
         gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
         losses = 4 * self.spec.vocab_rows * self.spec.width * self._open_losses(stage)
         return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), losses, host)
 
-    def _largest_unit(self, stage: int) -> int:
-        """Parameters of the piece that must be whole while it runs, however little stays gathered."""
-        units = [self.split.counts.layers[layer] for layer in joined(self.split.stage_layers[stage])]
+    def _largest_module(self, stage: int) -> int:
+        """Parameters of the largest module, which is gathered while it runs even if nothing stays gathered."""
+        modules = [self.split.counts.layers[layer] for layer in joined(self.split.stage_layers[stage])]
         if stage == 0:
-            units += [self.split.counts.connector, self.split.counts.embed]
+            modules += [self.split.counts.connector, self.split.counts.embed]
         if stage == len(self.split.stage_layers) - 1:
-            units.append(self.split.counts.head or self.split.counts.embed)
-        return max(units)
+            modules.append(self.split.counts.head or self.split.counts.embed)
+        return max(modules)
 
     def _activations(self, stage: int, size: int) -> float:
-        """One saved input a layer with checkpointing, else about 16 widths + 3 feed-forward widths a layer a token."""
+        """With checkpointing one saved input a layer, else about 16 + 3 feed-forward widths per layer and token."""
         width = self.spec.width
         feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
         one_layer = float(self.microbatch_tokens * (16 * width + 3 * feed_forward) * size)
@@ -121,7 +120,7 @@ class WorkloadEstimate:
         return layers * one_layer
 
     def _open_losses(self, stage: int) -> float:
-        """Most micro-batches at once between the loss and its backward: their gradients are made with the loss."""
+        """Peak number of micro-batches between the loss, which computes the head's gradient, and its backward."""
         if stage < len(self.split.stage_layers) - 1:
             return 0.0
         return peak_in_flight(self.orders[stage], [0] * (len(self.split.stage_layers[stage]) - 1) + [1])

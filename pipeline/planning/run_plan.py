@@ -1,6 +1,6 @@
-"""Everything about a run that can be known, and refused, before a process group or a weight exists.
+"""Everything about a run that can be resolved and checked before a process group or a weight exists.
 
-Every rank draws the same blueprint from the same files, so an error found here is the same one line on all of them.
+Every rank builds the same plan from the same files, so an error found here is the same line on all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pipeline.planning.stage_split import StageSplit
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """What a run's flags and its DeepSpeed file say of ranks and batches, checked before there is any data."""
+    """A run's grid, batches and sharding, from its flags and DeepSpeed file; needs no data."""
 
     config: RunConfig
     recipe: str
@@ -45,7 +45,7 @@ class ParallelSettings:
 
 
 def read_parallel_settings(invocation: Invocation, *, rank: int, world: int) -> ParallelSettings:
-    """Read and check a setting. Raises UserError naming the key, file or flag that is wrong and the fix."""
+    """Read and check these settings. Raises UserError naming the wrong key, file or flag and the fix."""
     config = invocation.config
     raw_ds = read_ds_config(invocation.deepspeed)
     sharding = Sharding.of(raw_ds, config.parallel)
@@ -61,7 +61,7 @@ def read_parallel_settings(invocation: Invocation, *, rank: int, world: int) -> 
 
 @dataclass(frozen=True)
 class RunPlan(ParallelSettings):
-    """A checked run: what is trained, on what, by which ranks, for how long."""
+    """A checked run: the model, its data, its ranks and its length."""
 
     packs: PackReader
     policy: Policy
@@ -72,7 +72,7 @@ class RunPlan(ParallelSettings):
 
     @classmethod
     def build(cls, invocation: Invocation, *, rank: int, world: int) -> RunPlan:
-        """Resolve and check a run. Raises UserError naming the key, file or flag that is wrong and the fix."""
+        """Resolve and check a run. Raises UserError naming the wrong key, file or flag and the fix."""
         config = invocation.config
         settings = read_parallel_settings(invocation, rank=rank, world=world)
         packs = _open_packs(config, settings.topology)
@@ -94,7 +94,7 @@ class RunPlan(ParallelSettings):
 
     @property
     def virtual_stages(self) -> VirtualStages:
-        """Decoder layers of this rank's stage, chunk by chunk."""
+        """Decoder layers of this rank's stage, by virtual stage."""
         return self.split.stage_layers[self.topology.stage]
 
 
@@ -109,22 +109,22 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
     store = packs.manifest.image_store
     if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
         raise ConfigError(
-            f"{config.data.packs} was made with other images than {packs.directory / store} holds: run mma-prep again"
+            f"{config.data.packs} was built with other images than {packs.directory / store} has: run mma-prep again"
         )
     if packs.manifest.targets == 0:
-        raise ConfigError(f"{config.data.packs} holds 0 supervised tokens: nothing to learn; see mma-prep stats")
+        raise ConfigError(f"{config.data.packs} has no supervised tokens to learn from: see mma-prep stats")
     return packs
 
 
 def _count_steps(config: RunConfig, manifest: Manifest) -> int:
-    """Return the run's optimizer steps: as asked, or one pass over the packs (whose plan covers all epochs)."""
+    """Return the run's optimizer steps: as configured, or one pass over the rows (whose plan covers all epochs)."""
     batch, folder = config.train.global_batch_size, Path(config.data.packs)
     available = manifest.rows // batch
     if available == 0:
-        raise ConfigError(f"{folder} has {manifest.rows} packs, fewer than one step of train.global_batch_size={batch}")
+        raise ConfigError(f"{folder} has {manifest.rows} rows, fewer than train.global_batch_size={batch}")
     if config.train.steps > available:
         raise ConfigError(
-            f"train.steps={config.train.steps} needs {config.train.steps * batch} packs, {folder} has {manifest.rows} "
-            f"({available} steps): plan more draws or epochs with mma-prep, or lower train.steps"
+            f"train.steps={config.train.steps} needs {config.train.steps * batch} rows, {folder} has {manifest.rows} "
+            f"({available} steps): plan more epochs with mma-prep, or lower train.steps"
         )
     return config.train.steps or available

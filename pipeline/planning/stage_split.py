@@ -1,4 +1,4 @@
-"""A model cut into pipeline stages: which decoder layers each holds, and what each part costs."""
+"""A model split into pipeline stages: the decoder layers of each, and the cost of each part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StageSplit:
 
     counts: ParamCounts
     costs: Sequence[Cost]
-    """Operations of the model's parts per packed token, see `ParamCounts.part_costs`."""
+    """FLOPs of the model's parts per packed token, see `ParamCounts.part_costs`."""
     stage_layers: tuple[VirtualStages, ...]
     """Decoder layers of each pipeline stage, by virtual stage."""
 
@@ -26,13 +26,13 @@ class StageSplit:
         """Split a model by cost, or as ``parallel.layers_per_stage`` says.
 
         Args:
-            spec: the model.
-            config: its run.
-            image_share: images per packed token.
-            target_share: supervised tokens per packed token.
+            spec: The model.
+            config: Its run.
+            image_share: Images per packed token.
+            target_share: Supervised tokens per packed token.
 
         Raises:
-            ConfigError: there are more stages than layers, or ``layers_per_stage`` does not fit.
+            ConfigError: There are more stages than layers, or ``layers_per_stage`` does not fit.
         """
         counts, parallel = ParamCounts.of(spec), config.parallel
         costs = counts.part_costs(
@@ -50,7 +50,7 @@ class StageSplit:
         return self.counts.of_stage(layers, first=stage == 0, last=stage == len(self.stage_layers) - 1)
 
     def work(self, stage: int, virtual_stage: int) -> Cost:
-        """Return the operations of one virtual stage per packed token."""
+        """Return the FLOPs of one virtual stage per packed token."""
         before, *layers, after = self.costs
         parts = [layers[layer] for layer in self.stage_layers[stage][virtual_stage]]
         parts += [before] if (stage, virtual_stage) == (0, 0) else []

@@ -1,4 +1,4 @@
-"""When a run saves, and what a checkpoint says of the run."""
+"""Decides when a run saves and prunes, and fills in the manifest."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from pipeline.training.run.folder import RunFolder
 class CheckpointManager:
     """Writes a run's checkpoints from all ranks and removes old ones.
 
-    With ``checkpoint.asynchronous`` training only waits while shards are copied to host memory; a thread of each rank
-    writes them. Ranks learn that all threads are done from a number they add up every step anyway, so that all of them
-    go on with the save after the same step: no thread takes part in a collective. One save is under way at a time.
+    With ``checkpoint.asynchronous``, training only waits while shards are copied to host memory; a thread of each rank
+    writes them. Ranks learn that all threads are done from the step's all-reduce, so all of them start the next phase
+    after the same step and no thread calls a collective. At most one save is in progress.
     """
 
     def __init__(self, plan: RunPlan, folder: RunFolder, stage: Zero3Stage, *, step: int) -> None:
-        """Save ``stage`` into ``folder``; ``step`` is the one its newest checkpoint holds (0 = none). Collective."""
+        """Save ``stage`` into ``folder``; ``step`` is that of its newest checkpoint (0 = none). Collective."""
         self._plan, self._folder, self._stage = plan, folder, stage
         self._is_rank0 = plan.topology.rank == 0
         self._place = folder.path / "checkpoints"
         self._newest = step
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host = HostCopy(stage) if plan.config.checkpoint.asynchronous else None
-        self._phases: Generator[Phase, list[Any], None] | None = None  # what is left of the save under way
+        self._phases: Generator[Phase, list[Any], None] | None = None  # remaining phases of the save in progress
         self._phase: Future[Any] = Future()
         self._waited = 0.0
         if self._is_rank0:
@@ -50,19 +50,19 @@ class CheckpointManager:
         self._token: str = gathered[0][1]
 
     def due(self, step: int) -> bool:
-        """Whether the recipe asks for a checkpoint after this step."""
+        """Whether a checkpoint is due after this step."""
         every = self._plan.config.checkpoint.every_steps
         return bool(every) and step % every == 0
 
     @property
     def pending(self) -> float:
-        """This rank's share of the number that ranks add up: 1 while it writes, infinite once it has failed, else 0."""
+        """This rank's term in the all-reduce: 1 while it writes, infinite once it has failed, else 0."""
         if self._phases is None or (self._phase.done() and self._phase.exception() is None):
             return 0.0
         return math.inf if self._phase.done() else 1.0
 
     def advance(self, pending: float) -> None:
-        """Go on with a save under way if no rank is at work on it any more, or one has failed.
+        """Start the next phase of a save once every rank has finished the last one, or one has failed.
 
         ``pending`` is the sum over all ranks. Raises UserError on all ranks alike when one of them could not write.
         """
@@ -70,10 +70,10 @@ class CheckpointManager:
             self._timed(self._next_phase)
 
     def save(self, step: int) -> None:
-        """Begin to save, unless this step's checkpoint is there. Every rank must call it at the same step.
+        """Begin to save, unless this step is saved already. Collective.
 
-        A save that is still under way is waited for, and so is this one unless it is asynchronous. Raises UserError on
-        all ranks alike when one of them cannot write; nothing is left of the checkpoint then.
+        Waits for the previous save, and for this one unless it is asynchronous. Raises UserError on all ranks alike
+        when one of them cannot write; the unfinished checkpoint is removed.
         """
         self.finish()
         if step != self._newest:
@@ -82,12 +82,12 @@ class CheckpointManager:
             self.finish()
 
     def finish(self) -> None:
-        """Wait for the save under way. Every rank must call it at the same step; raises UserError as `save` does."""
+        """Wait for the save in progress. Collective; raises UserError like `save`."""
         while self._phases is not None:
             self._timed(self._next_phase)
 
     def take_waited(self) -> float:
-        """Return the seconds that training stood still for saves since the last call."""
+        """Return the seconds that training waited for saves since the last call."""
         waited, self._waited = self._waited, 0.0
         return waited
 
@@ -107,7 +107,7 @@ class CheckpointManager:
         self._phase = self._pool.submit(next(self._phases))
 
     def _next_phase(self) -> None:
-        """End a part on all ranks and begin the next."""
+        """End a phase on all ranks and begin the next."""
         assert self._phases is not None
         try:
             gathered = gather_phase(self._phase, self._target.final)
@@ -141,7 +141,7 @@ class CheckpointManager:
 
 
 def describe_model(plan: RunPlan) -> dict[str, object]:
-    """Return what a checkpoint says of its model, so that it can be exported without the recipe."""
+    """Return the model's description, from which a checkpoint can be exported without the recipe."""
     manifest = plan.packs.manifest
     return {
         "spec": plan.spec.to_dict(),

@@ -1,4 +1,4 @@
-"""Prepares the built-in demo corpora where a recipe asks for them and they are not there yet."""
+"""Prepares the built-in demo corpora if a recipe uses them and they do not exist yet."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from pipeline.config.schema import RunConfig
 
 
 def prepare_demo(config: RunConfig, *, rank: int, dry_run: bool = False) -> None:
-    """Make the demo's packs when ``data.packs`` lies in ``data.demo`` and is missing; safe on all ranks at once.
+    """Build the demo's packs if ``data.packs`` is inside ``data.demo`` and missing; safe on all ranks at once.
 
-    Raises UserError where a dry run would have to make them.
+    Raises UserError in a dry run, which builds no data.
     """
     demo, packs = config.data.demo, Path(config.data.packs)
     if not demo or (packs / "manifest.json").is_file() or Path(demo).resolve() not in packs.resolve().parents:
         return
     if dry_run:
-        raise UserError(
-            f"{packs} is not there yet, and a dry run makes no data: mma-prep demo {demo} makes it, as training would"
-        )
+        raise UserError(f"{packs} does not exist yet, and a dry run builds no data: run mma-prep demo {demo} first")
     from data_prep.demo.packs import ensure_demo
 
     ensure_demo(Path(demo), quiet=rank > 0)

@@ -27,13 +27,13 @@ def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[
 def build_engine(
     plan: RunPlan, groups: Groups, device: torch.device, heartbeat: Heartbeat, *, empty: bool
 ) -> Zero3Stage:
-    """Build this rank's stage; ``empty`` where a checkpoint will fill all of it, so that nothing is read or drawn."""
+    """Build this rank's stage; ``empty`` if a checkpoint will fill it: no weights are read or initialised."""
     topology, config = plan.topology, plan.config
     share = sharder(topology, groups, plan.ds_config)
 
-    def shard(unit: torch.nn.Module) -> None:
-        heartbeat.doing("building the stage")  # anew for each unit: large ones take minutes to read
-        share(unit)
+    def shard(module: torch.nn.Module) -> None:
+        heartbeat.report("building the stage")  # for each module: large ones take minutes to read
+        share(module)
 
     warning = check_version()
     if warning and topology.rank == 0:
@@ -53,11 +53,12 @@ def build_engine(
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         gathered_fraction=plan.sharding.gathered_fraction, reduce_once=plan.sharding.reduce_once,
-        tied=module.tied_copy, leaves=module.blocks() if config.parallel.leaf_layers else (), doing=heartbeat.doing,
+        tied=module.tied_copy,
+        leaves=module.blocks() if config.parallel.leaf_layers else (), progress_callback=heartbeat.report,
     )  # fmt: skip
 
 
 def _pretrained(plan: RunPlan) -> WeightSource | None:
-    """Open the folders a new run's weights are read from; None where everything starts from scratch."""
+    """Open the folders of a new run's initial weights."""
     source = plan.config.init_from
     return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

@@ -1,4 +1,4 @@
-"""Steps that went wrong: which rows and samples they hold, what is said of them, and when a run gives up.
+"""Steps that went wrong: their rows and samples, the report, and when a run gives up.
 
 ``RUN/incidents.jsonl`` has a line for each: when, step, kind, loss, grad_norm, whether the update was skipped, and the
 rows in question with their sources. It is only ever appended to, so a run that goes back to a checkpoint may say the
@@ -24,23 +24,23 @@ from pipeline.training.metrics import recent_losses
 from pipeline.training.run.folder import RunFolder
 
 WINDOW, LEAST = 64, 16
-"""Steps a loss is compared with, and how many of them it takes."""
+"""Steps that a loss is compared with, and the minimum number of them."""
 LEAST_MAD = 5e-3
-"""Least deviation in nats: losses that hardly move are no measure of a spike."""
+"""Minimum deviation in nats: nearly constant losses are no measure of a spike."""
 GRADIENT = "gradient not finite"
 WORST = 4
-"""Micro-batches that a loss spike names."""
+"""Number of micro-batches in the report of a loss spike."""
 
 
 class LossHistory:
-    """The losses of the last steps: median and median absolute deviation (MAD), which outliers hardly move."""
+    """The losses of the last steps, with median and median absolute deviation (MAD), both robust to outliers."""
 
     def __init__(self, losses: Iterable[float] = ()) -> None:
-        """Begin with the losses before a resume; those that are not finite are left out."""
+        """Start with the losses before a resume; non-finite ones are dropped."""
         self._losses = deque((loss for loss in losses if math.isfinite(loss)), maxlen=WINDOW)
 
     def add(self, loss: float) -> float | None:
-        """Take up a loss; return how many MADs it is above the median before it, or None too early to say."""
+        """Add a loss; return its distance in MADs above the previous median, or None while there are too few losses."""
         if not math.isfinite(loss):
             return None
         before = np.array(self._losses)
@@ -53,14 +53,14 @@ class LossHistory:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A step just done."""
+    """The outcome of a step."""
 
     step: int
     """1-based."""
     result: StepResult
     batch: StepBatch
     losses: Sequence[float]
-    """Summed token loss of every micro-batch of all replicas, in order of rows."""
+    """Summed token loss of every micro-batch of all dp ranks, in order of rows."""
 
     @property
     def loss(self) -> float:
@@ -74,10 +74,10 @@ class Outcome:
 
 
 class Incidents:
-    """Looks at every step; what it counts is the same on every rank, what it reports is written by rank 0."""
+    """Checks every step: all ranks count alike, rank 0 reports."""
 
     def __init__(self, plan: RunPlan, folder: RunFolder, *, step: int) -> None:
-        """Start at a step with nothing skipped."""
+        """Start at a step, with no skipped steps."""
         self._plan, self._folder = plan, folder
         self._is_rank0 = plan.topology.rank == 0
         self._skipped = 0
@@ -85,10 +85,10 @@ class Incidents:
             recent_losses(folder.path / "metrics.jsonl", step, WINDOW) if self._is_rank0 else ()
         )
 
-    def look(self, outcome: Outcome) -> None:
-        """Report a step that was skipped, or whose loss is not finite or far above those before.
+    def check(self, outcome: Outcome) -> None:
+        """Report a step that was skipped, or whose loss is not finite or a spike.
 
-        Raises UserError on all ranks alike, after too many skipped steps in a row.
+        Raises UserError on all ranks alike after too many skipped steps in a row.
         """
         self._skipped = 0 if outcome.result.applied else self._skipped + 1
         if self._is_rank0:
@@ -99,22 +99,22 @@ class Incidents:
         rows = self._rows_of(outcome, odd[0]) if odd else outcome.batch.rows
         raise UserError(
             f"{self._skipped} steps in a row had a non-finite {'loss' if odd else 'gradient'} "
-            f"(last {_span(rows)}): lower train.lr, or look at the rows with {self._inspect(rows)}"
+            f"(last {_span(rows)}): lower train.lr, or inspect the rows: {self._inspect(rows)}"
         )
 
     def _report(self, outcome: Outcome) -> None:
         odd, skipped = outcome.not_finite, "" if outcome.result.applied else ", update skipped on all ranks"
         mads, limit = self._history.add(outcome.loss), self._plan.config.log.spike_mads
         if odd:
-            self._tell("loss not finite", skipped, outcome, odd)
+            self._write("loss not finite", skipped, outcome, odd)
         elif skipped:
-            self._tell(GRADIENT, skipped, outcome, range(len(outcome.losses)))
+            self._write(GRADIENT, skipped, outcome, range(len(outcome.losses)))
         elif limit and mads is not None and mads > limit:
-            words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the median of the last steps; worst"
-            self._tell("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
+            words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the recent median; worst"
+            self._write("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
 
-    def _tell(self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], **more: float) -> None:
-        """Print one line and write one; ``micros`` are the micro-batches in question, the worst first."""
+    def _write(self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], **more: float) -> None:
+        """Print and write one line; ``microbatches`` are the ones in question, the worst first."""
         rows = [row for microbatch in microbatches for row in self._rows_of(outcome, microbatch)]
         means = {
             row: self._mean(outcome, microbatch)
@@ -128,25 +128,25 @@ class Incidents:
         shown = outcome.batch.rows if kind == GRADIENT else self._rows_of(outcome, microbatches[0])
         others = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         names = _names([source for row in shown for source in self._plan.packs[row].source])
-        place = f"({_span(shown)} of the packs{others}: {names})"
-        print(f"step {outcome.step}: {kind}{words} {place}; look: {self._inspect(shown)}", flush=True)
+        place = f"({_span(shown)}{others}: {names})"
+        print(f"step {outcome.step}: {kind}{words} {place}; inspect: {self._inspect(shown)}", flush=True)
 
     def _worst(self, outcome: Outcome) -> list[int]:
         means = [self._mean(outcome, microbatch) for microbatch in range(len(outcome.losses))]
         return sorted(range(len(means)), key=lambda microbatch: -means[microbatch])[:WORST]
 
     def _mean(self, outcome: Outcome, microbatch: int) -> float:
-        """Return the loss per supervised token of a micro-batch; counted anew, as most steps have no use for it."""
+        """Return the loss per supervised token of a micro-batch; computed on demand, as few steps need it."""
         targets = sum(self._plan.packs.n_target(row) for row in self._rows_of(outcome, microbatch))
         return outcome.losses[microbatch] / max(1, targets)
 
     def _rows_of(self, outcome: Outcome, microbatch: int) -> range:
-        """Return the rows of one of all replicas' micro-batches."""
+        """Return the rows of a micro-batch, numbered over all dp ranks."""
         order = self._plan.order
         return order.rows_of_microbatch(outcome.batch.rows.start, *divmod(microbatch, order.microbatches))
 
     def _row(self, row: int, loss: float) -> dict[str, Any]:
-        """Return what is written of a row; its loss is the mean of its micro-batch, null when not finite."""
+        """Return the record of a row; its loss is the mean of its micro-batch, null if not finite."""
         sources = [{"dataset": s.dataset, "sample": s.sample, "draw": s.draw} for s in self._plan.packs[row].source]
         return {"row": row, "loss": _number(loss), "sources": sources}
 
@@ -155,7 +155,7 @@ class Incidents:
 
 
 def _number(value: float) -> float | None:
-    """Return what JSON can hold of a number."""
+    """Return a number as JSON: None if it is not finite."""
     return value if math.isfinite(value) else None
 
 

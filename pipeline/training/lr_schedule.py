@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step, so that a resumed run needs no scheduler state."""
+"""Learning rate as a pure function of the step: a resumed run needs no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pipeline.config.schema import TrainSection
 
 
 def learning_rate(config: TrainSection, step: int, steps: int) -> float:
-    """Return the rate of ``step`` (0-based): linear warm-up to ``lr``, then a cosine down to ``min_lr``."""
+    """Return the learning rate of ``step`` (0-based): linear warm-up to ``lr``, then a cosine down to ``min_lr``."""
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)

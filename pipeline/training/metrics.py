@@ -1,4 +1,4 @@
-"""What a run reports: one line a step in metrics.jsonl, one console line every few steps, TensorBoard events."""
+"""Metrics of a run: a line per step in metrics.jsonl, a console line every few steps, TensorBoard events."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from data_prep.packs import PackReader
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.training.run.state import format_duration
 
-# Dense bf16 matrix rate by data sheet, TFLOP/s: what "mfu" is a share of.
+# Dense bf16 peak by data sheet, TFLOP/s: the denominator of "mfu".
 PEAK_TFLOPS: Mapping[str, float] = {
     "H100": 989.4,
     "H100 NVL": 835.5,
@@ -39,14 +39,14 @@ PEAK_TFLOPS: Mapping[str, float] = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's peak FLOP/s, or None where it is not known (then there is no MFU)."""
+    """Return the device's peak FLOP/s, or None if it is unknown (no MFU then)."""
     if device.type != "cuda":
         return None
     return known_peak(torch.cuda.get_device_name(device))
 
 
 def known_peak(name: str) -> float | None:
-    """Return the peak FLOP/s of a device by its name; the longest entry that is a whole word of it decides."""
+    """Return the peak FLOP/s of a device by its name: the longest entry that is a word of it."""
     known = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)]
     return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
@@ -56,7 +56,7 @@ class StepStats:
     """One line of metrics.jsonl; totals are over all ranks."""
 
     step: int
-    """1-based number of the step just done."""
+    """1-based number of the step."""
     loss: float
     """Mean cross-entropy per supervised token of the global batch, in nats; null in the file when not finite."""
     lr: float
@@ -70,27 +70,26 @@ class StepStats:
     consumed_packs: int
     step_s: float
     data_s: float
-    """Part of step_s that rank 0, which reads images, spent waiting for data."""
+    """Part of step_s that rank 0 spent waiting for data."""
     tokens_per_s: float
     mfu: float | None
     memory_gib: float | None
     """Peak device memory of this process; None on CPUs."""
     samples: str = ""
-    """Digest of the samples the step trained, in order: equal in two runs exactly when these are (see
-    `samples_digest`)."""
+    """Digest of the step's samples, in order: equal in two runs exactly if the samples are (see `samples_digest`)."""
     save_s: float = 0.0
-    """Seconds since the step before that training stood still for a checkpoint; not part of step_s."""
+    """Seconds since the previous step that training waited for a checkpoint; not part of step_s."""
     traffic: StepTraffic | None = None
     """Of rank 0; None unless log.traffic is set."""
     bubble: float | None = None
-    """Measured share of the pipeline's part of the step in which ranks ran nothing (see `measured_bubble`); None with
-    one stage, and where neither log.traffic nor log.trace_step asks for it."""
+    """Measured idle share of the pipelined part of the step (see `measured_bubble`); None with one stage, and unless
+    log.traffic or log.trace_step is set."""
     expected_bubble: float | None = None
-    """The same by the work of the stages' parts; None with one stage."""
+    """The idle share expected from the stages' FLOPs; None with one stage."""
 
 
 class MetricsFile:
-    """metrics.jsonl: appended and flushed line by line; on resume, steps after the checkpoint are dropped."""
+    """metrics.jsonl: appended and flushed per line; on resume, steps after the checkpoint are removed."""
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         """Open for appending after ``resume_step``."""
@@ -101,13 +100,13 @@ class MetricsFile:
 
     def write(self, stats: StepStats) -> None:
         """Append one step. Raises UserError when the disk is full."""
-        line = {name: None if _is_odd(value) else value for name, value in asdict(stats).items()}
+        line = {name: None if _is_not_finite(value) else value for name, value in asdict(stats).items()}
         try:
             self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
             self._stream.flush()
         except OSError as error:
             raise UserError(
-                f"{self._stream.name} cannot be written ({error.strerror}): mend that, and the same command goes on"
+                f"{self._stream.name} cannot be written ({error.strerror}): fix that and run the same command again"
             ) from error
 
     def close(self) -> None:
@@ -116,7 +115,7 @@ class MetricsFile:
 
 
 def samples_digest(packs: PackReader, rows: range) -> str:
-    """Return the xxh3-64 in hex of corpus, sample id and draw of every segment of some rows, in order."""
+    """Return the xxh3-64 in hex of corpus, sample id and draw of every segment of the rows, in order."""
     digest = xxhash.xxh3_64()
     for row in rows:
         for source in packs.sources(row):
@@ -125,7 +124,7 @@ def samples_digest(packs: PackReader, rows: range) -> str:
 
 
 def forget_events_from(step: int, monitor: Any) -> None:
-    """Tell TensorBoard to forget events of ``step`` and later: what a start that was killed wrote after its save."""
+    """Make TensorBoard drop events of ``step`` and later, written by a killed start after its last save."""
     writer = monitor.tb_monitor.summary_writer if monitor.tb_monitor else None
     if writer is not None:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
@@ -134,18 +133,18 @@ def forget_events_from(step: int, monitor: Any) -> None:
 
 
 def recent_losses(path: Path, step: int, count: int) -> list[float]:
-    """Return up to ``count`` losses of a metrics file at and before a step; those that were not finite are left out."""
+    """Return up to ``count`` losses of a metrics file up to a step; non-finite ones are dropped."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     losses = [json.loads(line)["loss"] for line in lines if _step_of(line) <= step]
     return [loss for loss in losses if loss is not None][-count:]
 
 
-def _is_odd(value: object) -> bool:
+def _is_not_finite(value: object) -> bool:
     return isinstance(value, float) and not math.isfinite(value)
 
 
 def _step_of(line: bytes) -> float:
-    """Return a line's step; a line torn by a crash counts as beyond any step."""
+    """Return a line's step; infinity for a line torn by a crash."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
@@ -153,7 +152,7 @@ def _step_of(line: bytes) -> float:
 
 
 class Console:
-    """Prints progress on rank 0: one line every few steps, with the time left."""
+    """Prints progress on rank 0: a line every few steps, with the time left."""
 
     def __init__(self, *, steps: int, first: int, every: int, world: int) -> None:
         """Count from step ``first`` to ``steps``."""
@@ -162,7 +161,7 @@ class Console:
         self._since: list[StepStats] = []
 
     def show(self, stats: StepStats) -> None:
-        """Print the line that is due at this step, averaged since the last one."""
+        """Print a line if one is due at this step; values are means since the last one."""
         self._since.append(stats)
         if stats.step % self._every and stats.step != self._steps and stats.step != self._first + 1:
             return
@@ -196,7 +195,7 @@ class Console:
 
 
 def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:
-    """Return the events DeepSpeed's monitor writes for a step."""
+    """Return a step's events for DeepSpeed's monitor."""
     shown = {
         "loss": stats.loss,
         "lr": stats.lr,

@@ -16,10 +16,10 @@ from pipeline.training.run.logs import RankLog
 from pipeline.training.run.redact import refuse_secrets
 from pipeline.training.supervise import (
     all_can_start,
-    all_share,
+    all_ranks_share,
     collective_limit,
     end_with,
-    say_own,
+    report_own_error,
     watch_ranks,
 )
 from pipeline.training.trainer import Trainer
@@ -27,10 +27,10 @@ from pipeline.watchdog.watchdog import Watchdog
 
 
 def run_training(invocation: Invocation, *, debug: bool = False) -> int:
-    """Train, or only print the plan for a dry run; return the exit code: 0 done or stopped, 2 user errors, 1 others.
+    """Train, or print the plan of a dry run; return the exit code: 0 done or stopped, 2 user error, 1 other error.
 
     Raises:
-        UserError: the run cannot start and no other rank waits for this one.
+        UserError: The run cannot start, and no other rank waits for this one.
     """
     refuse_secrets(invocation.config.model_dump())
     fill_rank_variables()
@@ -52,7 +52,7 @@ def run_training(invocation: Invocation, *, debug: bool = False) -> int:
 
 def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[RunPlan, RunFolder]:
     """Check and print the run; claim its folder unless this is a dry run. Raises UserError, possibly on one rank."""
-    read_parallel_settings(invocation, rank=rank, world=world)  # report a wrong flag before the demo data is drawn
+    read_parallel_settings(invocation, rank=rank, world=world)  # report a wrong flag before the demo data is built
     prepare_demo(invocation.config, rank=rank, dry_run=invocation.dry_run)
     plan = RunPlan.build(invocation, rank=rank, world=world)
     if rank == 0:
@@ -66,24 +66,24 @@ def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[RunPlan, Ru
 
 
 def _refuse(invocation: Invocation, error: UserError) -> int:
-    """End a start that this rank cannot join, once every rank knows; return the exit code."""
+    """Refuse to start, after telling every rank why; return the exit code."""
     try:
         device_of_rank()
         start_processes(collective_limit(invocation.config.parallel.timeout_s))
         all_can_start(error)
     except (UserError, RuntimeError):  # the other ranks cannot be reached
-        say_own(error, int(os.environ["RANK"]))
+        report_own_error(error, int(os.environ["RANK"]))
     return 2
 
 
 def _supervise(plan: RunPlan, folder: RunFolder, *, debug: bool) -> int:
-    """Train under the watchdog; return the exit code, once all ranks know of an error on this one."""
+    """Train under the watchdog; return the exit code, after reporting an error of this rank to all others."""
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
     log, watch = RankLog(folder, topology.rank), None
     try:
         device_of_rank()
         start_processes(collective_limit(timeout_s))
-        if not (all_can_start() and all_share(folder)):
+        if not (all_can_start() and all_ranks_share(folder)):
             return 2
         watch = watch_ranks(topology, folder, log, timeout_s)
         _train(plan, folder, watch)

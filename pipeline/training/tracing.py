@@ -1,4 +1,4 @@
-"""Times the steps of a run where its recipe asks for it: the measured bubble, and one step's trace."""
+"""Times steps on request: the measured bubble, and the trace of one step."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pipeline.training.run.folder import RunFolder
 
 
 class StepTimer:
-    """Records the steps that ``log.traffic`` and ``log.trace_step`` name; the same on every rank."""
+    """Records the steps that ``log.traffic`` and ``log.trace_step`` select; the same on every rank."""
 
     def __init__(self, plan: RunPlan, folder: RunFolder, recorder: Recorder, device: torch.device) -> None:
-        """Time what ``recorder`` sees."""
+        """Time steps with ``recorder``."""
         self._plan, self._folder, self._recorder, self._device = plan, folder, recorder, device
         self._step, self._data_s = 0, 0.0
         self.expected = WorkloadEstimate.of(plan).bubble if plan.topology.pp > 1 else None
-        """The bubble of a step by the work of its parts."""
+        """The bubble expected from the stages' FLOPs."""
 
     def begin(self, step: int, data_s: float) -> None:
-        """Start to record a step, which waited for its rows before."""
+        """Start to record a step, which waited ``data_s`` seconds for its rows."""
         log = self._plan.config.log
         self._step, self._data_s = step, data_s
-        if step == log.trace_step:  # so that the clocks of all ranks start together
+        if step == log.trace_step:  # start the clocks of all ranks together
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)
             dist.barrier()
@@ -34,7 +34,7 @@ class StepTimer:
             self._recorder.begin()
 
     def end(self) -> float | None:
-        """Return the measured bubble; write the trace if this is its step. None where nothing is recorded or waits."""
+        """Return the measured bubble, or None if nothing is recorded or there is one stage; write the trace if due."""
         if not self._recorder.recording:
             return None
         spans = self._recorder.take()

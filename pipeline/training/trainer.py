@@ -46,7 +46,7 @@ class _Totals:
     """Sums over all ranks of one step."""
 
     losses: tuple[float, ...]
-    """Summed token loss of every micro-batch of the step, in order of rows."""
+    """Summed token loss of every micro-batch, in order of rows."""
     tokens: int
     images: int
     stop: bool
@@ -55,14 +55,14 @@ class _Totals:
 
 
 class Trainer:
-    """Owns this rank's stage, its data and the run's state (one integer: steps done)."""
+    """Owns this rank's stage, its data and the state of the run (one integer: steps done)."""
 
     def __init__(self, plan: RunPlan, folder: RunFolder, heartbeat: Heartbeat) -> None:
-        """Build the stage, and load the newest whole checkpoint, or the weights the run starts from."""
+        """Build the stage; load the newest intact checkpoint or the initial weights."""
         self._plan, self._folder, self._heartbeat = plan, folder, heartbeat
         self._device = device_of_rank()
         self._is_rank0 = plan.topology.rank == 0
-        heartbeat.doing("creating process groups")
+        heartbeat.report("creating process groups")
         limit_s = collective_limit(plan.config.parallel.timeout_s)
         groups = create_groups(plan.topology, limit_s, ring=len(plan.virtual_stages) > 1)
         own = self._own_checkpoint()
@@ -70,11 +70,12 @@ class Trainer:
         self._stage = build_engine(plan, groups, self._device, heartbeat, empty=own is not None or given is not None)
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
-            schedule=plan.config.parallel.schedule, virtual_stages=plan.virtual_stages, doing=heartbeat.doing,
+            schedule=plan.config.parallel.schedule, virtual_stages=plan.virtual_stages,
+            progress_callback=heartbeat.report,
         )  # fmt: skip
         self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
-        heartbeat.doing("loading a checkpoint")
+        heartbeat.report("loading a checkpoint")
         self.step = self._load(own, given)
         self._checkpoints = CheckpointManager(plan, folder, self._stage, step=self.step)
         self._incidents = Incidents(plan, folder, step=self.step)
@@ -84,27 +85,27 @@ class Trainer:
             print(text, flush=True)
 
     def _own_checkpoint(self) -> Checkpoint | None:
-        """Return what this run goes on from. Raises UserError where it has checkpoints and none is whole."""
+        """Return the checkpoint to resume from. Raises UserError if there are checkpoints but none is intact."""
         topology = self._plan.topology
-        found, complaints = checkpoint.newest_whole(self._folder.path, rank=topology.rank, world=topology.world)
-        for complaint in complaints:
-            self._say(f"skipping a damaged checkpoint: {complaint}")
-        if found is None and complaints:  # not a new run: to start over would throw its metrics away
-            raise UserError(f"{self._folder.path}: no checkpoint is whole: put one back, or start another --run-dir")
+        found, faults = checkpoint.newest_intact(self._folder.path, rank=topology.rank, world=topology.world)
+        for fault in faults:
+            self._say(f"skipping a damaged checkpoint: {fault}")
+        if found is None and faults:  # not a new run: starting over would discard its metrics
+            raise UserError(f"{self._folder.path}: no checkpoint is intact: restore one, or use another --run-dir")
         return found
 
     def _given_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint whose weights a new run starts from, where ``init_from`` names one."""
+        """Return the checkpoint with a new run's initial weights, if ``init_from`` names one."""
         source, topology = self._plan.config.init_from, self._plan.topology
         if not source or is_export(source):
             return None
-        found, complaints = checkpoint.newest_whole(Path(source), rank=topology.rank, world=topology.world)
-        if found is None or complaints:
-            raise UserError(f"init_from={source}: {complaints[0]}: name a whole checkpoint")
+        found, faults = checkpoint.newest_intact(Path(source), rank=topology.rank, world=topology.world)
+        if found is None or faults:
+            raise UserError(f"init_from={source}: {faults[0]}: name an intact checkpoint")
         return found
 
     def _load(self, own: Checkpoint | None, given: Checkpoint | None) -> int:
-        """Fill the stage from a checkpoint, if there is one; return the run's step."""
+        """Fill the stage from a checkpoint, if there is one; return the step of the run."""
         if own is not None:
             checkpoint.load(self._stage, own)
             self.step = own.manifest.step
@@ -120,12 +121,12 @@ class Trainer:
 
     @property
     def place(self) -> str:
-        """Return how far the run is, in words."""
+        """Return the step of the run, in words."""
         step, steps = self.step, self._plan.steps
         return f"step {step}/{steps}" if step <= steps else f"step {step}, beyond train.steps={steps}"
 
     def fit(self) -> State:
-        """Train to the last step, or until asked to stop; save; return how it ended."""
+        """Train to the last step or until a stop is requested; save; return how it ended."""
         plan, config = self._plan, self._plan.config
         metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._is_rank0 else None
         console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
@@ -141,12 +142,12 @@ class Trainer:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
             if stop or self._checkpoints.due(self.step):
-                self._heartbeat.doing("saving")
+                self._heartbeat.report("saving")
                 self._checkpoints.save(self.step)
             if stop:
                 state = "stopped"
                 break
-        self._heartbeat.doing("saving")
+        self._heartbeat.report("saving")
         self._checkpoints.save(self.step)
         self._checkpoints.finish()
         if metrics is not None:
@@ -167,7 +168,7 @@ class Trainer:
         try:
             while True:
                 began = time.monotonic()
-                self._heartbeat.doing("reading rows")
+                self._heartbeat.report("reading rows")
                 batch = next(steps, None)
                 if batch is None:
                     return
@@ -185,20 +186,20 @@ class Trainer:
         with self._runner.recorder.span("optimizer", "optimizer step"):
             result = self._stage.step(rate)
         self.step += 1
-        self._heartbeat.doing("adding up the step's totals")
+        self._heartbeat.report("summing the step's totals")
         totals = self._sum_over_ranks(losses, batch, self._wants_stop(run_began))
-        self._look(Outcome(self.step, result, batch, totals.losses))
+        self._check(Outcome(self.step, result, batch, totals.losses))
         stats = self._stats(batch, result, totals, rate, data_s, data_s + time.monotonic() - began)
         self._checkpoints.advance(totals.saving)
         return stats, totals.stop
 
-    def _look(self, outcome: Outcome) -> None:
-        """Look for incidents; where too many end the run, on all ranks alike, a save under way is finished first."""
+    def _check(self, outcome: Outcome) -> None:
+        """Check for incidents; if too many end the run, on all ranks alike, finish a save in progress first."""
         try:
-            self._incidents.look(outcome)
+            self._incidents.check(outcome)
         except UserError:
-            self._heartbeat.doing("saving")
-            with suppress(UserError):  # why the run ends matters more
+            self._heartbeat.report("saving")
+            with suppress(UserError):  # the incident matters more
                 self._checkpoints.finish()
             raise
 
@@ -208,7 +209,7 @@ class Trainer:
         return self._is_rank0 and (late or self._folder.stop_asked())
 
     def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
-        """Add up what ranks know apart, and let rank 0's wish to stop reach all of them at the same step."""
+        """Sum the step's totals over ranks, and pass rank 0's request to stop to all of them at the same step."""
         topology, count = self._plan.topology, len(losses)
         shown = (batch.tokens, batch.images) if topology.first else (0, 0)
         own = [*shown, float(stop), self._checkpoints.pending]
@@ -217,10 +218,10 @@ class Trainer:
         sums = sums.to(losses.device)
         start = len(own) + topology.dp_rank * count
         sums[start : start + count] = losses
-        self._heartbeat.doing("waiting for all ranks: the step's totals")  # on GPUs, for all that the host is ahead of
+        self._heartbeat.report("waiting for all ranks: the step's totals")  # on GPUs, this also waits for the device
         dist.all_reduce(sums)
         tokens, images, stops, saving, *every_loss = sums.tolist()
-        self._heartbeat.doing("recording the step")
+        self._heartbeat.report("recording the step")
         return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0, saving)
 
     def _stats(
@@ -246,7 +247,7 @@ class Trainer:
         )  # fmt: skip
 
     def _traffic(self) -> StepTraffic | None:
-        """Return this rank's traffic since the step before."""
+        """Return this rank's traffic since the previous step."""
         plan = self._plan
         if not plan.config.log.traffic:
             return None

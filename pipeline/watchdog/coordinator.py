@@ -1,4 +1,4 @@
-"""Rank 0's thread of the watchdog: it hears all ranks, and decides when the job has failed."""
+"""The watchdog's thread on rank 0: receives the heartbeats of all ranks and decides when the job has failed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from typing import Any
 
 from pipeline.watchdog.channel import Channel
-from pipeline.watchdog.monitor import SETTLE_S, TERMINATED, Monitor
+from pipeline.watchdog.monitor import SETTLE_S, SILENT_S, TERMINATED, Monitor
 from pipeline.watchdog.watchdog import BYE, FAILED, HEARTBEAT_S, TERMINATED_CODE, Watchdog
 
 SUSPENDED_S = 30.0
-"""A turn of this loop takes a second; after so many the process was not running (a suspended job), nor was training."""
+"""One iteration of the loop takes a second. If it took this long, the job was suspended, so the time does not count."""
 
 
 class Coordinator:
@@ -26,11 +26,11 @@ class Coordinator:
         self._channels: dict[int, Channel] = {}
 
     def run(self) -> None:
-        """Watchdog until this rank is done or the job has failed."""
+        """Watch until this rank is done or the job has failed."""
         try:
             self._run()
         except Exception:
-            self._tell_all(bye=True)  # or the end of their connections would be the end of the other ranks
+            self._send_all(bye=True)  # without a goodbye, the other ranks would treat the lost connection as a death
             raise
 
     def _run(self) -> None:
@@ -46,72 +46,83 @@ class Coordinator:
             if now - last > SUSPENDED_S:
                 monitor.extend_deadline(now - last)
             last = now
-            asked = self._serve(events, now)
-            if asked or now - last_heartbeat >= HEARTBEAT_S:
-                monitor.record(0, watch.next_heartbeat(), now)
+            commands = self._serve(events, now)
+            if commands or now - last_heartbeat >= HEARTBEAT_S:
+                self._beat(now)
                 last_heartbeat = now
             elif not monitor.troubled:
                 continue
-            if self._decide(asked, now):
+            if self._decide(commands, now):
                 return
 
-    def _decide(self, asked: list[int], now: float) -> bool:
-        """Look whether the job has failed or this rank is to end; return whether there is nothing more to watch."""
+    def _beat(self, now: float) -> None:
+        """Record this rank's heartbeat and send it to the others, which watch rank 0 by it.
+
+        A rank that has been silent gets none: it may be stopped, and a full socket would block this thread.
+        """
+        heartbeat = self._watch.next_heartbeat()
+        self._monitor.record(0, heartbeat, now)
+        for rank, channel in self._channels.items():
+            if now - self._monitor.members[rank].heard < SILENT_S:
+                channel.send(heartbeat=heartbeat)
+
+    def _decide(self, commands: list[int], now: float) -> bool:
+        """End the job if it has failed, or leave it if this rank is done; return whether watching is over."""
         watch, monitor = self._watch, self._monitor
-        terminated = signal.SIGTERM in asked
-        if FAILED in asked and watch.failure is not None:
+        terminated = signal.SIGTERM in commands
+        if FAILED in commands and watch.failure is not None:
             monitor.failed(0, *watch.failure, now)
         diagnosis = monitor.diagnosis(now, terminated=terminated)
         if diagnosis is not None:
             stacks = diagnosis.kind != "error"
-            self._tell_all(stop=diagnosis.text, code=diagnosis.code, stacks=stacks)
+            self._send_all(stop=diagnosis.text, code=diagnosis.code, stacks=stacks)
             try:
                 watch.report(diagnosis)
-            finally:  # whatever becomes of the report, the job ends
+            finally:  # the job ends even if the report fails
                 watch.leave(diagnosis.text, diagnosis.code, stacks=stacks)
-        elif BYE in asked:
-            self._tell_all(bye=True)
+        elif BYE in commands:
+            self._send_all(bye=True)
         elif terminated:
-            self._tell_all(stop=TERMINATED, code=TERMINATED_CODE, stacks=True)
+            self._send_all(stop=TERMINATED, code=TERMINATED_CODE, stacks=True)
             watch.leave(TERMINATED, TERMINATED_CODE, stacks=True)
         else:
             return False
         return True
 
     def _serve(self, events: list[tuple[selectors.SelectorKey, int]], now: float) -> list[int]:
-        """Read what has come in; return what the training thread asks for."""
+        """Read what has arrived; return the commands of the training thread and signals."""
         for key, _ in events:
             if key.data is not None:
                 key.data(now)
-        asked = self._watch.commands()
-        if signal.SIGTERM in asked:  # whoever sent it may have done so because of news that is here already
+        commands = self._watch.commands()
+        if signal.SIGTERM in commands:  # the event that caused it may already be in a socket
             for key, _ in self._selector.select(0.2):
                 if key.data is not None:
                     key.data(now)
-        return asked
+        return commands
 
     def _accept(self, now: float) -> None:
         try:
             connection, _ = self._listener.accept()
             channel = Channel(connection)
-        except OSError:  # gone again
+        except OSError:  # already closed
             return
         connection.setblocking(False)
-        self._selector.register(connection, selectors.EVENT_READ, _Guest(self, channel))
+        self._selector.register(connection, selectors.EVENT_READ, _Connection(self, channel))
 
-    def greet(self, channel: Channel, message: dict[str, Any], now: float) -> int | None:
-        """Let a rank in that knows the secret; return its number, or None for a stranger."""
+    def admit(self, channel: Channel, message: dict[str, Any], now: float) -> int | None:
+        """Start to watch a rank that sent the secret; return its number, or None for a stranger."""
         if message.get("secret") != self._secret:
             return None
         rank = int(message["rank"])
         self._channels[rank] = channel
         self._monitor.join(rank, str(message["place"]), now)
-        channel.socket.setblocking(True)  # its lines are short; `recv` is called when there is something
-        channel.send(lead=str(self._monitor.members[0]))
+        channel.socket.setblocking(True)  # sends are short; `receive` is only called when data has arrived
+        channel.send(place=self._watch.place)
         return rank
 
-    def hear(self, rank: int, message: dict[str, Any], now: float) -> None:
-        """Take up one message of a rank."""
+    def handle(self, rank: int, message: dict[str, Any], now: float) -> None:
+        """Handle one message of a rank."""
         if "bye" in message:
             self._monitor.left(rank)
         elif "failed" in message:
@@ -120,35 +131,35 @@ class Coordinator:
             self._monitor.record(rank, message, now)
 
     def drop(self, channel: Channel, rank: int | None, now: float) -> None:
-        """Take note of a connection that has ended."""
+        """Handle the end of a connection."""
         self._selector.unregister(channel.socket)
         channel.socket.close()
         if rank is not None:
             del self._channels[rank]
             self._monitor.gone(rank, now)
 
-    def _tell_all(self, **message: Any) -> None:
+    def _send_all(self, **message: Any) -> None:
         for channel in self._channels.values():
             channel.send(**message)
 
 
-class _Guest:
-    """A connection at rank 0: a stranger until it has said the secret."""
+class _Connection:
+    """A connection to rank 0: a stranger until it has sent the secret."""
 
-    def __init__(self, lead: Coordinator, channel: Channel) -> None:
-        self._lead, self._channel = lead, channel
+    def __init__(self, coordinator: Coordinator, channel: Channel) -> None:
+        self._coordinator, self._channel = coordinator, channel
         self._rank: int | None = None
 
     def __call__(self, now: float) -> None:
-        """Read what is there."""
+        """Read and handle what has arrived."""
         messages = self._channel.receive()
         for message in messages or ():
             if self._rank is None:
-                self._rank = self._lead.greet(self._channel, message, now)
+                self._rank = self._coordinator.admit(self._channel, message, now)
                 if self._rank is None:
                     messages = None
                     break
             else:
-                self._lead.hear(self._rank, message, now)
+                self._coordinator.handle(self._rank, message, now)
         if messages is None:
-            self._lead.drop(self._channel, self._rank, now)
+            self._coordinator.drop(self._channel, self._rank, now)

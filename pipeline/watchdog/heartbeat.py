@@ -1,4 +1,4 @@
-"""What this rank does at the moment, in words and as the watchdog can see it from outside."""
+"""What this rank is doing, as its watchdog reports it: the activity it announced and where its code is."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-LOOK_AFTER_S = 1.0
-"""What takes longer than this is looked at: where in the code is it?"""
+INSPECT_AFTER_S = 1.0
+"""The stack of the training thread is inspected when an activity lasts longer than this."""
 _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/", "deepspeed/runtime/comm/")
 
 
 class Heartbeat:
-    """What the training loop says that it does; said many times a step, read once a second by another thread."""
+    """The current step and activity: updated many times a step, read once a second by the watchdog's thread."""
 
     def __init__(self) -> None:
         """Start at step 0."""
         self.step = self.begun = 0
-        self._now = (0, "starting", time.monotonic())
+        self._current = (0, "starting", time.monotonic())
         self._thread = threading.get_ident()
 
     def begin_step(self, step: int) -> None:
-        """Say which step, counted from 1, is begun."""
+        """Record that a step begins, counted from 1."""
         self.step = step
         self.begun += 1
 
-    def doing(self, words: str) -> None:
-        """Say what is begun; words that begin with "waiting for" tell that other ranks are waited for."""
-        self._now = (self._now[0] + 1, words, time.monotonic())
+    def report(self, activity: str) -> None:
+        """Record what begins now. An activity that begins with "waiting for" waits for other ranks."""
+        self._current = (self._current[0] + 1, activity, time.monotonic())
 
     @property
-    def words(self) -> str:
-        """What was said last, and when in the run."""
-        return f"{self._now[1]}, step {self.step}"
+    def activity(self) -> str:
+        """The last reported activity and its step."""
+        return f"{self._current[1]}, step {self.step}"
 
     def message(self) -> dict[str, Any]:
-        """Return what is told to rank 0."""
-        count, words, since = self._now
-        where, held = "", False
-        if time.monotonic() - since > LOOK_AFTER_S:
-            where, held = self._look()
-        waits = held or words.startswith("waiting for")
-        news = {"step": self.step, "begun": self.begun, "count": count}
-        return {**news, "doing": words, "where": where, "waits": waits}
+        """Return the heartbeat sent to the coordinator."""
+        count, activity, since = self._current
+        where, in_collective = "", False
+        if time.monotonic() - since > INSPECT_AFTER_S:
+            where, in_collective = self._inspect_stack()
+        waits = in_collective or activity.startswith("waiting for")
+        progress = {"step": self.step, "begun": self.begun, "count": count}
+        return {**progress, "activity": activity, "where": where, "waits": waits}
 
-    def _look(self) -> tuple[str, bool]:
-        """Return the innermost frame of the training thread, and whether a collective, or a GPU, holds it.
+    def _inspect_stack(self) -> tuple[str, bool]:
+        """Return the innermost frame of the training thread, and whether a collective or a GPU blocks it.
 
-        Backwards on GPUs run in threads of torch's own, which Python's list of threads does not have.
+        Backwards on GPUs run in torch's own threads, which are missing from Python's list of threads.
         """
         frames = sys._current_frames()
         known = {thread.ident for thread in threading.enumerate()}
@@ -63,7 +63,7 @@ class Heartbeat:
 
 
 def _waits_for_others(frame: FrameType | None) -> bool:
-    """Whether one of the innermost frames waits for other ranks, or for a GPU, where most waiting is for them."""
+    """Whether one of the innermost frames waits for other ranks, or for a GPU, which usually waits for other ranks."""
     for depth in range(3):
         if frame is None:
             return False

@@ -1,6 +1,6 @@
-"""What rank 0 knows of all ranks: decides when the job has failed, through whom, and says it in words.
+"""The state of all ranks as rank 0 knows it: decides when the job has failed and which rank is the cause.
 
-No socket is opened here and no clock is read, so that every decision can be tested by itself; see `watch`.
+This module opens no socket and reads no clock, so each decision can be tested by itself; see `coordinator`.
 """
 
 from __future__ import annotations
@@ -10,35 +10,40 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SETTLE_S = 0.3
-"""A rank that dies takes others with it: so long is waited for all the news before the first cause is named."""
+"""One rank that dies brings others down. This is how long to collect reports before the first cause is named."""
 SILENT_S = 10.0
-"""A rank that says nothing for so long is held or unreachable, whatever it did last; each speaks once a second."""
+"""A rank that sends no heartbeat for this long is stopped or unreachable, whatever it reported last."""
 TERMINATED = "ended by SIGTERM"
 START_S = 300.0
-"""Least time without progress before the second step of a start: reading weights and compiling have no measure of it,
-and a limit that suits steps would end them."""
+"""Minimum limit before the second step of a start: reading weights and compiling may take longer than any step."""
 _SHOWN = 12
+
+
+def progress_limit(timeout_s: float, steps_begun: int) -> float:
+    """Return the seconds without progress after which a job has failed, given the steps begun since its start."""
+    return timeout_s if steps_begun > 1 else max(timeout_s, START_S)
 
 
 @dataclass
 class Member:
-    """What is known of one rank."""
+    """The state of one rank."""
 
     rank: int
     place: str
-    """``stage 0, replica 1; host node-2, pid 4242``."""
+    """``stage 0, dp rank 1; host node-2, pid 4242``."""
     state: Literal["running", "died", "failed", "left"] = "running"
     step: int = 0
     begun: int = 0
     """Steps begun since the start."""
-    doing: str = "starting"
+    activity: str = "starting"
     where: str = ""
-    """Innermost Python frame of a rank that has done the same for a while."""
+    """Innermost Python frame, once the activity has lasted for a while."""
     waits: bool = False
     """Whether it waits for other ranks."""
     count: int = -1
-    """Things begun so far: what makes progress visible."""
+    """Activities begun so far; a higher count is progress."""
     heard: float = 0.0
+    """Time of its last heartbeat."""
     error: str = ""
     code: int = 1
 
@@ -46,9 +51,9 @@ class Member:
         return f"rank {self.rank} ({self.place})"
 
     @property
-    def heartbeat(self) -> str:
-        """What it does, in words."""
-        return f"{self.doing}{f' ({self.where})' if self.where else ''}"
+    def shown_activity(self) -> str:
+        """Its activity, with the code location where known."""
+        return f"{self.activity}{f' ({self.where})' if self.where else ''}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Diagnosis:
     text: str
     """One line: who, where, when."""
     others: tuple[str, ...]
-    """What every group of the other ranks was doing."""
+    """What each group of the other ranks was doing."""
     step: int
     code: int
     """Exit code of every rank."""
@@ -77,35 +82,35 @@ class Monitor:
 
     @property
     def troubled(self) -> bool:
-        """Whether a rank has died or failed, and more news may come."""
+        """Whether a rank has died or failed, so that more reports may follow."""
         return self._trouble is not None
 
     def join(self, rank: int, place: str, now: float) -> None:
-        """Take note of a rank that is watched from now on."""
+        """Start to watch a rank."""
         self.members[rank] = Member(rank, place, heard=now)
         self._progress = now
 
-    def record(self, rank: int, news: dict[str, Any], now: float) -> None:
-        """Take note of what a rank says that it does."""
+    def record(self, rank: int, heartbeat: dict[str, Any], now: float) -> None:
+        """Record a heartbeat."""
         member = self.members[rank]
         member.heard = now
-        if (member.step, member.count) != (news["step"], news["count"]):
+        if (member.step, member.count) != (heartbeat["step"], heartbeat["count"]):
             self._progress = now
-        for name in ("step", "begun", "count", "doing", "where", "waits"):
-            setattr(member, name, news[name])
+        for name in ("step", "begun", "count", "activity", "where", "waits"):
+            setattr(member, name, heartbeat[name])
 
     def failed(self, rank: int, error: str, code: int, now: float) -> None:
-        """Take note of a rank that ends with an error of its own; ``code`` 2 is an error that the user can mend."""
+        """Record a rank that ends with its own error; ``code`` 2 is a user error."""
         self._end(rank, "failed", now)
         self.members[rank].error, self.members[rank].code = error, code
 
     def gone(self, rank: int, now: float) -> None:
-        """Take note of a connection that ended; whoever did not take leave first has died."""
+        """Record that a connection ended; a rank that did not say goodbye has died."""
         if self.members[rank].state == "running":
             self._end(rank, "died", now)
 
     def left(self, rank: int) -> None:
-        """Take note of a rank that is done."""
+        """Record that a rank is done."""
         self.members[rank].state = "left"
 
     def _end(self, rank: int, state: Literal["died", "failed"], now: float) -> None:
@@ -113,7 +118,7 @@ class Monitor:
         self._trouble = now if self._trouble is None else self._trouble
 
     def extend_deadline(self, seconds: float) -> None:
-        """Leave time out of account in which this process itself was held up, as in a suspended job."""
+        """Do not count time in which this process itself was suspended."""
         self._progress += seconds
         for member in self.members.values():
             member.heard += seconds
@@ -121,8 +126,8 @@ class Monitor:
     def diagnosis(self, now: float, *, terminated: bool = False) -> Diagnosis | None:
         """Return why the job has failed, or None.
 
-        ``terminated``: this process was told to end, so there is no time for more news; nor has the job failed
-        where the others were merely told the same.
+        ``terminated``: this process received SIGTERM, so there is no time to wait for more reports; ranks that only
+        received the same signal have not failed.
         """
         if self._trouble is not None and (terminated or now - self._trouble >= SETTLE_S):
             died, failed = self._in_state("died"), self._in_state("failed")
@@ -137,8 +142,7 @@ class Monitor:
 
     @property
     def _limit(self) -> float:
-        started = any(member.begun > 1 for member in self.members.values())
-        return self.timeout_s if started else max(self.timeout_s, START_S)
+        return progress_limit(self.timeout_s, max((member.begun for member in self.members.values()), default=0))
 
     def _in_state(self, state: str) -> list[Member]:
         return [member for _, member in sorted(self.members.items()) if member.state == state]
@@ -146,12 +150,12 @@ class Monitor:
     def _death(self, died: Sequence[Member]) -> Diagnosis:
         first = max(died, key=lambda member: (not member.waits, -member.rank))
         more = f", and so did {_ranks(died, first)}" if len(died) > 1 else ""
-        last = f"last heard of at step {first.step} in {first.heartbeat}"
+        last = f"last heartbeat at step {first.step} in {first.shown_activity}"
         text = f"{first} died{more}: killed, or out of host memory; {last}"
         return Diagnosis("died", text, self._others(died), first.step, 1)
 
     def _error(self, failed: Sequence[Member]) -> Diagnosis:
-        """The user's error comes first: others may have failed because that rank was no longer there."""
+        """Report a user's error first: other ranks may have failed because that rank had already ended."""
         first = next((member for member in failed if member.code == 2), failed[0])
         alike = {member.rank for member in failed if member.error == first.error}
         who = "" if first.code == 2 and (0 in alike or len(alike) > 1) else f"{first}, step {first.step}: "
@@ -162,32 +166,37 @@ class Monitor:
         busy = [member for member in running if not member.waits and member not in silent]
         culprits = silent or (busy if len(busy) < len(running) else [])
         step = max(member.step for member in running)
-        begin = f"no rank got any further for {self._limit:g} s (parallel.timeout_s) at step {step}: "
+        begin = f"no rank made progress for {self._limit:g} s (parallel.timeout_s) at step {step}: "
         if silent:
-            text = f"nothing was heard of {silent[0]} for {now - silent[0].heard:.0f} s, last in {silent[0].heartbeat}"
+            text = silence(silent[0], now)
         elif culprits:
-            text = f"{culprits[0]} hangs in {culprits[0].heartbeat} while the others wait"
+            text = f"{culprits[0]} hangs in {culprits[0].shown_activity} while the others wait"
         else:
-            text = f"all of them {'wait' if not busy else 'are busy'}, none is plainly the cause"
-        more = f"; so it is with {_ranks(culprits, culprits[0])}" if len(culprits) > 1 else ""
+            text = f"all ranks {'wait' if not busy else 'are busy'}; no single rank is the cause"
+        more = f"; the same holds for {_ranks(culprits, culprits[0])}" if len(culprits) > 1 else ""
         return Diagnosis("hang", f"{begin}{text}{more}", self._others(culprits), step, 1)
 
     def _others(self, culprits: Iterable[Member]) -> tuple[str, ...]:
-        """Return a line for each group of ranks that do the same, the guilty ones left out."""
+        """Return a line for each group of ranks with the same activity, without the culprits."""
         known = {member.rank for member in culprits}
         groups: dict[str, list[Member]] = {}
         for rank, member in sorted(self.members.items()):
             if rank not in known and member.state in ("running", "failed"):
-                words = member.heartbeat if member.state == "running" else f"failed then: {member.error}"
-                groups.setdefault(words, []).append(member)
-        lines = [f"{_ranks(group)}: {words}" for words, group in groups.items()]
+                state = member.shown_activity if member.state == "running" else f"failed, too: {member.error}"
+                groups.setdefault(state, []).append(member)
+        lines = [f"{_ranks(group)}: {state}" for state, group in groups.items()]
         missing = [rank for rank in range(self.world) if rank not in self.members]
         lines += [f"{_numbers(missing)}: not watched"] if missing else []
         return (*lines[:_SHOWN], *([f"and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else []))
 
 
-def _ranks(members: Iterable[Member], apart: Member | None = None) -> str:
-    return _numbers([member.rank for member in members if member is not apart])
+def silence(member: Member, now: float) -> str:
+    """Return how long a rank has been silent, in words."""
+    return f"{member} has been silent for {now - member.heard:.0f} s, last in {member.shown_activity}"
+
+
+def _ranks(members: Iterable[Member], except_for: Member | None = None) -> str:
+    return _numbers([member.rank for member in members if member is not except_for])
 
 
 def _numbers(ranks: Sequence[int]) -> str:

@@ -1,4 +1,4 @@
-"""One rank's part in the watchdog: what its training thread, its signals and the watchdog's own thread share."""
+"""The state that a rank's training thread, its signal handlers and its watchdog thread share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from pipeline.watchdog.heartbeat import Heartbeat
 from pipeline.watchdog.monitor import Diagnosis
 
 HEARTBEAT_S = 1.0
-PATIENCE_S = 30.0
+JOIN_S = 30.0
 TERMINATED_CODE = 128 + signal.SIGTERM
-BYE, FAILED = 200, 201  # beside numbers of signals, which come through the same pipe
+BYE, FAILED = 200, 201  # distinct from signal numbers, which arrive through the same pipe
 
 
 class Watchdog:
-    """One rank's part in the watchdog; `doing` and `step` are what the training loop tells it."""
+    """One rank's watchdog; the training loop updates its `heartbeat`."""
 
     def __init__(
         self,
@@ -40,11 +40,11 @@ class Watchdog:
         Args:
             rank: This rank.
             world: Number of ranks.
-            place: Where it is, in words.
-            timeout_s: Without any progress of any rank for so long, the job has failed.
+            place: ``stage 0, dp rank 1; host node-2, pid 4242``.
+            timeout_s: The job has failed when no rank makes progress for this long.
             log: The rank's log file; Python stacks go there.
-            report: Says and records why the job ends; called on rank 0, from the watchdog's thread.
-            lost: The same on the other ranks when rank 0 is gone; told the text and the step.
+            report: Prints and records why the job ends; called on rank 0, from the watchdog's thread.
+            lost: The same on the other ranks, with a text and the step, when rank 0 has died or hangs.
         """
         self.heartbeat = Heartbeat()
         self.rank, self.world, self.place, self.timeout_s = rank, world, place, timeout_s
@@ -57,22 +57,29 @@ class Watchdog:
         self._old_signals: tuple[Any, int] | None = None
 
     def start(self, work: Callable[[], None]) -> None:
-        """Begin to watch: ``work`` is what `Coordinator`, on rank 0, or `Worker` runs in the watchdog's thread."""
+        """Start the watchdog's thread, which runs `Coordinator.run` on rank 0 and `Worker.run` on the others.
+
+        SIGUSR2 writes the stacks to the log, even while C code holds Python's lock.
+        """
         self._catch_signals()
         faulthandler.enable(self._log)
+        faulthandler.register(signal.SIGUSR2, self._log, all_threads=True)
         self._thread = threading.Thread(target=self._guarded, args=(work,), name="watchdog", daemon=True)
         self._thread.start()
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # the watchdog must never be what ends a job
-            self.warn(f"the watchdog of rank {self.rank} has ended ({type(error).__name__}: {error}); training goes on")
+        except Exception as error:  # a failing watchdog must never end a job
+            self.warn(
+                f"the watchdog of rank {self.rank} has failed ({type(error).__name__}: {error}); "
+                "training continues without it"
+            )
         finally:
             faulthandler.cancel_dump_traceback_later()
 
     def warn(self, text: str) -> None:
-        """Say and log a warning."""
+        """Print a warning."""
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
     @property
@@ -81,39 +88,39 @@ class Watchdog:
         return self._thread is not None and self._thread.is_alive()
 
     def fail(self, error: str, code: int) -> bool:
-        """Tell rank 0 of this rank's own error and wait until all ranks know; return False where nobody listens."""
+        """Report this rank's error to rank 0 and wait until all ranks know; return False where that is impossible."""
         if not self.alive:
             return False
         self.failure = (error, code)
         self._command(FAILED)
         assert self._thread is not None
-        self._thread.join(PATIENCE_S)
+        self._thread.join(JOIN_S)
         return not self._thread.is_alive()
 
     def close(self) -> None:
-        """Take leave of the other ranks: this one is done."""
+        """Say goodbye to the other ranks: this one is done."""
         if self._thread is not None:
             self._command(BYE)
-            self._thread.join(PATIENCE_S)
+            self._thread.join(JOIN_S)
         self._release_signals()
 
     def _command(self, number: int) -> None:
         self._wake_in.send(bytes([number]))
 
     def commands(self) -> list[int]:
-        """Return what the training thread, or a signal, has asked of the watchdog's thread."""
+        """Return the commands of the training thread, and signals, since the last call."""
         try:
             return list(self.wake_out.recv(64))
         except BlockingIOError:
             return []
 
     def _catch_signals(self) -> None:
-        """Let the watchdog's thread hear SIGTERM, with which launchers end the siblings of a rank that died.
+        """Handle SIGTERM in the watchdog's thread: launchers send it to the siblings of a rank that died.
 
-        The news of that death may be in the socket still, and the training thread may not get to any handler.
+        The report of that death may still be in the socket, and the training thread may be unable to run a handler.
         """
         if threading.current_thread() is threading.main_thread():
-            old = signal.signal(signal.SIGTERM, _pass)
+            old = signal.signal(signal.SIGTERM, _ignore)
             self._old_signals = old, signal.set_wakeup_fd(self._wake_in.fileno(), warn_on_full_buffer=False)
 
     def _release_signals(self) -> None:
@@ -123,12 +130,12 @@ class Watchdog:
             self._old_signals = None
 
     def next_heartbeat(self) -> dict[str, Any]:
-        """Return this rank's pulse, and see to it that the stacks are written even if no thread gets to run again."""
+        """Return this rank's heartbeat; the stacks are written if no next one is sent in time."""
         faulthandler.dump_traceback_later(self.timeout_s + 15, file=self._log)
         return self.heartbeat.message()
 
     def leave(self, text: str, code: int, *, stacks: bool) -> None:
-        """End this process from the watchdog's thread, unless its training thread ends by itself."""
+        """End this process from the watchdog's thread, unless its training thread is ending by itself."""
         if self.failure is not None:
             return
         self._log.write(f"{text}\n")
@@ -138,5 +145,5 @@ class Watchdog:
         os._exit(code)
 
 
-def _pass(number: int, frame: FrameType | None) -> None:
-    """Leave a signal to the watchdog's thread."""
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing: the watchdog's thread handles the signal."""

@@ -54,7 +54,7 @@ def test_generate_prints_one_answer(
             ["evaluate", "--model", "MODEL", "--compare", "MODEL", "--packs", "gone"], "name another export", id="same"
         ),
         pytest.param(["schedule", "--pp", "0"], "mma: schedule: parallel.pp: Input should be", id="schedule"),
-        pytest.param(["export", "gone", "out"], "gone holds no checkpoint", id="run"),
+        pytest.param(["export", "gone", "out"], "gone has no checkpoint", id="run"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_exit_code_2(

@@ -1,1 +1,1 @@
-"""The run folder: its files, its lock, what is noted there of a run, and what must never be."""
+"""The run folder: its files, its lock, the record of the environment, and the redaction of secrets."""

@@ -1,6 +1,6 @@
-"""What a run notes of where it ran: versions, git state, the few environment variables that change results or speed.
+"""The record of a run's environment: versions, git state, and variables that affect results or speed.
 
-Variables are named one by one or by a library's prefix, so that no secret of the environment is ever among them.
+Variables are listed by name or by a library's prefix, so no secret is among them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _LINES = 50
 
 
 def environment(world: int) -> dict[str, Any]:
-    """Return what env.json holds."""
+    """Return the content of env.json."""
     return {
         "python": platform.python_version(),
         "packages": versions(),
@@ -38,19 +38,19 @@ def environment(world: int) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the installed versions of the packages that matter."""
+    """Return the installed versions of `PACKAGES`."""
     return {name: _version(name) for name in PACKAGES}
 
 
 def variables() -> dict[str, str]:
-    """Return the environment variables that may be noted."""
+    """Return the environment variables that may be recorded."""
     named = {name: value for name, value in os.environ.items() if name in _NAMES or name.startswith(_PREFIXES)}
     return {name: redact(value) for name, value in sorted(named.items()) if not is_secret_name(name)}
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit, whether files differ from it, and how many lines of which; None where the code is not in git."""
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed into somebody else's repository
+    """Return the commit and the files that differ from it; None if the code is not in git."""
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) is None:  # installed inside another repository
         return None
     changed = (_git("diff", "HEAD", "--stat=100") or "").splitlines()
     return {

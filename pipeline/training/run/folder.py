@@ -1,15 +1,15 @@
-"""The run folder: what is in it, who writes what, and how a run is stopped.
+"""The run folder: its files, and how a run is stopped.
 
 runs/NAME/config.yaml     the resolved configuration of the last start
-runs/NAME/env.json        versions, ranks, git state and what of the environment matters, of the last start
+runs/NAME/env.json        versions, ranks, git state and environment of the last start
 runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, "steps": of how many, ...};
-                          "step" is the last one saved while running, and a run that was killed says "running" too
+                          while running, "step" is the last one saved; a killed run keeps saying "running"
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
-runs/NAME/logs/           rank-N.log: that rank's warnings, errors with tracebacks, stacks when it hung
+runs/NAME/logs/           rank-N.log: warnings, errors with tracebacks and, after a hang, stacks of that rank
 runs/NAME/checkpoints/    see `pipeline.checkpoints.checkpoint`
-runs/NAME/lock            held while the run is trained, see `pipeline.training.run.folder`
-runs/NAME/STOP            made by the user or the batch script: end after this step, saved
+runs/NAME/lock            held while the run trains, see `lock_of`
+runs/NAME/STOP            created by the user or the batch script: save and end after this step
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ State = Literal["running", "done", "stopped", "failed"]
 
 
 class RunFolder:
-    """One run's folder; rank 0 writes it, every rank may look, and say that it failed."""
+    """One run's folder. Rank 0 writes it; every rank may read it and record a failure."""
 
     def __init__(self, path: str) -> None:
-        """Name the folder; nothing is made yet."""
+        """Refer to a folder; nothing is created yet."""
         self.path = Path(path)
         self.stop_file = self.path / "STOP"
         self.start = 0
-        """A number that every start of a run draws; the same on all ranks, once they have met."""
+        """Random number of this start of the run, the same on all ranks (see `watch_ranks`)."""
         self._steps = 0
         self._lock: IO[str] | None = None
 
     def create(self) -> None:
-        """Make the folder, on every rank alike. Raises UserError when it cannot be written, or leads elsewhere."""
+        """Create the folder, on every rank. Raises UserError when it is not writable or contains links."""
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
@@ -56,24 +56,23 @@ class RunFolder:
                 f"run_dir {self.path} cannot be written ({error.strerror}): choose another --run-dir"
             ) from error
         if links:
-            raise UserError(f"{links[0]} is a symbolic link, which is not written through: put the file in its place")
+            raise UserError(
+                f"{links[0]} is a symbolic link, which a run does not write through: replace it by the file"
+            )
 
     def claim(self) -> None:
-        """Keep other starts out for the life of this process; rank 0 only. Raises UserError naming who has it."""
+        """Lock the folder for the life of this process; rank 0 only. Raises UserError naming the holder."""
         self._lock = lock_of(self.path).hold(partial(print, flush=True))
 
     def record_start(self, config: RunConfig, *, world: int, steps: int = 0) -> None:
-        """Write config.yaml, env.json and the status of a start of a run of so many steps; rank 0 only.
-
-        Raises UserError where the disk is full.
-        """
+        """Write config.yaml, env.json and status.json at a start; rank 0 only. Raises UserError if the disk is full."""
         self._steps = steps
         self._write("config.yaml", to_yaml(config))
         self._write("env.json", json.dumps(environment(world), indent=1) + "\n")
         self.set_status("running", self.status().get("step", 0))
 
     def set_status(self, state: State, step: int, **more: Any) -> None:
-        """Write status.json. Raises UserError where the disk is full."""
+        """Write status.json. Raises UserError if the disk is full."""
         where = {"state": state, "step": step, "steps": self._steps}
         status = {**where, "time": timestamp(), "start": self.start, **more}
         self._write("status.json", json.dumps(status) + "\n")
@@ -82,19 +81,21 @@ class RunFolder:
         try:
             write_atomic(self.path / name, text.encode())
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written ({error.strerror}): mend that, then start again") from error
+            raise UserError(
+                f"{self.path} cannot be written ({error.strerror}): fix that and run the same command again"
+            ) from error
 
     def set_failed(self, error: BaseException | str, step: int | None = None) -> None:
-        """Record a failure, on whichever rank it is met; what the first one says stays.
+        """Record a failure, from any rank; the first one stays.
 
-        A rank that its start left behind leaves the status of a later one alone.
+        A process left over from an earlier start does not change the status of a later one.
         """
         before, text = self.status(), redact(str(error) or type(error).__name__)
         own = before.get("start", self.start) == self.start
         if before.get("state") == "failed" if own else self._lock is None:
             return
         self._steps = before.get("steps", 0)
-        with suppress(UserError):  # on a full disk there is no telling, and the failure itself matters more
+        with suppress(UserError):  # the disk may be full; the failure itself matters more
             self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:
@@ -105,30 +106,30 @@ class RunFolder:
             return {}
 
     def log_path(self, rank: int) -> Path:
-        """Return where a rank writes what it has to say for itself."""
+        """Return the log file of a rank."""
         return self.path / "logs" / f"rank-{rank}.log"
 
     def add_incident(self, **incident: Any) -> None:
-        """Add a line to incidents.jsonl, where the disk takes it."""
+        """Append a line to incidents.jsonl, if the disk has room."""
         with suppress(OSError), (self.path / "incidents.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"time": timestamp(), **incident}, allow_nan=False) + "\n")
 
     def stop_asked(self) -> bool:
-        """Whether a STOP file is there."""
+        """Whether the STOP file exists."""
         return self.stop_file.exists()
 
     def clear_stop(self) -> None:
-        """Remove the STOP file once it is honoured, so that the same command resumes."""
+        """Remove the STOP file, so the same command resumes."""
         self.stop_file.unlink(missing_ok=True)
 
 
 def timestamp() -> str:
-    """Return the time of day, as run folders write it."""
+    """Return the current time in the format of run folders."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def lock_of(run_dir: Path | str) -> FolderLock:
-    """Return the lock of a run folder. A run whose status.json says "running" while it is not held was killed."""
+    """Return the lock of a run folder. If status.json says "running" but nobody holds the lock, the run was killed."""
     return FolderLock(
         Path(run_dir) / "lock",
         busy="{folder} is being trained by {holder}: stop it first, or choose another --run-dir",

@@ -1,4 +1,4 @@
-"""``RUN/logs/rank-N.log``: one rank's warnings, errors with tracebacks, and stacks when the watchdog ends it."""
+"""``RUN/logs/rank-N.log``: a rank's warnings, errors with tracebacks, and stacks when the watchdog ends it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.training.run.folder import RunFolder, timestamp
 from pipeline.training.run.redact import redact
 
 _LIBRARIES = ("DeepSpeed", "transformers")
-"""Loggers that do not pass their records on."""
+"""Loggers that do not propagate to the root logger."""
 
 
 class _Plain(logging.Formatter):
@@ -22,10 +22,10 @@ class _Plain(logging.Formatter):
 
 
 class RankLog:
-    """The log file of this rank, and what the console shows of errors."""
+    """This rank's log file, and on rank 0 the console's warnings."""
 
     def __init__(self, folder: RunFolder, rank: int) -> None:
-        """Open the file, and let all warnings of this process come to it as well. Raises OSError."""
+        """Open the file and send all warnings of this process to it. Raises OSError."""
         self.path: Path = folder.log_path(rank)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.stream: IO[str] = self.path.open("a", encoding="utf-8", buffering=1)
@@ -35,7 +35,7 @@ class RankLog:
         handler.setFormatter(_Plain("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         for name in (None, *_LIBRARIES):
             logging.getLogger(name).addHandler(handler)
-        if rank == 0:  # what all ranks would say alike is shown once
+        if rank == 0:  # all ranks warn alike: show it once
             console = logging.StreamHandler()
             console.setLevel(logging.WARNING)
             console.setFormatter(_Plain("warning: %(message)s"))

@@ -1,7 +1,7 @@
-"""Keeps secrets, tokens and keys of its environment and command line, out of what a run writes and prints.
+"""Keeps secrets out of everything a run writes and prints.
 
-A secret is the value of a variable or flag with a word such as TOKEN or KEY in its name, or has the shape that a
-provider gives to its tokens.
+A secret is the value of a variable or flag with a word such as TOKEN or KEY in its name, or has the format of a
+provider's tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SHAPES = re.compile(
     r"|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
 )
 _SHORTEST = 8
-"""Shorter values are words such as "true", which would hide themselves everywhere."""
+"""Shorter values are words such as "true", which must not be redacted everywhere."""
 _LIKELY = 16
 """Shorter values of a configuration are words, such as a model's "bos_token"."""
 
@@ -32,14 +32,14 @@ def is_secret_name(name: str) -> bool:
 
 
 def redact(text: str) -> str:
-    """Return a text with every secret that can be known hidden."""
+    """Return a text with all known secrets hidden."""
     for value in sorted(_secret_values(os.environ), key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     return _SHAPES.sub(HIDDEN, text)
 
 
 def redact_words(words: Sequence[str]) -> list[str]:
-    """Return a command line with the values of secret flags hidden, and other secrets too."""
+    """Return a command line with the values of secret flags and other secrets hidden."""
     shown, hide = [], False
     for word in words:
         flag, equals, _ = word.partition("=")
@@ -50,13 +50,13 @@ def redact_words(words: Sequence[str]) -> list[str]:
 
 
 def refuse_secrets(tree: Mapping[str, object], prefix: str = "") -> None:
-    """Refuse a configuration that holds a secret: checkpoints and exports would carry it on. Raises ConfigError."""
+    """Refuse a configuration that contains a secret: checkpoints and exports would copy it. Raises ConfigError."""
     for key, value in tree.items():
         name = prefix + str(key)
         if isinstance(value, Mapping):
             refuse_secrets(value, f"{name}.")
         elif isinstance(value, str) and (redact(value) != value or (is_secret_name(name) and len(value) >= _LIKELY)):
-            raise ConfigError(f"{name} holds a secret, which every checkpoint would carry on: take it out")
+            raise ConfigError(f"{name} contains a secret, which every checkpoint would copy: remove it")
 
 
 def _secret_values(variables: Mapping[str, str]) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a run folder tells of its run from outside, without heavy libraries."""
+"""The state of a run, read from its folder without heavy libraries."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ _TAIL = 1 << 16
 
 @dataclass(frozen=True)
 class RunState:
-    """A run as its folder shows it."""
+    """A run, as seen in its folder."""
 
     path: Path
     state: str
-    """running, done, stopped, failed, killed (nobody holds it any more); "running?" where its file system has no locks.
-    """
+    """running, done, stopped, failed, killed (its lock is free), or "running?" on a file system without locks."""
     step: int
-    """The last one trained."""
+    """The last step trained."""
     steps: int
-    """Of so many; 0 = not known."""
+    """Steps of the whole run; 0 = unknown."""
     error: str
     """Why it failed."""
     last: dict[str, Any]
@@ -34,15 +33,15 @@ class RunState:
     age_s: float
     """Seconds since the folder was last written."""
     checkpoint: Path | None
-    """The newest finished one, whole or not."""
+    """The newest published one, intact or not."""
 
     @classmethod
     def read(cls, path: Path | str) -> RunState:
-        """Look at a run folder. Raises UserError when it is none."""
+        """Read a run folder. Raises UserError if it is not one."""
         path = Path(path)
         status = RunFolder(str(path)).status()
         if not status:
-            raise UserError(f"{path} is not a run folder (no status.json): name the --run-dir of a run that has begun")
+            raise UserError(f"{path} is not a run folder (no status.json): give the --run-dir of a started run")
         metrics = path / "metrics.jsonl"
         last = _last_line(metrics)
         written = max(file.stat().st_mtime for file in (metrics, path / "status.json") if file.is_file())
@@ -61,7 +60,7 @@ def _state(path: Path, said: str) -> str:
 
 
 def _last_line(path: Path) -> dict[str, Any]:
-    """Return the last whole line of a file of JSON lines; empty when there is none."""
+    """Return the last complete line of a JSON-lines file; empty if there is none."""
     try:
         with path.open("rb") as stream:
             stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))

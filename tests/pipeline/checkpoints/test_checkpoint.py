@@ -19,7 +19,7 @@ from pipeline.checkpoints.checkpoint import (
     checkpoint_folders,
     hash_file,
     load,
-    newest_whole,
+    newest_intact,
     open_checkpoint,
     prune,
     remove_unfinished,
@@ -91,9 +91,9 @@ def test_what_interrupted_saves_left_is_removed_at_a_start(run_dir: Path) -> Non
 
 
 def test_folders_without_a_manifest_are_complaints(run_dir: Path) -> None:
-    found, complaints = newest_whole(run_dir, rank=0, world=1)
+    found, complaints = newest_intact(run_dir, rank=0, world=1)
     assert found is None and len(complaints) == 3
-    with pytest.raises(UserError, match="step-00000030 is not a whole checkpoint"):
+    with pytest.raises(UserError, match="step-00000030 is not an intact checkpoint"):
         open_checkpoint(run_dir)
 
 
@@ -112,7 +112,7 @@ def test_a_slice_is_read_from_the_files_that_hold_it_alone(tmp_path: Path) -> No
     ]
     files = [next(save)() for save in saves]
     saves[0].send(files)()
-    assert newest_whole(target.final, rank=0, world=1)[1] == []
+    assert newest_intact(target.final, rank=0, world=1)[1] == []
     for start, stop in itertools.combinations_with_replacement(range(8), 2):
         opened = Checkpoint(target.final)
         assert opened.read_flat("master", "w", start, stop).tolist() == values[start:stop].tolist()
@@ -133,7 +133,7 @@ def test_files_that_rank_0_does_not_see_are_no_checkpoint(tmp_path: Path, monkey
         for rank, target in enumerate(targets)
     ]
     files = [next(save)() for save in saves]
-    with pytest.raises(OSError, match=r"rank 0 does not see .*rank-00001.safetensors.* all nodes share"):
+    with pytest.raises(OSError, match=r"rank 0 does not see .*rank-00001.safetensors.* shared by all nodes"):
         saves[0].send(files)()
     assert not targets[0].final.exists()
 
@@ -161,7 +161,7 @@ def test_a_checkpoint_that_cannot_be_read_is_passed_over(whole: Path, monkeypatc
         return hash_file(path)
 
     monkeypatch.setattr(checkpoint, "hash_file", broken)
-    found, complaints = newest_whole(whole, rank=0, world=1)
+    found, complaints = newest_intact(whole, rank=0, world=1)
     assert found is not None and found.manifest.step == 1
     assert all("cannot be read (Input/output error)" in line for line in complaints) and complaints
 
@@ -171,14 +171,14 @@ def test_rank_0_says_which_checkpoints_there_are_and_all_must_see_the_same(
 ) -> None:
     """The disk of this rank does not show the newest yet, or shows another."""
     told = checkpoint_folders(whole)
-    monkeypatch.setattr(checkpoint, "_said_by_rank_0", lambda own: [(folder, True) for folder in told])
+    monkeypatch.setattr(checkpoint, "_broadcast_from_rank0", lambda own: [(folder, True) for folder in told])
     monkeypatch.setattr(checkpoint, "checkpoint_folders", lambda run_dir: told[1:])
-    found, _ = newest_whole(whole, rank=1, world=2)
+    found, _ = newest_intact(whole, rank=1, world=2)
     assert found is not None and found.manifest.step == 2
     views: list[Any] = [([], "another manifest")]
-    monkeypatch.setattr(checkpoint, "_of_all_ranks", lambda own: [own, *views])
-    found, complaints = newest_whole(whole, rank=1, world=2)
-    assert found is None and all("not the same on all nodes" in line for line in complaints) and len(complaints) == 2
+    monkeypatch.setattr(checkpoint, "_all_gather", lambda own: [own, *views])
+    found, complaints = newest_intact(whole, rank=1, world=2)
+    assert found is None and all("differs between nodes" in line for line in complaints) and len(complaints) == 2
 
 
 def test_a_frozen_weight_is_not_taken_for_its_moments(whole: Path) -> None:

@@ -119,7 +119,7 @@ def test_damaged_packs(small_demo: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_without_room_and_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    assert "make room" in said(doctor_checks.check_disk(tmp_path, need_bytes=1e18))
+    assert "free some space" in said(doctor_checks.check_disk(tmp_path, need_bytes=1e18))
     assert said(doctor_checks.check_disk(tmp_path / "not/made/yet"), "fine").startswith(str(tmp_path))
     assert "cannot be written" in said(doctor_checks.check_disk(Path("/proc/self")))
 
@@ -128,7 +128,7 @@ def test_recipes(small_demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLM_DIR", raising=False)
     assert "LLM_DIR" in said(doctor_checks.check_recipe("aki_4b_sft", [], 8))
     packs = ["--data.packs", str(small_demo / "packs/sft")]
-    assert "cannot be shared by 3 data-parallel ranks" in said(doctor_checks.check_recipe("demo_sft", packs, 3))
+    assert "does not divide among 3 data-parallel ranks" in said(doctor_checks.check_recipe("demo_sft", packs, 3))
     assert "nowhere" in said(doctor_checks.check_recipe("demo_sft", ["--data.packs", "nowhere"], 1))
 
 
@@ -175,7 +175,7 @@ def test_no_secret_gets_out(small_demo: Path, tmp_path: Path) -> None:
         return run(1, ROOT / "pipeline/train.py", *words, *more, env=hidden, launcher="srun")
 
     refused = outcome("--model.llm.config.note", hidden["AWS_SECRET"])
-    assert refused.code == 2 and "model.llm.config.note holds a secret" in refused.output
+    assert refused.code == 2 and "model.llm.config.note contains a secret" in refused.output
     foreign = outcome(f"--hf-token={hidden['HF_TOKEN']}")
     assert foreign.code == 2 and "unknown flag '--hf-token'" in foreign.output
     odd = outcome("--init-from", f"s3://user:{hidden['WANDB_API_KEY']}@bucket/run")

@@ -24,7 +24,7 @@ from tests.pipeline.parallel.grid_worker import LR, RANKS, Case, Job, micro_batc
 LONGER = float(os.environ.get("BUBBLE_SLEEP", "1"))
 """Sleeps so many times as long: what a machine adds to a step is then a smaller share of it."""
 MICROS, FORWARD_S = 4, {2: 0.25 * LONGER, 4: 0.2 * LONGER}
-"""A stage of a grid sleeps so long a micro-batch forward, and twice that back, whatever its layers and chunks."""
+"""Seconds that a stage of a grid sleeps in a forward, and half of those in a backward, whatever its layers."""
 CASES: Mapping[str, Case] = {
     "pp2-1f1b": Case(2, gathered_fraction=0.0, reduce_once=False),
     "pp2-interleaved": Case(2, "interleaved"),

@@ -36,7 +36,7 @@ from tests.pipeline.model.helpers import IMAGE_TOKENS, random_sidecars, stage_in
 
 RANKS = 4
 MICROS, EIGHT, DEEP = (4, 8, 4), (4, 16, 4), 24
-"""Micro-batches of each step over all replicas: their number on a rank varies, and is 8 of two replicas in `EIGHT`."""
+"""Micro-batches of each step over all dp ranks: their number on a rank varies, and is 8 of two dp ranks in `EIGHT`."""
 LR = 1e-3
 # Adam divides a gradient by its own size: with the usual eps, entries near zero would turn rounding into full steps.
 TRAIN = TrainSection(lr=LR, clip_norm=0.1, weight_decay=0.1, eps=1e-5)

@@ -31,7 +31,7 @@ def main() -> None:
     groups = create_groups(topology, LIMIT_S)
     tried = {
         "data": groups.data,
-        "ends": groups.ends,
+        "embedding_group": groups.embedding_group,
         **{f"link {link}": group for link, group in groups.p2p_groups.items()},
     }
     # In each group the first rank waits and the second stays away.

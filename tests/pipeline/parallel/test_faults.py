@@ -48,7 +48,7 @@ def test_a_gradient_that_is_not_a_number_is_reported_and_skipped(
     small_demo: Path, undisturbed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     output = train(small_demo, tmp_path / "run", "not-a-number", "3", "3", config=OPTIMIZER).check().output
-    assert "step 3: gradient not finite, update skipped on all ranks (rows 24..35 of the packs: " in output
+    assert "step 3: gradient not finite, update skipped on all ranks (rows 24..35: " in output
     lines = metrics(tmp_path / "run")
     assert [line["applied"] for line in lines] == [step != 3 for step in range(1, STEPS + 1)]
     assert lines[2]["grad_norm"] is None
@@ -74,7 +74,7 @@ def assert_killed(ended: Finished, run_dir: Path, said: str) -> None:
 def test_a_rank_killed_in_a_step_ends_the_job(rank: str, launcher: Launcher, small_demo: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     ended = train(small_demo, run_dir, "killed-in-step", rank, "4", launcher=launcher)
-    assert_killed(ended, run_dir, rf"rank {rank} \(stage 0, replica {rank}; .*\) died: killed")
+    assert_killed(ended, run_dir, rf"rank {rank} \(stage 0, dp rank {rank}; .*\) died: killed")
 
 
 def test_after_a_rank_killed_in_a_save_the_same_command_goes_on_to_the_bit(
@@ -83,7 +83,7 @@ def test_after_a_rank_killed_in_a_save_the_same_command_goes_on_to_the_bit(
     """The next start takes no notice of half a checkpoint."""
     run_dir = tmp_path / "run"
     ended = train(small_demo, run_dir, "killed-in-save", "2", "4", config=OPTIMIZER)
-    assert_killed(ended, run_dir, r"rank 2 \(stage 1, replica 0; .*\) died: killed")
+    assert_killed(ended, run_dir, r"rank 2 \(stage 1, dp rank 0; .*\) died: killed")
     assert list((run_dir / "checkpoints").glob(".step-00000004*.tmp/rank-00002*"))
     assert f"(step 2/{STEPS})" in train(small_demo, run_dir, config=OPTIMIZER).check().output
     assert curve(run_dir) == curve(undisturbed(OPTIMIZER))
@@ -96,7 +96,7 @@ def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
     run_dir = tmp_path / "run"
     ended = train(small_demo, run_dir, "hangs", "1", "4", config=ALL)
     assert ended.code != 0
-    assert f"error: no rank got any further for {TIMEOUT_S} s (parallel.timeout_s) at step 4: rank 1 " in ended.output
+    assert f"error: no rank made progress for {TIMEOUT_S} s (parallel.timeout_s) at step 4: rank 1 " in ended.output
     assert re.search(r"hangs in forward of micro-batch 1 \(failing_train.py:\d+ in asleep\)", ended.output)
     assert "rank 3: waiting for rank 1: hidden states of micro-batch 1" in ended.output
     assert "in asleep" in (run_dir / "logs/rank-1.log").read_text(), "the stacks are in its log"
@@ -114,7 +114,7 @@ def test_an_unexpected_error_of_one_rank_is_one_line_and_a_traceback_in_its_log(
     log = run_dir / "logs/rank-2.log"
     assert ended.code == 1 and "Traceback" not in ended.output
     (line,) = re.findall("^error: .*", ended.output, re.MULTILINE)
-    assert line.startswith("error: rank 2 (stage 1, replica 0; host ")
+    assert line.startswith("error: rank 2 (stage 1, dp rank 0; host ")
     assert line.endswith(f"step 2: ZeroDivisionError: a bug of this rank; traceback: {log}")
     assert "Traceback" in log.read_text() and "in two lines" in log.read_text()
     assert "Traceback" not in (run_dir / "logs/rank-1.log").read_text()

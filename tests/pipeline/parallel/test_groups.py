@@ -124,8 +124,8 @@ def test_ranks_that_share_a_gpu_are_refused() -> None:
 def test_every_group_gives_up_after_its_limit() -> None:
     """A rank that never joins ends the wait in every group; the world's limit, half an hour, would not.
 
-    On a 2 x 2 grid the first rank of each group waits: rank 0 in four (replicas, tied ends, a link each way), rank 1
-    in those of its replica, rank 2 for its other replica.
+    On a 2 x 2 grid the first rank of each group waits: rank 0 in four groups (data-parallel, embedding, p2p each way),
+    rank 1 in those of its pipeline, rank 2 for the other dp rank.
     """
     worker = ROOT / "tests/pipeline/parallel/groups_worker.py"
     output = run(4, worker, env={"PYTHONPATH": str(ROOT)}, timeout_s=300, launcher="srun").check().output

@@ -193,7 +193,7 @@ def test_messages_of_a_pair_are_received_in_the_order_they_are_sent() -> None:
                 a for a in received if (upstream(target, a, stages, virtual_stages) or (None,))[0] == source
             ]
             used = [a for a in of_stages[target] if a in sent]
-            assert virtual_stages > 1 or sent == used, "without chunks they are used in that order, too"
+            assert virtual_stages > 1 or sent == used, "without virtual stages they are used in that order, too"
             assert not sent or (source, target) in neighbours(stages, virtual_stages > 1), "on a link"
             for action in sent:
                 assert downstream(*upstream(target, action, stages, virtual_stages), stages, virtual_stages) == (

@@ -27,9 +27,9 @@ def test_every_place_of_the_grid_is_taken_once(world: int, pp: int) -> None:
 def test_ranks_that_do_not_divide_are_refused() -> None:
     with pytest.raises(UserError, match=r"parallel.pp=3 does not divide 4 ranks.*1, 2, 4"):
         Topology(4, 0, 3)
-    with pytest.raises(UserError, match=r"train.global_batch_size=8 cannot be shared by 3"):
+    with pytest.raises(UserError, match=r"train.global_batch_size=8 does not divide among 3"):
         micro_batches(8, 3, 0)
-    with pytest.raises(UserError, match=r"micro_batches=3 does not divide the 4 packs"):
+    with pytest.raises(UserError, match=r"micro_batches=3 does not divide the 4 rows"):
         micro_batches(8, 2, 3)
 
 
@@ -98,7 +98,7 @@ def test_stages_beside_a_dear_one_are_even() -> None:
 
 @pytest.mark.parametrize(("stages", "virtual_stages"), [(1, 1), (3, 1), (6, 1), (2, 2), (3, 2), (2, 3)])
 def test_every_stage_trains_something_whatever_the_split(stages: int, virtual_stages: int) -> None:
-    """DeepSpeed cannot run where nothing trains: each chunk has a decoder layer, however costly the frozen tower."""
+    """DeepSpeed cannot run where nothing trains: each virtual stage has a decoder layer, whatever the tower costs."""
     counts = ParamCounts.of(tiny_spec(num_hidden_layers=6))
     assert counts.vision_frozen
     for before, after in ((0.0, 0.0), (1e9, 0.0), (0.0, 1e9)):

@@ -30,7 +30,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
 
 
 def messages(name: str) -> int:
-    """Messages of a step, over all replicas: each edge between chunks is passed forth and back."""
+    """Messages of a step, over all dp ranks: each edge between virtual stages is passed forth and back."""
     case = CASES[name]
     return 2 * (case.pp * case.virtual_stages - 1) * MICROS * (RANKS // case.pp)
 
@@ -69,7 +69,7 @@ def test_a_trace_shows_every_action_and_every_message(name: str, seen: dict[str,
     assert all(ends[message] >= starts[message] - slack_us for message in starts)
     titles = {event["args"]["name"] for event in events if event["ph"] == "M"}
     dp = RANKS // case.pp
-    assert titles == {f"stage {rank // dp}, replica {rank % dp} (rank {rank})" for rank in range(RANKS)}
+    assert titles == {f"stage {rank // dp}, dp rank {rank % dp} (rank {rank})" for rank in range(RANKS)}
 
 
 def test_on_a_gpu_times_are_read_from_events_once_the_step_is_over(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,7 +209,7 @@ def test_a_step_that_is_saved_is_not_saved_again(saver: CheckpointManager, tmp_p
     assert (tmp_path / "run/checkpoints/step-00000001").stat().st_ino == made
 
 
-def test_a_run_that_ends_by_itself_finishes_the_save_under_way(
+def test_a_run_that_ends_by_itself_finishes_the_save_in_progress(
     saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_many(outcome: object) -> None:
@@ -220,7 +220,7 @@ def test_a_run_that_ends_by_itself_finishes_the_save_under_way(
     saver.save(1)
     assert gate.inside.wait(60)
     threading.Timer(0.2, gate.open.set).start()
-    trainer = SimpleNamespace(_checkpoints=saver, _incidents=SimpleNamespace(look=too_many), _heartbeat=Heartbeat())
+    trainer = SimpleNamespace(_checkpoints=saver, _incidents=SimpleNamespace(check=too_many), _heartbeat=Heartbeat())
     with pytest.raises(UserError, match="20 steps in a row"):
-        Trainer._look(cast(Any, trainer), cast(Any, None))
+        Trainer._check(cast(Any, trainer), cast(Any, None))
     assert saved(tmp_path / "run")["w"] == [1.0] * 4

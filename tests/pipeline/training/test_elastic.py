@@ -11,7 +11,7 @@ from tests.pipeline.training.runs import furthest, metrics, train, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 GRIDS = [(1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (1, 1), (2, 2), (4, 1), (1, 2), (1, 1)]
-"""Stages x replicas of each step: replicas 1, 2, 3, 4; stages 1, 2, 1; then both at once, and back to one process."""
+"""Stages x dp ranks of each step: dp 1, 2, 3, 4; stages 1, 2, 1; then both at once, and back to one process."""
 MODEL = ["--model.llm.config.num_hidden_layers", "4", "--train.steps", str(len(GRIDS))]
 
 

@@ -42,17 +42,15 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.param(None, ["--mask.policy", "mmaa"], ["mmaa", "mma"], id="unknown policy"),
         pytest.param(None, ["--mask.policy", "mma_unclamped"], ["mma_unclamped", "allow_leak"], id="leaking policy"),
         pytest.param(None, ["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
-        pytest.param(
-            None, ["--parallel.micro-batches", "5"], ["micro_batches=5", "12 packs"], id="packs do not divide"
-        ),
+        pytest.param(None, ["--parallel.micro-batches", "5"], ["micro_batches=5", "12 rows"], id="rows do not divide"),
         pytest.param(None, ["--train.steps", "99999"], ["99999", "data/demo", "mma-prep"], id="more steps than packs"),
         pytest.param(None, ["--model.vision.config.image_size", "96"], ["64", "16", "packs"], id="image tokens differ"),
         pytest.param(None, ["--model.llm.source", "nowhere"], ["model.llm.source", "nowhere"], id="no model folder"),
         pytest.param(
             None, ["--model.llm.config.max_position_embeddings", "20"], ["sample of", "20"], id="positions too short"
         ),
-        pytest.param(manifest_edit(targets=0), [], ["0 supervised tokens"], id="nothing supervised"),
-        pytest.param(manifest_edit(rows=3), [], ["3 packs", "global_batch_size=12"], id="fewer packs than a step"),
+        pytest.param(manifest_edit(targets=0), [], ["no supervised tokens"], id="nothing supervised"),
+        pytest.param(manifest_edit(rows=3), [], ["3 rows", "global_batch_size=12"], id="fewer rows than a step"),
         pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
         pytest.param(manifest_edit(image_store_sha256="0"), [], ["other images", "mma-prep"], id="other images"),
         pytest.param(
@@ -128,7 +126,7 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
     for word in (
         "model ",
         "mask ",
-        "12 packs = 1 replicas x 12 micro-batches x 1 packs",
+        "12 rows = 1 dp ranks x 12 micro-batches x 1 rows",
         "stage 0: layers 0..1",
         "GiB",
     ):
@@ -142,7 +140,7 @@ def test_a_dry_run_shows_the_plan_of_any_number_of_ranks(
     command = [*flags(small_demo, tmp_path / "run"), "--parallel.pp", "2"]
     assert main([*command, "--dry-run", "8"]) == 0
     said = capsys.readouterr().out
-    assert "12 packs = 4 replicas x 3 micro-batches" in said and "8 = 2 stages x 4 replicas" in said
+    assert "12 rows = 4 dp ranks x 3 micro-batches" in said and "8 = 2 stages x 4 dp ranks" in said
     assert main([*command, "--dry-run", "7"]) == 2
     assert "7 ranks" in capsys.readouterr().err
     for wrong in ("-1", "many"):
@@ -156,7 +154,7 @@ def test_a_dry_run_shows_the_plan_of_any_number_of_ranks(
     [
         pytest.param(["--deepspeed", "none.json"], ["none.json", "ds_configs/"], id="missing DeepSpeed file"),
         pytest.param(["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
-        pytest.param(["--dry-run"], ["demo/packs/pt is not there yet", "mma-prep demo"], id="a dry run"),
+        pytest.param(["--dry-run"], ["demo/packs/pt does not exist yet", "mma-prep demo"], id="a dry run"),
     ],
 )
 def test_the_demo_is_not_made_for_what_cannot_start(

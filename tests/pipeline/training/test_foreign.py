@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from data_prep.common import yaml_files
 from data_prep.common.errors import UserError
-from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_whole
+from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_intact
 from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
 from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.train import main
@@ -58,13 +58,13 @@ def edit(folder: Path, *keys: str, value: Any) -> None:
 
 def complaint(folder: Path) -> str:
     """What is said of a checkpoint, by the way a start looks at it: never an exception, always one line."""
-    found, complaints = newest_whole(folder.parents[1], rank=0, world=1)
+    found, complaints = newest_intact(folder.parents[1], rank=0, world=1)
     assert found is None and len(complaints) == 1 and "\n" not in complaints[0]
     return complaints[0]
 
 
 def test_the_unaltered_checkpoint_is_whole(folder: Path) -> None:
-    assert newest_whole(folder.parents[1], rank=0, world=1)[1] == []
+    assert newest_intact(folder.parents[1], rank=0, world=1)[1] == []
     [(name, tensor)] = Checkpoint(folder).parameters()
     assert name == "w" and tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
 
@@ -81,15 +81,15 @@ ENTRY = {"bytes": 6, "xxh3": "0" * 32}
         pytest.param(("files", "tokenizer/.."), ENTRY, "no file named", id="the folder itself"),
         pytest.param(("files", f"{RANK}/../x"), ENTRY, "no file named", id="a file as a folder"),
         pytest.param(("files", "code.py"), ENTRY, "no file named", id="another file"),
-        pytest.param(("files", "rank-00001.safetensors"), ENTRY, "2 files of ranks", id="more ranks than the grid"),
+        pytest.param(("files", "rank-00001.safetensors"), ENTRY, "2 rank files", id="more ranks than the grid"),
         pytest.param(("files", RANK, "bytes"), -1, "greater than or equal to 0", id="a negative size"),
         pytest.param(("files", RANK, "bytes"), float("nan"), "valid integer", id="a size that is not a number"),
         pytest.param(("files", RANK, "bytes"), 1 << 70, "less than", id="a size beyond any disk"),
         pytest.param(("files", RANK, "bytes"), True, "valid integer", id="a size that is true"),
         pytest.param(("files", RANK, "xxh3"), "../x", "match pattern", id="a hash that is none"),
         pytest.param(("files", RANK, "more"), 1, "more", id="a key too many in a file"),
-        pytest.param(("dp",), 1 << 40, "dp", id="too many replicas"),
-        pytest.param(("dp",), 3, "1 files of ranks", id="replicas without files"),
+        pytest.param(("dp",), 1 << 40, "dp", id="too many dp ranks"),
+        pytest.param(("dp",), 3, "1 rank files", id="dp ranks without files"),
         pytest.param(("pp",), 0, "greater than 0", id="no stages"),
         pytest.param(("step",), 3.5, "valid integer", id="half a step"),
         pytest.param(("step",), None, "valid integer", id="no step"),
@@ -97,18 +97,18 @@ ENTRY = {"bytes": 6, "xxh3": "0" * 32}
         pytest.param(("params", "w", "shape"), [1 << 60], "less than", id="a dimension beyond any memory"),
         pytest.param(("params", "w", "shape"), [1] * 99, "at most 8", id="99 dimensions"),
         pytest.param(("params", "w", "shape"), "6", "valid array", id="a shape of letters"),
-        pytest.param(("params", "w", "stage"), 5, "of stage 5", id="a stage that is not there"),
+        pytest.param(("params", "w", "stage"), 5, "on stage 5", id="a stage that is not there"),
         pytest.param(("params", "w", "trained"), "yes", "valid boolean", id="yes is not true"),
-        pytest.param(("model",), {}, "no description of a language model", id="no model"),
-        pytest.param(("model", "spec"), [], "no description of a language model", id="a model of another kind"),
+        pytest.param(("model",), {}, "description of the language model is missing", id="no model"),
+        pytest.param(
+            ("model", "spec"), [], "description of the language model is missing", id="a model of another kind"
+        ),
         pytest.param(("format",), "pickle", "mma-checkpoint", id="another format"),
         pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 2", id="another version"),
         pytest.param(("more",), 1, "more", id="a key too many"),
     ],
 )
-def test_a_manifest_is_believed_only_as_far_as_it_is_checked(
-    keys: tuple[str, ...], value: object, words: str, folder: Path
-) -> None:
+def test_a_manifest_is_validated(keys: tuple[str, ...], value: object, words: str, folder: Path) -> None:
     edit(folder, *keys, value=value)
     assert words in complaint(folder), complaint(folder)
 
@@ -120,7 +120,7 @@ def test_a_manifest_is_believed_only_as_far_as_it_is_checked(
 )  # fmt: skip
 def test_what_is_no_manifest_is_said_so(text: str, folder: Path) -> None:
     (folder / "manifest.json").write_bytes(text.encode(errors="surrogatepass"))
-    assert "is not a whole checkpoint" in complaint(folder)
+    assert "is not an intact checkpoint" in complaint(folder)
 
 
 def replace_by_link(path: Path) -> None:
@@ -146,7 +146,7 @@ def test_only_plain_files_of_the_folder_are_read(name: str, change: Callable[[Pa
 
 def test_a_tokenizer_folder_that_is_a_link_is_not_followed(folder: Path) -> None:
     replace_by_link(folder / "tokenizer")
-    assert "tokenizer.model is missing, or is no plain file" in complaint(folder)
+    assert "tokenizer.model is missing or not a regular file" in complaint(folder)
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,12 @@ def test_a_tokenizer_folder_that_is_a_link_is_not_followed(folder: Path) -> None
         pytest.param({"master|w": torch.arange(6)}, "I64", id="whole numbers"),
         pytest.param({"master|w": torch.ones(6, dtype=torch.float64)}, "F64", id="doubles"),
         pytest.param({"master|w": torch.ones(2, 3)}, r"F32\[2, 3\]", id="not flat"),
-        pytest.param({"master|w": torch.ones(5)}, r"has 5 elements, its shape is \[2, 3\]", id="too few"),
-        pytest.param({"master|w": torch.ones(7)}, r"has 7 elements, its shape is \[2, 3\]", id="too many"),
+        pytest.param({"master|w": torch.ones(5)}, r"has 5 elements, .* of shape \[2, 3\]", id="too few"),
+        pytest.param({"master|w": torch.ones(7)}, r"has 7 elements, .* of shape \[2, 3\]", id="too many"),
         pytest.param({"master|v": torch.ones(6)}, r"has no master\|w", id="another name"),
     ],
 )
-def test_shards_that_are_not_what_the_manifest_says_are_refused(
+def test_shards_that_contradict_the_manifest_are_refused(
     tensors: dict[str, torch.Tensor], words: str, folder: Path
 ) -> None:
     path = folder / RANK

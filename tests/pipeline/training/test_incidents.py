@@ -42,7 +42,7 @@ def test_losses_that_do_not_move_are_no_measure() -> None:
 
 
 def look(packs: Path, run: Path, *, limit: int, losses: list[float], applied: bool, steps: int = 1) -> None:
-    """Show steps of 2 replicas x 2 micro-batches x 3 rows to rank 0."""
+    """Show steps of 2 dp ranks x 2 micro-batches x 3 rows to rank 0."""
     config = SimpleNamespace(
         train=SimpleNamespace(max_skipped_steps=limit), log=SimpleNamespace(spike_mads=10.0),
         data=SimpleNamespace(packs=str(packs)),
@@ -54,7 +54,7 @@ def look(packs: Path, run: Path, *, limit: int, losses: list[float], applied: bo
     incidents = Incidents(plan, RunFolder(str(run)), step=0)
     for step in range(1, steps + 1):
         batch: Any = SimpleNamespace(rows=range(12 * step, 12 * step + 12), targets=100)
-        incidents.look(Outcome(step, StepResult(math.nan, applied), batch, losses))
+        incidents.check(Outcome(step, StepResult(math.nan, applied), batch, losses))
 
 
 def written(run: Path) -> list[dict[str, Any]]:
@@ -75,8 +75,8 @@ def test_micro_batches_without_a_finite_loss_are_named_and_too_many_steps_end_th
     sources = [[vars_of(source) for source in PackReader(packs)[row].source] for row in (33, 34, 35)]
     assert [row["sources"] for row in last["rows"]] == sources
     said = capsys.readouterr().out
-    assert "step 1: loss not finite, update skipped on all ranks (rows 21..23 of the packs: " in said
-    assert f"look: mma-prep inspect {packs} --row 21" in said
+    assert "step 1: loss not finite, update skipped on all ranks (rows 21..23: " in said
+    assert f"inspect: mma-prep inspect {packs} --row 21" in said
 
 
 def vars_of(source: Source) -> dict[str, object]:
@@ -89,7 +89,7 @@ def test_where_only_the_gradient_is_not_finite_all_rows_are_named(
     look(small_demo / "packs/sft", tmp_path / "run", limit=2, losses=[1.0] * 4, applied=False)
     (line,) = written(tmp_path / "run")
     assert line["kind"] == "gradient not finite" and len(line["rows"]) == 12
-    assert "(rows 12..23 of the packs: " in capsys.readouterr().out
+    assert "(rows 12..23: " in capsys.readouterr().out
 
 
 def tampered(demo: Path, out: Path) -> int:

@@ -163,7 +163,7 @@ def test_a_run_without_a_whole_checkpoint_is_not_begun_again(
     before = curve(run_dir)
     job = train(small_demo, run_dir)
     assert job.code == 2 and "Traceback" not in job.output
-    assert "no checkpoint is whole" in job.output
+    assert "no checkpoint is intact" in job.output
     assert curve(run_dir) == before
 
 
@@ -243,7 +243,7 @@ def test_other_packs_and_other_tokenizers_are_refused(
     small_demo: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags(small_demo, undisturbed, packs="pt")) == 2
-    assert "another plan" in capsys.readouterr().err
+    assert "other packs" in capsys.readouterr().err
     assert main(flags(small_demo, undisturbed, "--train.global-batch-size", "6")) == 2
     assert "global_batch_size=12, now 6" in capsys.readouterr().err
     other = tmp_path / "other"

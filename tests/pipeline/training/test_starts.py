@@ -25,17 +25,17 @@ def spec_of(*flags: str) -> ModelSpec:
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--model.llm.config.num_hidden_layers", "2", "llm.num_hidden_layers=3, now it is 2"),
+        ("--model.llm.config.num_hidden_layers", "2", "llm.num_hidden_layers=3, but it is 2"),
         ("--model.llm.config.rope_theta", "5e5", "rope_theta"),
-        ("--model.llm.config.num_attention_heads", "6", "llm.head_dim=24, now it is 16"),
-        ("--model.llm.config.hidden_act", "gelu", "llm.hidden_act='silu', now it is 'gelu'"),
+        ("--model.llm.config.num_attention_heads", "6", "llm.head_dim=24, but it is 16"),
+        ("--model.llm.config.hidden_act", "gelu", "llm.hidden_act='silu', but it is 'gelu'"),
     ],
 )
 def test_weights_of_a_model_that_computes_something_else_are_refused(flag: str, value: str, words: str) -> None:
     """Also where all shapes agree."""
     saved = spec_of().to_dict()
     check_same_model("here", saved, spec_of("--model.vision.frozen", "false"))
-    with pytest.raises(UserError, match=f"here is of a model with .*{words}"):
+    with pytest.raises(UserError, match=f"here was trained with .*{words}"):
         check_same_model("here", saved, spec_of(flag, value))
 
 
@@ -65,12 +65,12 @@ def folder(tmp_path: Path) -> Iterator[RunFolder]:
 def test_a_run_folder_of_one_rank_alone_is_refused(
     folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert supervise.all_share(folder)
+    assert supervise.all_ranks_share(folder)
 
-    def of_another(taken: list[Any], source: int) -> None:
-        taken[0] = {"host": "node-1", "pid": 1}
+    def of_another(holder: list[Any], source: int) -> None:
+        holder[0] = {"host": "node-1", "pid": 1}
 
     monkeypatch.setattr(supervise, "SHOWN_S", 0.0)
     monkeypatch.setattr(dist, "broadcast_object_list", of_another)
-    assert not supervise.all_share(folder)
-    assert "is not rank 0's run folder: give --run-dir a path on a disk that all nodes share" in capsys.readouterr().err
+    assert not supervise.all_ranks_share(folder)
+    assert "is not rank 0's run folder: give --run-dir a path on a disk shared by all nodes" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The watchdog: what it decides from what it hears, and what real processes hear, say and leave behind."""
+"""The watchdog: its decisions, and what real processes print and leave behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ LIMIT_S = 5.0
 
 
 class Ranks:
-    """A monitor that hears ``world`` ranks, on a clock of its own."""
+    """A monitor of ``world`` ranks with a simulated clock."""
 
     def __init__(self, world: int = 4) -> None:
         self.monitor = Monitor(world, LIMIT_S)
@@ -37,11 +37,11 @@ class Ranks:
         for rank in range(world):
             self.monitor.join(rank, f"host h, pid {rank}", self.now)
 
-    def say(self, rank: int, doing: str, *, waits: bool = False, begun: int = 2, anew: bool = True) -> None:
-        self._count += anew
-        count = self._count if anew else 0
-        news = {"step": 3, "begun": begun, "count": count, "doing": doing, "where": "", "waits": waits}
-        self.monitor.record(rank, news, self.now)
+    def beat(self, rank: int, activity: str, *, waits: bool = False, begun: int = 2, progress: bool = True) -> None:
+        self._count += progress
+        count = self._count if progress else 0
+        heartbeat = {"step": 3, "begun": begun, "count": count, "activity": activity, "where": "", "waits": waits}
+        self.monitor.record(rank, heartbeat, self.now)
 
     def diagnosis(self, after_s: float, *, terminated: bool = False) -> str:
         diagnosis = self.monitor.diagnosis(self.now + after_s, terminated=terminated)
@@ -50,11 +50,11 @@ class Ranks:
 
 @pytest.fixture
 def ranks() -> Ranks:
-    """Rank 1 is in a forward, the others wait for it, and none has got further since."""
+    """Rank 1 is in a forward and the others wait for it."""
     ranks = Ranks()
-    ranks.say(1, "forward of micro-batch 2")
+    ranks.beat(1, "forward of micro-batch 2")
     for rank in (0, 2, 3):
-        ranks.say(rank, "waiting for rank 1: hidden states of micro-batch 2", waits=True)
+        ranks.beat(rank, "waiting for rank 1: hidden states of micro-batch 2", waits=True)
     return ranks
 
 
@@ -67,53 +67,55 @@ def test_the_rank_that_does_not_wait_is_the_one_that_hangs(ranks: Ranks) -> None
 
 def test_any_progress_of_any_rank_is_progress(ranks: Ranks) -> None:
     ranks.now += LIMIT_S - 1
-    ranks.say(3, "backward of micro-batch 0")
+    ranks.beat(3, "backward of micro-batch 0")
     assert ranks.diagnosis(LIMIT_S - 0.1) == ""
-    assert "no rank got any further" in ranks.diagnosis(LIMIT_S + 0.1)
+    assert "no rank made progress" in ranks.diagnosis(LIMIT_S + 0.1)
 
 
-def test_starting_takes_its_time() -> None:
+def test_the_limit_is_longer_while_a_job_starts() -> None:
     ranks = Ranks(1)
-    ranks.say(0, "building the stage", begun=1)
+    ranks.beat(0, "building the stage", begun=1)
     assert ranks.diagnosis(START_S - 1) == ""
-    assert "hangs in building the stage" not in ranks.diagnosis(START_S + 1), "alone, it is not compared with others"
+    assert "hangs in building the stage" not in ranks.diagnosis(START_S + 1), (
+        "a single rank is not compared with others"
+    )
 
 
-def test_a_pulse_without_news_is_no_progress() -> None:
+def test_a_heartbeat_without_a_new_activity_is_no_progress() -> None:
     ranks = Ranks(2)
     for rank in (0, 1):
-        ranks.say(rank, "forward", anew=False)
+        ranks.beat(rank, "forward", progress=False)
     ranks.now += LIMIT_S + 1
     for rank in (0, 1):
-        ranks.say(rank, "forward", anew=False)
-    assert "all of them are busy, none is plainly the cause" in ranks.diagnosis(0)
+        ranks.beat(rank, "forward", progress=False)
+    assert "all ranks are busy; no single rank is the cause" in ranks.diagnosis(0)
 
 
-def test_silence_tells_more_than_what_was_said_last(ranks: Ranks) -> None:
+def test_a_silent_rank_is_the_cause_whatever_it_reported_last(ranks: Ranks) -> None:
     ranks.now += SILENT_S + LIMIT_S
     for rank in (0, 1, 3):
         ranks.monitor.members[rank].heard = ranks.now
-    assert "nothing was heard of rank 2 (host h, pid 2) for 15 s, last in waiting for rank 1" in ranks.diagnosis(0)
+    assert "rank 2 (host h, pid 2) has been silent for 15 s, last in waiting for rank 1" in ranks.diagnosis(0)
 
 
 def test_a_death_is_named_before_the_errors_it_caused(ranks: Ranks) -> None:
     ranks.monitor.failed(0, "RuntimeError: Connection closed by peer", 1, ranks.now)
     ranks.monitor.gone(2, ranks.now)
-    assert ranks.diagnosis(SETTLE_S / 2) == "", "more news may come"
+    assert ranks.diagnosis(SETTLE_S / 2) == "", "more reports may follow"
     said = ranks.diagnosis(2 * SETTLE_S)
     assert said.startswith("rank 2 (host h, pid 2) died: killed") and "at step 3 in waiting for rank 1" in said
-    assert "rank 0: failed then: RuntimeError: Connection closed by peer" in said
+    assert "rank 0: failed, too: RuntimeError: Connection closed by peer" in said
 
 
-def test_a_lost_node_is_all_its_ranks(ranks: Ranks) -> None:
+def test_the_ranks_of_a_lost_node_are_reported_together(ranks: Ranks) -> None:
     for rank in (2, 3, 1):
         ranks.monitor.gone(rank, ranks.now)
     said = ranks.diagnosis(2 * SETTLE_S)
     assert said.startswith("rank 1 (host h, pid 1) died, and so did ranks 2-3: killed")
-    assert "last heard of at step 3 in forward of micro-batch 2" in said
+    assert "last heartbeat at step 3 in forward of micro-batch 2" in said
 
 
-def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
+def test_an_error_of_all_ranks_is_printed_once_and_of_one_rank_with_its_name(ranks: Ranks) -> None:
     ranks.monitor.failed(3, "the image cannot be read", 2, ranks.now)
     assert ranks.diagnosis(2 * SETTLE_S) == "rank 3 (host h, pid 3), step 3: the image cannot be read"
     for rank in (0, 1):
@@ -121,7 +123,7 @@ def test_an_error_of_all_ranks_is_said_once_and_of_one_rank_with_its_name(ranks:
     assert ranks.diagnosis(2 * SETTLE_S) == "the image cannot be read"
 
 
-def test_who_takes_leave_does_not_die(ranks: Ranks) -> None:
+def test_a_rank_that_says_goodbye_has_not_died(ranks: Ranks) -> None:
     for rank in (1, 2, 3):
         ranks.monitor.left(rank)
         ranks.monitor.gone(rank, ranks.now)
@@ -134,13 +136,13 @@ def test_a_suspended_job_has_not_hung(ranks: Ranks) -> None:
     assert ranks.diagnosis(LIMIT_S - 0.1) == ""
 
 
-def test_ranks_that_were_all_told_to_end_have_not_failed(ranks: Ranks) -> None:
+def test_ranks_that_all_received_sigterm_have_not_failed(ranks: Ranks) -> None:
     ranks.monitor.failed(3, TERMINATED, TERMINATED_CODE, ranks.now)
     assert ranks.diagnosis(0, terminated=True) == ""
-    assert ranks.diagnosis(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "it alone was"
+    assert ranks.diagnosis(2 * SETTLE_S) == f"rank 3 (host h, pid 3), step 3: {TERMINATED}", "only this rank did"
 
 
-def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
+def test_unreachable_ranks_are_named(ranks: Ranks) -> None:
     del ranks.monitor.members[3]
     assert ranks.diagnosis(LIMIT_S + 0.1).endswith("rank 3: not watched")
 
@@ -154,25 +156,25 @@ def test_ranks_out_of_reach_are_named(ranks: Ranks) -> None:
         ("lib/torch/nn/functional.py", "linear", False),
     ],
 )
-def test_who_is_held_by_a_collective_or_a_gpu_waits(
+def test_a_rank_blocked_by_a_collective_or_a_gpu_waits(
     path: str, name: str, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.watchdog.heartbeat.LOOK_AFTER_S", -1.0)
+    monkeypatch.setattr("pipeline.watchdog.heartbeat.INSPECT_AFTER_S", -1.0)
     heartbeat, release = Heartbeat(), threading.Lock()
-    heartbeat.doing("backward of micro-batch 1")
+    heartbeat.report("backward of micro-batch 1")
 
-    def held() -> None:
+    def blocked() -> None:
         release.acquire()
 
-    held.__code__ = held.__code__.replace(co_filename=path, co_name=name)
+    blocked.__code__ = blocked.__code__.replace(co_filename=path, co_name=name)
     with release:
-        training = threading.Thread(target=held)
+        training = threading.Thread(target=blocked)
         training.start()
         heartbeat._thread = training.ident or 0
-        while not (news := heartbeat.message())["where"].endswith(f"in {name}"):
+        while not (message := heartbeat.message())["where"].endswith(f"in {name}"):
             time.sleep(0.001)
     training.join()
-    assert news["waits"] == waits, news
+    assert message["waits"] == waits, message
 
 
 @pytest.mark.slow
@@ -183,7 +185,7 @@ def test_who_is_held_by_a_collective_or_a_gpu_waits(
             ["waits", "killed", "waits"], ["rank 1 (pid ", "died: killed", "at step 7 in"], [1, -signal.SIGKILL, 1],
             id="killed",
         ),
-        pytest.param(["waits", "hangs", "waits"], ["no rank got any further for 5 s", "rank 1 (pid ",
+        pytest.param(["waits", "hangs", "waits"], ["no rank made progress for 5 s", "rank 1 (pid ",
             "hangs in a long forward (watch_worker.py:", "in work) while the others wait"], [1, 1, 1], id="hangs"
         ),
         pytest.param(["killed", "waits"], ["rank 0 (pid ", "died: killed, or out of host memory; this rank was in "
@@ -215,10 +217,10 @@ def test_processes_end_together_and_say_why(
 
 
 def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
-    with listen() as listener, socket.create_connection(("localhost", listener.getsockname()[1])) as follower:
-        lead, _ = listener.accept()
-        with lead:
-            for connection in (Channel(lead).socket, Channel(follower).socket):
+    with listen() as listener, socket.create_connection(("localhost", listener.getsockname()[1])) as worker:
+        coordinator, _ = listener.accept()
+        with coordinator:
+            for connection in (Channel(coordinator).socket, Channel(worker).socket):
                 idle, between, count, unanswered_ms = (
                     connection.getsockopt(socket.IPPROTO_TCP, option)
                     for option in (
@@ -230,7 +232,7 @@ def test_the_connection_of_a_lost_node_ends_at_both_ends() -> None:
 
 
 @pytest.mark.parametrize("line", [b"1", b"[]", b"nonsense", b"[" * 60_000, b'{"rank": 1}'])
-def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path) -> None:
+def test_messages_of_a_stranger_do_not_end_the_watchdog(line: bytes, tmp_path: Path) -> None:
     with (tmp_path / "log").open("w") as log:
         watch = Watchdog(
             rank=0, world=2, place="", timeout_s=LIMIT_S, log=log, report=pytest.fail, lost=pytest.fail
@@ -241,14 +243,14 @@ def test_whatever_a_stranger_says_the_watch_goes_on(line: bytes, tmp_path: Path)
         with socket.create_connection(address) as stranger:
             stranger.sendall(line + b"\n")
             stranger.settimeout(30)
-            assert stranger.recv(1) == b"", "it is sent away"
+            assert stranger.recv(1) == b"", "it is disconnected"
         assert watch.alive
         watch.close()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("code", [0, 2])
-def test_a_failed_process_does_not_wait_for_what_may_never_come(code: int) -> None:
+def test_a_failed_process_exits_at_once(code: int) -> None:
     writer = "threading.Thread(target=lambda: (threading.main_thread().join(), print(' and saved'))).start()"
     script = f"import threading; from pipeline.train import leave; {writer}; print('said', end=''); leave({code})"
     ended = subprocess.run(
@@ -258,7 +260,7 @@ def test_a_failed_process_does_not_wait_for_what_may_never_come(code: int) -> No
     assert (ended.returncode, ended.stdout) == (code, "said" if code else "said and saved\n")
 
 
-def test_an_error_of_settings_says_where_it_lies(tmp_path: Path) -> None:
+def test_a_validation_error_names_its_key(tmp_path: Path) -> None:
     folder = RunFolder(str(tmp_path / "run"))
     with pytest.raises(ValidationError) as found:
         ParallelConfig.model_validate({"pp": "two"})
@@ -266,7 +268,7 @@ def test_an_error_of_settings_says_where_it_lies(tmp_path: Path) -> None:
     assert "ValidationError: ParallelConfig: pp: Input should be a valid integer" in folder.status()["error"]
 
 
-def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_coordinator_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         with (tmp_path / "log").open("w") as log:
@@ -275,6 +277,6 @@ def test_a_port_in_the_way_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFix
             )  # fmt: skip
             watch.start(Worker(watch, closed.getsockname(), 1).run)
             watch.close()
-            assert not watch.fail("an error", 2), "nobody listens: the rank says it by itself"
+            assert not watch.fail("an error", 2), "nobody listens: the rank reports it by itself"
     assert "warning: rank 1 cannot reach the watchdog of rank 0 at 127.0.0.1:" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

@@ -25,7 +25,7 @@ def meet(watch: Watchdog, place: Path, rank: int, world: int) -> None:
     """Make progress until all ranks have been watched for a while."""
     watch.heartbeat.begin_step(6)
     watch.heartbeat.begin_step(7)
-    watch.heartbeat.doing("waiting for rank 1: hidden states of micro-batch 1")
+    watch.heartbeat.report("waiting for rank 1: hidden states of micro-batch 1")
     place.with_suffix(f".{rank}").touch()
     while not all(place.with_suffix(f".{peer}").exists() for peer in range(world)):
         time.sleep(0.01)
@@ -44,7 +44,7 @@ def work(watch: Watchdog, fault: str) -> int:
         watch.close()
         return 0
     if fault == "hangs":
-        watch.heartbeat.doing("a long forward")
+        watch.heartbeat.report("a long forward")
     time.sleep(60)
     return 0
 

@@ -1,28 +1,34 @@
-"""The tokenizer's own chat template as a dialect: ``template: tokenizer``.
+"""The tokenizer's own chat template as a `ChatFormat`: ``template: tokenizer``.
 
-Samples are never written by running a template's program over them: text that spells a special token would become one.
-Instead the template writes a few conversations of known words, a dialect is read off what stands around the words, and
-the dialect must then write other conversations to the letter as the template does, with the same parts generated. A
-template that a dialect cannot express, or that does not mark what the assistant says with ``{% generation %}`` (so that
-nothing would be supervised), is refused.
+Samples are never rendered by the template's program: text that spells a special token would become one. Instead the
+template renders a few probe conversations, a chat format is derived from the text around their known words, and that
+format must then reproduce other probes exactly: the text, what is generated, and the prompt of every answer.
+
+Answers are located by the template's ``{% generation %}`` marks. Without marks, an answer is what a conversation adds
+to its own prompt (``add_generation_prompt``), provided that each rendered prompt is a prefix of the conversation. A
+template that a chat format cannot reproduce is refused with the reason.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, one_line
 from data_prep.example import Example, Role, Turn
-from data_prep.text.template import OWN, Special, Template, Text
+from data_prep.text.jinja_sandbox import Message, Rendering, Request, TemplateError, render
+from data_prep.text.template import CHAT_FORMATS, OWN, Piece, Special, Template, Text
 
-Token = tuple[str, bool]
+Token: TypeAlias = tuple[str, bool]
 """Text, or the name of a special token (True)."""
-_SAID = (
+Span: TypeAlias = tuple[int, int]
+_WORDS = (
     "QuietSystem",
     "FirstQuestion",
     "FirstAnswer",
@@ -31,8 +37,17 @@ _SAID = (
     "ThirdQuestion",
     "ThirdAnswer",
 )
+_OTHER_WORDS = (
+    "Be brief.\nAnswer in 3 words.",
+    "1. What?\n\n2. Why?",
+    "- a ring\n- a box",
+    "Sure?",
+    "Yes: {it} is 100%.",
+)
 _ROLES: tuple[Role, ...] = ("system", "user", "assistant", "user", "assistant", "user", "assistant")
 _SETTINGS = {"bos_token": "", "eos_token": "", "date_string": "26 Jul 2024"}
+_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MAX_BYTES = 1 << 20
 
 
 class _Refused(Exception):  # noqa: N818 - becomes a UserError that names the folder
@@ -40,96 +55,211 @@ class _Refused(Exception):  # noqa: N818 - becomes a UserError that names the fo
 
 
 def chat_format_of(folder: Path, system: str) -> str:
-    """Return how the chat template of a tokenizer writes turns, as JSON for ``Template.own``.
+    """Return the chat format of a tokenizer's chat template, as JSON for ``Template.own``.
 
     Args:
         folder: with ``tokenizer.json`` and a chat template.
-        system: of the pack set; without one the template must leave conversations without a system turn as they are.
+        system: system turn of the pack set. Without one, the template must not add one of its own.
 
     Raises:
-        UserError: there is no chat template, it marks nothing as generated, or a dialect cannot express it.
+        UserError: there is no chat template, it cannot be rendered, or a chat format cannot reproduce it.
     """
     try:
         source, specials, settings = _read(folder)
-        own = _derive(source, specials, settings)
-        lengths = [range(3), range(5), range(7), *([] if system else [range(1, 3), range(1, 5)])]
-        for places in lengths:
-            _compare(own, source, settings, [(_ROLES[at], _SAID[at]) for at in places])
-    except _Refused as problem:
-        raise UserError(f"{folder}: its chat template {problem}; use a template by name (phi3, llama3, qwen)") from None
-    return own
+        return _derive(source, specials, tuple(sorted(settings.items())), bool(system))
+    except (_Refused, TemplateError) as problem:
+        names = ", ".join(name for name in CHAT_FORMATS if name not in ("caption", "plain"))
+        raise UserError(f"{folder}: its chat template {problem}; use a template by name ({names})") from None
 
 
-def _read(folder: Path) -> tuple[str, list[str], dict[str, str]]:
-    """Return the template's source, the special tokens' names, and what its program may ask for."""
+def _read(folder: Path) -> tuple[str, tuple[str, ...], dict[str, str]]:
+    """Return the template's source, the names of the special tokens, and the template's variables."""
     try:
         added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+        specials = tuple(token["content"] for token in added if token.get("special"))
         config_file = folder / "tokenizer_config.json"
         config = json.loads(config_file.read_text(encoding="utf-8")) if config_file.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: template=tokenizer needs a readable tokenizer.json ({error})") from error
-    separate = folder / "chat_template.jinja"
-    source = separate.read_text(encoding="utf-8") if separate.is_file() else config.get("chat_template")
-    if isinstance(source, list):  # several, by name
-        source = next((one["template"] for one in source if one.get("name") == "default"), None)
+        separate = folder / "chat_template.jinja"
+        source = separate.read_text(encoding="utf-8") if separate.is_file() else config.get("chat_template")
+        if isinstance(source, list):  # several, by name
+            source = next((one["template"] for one in source if one.get("name") == "default"), None)
+        named = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"{folder}: template=tokenizer needs a readable tokenizer.json ({one_line(error)}); copy it again"
+        ) from error
     if not isinstance(source, str):
         raise _Refused("is missing")
-    named = {key: config.get(key) for key in ("bos_token", "eos_token")}
+    if len(source) > _MAX_BYTES:
+        raise _Refused(f"is larger than {_MAX_BYTES:,} characters")
     names = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
-    specials = [token["content"] for token in added if token.get("special")]
-    return source, specials, _SETTINGS | {key: value for key, value in names.items() if value}
+    return source, specials, _SETTINGS | {key: value for key, value in names.items() if isinstance(value, str)}
 
 
-def _render(
-    source: str, settings: dict[str, str], said: Sequence[tuple[str, str]]
-) -> tuple[str, list[tuple[int, int]]]:
-    """Return what the template writes, and where it says that text is generated."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
+def _probes() -> list[tuple[Message, ...]]:
+    """Return conversations of one to three exchanges with a system turn, then the same ones without."""
+    first = [tuple(zip(_ROLES[:count], _WORDS[:count], strict=True)) for count in (3, 5, 7)]
+    probes = [*first, tuple(zip(_ROLES[:5], _OTHER_WORDS, strict=True))]
+    return [*probes, *(probe[1:] for probe in probes)]
 
-    messages = [{"role": role, "content": text} for role, text in said]
-    try:
-        [text], [spans] = render_jinja_template(
-            [messages], chat_template=source, return_assistant_tokens_mask=True, **settings
+
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """What a template writes."""
+
+    marked: bool
+    """Whether it marks what is generated."""
+    renderings: Mapping[Request, Rendering]
+
+    @classmethod
+    def of(cls, source: str, settings: Mapping[str, str]) -> _Rendered:
+        """Render all probes, with every beginning of them that ends before or after an answer."""
+        requests = dict.fromkeys(
+            Request(probe[:end], prompt)
+            for probe in _probes()
+            for place in _answers(probe)
+            for end, prompt in ((place, True), (place + 1, False))
         )
-    except TemplateError as error:
-        raise _Refused(f"refuses a plain conversation ({error})") from error
-    if not any(end > start for start, end in spans):
-        raise _Refused("marks no text as generated ({% generation %}), so nothing would be supervised")
-    return text, [(start, end) for start, end in spans]
+        return cls(
+            bool(_MARKED.search(source)), dict(zip(requests, render(source, settings, list(requests)), strict=True))
+        )
+
+    def text(self, messages: tuple[Message, ...], *, prompt: bool = False) -> str:
+        """Return the text of a conversation, or of the prompt of its next answer."""
+        found = self.renderings[Request(messages, prompt)]
+        if found.error:
+            raise _Refused(f"refuses a plain conversation ({found.error})")
+        return found.text
+
+    def takes(self, messages: tuple[Message, ...]) -> bool:
+        """Return whether the template accepts a conversation."""
+        return not self.renderings[Request(messages)].error
+
+    def generated(self, messages: tuple[Message, ...]) -> list[Span]:
+        """Return what is generated: one span of characters per answer.
+
+        Raises:
+            _Refused: nothing is marked, or the prompts are not prefixes of the conversation.
+        """
+        whole = self.text(messages)
+        if self.marked:
+            spans = list(self.renderings[Request(messages)].generated)
+            if not any(end > start for start, end in spans):
+                raise _Refused("marks no text as generated ({% generation %}), so nothing would be supervised")
+            return spans
+        return [self._added(whole, messages, place) for place in _answers(messages)]
+
+    def _added(self, whole: str, messages: tuple[Message, ...], place: int) -> Span:
+        """Return the span that the answer at ``place`` adds to its prompt."""
+        prompt, answered = self.text(messages[:place], prompt=True), self.text(messages[: place + 1])
+        which = f"up to turn {place + 1} of {len(messages)}"
+        for name, part in (("its prompt", prompt), ("the conversation", answered)):
+            if not whole.startswith(part):
+                raise _Refused(
+                    f"has no {{% generation %}} marks, and {name} {which} is written in another way inside a longer "
+                    "conversation, so answers cannot be located"
+                )
+        return len(prompt), len(answered)
 
 
-def _derive(source: str, specials: Sequence[str], settings: dict[str, str]) -> str:
-    text, _ = _render(source, settings, list(zip(_ROLES[:5], _SAID[:5], strict=True)))
-    around = re.split("|".join(_SAID), text)
-    if re.findall("|".join(_SAID), text) != list(_SAID[:5]):
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [place for place, (role, _) in enumerate(messages) if role == "assistant"]
+
+
+@lru_cache(maxsize=8)
+def _derive(source: str, specials: tuple[str, ...], settings: tuple[tuple[str, str], ...], has_system: bool) -> str:
+    """Return the first candidate that reproduces every probe; raise the reason of the first that does not."""
+    rendered = _Rendered.of(source, dict(settings))
+    probes = _probes()
+    with_system, without = probes[: len(probes) // 2], probes[len(probes) // 2 :]
+    if not rendered.takes(with_system[0]):
+        rendered.text(without[0])
+        if has_system:
+            raise _Refused("takes no system turn: remove system")
+        with_system = []
+    checked = [*with_system, *([] if has_system else without)]
+    reasons = []
+    for candidate in _candidates(rendered, specials, checked[1]):
+        own = json.dumps(candidate, sort_keys=True)
+        try:
+            for messages in checked:
+                _compare(own, rendered, messages)
+        except _Refused as problem:
+            reasons.append(problem)
+        else:
+            return own
+    raise reasons[0]
+
+
+def _candidates(
+    rendered: _Rendered, specials: Sequence[str], messages: tuple[Message, ...]
+) -> Iterator[dict[str, Any]]:
+    """Yield chat formats that fit the text around the words of a conversation of two exchanges."""
+    text, words = rendered.text(messages), [content for _, content in messages]
+    if re.findall("|".join(_WORDS), text) != words:
         raise _Refused("does not write every turn once, in order")
-    before_system, before_user, before_assistant = (_tokens(part, specials) for part in around[:3])
-    end, between, user = _split(before_user)
-    _, _, assistant = _split(before_assistant)
-    opening = len(before_system) - len(user)
-    if opening < 0:
-        raise _Refused("writes a system turn in another way than a user's")
-    headers = {"system": before_system[opening:], "user": user, "assistant": assistant}
+    around = re.split("|".join(words), text)
+    before_answer, before_question = around[-4], around[-3]
+    start = rendered.generated(messages)[0][0]
+    prefix = text[start : text.index(words[-3])] if start < text.index(words[-3]) else ""
+    if not before_answer.endswith(prefix) or any(special for _, special in _tokens(prefix, specials)):
+        raise _Refused(
+            "marks other text as generated than an answer and the end of its turn"
+            if rendered.marked
+            else "has no {% generation %} marks and does not write the header of an answer as a prompt "
+            "(add_generation_prompt), so answers cannot be located"
+        )
+    end, between, user = _split_turns(_tokens(before_question, specials))
+    footer, assistant = _split_answer(_tokens(before_answer.removesuffix(prefix), specials), between)
     chat_format: dict[str, Any] = {
-        "headers": headers,
+        "headers": {"user": user, "assistant": assistant},
         "end": end,
-        "start": before_system[:opening],
+        "start": [],
         "turn_separator": between,
+        "image_separator": "\n",
     }
-    return json.dumps({**chat_format, "image_separator": "\n"}, sort_keys=True)
+    chat_format |= {"answer_prefix": prefix} if prefix else {}
+    footers = {} if footer == [(end, True)] else {"user": footer}
+    opening = _tokens(around[0], specials)
+    if len(messages) % 2 == 0:
+        yield _with_start(chat_format, opening, user) | ({"footers": footers} if footers else {})
+        return
+    after_system = _tokens(around[1], specials)
+    if not any(special for _, special in after_system):  # the system text begins the user's turn
+        yield (
+            _with_start(chat_format, opening, user)
+            | {"system_joiner": around[1]}
+            | ({"footers": footers} if footers else {})
+        )
+        return
+    closing = _without_suffix(after_system, [*([(between, False)] if between else []), *user])
+    footers |= {} if closing == [(end, True)] else {"system": closing}
+    chat_format |= {"footers": footers} if footers else {}
+    for place in dict.fromkeys((max(0, len(opening) - len(user)), 1, 0)):
+        headers = {**chat_format["headers"], "system": opening[place:]}
+        yield chat_format | {"headers": headers, "start": opening[:place]}
+
+
+def _with_start(chat_format: dict[str, Any], opening: list[Token], user: list[Token]) -> dict[str, Any]:
+    return chat_format | {"start": _without_suffix(opening, user)}
+
+
+def _without_suffix(tokens: list[Token], suffix: list[Token]) -> list[Token]:
+    if tokens[len(tokens) - len(suffix) :] != suffix:
+        raise _Refused("opens the first turn of a user in another way than the next ones")
+    return tokens[: len(tokens) - len(suffix)]
 
 
 def _tokens(text: str, specials: Sequence[str]) -> list[Token]:
-    """Cut text at the special tokens it spells, the longest first."""
+    """Split text at the special tokens it spells, the longest first."""
     if not specials:
         raise _Refused("knows no special token")
     names = "|".join(re.escape(name) for name in sorted(specials, key=len, reverse=True))
     return [(part, part in specials) for part in re.split(f"({names})", text) if part]
 
 
-def _split(tokens: list[Token]) -> tuple[str, str, list[Token]]:
-    """Return the end of a turn, what stands between turns, and the header of the next turn."""
+def _split_turns(tokens: list[Token]) -> tuple[str, str, list[Token]]:
+    """Split the text between an answer and the next question: end of turn, separator, header of the user."""
     if not tokens or not tokens[0][1]:
         raise _Refused("ends turns without a special token")
     rest = tokens[1:]
@@ -140,26 +270,49 @@ def _split(tokens: list[Token]) -> tuple[str, str, list[Token]]:
     return tokens[0][0], between, header
 
 
-def _compare(own: str, source: str, settings: dict[str, str], said: Sequence[tuple[Role, str]]) -> None:
-    """Refuse a template that writes a conversation in another way than the dialect read off it."""
-    theirs, marked = _render(source, settings, said)
+def _split_answer(tokens: list[Token], between: str) -> tuple[list[Token], list[Token]]:
+    """Split the text between a question and its answer: end of the user's turn, header of the assistant."""
+    if not tokens or not tokens[0][1]:
+        raise _Refused("ends turns without a special token")
+    footer, rest = tokens[:1], tokens[1:]
+    if between:
+        if rest[:1] != [(between, False)]:
+            raise _Refused("separates turns in several ways")
+        rest = rest[1:]
+        if not rest:
+            raise _Refused("opens turns without a special token")
+    return footer, rest
+
+
+def _compare(own: str, rendered: _Rendered, messages: tuple[Message, ...]) -> None:
+    """Refuse a template whose text, generated spans or prompts differ from those of the chat format derived from it."""
+    theirs, marked = rendered.text(messages), rendered.generated(messages)
     template = Template(OWN, own=own)
-    pieces = template.pieces(Example("probe", tuple(Turn(role, (text,)) for role, text in said)))
-    ours, spans = "", list[tuple[int, int]]()
-    for piece in pieces:
-        assert isinstance(piece, Text | Special), "a conversation without images"
-        start, ours = len(ours), ours + (piece.text if isinstance(piece, Text) else piece.token)
-        if piece.generated and spans and spans[-1][1] == start:
-            spans[-1] = spans[-1][0], len(ours)
-        elif piece.generated:
-            spans.append((start, len(ours)))
+    turns = tuple(Turn(role, (text,)) for role, text in messages)  # type: ignore[arg-type]
+    ours, spans = _written(template.pieces(Example("probe", turns)))
     assert template.chat_format is not None
-    between, shape = template.chat_format.turn_separator, " ".join(role for role, _ in said)
+    between, shape = template.chat_format.turn_separator, " ".join(role for role, _ in messages)
     if theirs not in (ours, ours + between):
-        hint = ": set system" if said[0][0] == "user" and _SAID[0] not in theirs else ""
+        hint = ": set system" if messages[0][0] == "user" and "system" in json.loads(own)["headers"] else ""
         raise _Refused(f"writes a conversation of {shape} in a way of its own{hint}")
     for (start, end), (first, last) in zip(spans, marked, strict=False):
         if first != start or last not in (end, end + len(between)):
             raise _Refused("marks other text as generated than an answer and the end of its turn")
     if len(spans) != len(marked) or any(second[0] < first[1] for first, second in pairwise(marked)):
         raise _Refused("does not mark every answer as generated once")
+    for place in () if rendered.marked else _answers(messages):
+        if rendered.text(messages[:place], prompt=True) != _written(template.prompt_pieces(turns[:place]))[0]:
+            raise _Refused(f"writes the prompt of turn {place + 1} in a way of its own")
+
+
+def _written(pieces: Iterable[Piece]) -> tuple[str, list[Span]]:
+    """Return the text of pieces without images, and the spans of it that are generated."""
+    text, spans = "", list[Span]()
+    for piece in pieces:
+        assert isinstance(piece, Text | Special), "a conversation without images"
+        start, text = len(text), text + (piece.text if isinstance(piece, Text) else piece.token)
+        if piece.generated and spans and spans[-1][1] == start:
+            spans[-1] = spans[-1][0], len(text)
+        elif piece.generated:
+            spans.append((start, len(text)))
+    return text, spans

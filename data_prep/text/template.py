@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Literal, TypeAlias, get_args
 
@@ -69,11 +69,23 @@ class ChatFormat:
     """Text between the end of a turn and the next header."""
     image_separator: str = ""
     """Text between an image and the content after it inside a turn."""
+    footers: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    """What ends a turn, by role, where it is not ``end``."""
+    system_joiner: str | None = None
+    """Set if the system text has no turn of its own: it begins the first user turn, followed by this text."""
+    answer_prefix: str = ""
+    """Generated text before every answer."""
+
+    @property
+    def takes_system(self) -> bool:
+        """Whether conversations may begin with a system turn."""
+        return "system" in self.headers or self.system_joiner is not None
 
     @property
     def specials(self) -> tuple[str, ...]:
         """Names of all special tokens this format writes."""
-        pieces = [*self.start, *(piece for header in self.headers.values() for piece in header)]
+        parts = (self.start, *self.headers.values(), *self.footers.values())
+        pieces = [piece for part in parts for piece in part]
         names = [piece.token for piece in pieces if isinstance(piece, Special)]
         return tuple(dict.fromkeys([*names, self.end]))
 
@@ -81,6 +93,13 @@ class ChatFormat:
 _LLAMA3_HEADERS: Mapping[str, tuple[Piece, ...]] = {
     role: (Special("<|start_header_id|>"), Text(role), Special("<|end_header_id|>"), Text("\n\n")) for role in ROLES
 }
+_CHATML = ChatFormat(
+    {role: (Special("<|im_start|>"), Text(f"{role}\n")) for role in ROLES},
+    "<|im_end|>",
+    turn_separator="\n",
+    image_separator="\n",
+)
+_GEMMA_ROLES = {"user": "user", "assistant": "model"}
 CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
     "caption": None,
     "plain": ChatFormat({role: (Special(f"<{role}>"),) for role in ROLES}, "<end>"),
@@ -91,14 +110,29 @@ CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
         image_separator="\n",
     ),
     "llama3": ChatFormat(_LLAMA3_HEADERS, "<|eot_id|>", start=(Special("<|begin_of_text|>"),), image_separator="\n"),
-    "qwen": ChatFormat(
-        {role: (Special("<|im_start|>"), Text(f"{role}\n")) for role in ROLES},
-        "<|im_end|>",
+    "qwen": _CHATML,
+    "chatml": _CHATML,
+    "gemma": ChatFormat(
+        {role: (Special("<start_of_turn>"), Text(f"{name}\n")) for role, name in _GEMMA_ROLES.items()},
+        "<end_of_turn>",
+        start=(Special("<bos>"),),
         turn_separator="\n",
         image_separator="\n",
+        system_joiner="\n\n",
+    ),
+    "mistral": ChatFormat(
+        {"system": (Special("[SYSTEM_PROMPT]"),), "user": (Special("[INST]"),), "assistant": ()},
+        "</s>",
+        start=(Special("<s>"),),
+        image_separator="\n",
+        footers={"system": (Special("[/SYSTEM_PROMPT]"),), "user": (Special("[/INST]"),)},
     ),
 }
-"""Templates by name. ``caption`` writes documents only; the others write documents and conversations."""
+"""Templates by name. ``caption`` writes documents only; the others write documents and conversations.
+
+``gemma`` is Gemma 2 and 3; ``mistral`` is Mistral's V7-Tekken format (Mistral Small 3 and later; without a system turn
+also V3-Tekken: Nemo, Pixtral). No name adds a default system turn: set ``system``.
+"""
 OWN = "tokenizer"
 """Name of the template that follows the tokenizer's own chat template (``data_prep.text.chat_template``)."""
 
@@ -111,8 +145,19 @@ def _chat_format_from_json(own: str) -> ChatFormat:
     def pieces(listed: Sequence[tuple[str, bool]]) -> tuple[Piece, ...]:
         return tuple(Special(text) if special else Text(text) for text, special in listed)
 
-    headers = {role: pieces(listed) for role, listed in raw["headers"].items()}
-    return ChatFormat(headers, raw["end"], pieces(raw["start"]), raw["turn_separator"], raw["image_separator"])
+    def by_role(table: Mapping[str, Sequence[tuple[str, bool]]]) -> dict[str, tuple[Piece, ...]]:
+        return {role: pieces(listed) for role, listed in table.items()}
+
+    return ChatFormat(
+        by_role(raw["headers"]),
+        raw["end"],
+        pieces(raw["start"]),
+        raw["turn_separator"],
+        raw["image_separator"],
+        by_role(raw.get("footers", {})),
+        raw.get("system_joiner"),
+        raw.get("answer_prefix", ""),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +194,8 @@ class Template:
             raise UserError(f"template {self.name!r} has no turns, so system={self.system!r} cannot be used: remove it")
         if self.turns != "every" and self.chat_format is None:
             raise UserError(f"template {self.name!r} has no turns, so turns={self.turns} cannot be used: remove it")
+        if self.system and self.chat_format is not None and not self.chat_format.takes_system:
+            raise UserError(f"template {self.name!r} has no system turn, so system={self.system!r} cannot be used")
         if self.order == "text_first" and self.chat_format is None and not self.prompts:
             raise UserError(
                 f"template {self.name!r} has no given text to put first: set prompts, or remove order=text_first"
@@ -227,21 +274,35 @@ class Template:
         chat_format = self.chat_format
         if chat_format is None:
             raise BadSample("wrong-template", f"template {self.name!r} cannot write a conversation")
-        numbers = count()
-        pieces = list(chat_format.start)
         turns = self._with_system(turns)
+        if turns and turns[0].role == "system" and not chat_format.takes_system:
+            raise BadSample("wrong-template", f"template {self.name!r} has no system turn")
         history = len(turns) - answered if self.turns == "expand" else 0
+        numbers, joined, system = count(), chat_format.system_joiner, ""
+        pieces = list(chat_format.start)
         for position, turn in enumerate(turns):
-            is_answer = turn.role == "assistant"
-            generated = is_answer and position >= history
-            if position and chat_format.turn_separator:
+            if turn.role == "system" and joined is not None:
+                system = "".join(part for part in turn.parts if isinstance(part, str)) + joined
+                continue
+            if len(pieces) > len(chat_format.start) and chat_format.turn_separator:
                 pieces.append(Text(chat_format.turn_separator))
             pieces += chat_format.headers[turn.role]
-            pieces += _parts(
-                self._arranged(turn, chat_format.image_separator), numbers, generated=generated, isolated=is_answer
-            )
-            pieces.append(Special(chat_format.end, generated))
+            if system:
+                pieces.append(Text(system))
+                system = ""
+            if turn.role == "assistant":
+                pieces += self._answer(turn, numbers, generated=position >= history)
+                continue
+            pieces += _parts(self._arranged(turn, chat_format.image_separator), numbers, generated=False)
+            pieces += chat_format.footers.get(turn.role, (Special(chat_format.end),))
         return pieces
+
+    def _answer(self, turn: Turn, numbers: Iterator[int], *, generated: bool) -> list[Piece]:
+        """Write an answer with the end of its turn; one that is not generated keeps its ids by standing alone."""
+        assert self.chat_format is not None
+        prefix = (self.chat_format.answer_prefix,) if self.chat_format.answer_prefix else ()
+        said = _parts((*prefix, *turn.parts), numbers, generated=generated, isolated=True)
+        return [*said, Special(self.chat_format.end, generated)]
 
     def _arranged(self, turn: Turn, image_separator: str) -> Sequence[Part]:
         if turn.role != "user" or self.order == "as_written":

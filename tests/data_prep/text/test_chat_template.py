@@ -1,8 +1,9 @@
-"""``template: tokenizer``: what a tokenizer's own chat template writes, to the letter, generated where it says so."""
+"""``template: tokenizer`` reproduces a tokenizer's own chat template exactly, or refuses it with the reason."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,127 @@ QWEN = (
     "{% else %}{{ m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
 DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe good.<|im_end|>\n{% endif %}" + QWEN
+GEMMA = (  # google/gemma-2-2b-it
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if (message['role'] == 'assistant') %}{% set role = 'model' %}"
+    "{% else %}{% set role = message['role'] %}{% endif %}"
+    "{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"
+)
+GEMMA3 = """\
+{{ bos_token }}
+{%- if messages[0]['role'] == 'system' -%}
+    {%- if messages[0]['content'] is string -%}
+        {%- set first_user_prefix = messages[0]['content'] + '\n\n' -%}
+    {%- else -%}
+        {%- set first_user_prefix = messages[0]['content'][0]['text'] + '\n\n' -%}
+    {%- endif -%}
+    {%- set loop_messages = messages[1:] -%}
+{%- else -%}
+    {%- set first_user_prefix = "" -%}
+    {%- set loop_messages = messages -%}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- if (message['role'] == 'user') != (loop.index0 % 2 == 0) -%}
+        {{ raise_exception("Conversation roles must alternate user/assistant/user/assistant/...") }}
+    {%- endif -%}
+    {%- if (message['role'] == 'assistant') -%}
+        {%- set role = "model" -%}
+    {%- else -%}
+        {%- set role = message['role'] -%}
+    {%- endif -%}
+    {{ '<start_of_turn>' + role + '\n' + (first_user_prefix if loop.first else "") }}
+    {%- if message['content'] is string -%}
+        {{ message['content'] | trim }}
+    {%- elif message['content'] is iterable -%}
+        {%- for item in message['content'] -%}
+            {%- if item['type'] == 'image' -%}
+                {{ '<start_of_image>' }}
+            {%- elif item['type'] == 'text' -%}
+                {{ item['text'] | trim }}
+            {%- endif -%}
+        {%- endfor -%}
+    {%- else -%}
+        {{ raise_exception("Invalid content type") }}
+    {%- endif -%}
+    {{ '<end_of_turn>\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {{'<start_of_turn>model\n'}}
+{%- endif -%}
+"""
+MISTRAL_SMALL = """\
+{%- set today = strftime_now("%Y-%m-%d") %}
+{%- set default_system_message = "You are Mistral Small 3. The current date is " + today + "." %}
+{{- bos_token }}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system_message = messages[0]['content'] %}
+    {%- set loop_messages = messages[1:] %}
+{%- else %}
+    {%- set system_message = default_system_message %}
+    {%- set loop_messages = messages %}
+{%- endif %}
+{{- '[SYSTEM_PROMPT]' + system_message + '[/SYSTEM_PROMPT]' }}
+{%- for message in loop_messages %}
+    {%- if message['role'] == 'user' %}
+        {{- '[INST]' + message['content'] + '[/INST]' }}
+    {%- elif message['role'] == 'system' %}
+        {{- '[SYSTEM_PROMPT]' + message['content'] + '[/SYSTEM_PROMPT]' }}
+    {%- elif message['role'] == 'assistant' %}
+        {{- message['content'] + eos_token }}
+    {%- else %}
+        {{- raise_exception('Only user, system and assistant roles are supported!') }}
+    {%- endif %}
+{%- endfor %}
+"""
+MISTRAL_V2 = (  # mistralai/Mistral-7B-Instruct-v0.2: its [INST] is text, not a token
+    "{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{% endif %}"
+    "{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}"
+    "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}"
+    "{% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+MISTRAL_V3 = (  # as in Mistral-7B-Instruct-v0.3, without tools
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
+    "{{ '[INST] ' + message.content + '[/INST]' }}{% elif message.role == 'assistant' %}"
+    "{{ ' ' + message.content | trim + eos_token }}{% else %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+)
+CHATML = (  # teknium/OpenHermes-2.5-Mistral-7B
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LLAMA3_INSTRUCT = (  # meta-llama/Meta-Llama-3-8B-Instruct
+    "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = '<|start_header_id|>' + "
+    "message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}"
+    "{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
+PHI3 = (  # microsoft/Phi-3.5-mini-instruct, whose last line is an end-of-text token without a generation prompt
+    "{% for message in messages %}{{'<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 SPECIALS = ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|im_start|>", "<|im_end|>"]
+SPECIALS += ["<bos>", "<start_of_turn>", "<end_of_turn>", "<s>", "</s>", "<|system|>", "<|user|>", "<|end|>"]
+INST = ["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]
 
 
-def tokenizer(folder: Path, chat_template: str | None, *, separate: bool = True) -> Path:
-    """A small tokenizer with the special tokens of both families and a chat template of its own."""
+def tokenizer(
+    folder: Path,
+    chat_template: str | None,
+    *,
+    separate: bool = True,
+    bos: str = "<|begin_of_text|>",
+    specials: Sequence[str] = SPECIALS,
+) -> Path:
+    """A small tokenizer with the special tokens of several families and a chat template of its own."""
     made = byte_bpe(folder)
-    wrapped = PreTrainedTokenizerFast(tokenizer_file=str(made / "tokenizer.json"), bos_token="<|begin_of_text|>")
-    wrapped.add_special_tokens({"additional_special_tokens": SPECIALS[1:]})
+    names = {"bos_token": bos, "eos_token": "</s>"}
+    wrapped = PreTrainedTokenizerFast(tokenizer_file=str(made / "tokenizer.json"), **names)
+    wrapped.add_special_tokens({"additional_special_tokens": [name for name in specials if name not in names.values()]})
     wrapped.save_pretrained(made)
     (made / "chat_template.jinja").unlink(missing_ok=True)
     if chat_template is not None and separate:
@@ -52,7 +166,7 @@ def tokenizer(folder: Path, chat_template: str | None, *, separate: bool = True)
 
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(("source", "family"), [(LLAMA3, "llama3"), (QWEN, "qwen")])
-def test_a_family_s_own_template_writes_what_the_template_of_that_name_writes(
+def test_the_own_template_of_a_family_gives_the_named_format(
     source: str, family: str, separate: bool, tmp_path: Path
 ) -> None:
     own = chat_format_of(tokenizer(tmp_path / "t", source, separate=separate), "")
@@ -66,8 +180,8 @@ def test_a_family_s_own_template_writes_what_the_template_of_that_name_writes(
         pytest.param(
             QWEN.replace("{% generation %}", "").replace("{% endgeneration %}", ""),
             "",
-            r"marks no text as generated \(\{% generation %\}\), so nothing would be supervised",
-            id="no-generation",
+            r"no \{% generation %\} marks and does not write the header of an answer as a prompt",
+            id="neither-marks-nor-prompt",
         ),
         pytest.param(
             QWEN.replace(
@@ -99,19 +213,122 @@ def test_a_family_s_own_template_writes_what_the_template_of_that_name_writes(
         ),
     ],
 )
-def test_a_template_that_cannot_be_followed_is_refused(
+def test_a_template_that_cannot_be_reproduced_is_refused(
     source: str | None, system: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
         chat_format_of(tokenizer(tmp_path / "t", source), system)
 
 
-def test_a_default_system_turn_is_no_matter_where_the_recipe_gives_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("source", "bos", "system", "family"),
+    [
+        pytest.param(GEMMA3, "<bos>", "be kind", "gemma", id="gemma3"),
+        pytest.param(MISTRAL_SMALL, "<s>", "be kind", "mistral", id="mistral-small-3"),
+        pytest.param(CHATML, "<s>", "be kind", "chatml", id="chatml"),
+        pytest.param(LLAMA3_INSTRUCT, "<|begin_of_text|>", "be kind", "llama3", id="llama3"),
+        pytest.param(PHI3, "<s>", "be kind", "phi3", id="phi3"),
+        pytest.param(GEMMA, "<bos>", "", "gemma", id="gemma2-without-system"),
+        pytest.param(GEMMA3, "<bos>", "", "gemma", id="gemma3-without-system"),
+    ],
+)
+def test_real_templates_without_marks_give_the_named_format(
+    source: str, bos: str, system: str, family: str, tmp_path: Path
+) -> None:
+    own = chat_format_of(tokenizer(tmp_path / "t", source, bos=bos, specials=SPECIALS + INST), system)
+    derived, named = Template(OWN, system=system, own=own), Template(family, system=system)
+    assert spell(derived.pieces(TWO_TURNS)) == spell(named.pieces(TWO_TURNS))
+    if system:
+        assert spell(named.pieces(TWO_TURNS)) == GOLDEN[family]
+    assert derived.prompt_pieces(TWO_TURNS.turns) == named.prompt_pieces(TWO_TURNS.turns)
+
+
+def test_a_generated_space_before_an_answer_is_supervised(tmp_path: Path) -> None:
+    own = chat_format_of(tokenizer(tmp_path / "t", MISTRAL_V3, bos="<s>", specials=SPECIALS + INST), "")
+    written = "<s>[INST] [0]\nwhat is it?[/INST]{ }{a ring}{</s>}[INST] sure?[/INST]{ }{yes}{</s>}"
+    assert spell(Template(OWN, own=own).pieces(TWO_TURNS)) == written
+
+
+@pytest.mark.parametrize(
+    ("source", "system", "message"),
+    [
+        pytest.param(GEMMA, "be kind", "takes no system turn: remove system", id="system-refused"),
+        pytest.param(MISTRAL_SMALL, "", "in a way of its own: set system", id="default-system"),
+        pytest.param(MISTRAL_V2, "", "opens turns without a special token", id="inst-is-text"),
+        pytest.param(
+            CHATML.replace("message['content'] +", "(message['content'] if loop.last else 'cut') +"),
+            "",
+            "does not write every turn once",
+            id="forgets-turns",
+        ),
+        pytest.param(
+            CHATML.replace(
+                "'<|im_end|>' + ", "'<|im_end|>' + ('!' if loop.last and message['role'] == 'assistant' else '') + "
+            ),
+            "",
+            r"has no \{% generation %\} marks, and the conversation up to turn 3 of 5 is written in another way",
+            id="last-turn-differs",
+        ),
+        pytest.param(
+            CHATML.replace("'<|im_start|>assistant\n' }}", "'<|im_start|>assistant\n<think>\n' }}"),
+            "",
+            r"has no \{% generation %\} marks, and its prompt up to turn 3 of 5 is written in another way",
+            id="thinking-prompt",
+        ),
+    ],
+)
+def test_a_template_without_marks_that_is_not_exact_is_refused(
+    source: str, system: str, message: str, tmp_path: Path
+) -> None:
+    specials = SPECIALS if source == MISTRAL_V2 else SPECIALS + INST
+    with pytest.raises(UserError, match=message):
+        chat_format_of(tokenizer(tmp_path / "t", source, bos="<s>", specials=specials), system)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        pytest.param(
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+            "takes more than 5 s or 512 MiB",
+            id="endless-loop",
+        ),
+        pytest.param("{{ 'x' * 10000000000 }}", r"refuses a plain conversation \(MemoryError\)", id="huge-string"),
+        pytest.param(
+            "{{ messages[0].content * 20000000 }}", r"\(writes more than 1,048,576 characters\)", id="long-output"
+        ),
+        pytest.param(
+            "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded", id="recursion"
+        ),
+        pytest.param("{{ ''.__class__.__mro__ }}", "unsafe", id="escape"),
+        pytest.param("{{ messages.append(1) }}", "unsafe", id="mutation"),
+        pytest.param("{% for %}", r"refuses a plain conversation \(", id="syntax"),
+        pytest.param("{{ 1 / 0 }}", "division by zero", id="division"),
+        pytest.param("x" * 1_048_577, "is larger than 1,048,576 characters", id="large-template"),
+    ],
+)
+def test_a_hostile_template_ends_in_one_line_within_seconds(source: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"added_tokens": [{"content": "</s>", "special": True}]}))
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(UserError, match=message) as caught:
+        chat_format_of(tmp_path, "")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"added_tokens": [1]}', '{"added_tokens": {"a": 1}}'])
+def test_a_damaged_tokenizer_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=r"needs a readable tokenizer\.json") as caught:
+        chat_format_of(tmp_path, "")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_default_system_turn_does_not_matter_if_the_recipe_sets_system(tmp_path: Path) -> None:
     own = chat_format_of(tokenizer(tmp_path / "t", DEFAULT_SYSTEM), "be kind")
     assert spell(Template(OWN, system="be kind", own=own).pieces(TWO_TURNS)) == GOLDEN["qwen"]
 
 
-def test_packs_supervise_what_the_library_s_own_mask_supervises(tmp_path: Path) -> None:
+def test_packs_supervise_exactly_what_the_mask_of_transformers_marks(tmp_path: Path) -> None:
     folder = tokenizer(tmp_path / "t", LLAMA3)
     said = [(f"t{n}", None, (f"what is {n}?", f"it is {n}.", "sure?", "yes <|eot_id|>")) for n in range(6)]
     write_llava(tmp_path / "raw", said)
@@ -135,7 +352,7 @@ def test_packs_supervise_what_the_library_s_own_mask_supervises(tmp_path: Path) 
     assert template_of(reader.manifest).own == load_recipe(str(tmp_path / "recipe.yaml")).packs["sft"].chat_format
 
 
-def test_a_trained_tokenizer_has_no_template(tmp_path: Path) -> None:
+def test_a_trained_tokenizer_has_no_chat_template(tmp_path: Path) -> None:
     content = recipe_dict(tmp_path / "raw", tmp_path / "out")
     content["packs"]["sft"]["template"] = "tokenizer"
     with pytest.raises(UserError, match=r"packs\.sft\.template=tokenizer: a trained tokenizer has no chat"):

@@ -28,6 +28,15 @@ def spell(pieces: list[Piece]) -> str:
 
 
 GOLDEN = {
+    "gemma": (
+        "<bos><start_of_turn>user\nbe kind\n\n[0]\nwhat is it?<end_of_turn>\n"
+        "<start_of_turn>model\n{a ring}{<end_of_turn>}\n<start_of_turn>user\nsure?<end_of_turn>\n"
+        "<start_of_turn>model\n{yes}{<end_of_turn>}"
+    ),
+    "mistral": (
+        "<s>[SYSTEM_PROMPT]be kind[/SYSTEM_PROMPT][INST][0]\nwhat is it?[/INST]{a ring}{</s>}"
+        "[INST]sure?[/INST]{yes}{</s>}"
+    ),
     "plain": (
         "<system>be kind<end><user>[0]what is it?<end><assistant>{a ring}{<end>}<user>sure?<end><assistant>{yes}{<end>}"
     ),
@@ -36,6 +45,11 @@ GOLDEN = {
         "<|user|>\nsure?<|end|>\n<|assistant|>\n{yes}{<|end|>}"
     ),
     "qwen": (
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n[0]\nwhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\n{a ring}{<|im_end|>}\n<|im_start|>user\nsure?<|im_end|>\n"
+        "<|im_start|>assistant\n{yes}{<|im_end|>}"
+    ),
+    "chatml": (
         "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\n[0]\nwhat is it?<|im_end|>\n"
         "<|im_start|>assistant\n{a ring}{<|im_end|>}\n<|im_start|>user\nsure?<|im_end|>\n"
         "<|im_start|>assistant\n{yes}{<|im_end|>}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -34,15 +35,16 @@ def draw_masks(target: Path) -> None:
 
 def photograph_page(browser: str, folder: Path, target: Path) -> None:
     """Photograph the page of ``mma inspect`` on a small demo."""
-    demo, page = folder / "demo", folder / "rows.html"
-    _run(sys.executable, "-m", "data_prep", "demo", str(demo), "--scenes", "300", "--held-out", "12")
-    _run(sys.executable, "-m", "pipeline.cli", "inspect", str(demo / "packs/sft"), "--html", str(page))
+    page = folder / "rows.html"
+    _run(sys.executable, "-m", "data_prep", "demo", "data/demo", "--scenes", "300", "--held-out", "12", cwd=folder)
+    _run(sys.executable, "-m", "pipeline.cli", "inspect", "data/demo/packs/sft", "--html", str(page), cwd=folder)
     flags = ["--headless", "--no-sandbox", "--hide-scrollbars", f"--window-size={WINDOW}", f"--screenshot={target}"]
     _run(browser, *flags, page.as_uri())
 
 
-def _run(*command: str) -> None:
-    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+def _run(*command: str, cwd: Path = ROOT) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=cwd, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 if __name__ == "__main__":

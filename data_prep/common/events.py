@@ -51,6 +51,7 @@ EVENTS: Mapping[str, str] = {
     "checkpoint-unhealthy": "a checkpoint was not published because its values are not finite",
     "save-failed": "a save failed and training continued",
     "setting-changed": "a setting that affects the result changed on resume",
+    "setting-adjusted": "a setting that does not affect the result changed on resume",
     "setting-ignored": "a key of a config that is not on the allow-list was ignored",
     "mask-changed": "the mask policy differs from the one the weights were trained with",
     "weight-unmapped": "a weight of a checkpoint has no place in the model and was not loaded",

@@ -43,7 +43,7 @@ class Checkpoint:
     def __init__(self, path: Path | str) -> None:
         """Read the manifest. Raises UserError when the folder is not a complete checkpoint of this format."""
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.manifest, self.digest = read_manifest(self.path)
         self._open: dict[int, Any] = {}
 
     def faults(self, *, rank: int = 0, world: int = 1) -> list[str]:
@@ -145,7 +145,7 @@ def newest_intact(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | No
         if has_manifest:
             _wait_for(folder / MANIFEST)
         checkpoint, faults = _inspect(folder, rank, world)
-        views = _all_gather((faults, hash_file(folder / MANIFEST) if checkpoint else ""))
+        views = _all_gather((faults, checkpoint.digest if checkpoint else ""))
         faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
         if not faults and len({manifest for _, manifest in views}) > 1:
             faults = [f"{folder} differs between nodes: the run folder must be on a shared disk"]
@@ -189,8 +189,8 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
         start, entry = _own_range(stage, name, param, checkpoint)
         _copy_range(stage.compute_shard(param), checkpoint, "master" if entry.trained else "frozen", name, start, entry)
     stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
-    if (name := first_not_finite(dict(shards(stage)))) is not None:
-        raise UserError(f"{checkpoint.path}: {name} is not finite: use another checkpoint")
+    if (odd := first_not_finite(dict(shards(stage)))) is not None:
+        raise UserError(f"{checkpoint.path}: {odd} is not finite: use another checkpoint")
 
 
 def prune(run_dir: Path, keep_last: int, *, newest: Path, proven: int, keep_every: int = 0) -> None:

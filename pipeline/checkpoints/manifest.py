@@ -112,8 +112,11 @@ def is_plain_file(path: Path) -> bool:
         return False
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read and validate the manifest of a checkpoint folder. Raises UserError when it is damaged or not valid."""
+def read_manifest(folder: Path) -> tuple[CheckpointManifest, str]:
+    """Read and validate the manifest of a checkpoint folder; return it with its hash.
+
+    Raises UserError when it is damaged or not valid.
+    """
     path = folder / MANIFEST
     try:
         if not is_plain_file(path):
@@ -130,11 +133,13 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise UserError(f"{folder} is not an intact checkpoint ({_fault(error)})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not an intact checkpoint ({error})") from error
-    return manifest
+    return manifest, content[-len(_AFTER_HASH) - _HASH_CHARS : -len(_AFTER_HASH)].decode()
 
 
 def _fault(error: ValidationError) -> str:
     for problem in error.errors():
+        if problem["loc"] == ("xxh3",):
+            return f"{MANIFEST} is damaged: its hash is not where it was written"
         if problem["loc"] == ("version",):
             return f"{FORMAT} version {problem['input']}, this release reads version {VERSION}"
     return first_problem(error)

@@ -18,8 +18,8 @@ from data_prep.common.errors import UserError
 from data_prep.text.template import template_of
 from pipeline.checkpoints.checkpoint import prune, remove_unfinished, set_aside_unproven, step_of
 from pipeline.checkpoints.manifest import CheckpointManifest
-from pipeline.checkpoints.writing import DivergedError, HostCopy, Phase, Target, describe, gather_phase, save_phases
 from pipeline.checkpoints.shards import shards
+from pipeline.checkpoints.writing import DivergedError, HostCopy, Phase, Target, describe, gather_phase, save_phases
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.run.folder import RunFolder
@@ -195,5 +195,5 @@ def describe_model(plan: RunPlan) -> dict[str, object]:
         "pad_id": manifest.pad_id,
         "eos_ids": list(manifest.eos_ids),
         "tokenizer_sha256": manifest.tokenizer_sha256,
-        "dtype": "bfloat16" if plan.bf16 else "float32",
+        "dtype": plan.dtype_name,
     }

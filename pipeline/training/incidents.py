@@ -1,7 +1,7 @@
 """Steps that went wrong: their rows and samples, the report, and when a run gives up.
 
-``RUN/events.jsonl`` has a line for each: step, kind, loss, grad_norm, and the rows in question with their sources. A run
-that resumes from an earlier checkpoint may record a step twice.
+``RUN/events.jsonl`` has a line for each: step, kind, loss, grad_norm, and the rows in question with their sources.
+After a resume from an earlier checkpoint, a step may be recorded twice.
 """
 
 from __future__ import annotations
@@ -115,9 +115,11 @@ class Incidents:
             self._write(GRADIENT, skipped, outcome, range(len(outcome.losses)))
         elif limit and mads is not None and mads > limit:
             words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the recent median; worst"
-            self._write("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
+            self._write("loss spike", words, outcome, self._worst(outcome), mads=mads)
 
-    def _write(self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], **more: float) -> None:
+    def _write(
+        self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], mads: float | None = None
+    ) -> None:
         """Print and write one line; ``microbatches`` are the ones in question, the worst first."""
         rows = [row for microbatch in microbatches for row in self._rows_of(outcome, microbatch)]
         means = {
@@ -134,7 +136,7 @@ class Incidents:
         print(f"step {outcome.step}: {kind}{words} {place}; inspect: {self._inspect(shown)}", flush=True)
         self._folder.record(
             code, step=outcome.step, kind=kind, loss=_number(outcome.loss),
-            grad_norm=_number(outcome.result.grad_norm), **more, rows=recorded,
+            grad_norm=_number(outcome.result.grad_norm), mads=None if mads is None else round(mads, 1), rows=recorded,
         )  # fmt: skip
 
     def _worst(self, outcome: Outcome) -> list[int]:

@@ -111,7 +111,13 @@ def _try_to_listen(watch: Watchdog) -> socket.socket | None:
 def _report(folder: RunFolder, diagnosis: Diagnosis) -> None:
     text = redact(diagnosis.text)
     stacks = [f"  stacks of all ranks: {folder.path / 'logs'}"] if diagnosis.kind != "error" else []
-    print_lines(f"error: {text}", *(f"  {line}" for line in diagnosis.others), *stacks, *_resume_hints(folder))
+    print_lines(
+        f"error: {text}",
+        *(f"  {line}" for line in diagnosis.others),
+        *stacks,
+        *folder.event_lines(),
+        *_resume_hints(folder),
+    )
     folder.set_failed(text, diagnosis.step)
     with suppress(StrictEvent):  # the job ends anyway
         folder.record(

@@ -21,7 +21,8 @@ from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult
-from pipeline.planning.compatibility import changed_settings, is_export
+from pipeline.planning.changes import settings_changed
+from pipeline.planning.compatibility import is_export
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.engine import build_engine
@@ -91,6 +92,8 @@ class Trainer:
         found, faults = checkpoint.newest_intact(self._folder.path, rank=topology.rank, world=topology.world)
         for fault in faults:
             self._say(f"skipping a damaged checkpoint: {fault}")
+            if self._is_rank0:
+                self._folder.record("checkpoint-damaged", reason=fault)
         if found is None and faults:  # not a new run: starting over would discard its metrics
             raise UserError(f"{self._folder.path}: no checkpoint is intact: restore one, or use another --run-dir")
         return found
@@ -111,14 +114,28 @@ class Trainer:
             checkpoint.load(self._stage, own)
             self.step = own.manifest.step
             self._say(f"resuming from {own.path} ({self.place})")
-            for change in changed_settings(own.manifest.config, self._plan.config):
-                self._say(f"  changed since: {change}")
+            self._report_changes(own)
             return own.manifest.step
         if given is not None:
             checkpoint.load(self._stage, given, weights_only=True)
         if self._plan.config.init_from:
             self._say(f"starting from the weights of {self._plan.config.init_from}")
         return 0
+
+    def _report_changes(self, own: Checkpoint) -> None:
+        """Print and record every setting that differs from the checkpoint."""
+        plan = self._plan
+        if not self._is_rank0:
+            return
+        changes = settings_changed(
+            own.manifest, plan.config, plan_sha256=plan.packs.manifest.plan_sha256, dtype=plan.dtype_name
+        )
+        for change in changes:
+            print(f"  changed since: {change}{' (changes the result)' if change.changes_result else ''}", flush=True)
+            self._folder.record(
+                "setting-changed" if change.changes_result else "setting-adjusted",
+                step=self.step, key=change.key, old=change.old, new=change.new,
+            )  # fmt: skip
 
     @property
     def place(self) -> str:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from data_prep.common.errors import UserError
-from data_prep.common.events import EVENTS_FILE, EventLedger
+from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
 from data_prep.common.files import write_atomic
 from data_prep.common.folder_lock import FolderLock
 from pipeline.config.recipes import to_yaml
@@ -115,6 +115,11 @@ class RunFolder:
         """Append an event to events.jsonl, if the disk has room. Raises StrictEvent if ``--strict`` makes it fatal."""
         with suppress(OSError):
             self.events.record(code, count, **detail)
+
+    def event_lines(self) -> list[str]:
+        """Return a line with the events of this start, or none if there are none."""
+        counts = describe_events(self.events.recorded)
+        return [f"events   {counts}: see {self.events.path}"] if counts else []
 
     def stop_asked(self) -> bool:
         """Whether the STOP file exists."""

@@ -44,12 +44,14 @@ EVENTS: Mapping[str, str] = {
     "image-undecodable": "an image of a packed row cannot be decoded",
     "rows-dropped": "rows at the end of the packs do not fill a batch and were dropped",
     "step-skipped": "an optimizer step was skipped",
+    "loss-spike": "a loss is far above those of the steps before",
     "not-finite": "a loss, gradient, weight or optimizer state is not finite",
     "checkpoint-damaged": "a checkpoint is damaged and was not used",
     "checkpoint-skipped": "a checkpoint was passed over for an earlier one",
     "checkpoint-unhealthy": "a checkpoint was not published because its values are not finite",
     "save-failed": "a save failed and training continued",
     "setting-changed": "a setting that affects the result changed on resume",
+    "setting-adjusted": "a setting that does not affect the result changed on resume",
     "setting-ignored": "a key of a config that is not on the allow-list was ignored",
     "mask-changed": "the mask policy differs from the one the weights were trained with",
     "weight-unmapped": "a weight of a checkpoint has no place in the model and was not loaded",
@@ -58,6 +60,9 @@ EVENTS: Mapping[str, str] = {
     "watchdog-unavailable": "a rank runs without the watchdog",
     "metrics-damaged": "a line of the run's metrics cannot be read",
     "restarted": "training restarted after a failure",
+    "run-failed": "training ended with an error, a dead rank or a hang",
+    "version-untested": "a library's version was not tested with this code",
+    "memory-oversubscribed": "training started although it needs more memory than the machine has",
 }
 """Closed list of events, of both halves: code -> one-line meaning."""
 

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
+from pipeline.checkpoints.shards import first_not_finite, shards
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 _NAME = re.compile(r"step-\d{8}")
@@ -33,7 +34,7 @@ SHOWN_S = 30.0
 """How long a network file system may take to show one node the files of another."""
 _TYPES = {"frozen": ("F32", "BF16")}
 _View = tuple[list[str], str]
-"""A checkpoint as one rank sees it: its faults and its manifest."""
+"""A checkpoint as one rank sees it: its faults and the hash of its manifest."""
 
 
 class Checkpoint:
@@ -42,7 +43,7 @@ class Checkpoint:
     def __init__(self, path: Path | str) -> None:
         """Read the manifest. Raises UserError when the folder is not a complete checkpoint of this format."""
         self.path = Path(path)
-        self.manifest = read_manifest(self.path)
+        self.manifest, self.digest = read_manifest(self.path)
         self._open: dict[int, Any] = {}
 
     def faults(self, *, rank: int = 0, world: int = 1) -> list[str]:
@@ -144,7 +145,7 @@ def newest_intact(path: Path, *, rank: int, world: int) -> tuple[Checkpoint | No
         if has_manifest:
             _wait_for(folder / MANIFEST)
         checkpoint, faults = _inspect(folder, rank, world)
-        views = _all_gather((faults, checkpoint.manifest.to_json() if checkpoint else ""))
+        views = _all_gather((faults, checkpoint.digest if checkpoint else ""))
         faults = list(dict.fromkeys(fault for theirs, _ in views for fault in theirs))
         if not faults and len({manifest for _, manifest in views}) > 1:
             faults = [f"{folder} differs between nodes: the run folder must be on a shared disk"]
@@ -188,17 +189,21 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
         start, entry = _own_range(stage, name, param, checkpoint)
         _copy_range(stage.compute_shard(param), checkpoint, "master" if entry.trained else "frozen", name, start, entry)
     stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
+    if (odd := first_not_finite(dict(shards(stage)))) is not None:
+        raise UserError(f"{checkpoint.path}: {odd} is not finite: use another checkpoint")
 
 
-def prune(run_dir: Path, keep_last: int, *, newest: Path, keep_every: int = 0) -> None:
+def prune(run_dir: Path, keep_last: int, *, newest: Path, proven: int, keep_every: int = 0) -> None:
     """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
 
-    Damaged checkpoints of later steps, which the run did not resume from, are removed, too. ``newest`` must be intact
-    and is never removed. Unfinished folders stay: other ranks may have begun the next save.
+    The newest checkpoint up to step ``proven`` is kept, too, whatever ``keep_last``: a later step had a finite loss.
+    Damaged checkpoints of later steps, which the run did not resume from, are removed. ``newest`` must be intact and is
+    never removed. Unfinished folders stay: other ranks may have begun the next save.
     """
     folders = checkpoint_folders(run_dir)
     earlier = [folder for folder in folders if folder.name <= newest.name]
     kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
+    kept += [folder for folder in earlier if step_of(folder) <= proven][:1]
     for old in [folder for folder in folders if folder not in kept]:
         _remove(old)
 
@@ -210,6 +215,22 @@ def _remove(folder: Path) -> None:
     with suppress(OSError):
         folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
+
+
+def set_aside_unproven(run_dir: Path, proven: int) -> list[Path]:
+    """Rename the checkpoints after step ``proven`` to ``diverged-step-N``: no start resumes from them.
+
+    They stay where they are if they are the only ones. Returns their former names.
+    """
+    found = checkpoint_folders(run_dir)
+    folders = [folder for folder in found if step_of(folder) > proven]
+    if len(folders) == len(found):
+        return []
+    for folder in folders:
+        aside = folder.with_name(f"diverged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    return folders
 
 
 def unfinished_folders(run_dir: Path) -> list[Path]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, field
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
+import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
@@ -20,10 +21,12 @@ from data_prep.common.errors import UserError
 from data_prep.common.validation import first_problem
 
 FORMAT: Final = "mma-checkpoint"
-VERSION: Final = 2
+VERSION: Final = 3
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 _MAX_BYTES = 1 << 28
+_BEFORE_HASH, _AFTER_HASH = b',\n "xxh3": "', b'"\n}\n'
+_HASH_CHARS = 32
 _RANK_FILE = re.compile(r"rank-(\d{5,7})\.safetensors")
 _TOKENIZER_FILE = re.compile(rf"{TOKENIZER}/(?!\.\.?$)[^/\\\0]+")
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -69,14 +72,31 @@ class CheckpointManifest:
     files: dict[str, FileDigest] = field(default_factory=dict)
     """By name: ``rank-NNNNN.safetensors`` of every rank, and ``tokenizer/NAME``."""
     format: Literal["mma-checkpoint"] = FORMAT
-    version: Literal[2] = VERSION
+    version: Literal[3] = VERSION
 
     def to_json(self) -> str:
         """Return the content of ``manifest.json``."""
-        return json.dumps(asdict(self), indent=1)
+        return hashed_json(asdict(self))
 
 
 _MANIFEST = TypeAdapter(CheckpointManifest)
+
+
+def hashed_json(values: dict[str, Any]) -> str:
+    """Return a non-empty object as JSON whose last key, ``xxh3``, is the hash of everything before its value."""
+    before = json.dumps(values, indent=1).removesuffix("\n}").encode() + _BEFORE_HASH
+    return (before + xxhash.xxh3_128_hexdigest(before).encode() + _AFTER_HASH).decode()
+
+
+def _without_hash(content: bytes) -> bytes:
+    """Return JSON without its hash; content without a hash is returned as it is. Raises ValueError if it is damaged."""
+    digest_at = len(content) - len(_AFTER_HASH) - _HASH_CHARS
+    before, digest = content[: max(digest_at, 0)], content[max(digest_at, 0) :].removesuffix(_AFTER_HASH)
+    if not (content.endswith(_AFTER_HASH) and before.endswith(_BEFORE_HASH)):
+        return content
+    if xxhash.xxh3_128_hexdigest(before).encode() != digest:
+        raise ValueError(f"{MANIFEST} is damaged: its hash differs")
+    return before.removesuffix(_BEFORE_HASH) + b"\n}"
 
 
 def rank_file(rank: int) -> str:
@@ -92,25 +112,34 @@ def is_plain_file(path: Path) -> bool:
         return False
 
 
-def read_manifest(folder: Path) -> CheckpointManifest:
-    """Read and validate the manifest of a checkpoint folder. Raises UserError when it is damaged or not valid."""
+def read_manifest(folder: Path) -> tuple[CheckpointManifest, str]:
+    """Read and validate the manifest of a checkpoint folder; return it with its hash.
+
+    Raises UserError when it is damaged or not valid.
+    """
     path = folder / MANIFEST
     try:
         if not is_plain_file(path):
             raise ValueError(f"{MANIFEST} is missing or not a regular file")
         if path.stat().st_size > _MAX_BYTES:
             raise ValueError(f"{MANIFEST} is larger than {_MAX_BYTES >> 20} MiB")
-        manifest = _MANIFEST.validate_json(path.read_bytes())
+        content = path.read_bytes()
+        plain = _without_hash(content)
+        manifest = _MANIFEST.validate_json(plain)
+        if plain == content:
+            raise ValueError(f"{MANIFEST} has no hash")
         _check(manifest)
     except ValidationError as error:
         raise UserError(f"{folder} is not an intact checkpoint ({_fault(error)})") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not an intact checkpoint ({error})") from error
-    return manifest
+    return manifest, content[-len(_AFTER_HASH) - _HASH_CHARS : -len(_AFTER_HASH)].decode()
 
 
 def _fault(error: ValidationError) -> str:
     for problem in error.errors():
+        if problem["loc"] == ("xxh3",):
+            return f"{MANIFEST} is damaged: its hash is not where it was written"
         if problem["loc"] == ("version",):
             return f"{FORMAT} version {problem['input']}, this release reads version {VERSION}"
     return first_problem(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,20 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from pipeline.checkpoints.checkpoint import SHOWN_S, hash_file
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileDigest, ParamEntry, rank_file
-from pipeline.parallel.zero3 import STATES, Zero3Stage
+from pipeline.checkpoints.shards import first_not_finite, shards
+from pipeline.parallel.zero3 import Zero3Stage
 
 Phase = Callable[[], Any]
 """One rank's work before all ranks continue. It may run in a thread, so it must not call collectives."""
 Files = dict[str, FileDigest]
+
+
+class DivergedError(UserError):
+    """The run has diverged: its weights, optimizer states or losses are not finite."""
+
+
+class _NotFiniteError(Exception):
+    """A rank's shards are not finite, so they are not written."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +77,6 @@ class HostCopy:
         return self._copies
 
 
-def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device."""
-    for name, param in stage.trainable():
-        yield f"master|{name}", stage.master_shard(param)
-        yield from ((f"{state}|{name}", stage.master_shard(param, state)) for state in STATES)
-    yield from ((f"frozen|{name}", stage.compute_shard(param)) for name, param in stage.frozen())
-
-
 def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
     """Return this rank's share of the manifest's ``params``: those of its stage if this is dp rank 0, else none."""
     if stage.topology.dp_rank:
@@ -108,23 +109,35 @@ def save_phases(
 def gather_phase(phase: Future[Any], what: Path) -> list[Any]:
     """Wait until all ranks have finished a phase; return their results, in rank order. Collective.
 
-    Raises UserError on all ranks alike when one of them could not write.
+    Raises, on all ranks alike:
+        DivergedError: A rank's shards are not finite.
+        UserError: A rank could not write.
     """
-    result, fault = None, ""
+    result, fault, not_finite = None, "", ""
     try:
         result = phase.result()
     except (OSError, SafetensorError) as error:
         fault = str(error)
+    except _NotFiniteError as error:
+        not_finite = str(error)
     gathered: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, (result, fault))
-    faults = sorted({fault for _, fault in gathered if fault})
+    dist.all_gather_object(gathered, (result, fault, not_finite))
+    for rank, (_, _, what_is_not) in enumerate(gathered):
+        if what_is_not:
+            raise DivergedError(f"{what.name} is not saved: {what_is_not} (rank {rank}) is not finite: lower train.lr")
+    faults = sorted({fault for _, fault, _ in gathered if fault})
     if faults:
         raise UserError(f"{what} cannot be written ({faults[0]}): fix that and run the same command again")
-    return [result for result, _ in gathered]
+    return [result for result, _, _ in gathered]
 
 
 def _write(own: dict[str, torch.Tensor], folder: Path, rank: int, tokenizer: Path | None) -> Files:
-    """Write one rank's shards and, if given, the tokenizer; return their manifest entries."""
+    """Write one rank's shards and, if given, the tokenizer; return their manifest entries.
+
+    Raises _NotFiniteError before anything is written if the shards are not finite.
+    """
+    if (name := first_not_finite(own)) is not None:
+        raise _NotFiniteError(name)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / rank_file(rank)
     save_file({key: tensor.cpu().contiguous() for key, tensor in own.items()}, path)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.events import parse_strict
 from data_prep.common.yaml_files import read_yaml
 from pipeline.config.recipes import DEFAULT_RECIPE, load_config
 from pipeline.config.schema import RunConfig, Section, known_keys
@@ -35,6 +36,10 @@ class Invocation:
     ranks: int
     """Ranks a dry run plans for; 0 = the ranks of this launch."""
     print_config: bool
+    strict: frozenset[str] = frozenset()
+    """Codes of events that end the run."""
+    allowed_changes: tuple[str, ...] = ()
+    """Keys or sections that may change on resume although they change the result."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -64,6 +69,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--print-config", action="store_true", default=False, help="print the resolved configuration and exit"
     )
+    parser.add_argument(
+        "--allow-change", action="append", default=[], metavar="KEY",
+        help="resume although KEY (train.lr, mask, ...) differs from the checkpoint and changes the result; repeatable",
+    )  # fmt: skip
+    parser.add_argument(
+        "--strict", default=None, metavar="CODE[,CODE]",
+        help="end the run with an error when an event of these codes is recorded (events.jsonl); all = every code",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", default=False, help="print a traceback for user errors too")
     parser.add_argument("--local_rank", "--local-rank", type=int, default=-1, help=argparse.SUPPRESS)
     _add_section(parser, parser, RunConfig, "")
@@ -90,7 +103,11 @@ def parse(argv: Sequence[str]) -> Invocation:
     dry_run, ranks = options.dry_run is not None, options.dry_run or 0
     if ranks < 0:
         raise UserError(f"--dry-run {ranks}: give a positive number of ranks")
-    return Invocation(config, options.recipe, options.deepspeed, dry_run, ranks, options.print_config)
+    return Invocation(
+        config, options.recipe, options.deepspeed, dry_run, ranks, options.print_config,
+        strict=parse_strict(options.strict),
+        allowed_changes=tuple(key.removeprefix("--").replace("-", "_") for key in options.allow_change),
+    )  # fmt: skip
 
 
 def _dashed(word: str) -> str:

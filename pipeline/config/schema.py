@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from data_prep.common.errors import UserError
 from data_prep.common.validation import Place, problems, report
 
-Positive = Annotated[int, Field(gt=0)]
-NonNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
+NonNegative = Annotated[int, Field(ge=0, lt=1 << 31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -26,7 +26,9 @@ class ConfigError(UserError):
 class Section(BaseModel):
     """A frozen group of keys; the string under each key is its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )  # fmt: skip
 
 
 class LlmConfig(Section):
@@ -97,9 +99,9 @@ class DataConfig(Section):
     """Folder of the built-in demo corpora; prepared first if `packs` is inside it and does not exist."""
     verify: bool = False
     """Hash packs and image store before training, each rank a share of the files; false = read only manifests."""
-    decode_threads: NonNegative = 1
+    decode_threads: Annotated[int, Field(ge=0, le=1024)] = 1
     """Loader threads, each preparing a different future step (rows, decoded images); 0 = load between steps."""
-    prefetch_steps: NonNegative = 2
+    prefetch_steps: Annotated[int, Field(ge=0, le=1024)] = 2
     """Steps to load ahead of the current one."""
 
 
@@ -116,15 +118,15 @@ class TrainSection(Section):
     """Floor of the cosine decay."""
     warmup_steps: NonNegative = 150
     """Linear warm-up from 0, in optimizer steps."""
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
     """AdamW weight decay for matrices; vectors (norms, biases) are not decayed."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     """AdamW beta1."""
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     """AdamW beta2."""
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """AdamW epsilon."""
-    clip_norm: Annotated[float, Field(ge=0)] = 1.0
+    clip_norm: Annotated[float, Field(ge=0, le=1e9)] = 1.0
     """Maximum global gradient norm, over all stages and ranks; 0 = no clipping."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype: auto = bf16 on GPUs, fp32 on CPUs."""
@@ -134,7 +136,7 @@ class TrainSection(Section):
     """Seed for weights built from scratch; training steps use no randomness."""
     max_skipped_steps: Positive = 10
     """Fail the run after this many consecutive steps with a non-finite gradient."""
-    max_hours: Annotated[float, Field(ge=0)] = 0.0
+    max_hours: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Save and stop after this many hours; the same command resumes. 0 = no limit."""
 
     @model_validator(mode="after")
@@ -168,9 +170,12 @@ class ParallelConfig(Section):
     in the DeepSpeed file."""
     leaf_layers: bool = False
     """Gather each decoder layer and vision block as a whole: fewer, larger collectives, one more layer in memory."""
-    timeout_s: Positive = 1800
+    timeout_s: Annotated[int, Field(gt=0, le=10_000_000)] = 1800
     """End the job after this many seconds without progress, and name the rank that caused it.
     Must exceed the longest step: on GPUs progress may show only at the end of a step."""
+
+    allow_oversubscription: bool = False
+    """Start even if the estimate exceeds the memory of the GPU or the host."""
 
     @model_validator(mode="after")
     def _virtual_stages_are_interleaved(self) -> ParallelConfig:
@@ -214,7 +219,7 @@ class LogConfig(Section):
     """Print a console line every N steps; metrics.jsonl records every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder through DeepSpeed's monitor."""
-    spike_mads: Annotated[float, Field(ge=0)] = 10.0
+    spike_mads: Annotated[float, Field(ge=0, le=1e9)] = 10.0
     """Report a loss this many median absolute deviations above the median of the last 64 steps; 0 = never."""
     traffic: bool = False
     """Add to metrics.jsonl the bytes rank 0 gathers, reduces and sends per step, and the measured pipeline bubble."""

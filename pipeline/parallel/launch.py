@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import warnings
 from collections.abc import Mapping
@@ -32,22 +33,37 @@ _LAUNCHERS: Mapping[
 }
 
 
-_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+_SINGLE_PROCESS = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+MAX_RANKS = 1 << 20
 
 
 def fill_rank_variables() -> None:
     """Set torch's rank variables from the launcher, Slurm or MPI; else to those of a single process.
 
-    Raises ConfigError where ranks on several nodes have no MASTER_ADDR.
+    Raises ConfigError where they make no sense, or where ranks on several nodes have no MASTER_ADDR.
     """
     launcher = next((names for mark, names in _LAUNCHERS.items() if mark in os.environ), {})
-    for name, alone in _ALONE.items():
-        os.environ.setdefault(name, os.environ.get(launcher.get(name, ""), alone))
+    for name, default in _SINGLE_PROCESS.items():
+        os.environ.setdefault(name, os.environ.get(launcher.get(name, ""), default))
+    _check_rank_variables()
     if "MASTER_ADDR" not in os.environ and _on_several_nodes():
         raise ConfigError("ranks on several nodes need MASTER_ADDR, the host of rank 0: export it (slurm/pt.sh does)")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in os.environ:  # several ranks must agree on a port; a single process takes any free one
         os.environ["MASTER_PORT"] = "29500" if os.environ["WORLD_SIZE"] != "1" else str(free_port())
+
+
+def _check_rank_variables() -> None:
+    """Raise ConfigError unless 0 <= RANK < WORLD_SIZE and 0 <= LOCAL_RANK < WORLD_SIZE, all of them numbers."""
+    values = {name: os.environ[name] for name in _SINGLE_PROCESS}
+    shown = ", ".join(f"{name}={value!r}" for name, value in values.items())
+    numbers = {name: int(value) for name, value in values.items() if re.fullmatch(r"\d{1,7}", value, re.ASCII)}
+    world = numbers.get("WORLD_SIZE", 0)
+    if len(numbers) < len(values) or not (numbers["RANK"] < world <= MAX_RANKS and numbers["LOCAL_RANK"] < world):
+        os.environ.pop("RANK")  # it names no rank: this process reports the error itself
+        raise ConfigError(
+            f"{shown} make no sense: ranks count from 0 to WORLD_SIZE - 1; let the launcher set them, or unset them"
+        )
 
 
 def _on_several_nodes() -> bool:

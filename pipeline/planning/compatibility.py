@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.spec import ModelSpec
+from pipeline.planning.changes import check_allowed_keys, leaves, refuse_changes, settings_changed
 
 # Keys of a model's description that do not change what it computes: how it was saved, and what trains.
 _NOT_THE_FUNCTION = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "vision_frozen",
@@ -27,7 +28,7 @@ def is_export(path: str) -> bool:
 
 def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) -> None:
     """Refuse weights of a model that computes something different with equal shapes. Raises ConfigError."""
-    old, new = (dict(_leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
+    old, new = (dict(leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
             raise ConfigError(
@@ -35,41 +36,21 @@ def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) ->
             )
 
 
-def check_resume(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:
-    """Refuse to resume a run on other data or as another model. Raises ConfigError."""
+def check_resume(
+    config: RunConfig, manifest: Manifest, spec: ModelSpec, *, dtype: str | None, allowed: Sequence[str] = ()
+) -> None:
+    """Refuse to resume a run with changes of its result that ``allowed`` does not name. Raises ConfigError."""
+    check_allowed_keys(allowed)
     for folder in checkpoint_folders(Path(config.run_dir)):
         try:
             saved = Checkpoint(folder).manifest
         except UserError:  # damaged: reported when the run looks for an intact one
             continue
-        if saved.plan_sha256 != manifest.plan_sha256:
-            raise ConfigError(
-                f"{folder} was trained on other packs than {config.data.packs}: "
-                "use the packs it was started with, or another --run-dir (with --init-from for its weights)"
-            )
-        if saved.global_batch_size != config.train.global_batch_size:
-            raise ConfigError(
-                f"{folder} was trained with train.global_batch_size={saved.global_batch_size}, "
-                f"but it is {config.train.global_batch_size} now: "
-                "keep it, or start another --run-dir with --init-from"
-            )
-        check_same_model(str(folder), saved.model["spec"], spec)
+        changes = settings_changed(saved, config, plan_sha256=manifest.plan_sha256, dtype=dtype)
+        refuse_changes(str(folder), changes, allowed)
+        if not any(name.partition(".")[0] == "model" for name in allowed):
+            check_same_model(str(folder), saved.model["spec"], spec)
         return
-
-
-def changed_settings(saved: Mapping[str, Any], config: RunConfig) -> list[str]:
-    """Return ``key: old -> new`` of the settings in which a run goes on differently from its checkpoint."""
-    old, new = dict(_leaves(saved)), dict(_leaves(config.model_dump()))
-    changed = [key for key in sorted(old | new) if old.get(key) != new.get(key) and key != "run_dir"]
-    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in changed]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> None:

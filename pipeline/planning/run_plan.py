@@ -43,6 +43,11 @@ class ParallelSettings:
         """Compute type of weights and activations."""
         return torch.bfloat16 if self.bf16 else torch.float32
 
+    @property
+    def dtype_name(self) -> str:
+        """The compute type as checkpoints name it."""
+        return "bfloat16" if self.bf16 else "float32"
+
 
 def read_parallel_settings(invocation: Invocation, *, rank: int, world: int) -> ParallelSettings:
     """Read and check these settings. Raises UserError naming the wrong key, file or flag and the fix."""
@@ -82,7 +87,10 @@ class RunPlan(ParallelSettings):
         policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
         check_init_from(config, manifest, spec)
-        check_resume(config, manifest, spec)
+        check_resume(
+            config, manifest, spec,
+            dtype=None if invocation.dry_run else settings.dtype_name, allowed=invocation.allowed_changes,
+        )  # fmt: skip
         steps = _count_steps(config, manifest)
         if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)

@@ -9,15 +9,17 @@ import uuid
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from data_prep.common.errors import UserError
 from data_prep.text.template import template_of
-from pipeline.checkpoints.checkpoint import prune, remove_unfinished
+from pipeline.checkpoints.checkpoint import prune, remove_unfinished, set_aside_unproven, step_of
 from pipeline.checkpoints.manifest import CheckpointManifest
-from pipeline.checkpoints.writing import HostCopy, Phase, Target, describe, gather_phase, save_phases, shards
+from pipeline.checkpoints.shards import shards
+from pipeline.checkpoints.writing import DivergedError, HostCopy, Phase, Target, describe, gather_phase, save_phases
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.run.folder import RunFolder
@@ -36,7 +38,9 @@ class CheckpointManager:
         self._plan, self._folder, self._stage = plan, folder, stage
         self._is_rank0 = plan.topology.rank == 0
         self._place = folder.path / "checkpoints"
-        self._newest = step
+        self._newest, self._proven = step, step - 1
+        self._unpruned: Path | None = None
+        self._due = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host = HostCopy(stage) if plan.config.checkpoint.asynchronous else None
         self._phases: Generator[Phase, list[Any], None] | None = None  # remaining phases of the save in progress
@@ -49,10 +53,30 @@ class CheckpointManager:
         self._params = {name: entry for params, _ in gathered for name, entry in params.items()}
         self._token: str = gathered[0][1]
 
-    def due(self, step: int) -> bool:
-        """Whether a checkpoint is due after this step."""
+    @property
+    def newest(self) -> int:
+        """Step of the newest published checkpoint; 0 = none."""
+        return self._newest
+
+    def after_step(self, step: int, *, healthy: bool, stop: bool) -> None:
+        """Save after a step if a save is due, or on a stop. Collective.
+
+        ``healthy``: the step was applied and all of its losses are finite, which proves the weights before it. After
+        any other step nothing is saved; a save that is due waits for the next healthy step.
+        """
         every = self._plan.config.checkpoint.every_steps
-        return bool(every) and step % every == 0
+        self._due |= stop or bool(every and step % every == 0)
+        if healthy:
+            self._proven = step - 1
+            self._prune()
+        if self._due and healthy:
+            self.save(step)
+        elif self._due and self._is_rank0:
+            self._folder.record("checkpoint-unhealthy", step=step, reason="the step was skipped")
+
+    def set_aside_unproven(self) -> list[Path]:
+        """Rename checkpoints that no later step has proven, after the run has diverged; only rank 0 does."""
+        return set_aside_unproven(self._folder.path, self._proven) if self._is_rank0 else []
 
     @property
     def pending(self) -> float:
@@ -76,6 +100,7 @@ class CheckpointManager:
         when one of them cannot write; the unfinished checkpoint is removed.
         """
         self.finish()
+        self._due = False
         if step != self._newest:
             self._timed(lambda: self._begin(step))
         if self._host is None:
@@ -85,6 +110,14 @@ class CheckpointManager:
         """Wait for the save in progress. Collective; raises UserError like `save`."""
         while self._phases is not None:
             self._timed(self._next_phase)
+
+    def close(self, step: int, *, done: bool) -> None:
+        """Save the last step of a start, and wait for it. Collective; raises UserError like `save`."""
+        self.save(step)
+        self.finish()
+        if done:  # no later step will prove it
+            self._proven = step
+            self._prune()
 
     def take_waited(self) -> float:
         """Return the seconds that training waited for saves since the last call."""
@@ -115,19 +148,30 @@ class CheckpointManager:
         except StopIteration:
             self._phases = None
             self._saved()
-        except UserError:
+        except UserError as error:
             self._phases = None
             if self._is_rank0:
                 shutil.rmtree(self._target.hidden, ignore_errors=True)
+                if isinstance(error, DivergedError):
+                    self._folder.record("checkpoint-unhealthy", step=self._step, reason="values are not finite")
             raise
 
     def _saved(self) -> None:
         self._newest = self._step
         if self._is_rank0:
-            kept = self._plan.config.checkpoint
-            prune(self._folder.path, kept.keep_last, newest=self._target.final, keep_every=kept.keep_every)
+            self._unpruned = self._target.final
+            self._prune()
             self._folder.set_status("running", self._step)
             print(f"saved {self._target.final}", flush=True)
+
+    def _prune(self) -> None:
+        """Remove old checkpoints: after a save, and once more when a later step has proven it."""
+        newest, kept = self._unpruned, self._plan.config.checkpoint
+        if newest is not None:
+            prune(
+                self._folder.path, kept.keep_last, newest=newest, proven=self._proven, keep_every=kept.keep_every
+            )  # fmt: skip
+            self._unpruned = newest if self._proven < step_of(newest) else None
 
     def _manifest(self, step: int) -> CheckpointManifest:
         plan = self._plan
@@ -151,5 +195,5 @@ def describe_model(plan: RunPlan) -> dict[str, object]:
         "pad_id": manifest.pad_id,
         "eos_ids": list(manifest.eos_ids),
         "tokenizer_sha256": manifest.tokenizer_sha256,
-        "dtype": "bfloat16" if plan.bf16 else "float32",
+        "dtype": plan.dtype_name,
     }

@@ -1,8 +1,7 @@
 """Steps that went wrong: their rows and samples, the report, and when a run gives up.
 
-``RUN/incidents.jsonl`` has a line for each: when, step, kind, loss, grad_norm, whether the update was skipped, and the
-rows in question with their sources. It is only ever appended to, so a run that goes back to a checkpoint may say the
-same of a step twice.
+``RUN/events.jsonl`` has a line for each: step, kind, loss, grad_norm, and the rows in question with their sources.
+After a resume from an earlier checkpoint, a step may be recorded twice.
 """
 
 from __future__ import annotations
@@ -15,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import UserError
 from data_prep.packs import Source
+from pipeline.checkpoints.writing import DivergedError
 from pipeline.data.batches import StepBatch
 from pipeline.parallel.zero3 import StepResult
 from pipeline.planning.run_plan import RunPlan
@@ -28,6 +27,8 @@ WINDOW, LEAST = 64, 16
 LEAST_MAD = 5e-3
 """Minimum deviation in nats: nearly constant losses are no measure of a spike."""
 GRADIENT = "gradient not finite"
+RECORDED_ROWS, RECORDED_SOURCES = 16, 16
+"""Rows of an event, and samples of each row: an event is one short line."""
 WORST = 4
 """Number of micro-batches in the report of a loss spike."""
 
@@ -81,6 +82,8 @@ class Incidents:
         self._plan, self._folder = plan, folder
         self._is_rank0 = plan.topology.rank == 0
         self._skipped = 0
+        self.healthy = True
+        """Whether the last step was applied and all of its losses were finite."""
         self._history = LossHistory(
             recent_losses(folder.path / "metrics.jsonl", step, WINDOW) if self._is_rank0 else ()
         )
@@ -88,16 +91,17 @@ class Incidents:
     def check(self, outcome: Outcome) -> None:
         """Report a step that was skipped, or whose loss is not finite or a spike.
 
-        Raises UserError on all ranks alike after too many skipped steps in a row.
+        Raises DivergedError on all ranks alike after too many skipped steps in a row.
         """
         self._skipped = 0 if outcome.result.applied else self._skipped + 1
+        self.healthy = outcome.result.applied and not outcome.not_finite
         if self._is_rank0:
             self._report(outcome)
         if self._skipped < self._plan.config.train.max_skipped_steps:
             return
         odd = outcome.not_finite
         rows = self._rows_of(outcome, odd[0]) if odd else outcome.batch.rows
-        raise UserError(
+        raise DivergedError(
             f"{self._skipped} steps in a row had a non-finite {'loss' if odd else 'gradient'} "
             f"(last {_span(rows)}): lower train.lr, or inspect the rows: {self._inspect(rows)}"
         )
@@ -111,9 +115,11 @@ class Incidents:
             self._write(GRADIENT, skipped, outcome, range(len(outcome.losses)))
         elif limit and mads is not None and mads > limit:
             words = f", {outcome.loss:.4f} is {mads:.1f} MADs above the recent median; worst"
-            self._write("loss spike", words, outcome, self._worst(outcome), mads=round(mads, 1))
+            self._write("loss spike", words, outcome, self._worst(outcome), mads=mads)
 
-    def _write(self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], **more: float) -> None:
+    def _write(
+        self, kind: str, words: str, outcome: Outcome, microbatches: Sequence[int], mads: float | None = None
+    ) -> None:
         """Print and write one line; ``microbatches`` are the ones in question, the worst first."""
         rows = [row for microbatch in microbatches for row in self._rows_of(outcome, microbatch)]
         means = {
@@ -121,15 +127,17 @@ class Incidents:
             for microbatch in microbatches
             for row in self._rows_of(outcome, microbatch)
         }
-        self._folder.add_incident(
-            step=outcome.step, kind=kind, skipped=not outcome.result.applied, loss=_number(outcome.loss),
-            grad_norm=_number(outcome.result.grad_norm), **more, rows=[self._row(row, means[row]) for row in rows],
-        )  # fmt: skip
+        code = "loss-spike" if outcome.result.applied and not outcome.not_finite else "step-skipped"
+        recorded = [self._row(row, means[row]) for row in rows[:RECORDED_ROWS]]
         shown = outcome.batch.rows if kind == GRADIENT else self._rows_of(outcome, microbatches[0])
         others = f" and {len(rows) - len(shown)} more" if len(rows) > len(shown) else ""
         names = _names([source for row in shown for source in self._plan.packs[row].source])
         place = f"({_span(shown)}{others}: {names})"
         print(f"step {outcome.step}: {kind}{words} {place}; inspect: {self._inspect(shown)}", flush=True)
+        self._folder.record(
+            code, step=outcome.step, kind=kind, loss=_number(outcome.loss),
+            grad_norm=_number(outcome.result.grad_norm), mads=None if mads is None else round(mads, 1), rows=recorded,
+        )  # fmt: skip
 
     def _worst(self, outcome: Outcome) -> list[int]:
         means = [self._mean(outcome, microbatch) for microbatch in range(len(outcome.losses))]
@@ -148,7 +156,7 @@ class Incidents:
     def _row(self, row: int, loss: float) -> dict[str, Any]:
         """Return the record of a row; its loss is the mean of its micro-batch, null if not finite."""
         sources = [{"dataset": s.dataset, "sample": s.sample, "draw": s.draw} for s in self._plan.packs[row].source]
-        return {"row": row, "loss": _number(loss), "sources": sources}
+        return {"row": row, "loss": _number(loss), "sources": sources[:RECORDED_SOURCES]}
 
     def _inspect(self, rows: range) -> str:
         return f"mma-prep inspect {self._plan.config.data.packs} --row {rows.start}"

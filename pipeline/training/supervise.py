@@ -8,6 +8,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from pydantic import ValidationError
 
 from data_prep.common.errors import UserError
+from data_prep.common.events import StrictEvent
 from data_prep.common.validation import first_problem
 from pipeline.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
 from pipeline.parallel.launch import device_of_rank
@@ -109,11 +111,19 @@ def _try_to_listen(watch: Watchdog) -> socket.socket | None:
 def _report(folder: RunFolder, diagnosis: Diagnosis) -> None:
     text = redact(diagnosis.text)
     stacks = [f"  stacks of all ranks: {folder.path / 'logs'}"] if diagnosis.kind != "error" else []
-    print_lines(f"error: {text}", *(f"  {line}" for line in diagnosis.others), *stacks, *_resume_hints(folder))
-    folder.set_failed(text, diagnosis.step)
-    folder.add_incident(
-        step=diagnosis.step, kind=diagnosis.kind, error=text, others=[redact(line) for line in diagnosis.others]
+    print_lines(
+        f"error: {text}",
+        *(f"  {line}" for line in diagnosis.others),
+        *stacks,
+        *folder.event_lines(),
+        *_resume_hints(folder),
     )
+    folder.set_failed(text, diagnosis.step)
+    with suppress(StrictEvent):  # the job ends anyway
+        folder.record(
+            "run-failed", step=diagnosis.step, kind=diagnosis.kind, error=text,
+            others=[redact(line) for line in diagnosis.others],
+        )  # fmt: skip
 
 
 def _resume_hints(folder: RunFolder) -> Iterator[str]:

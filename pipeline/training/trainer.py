@@ -14,13 +14,15 @@ import torch.distributed as dist
 from data_prep.common.errors import UserError
 from pipeline.checkpoints import checkpoint
 from pipeline.checkpoints.checkpoint import Checkpoint
+from pipeline.checkpoints.writing import DivergedError
 from pipeline.data.batches import BatchSource, StepBatch
 from pipeline.parallel.groups import create_groups
 from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult
-from pipeline.planning.compatibility import changed_settings, is_export
+from pipeline.planning.changes import settings_changed
+from pipeline.planning.compatibility import is_export
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.engine import build_engine
@@ -90,6 +92,8 @@ class Trainer:
         found, faults = checkpoint.newest_intact(self._folder.path, rank=topology.rank, world=topology.world)
         for fault in faults:
             self._say(f"skipping a damaged checkpoint: {fault}")
+            if self._is_rank0:
+                self._folder.record("checkpoint-damaged", reason=fault)
         if found is None and faults:  # not a new run: starting over would discard its metrics
             raise UserError(f"{self._folder.path}: no checkpoint is intact: restore one, or use another --run-dir")
         return found
@@ -110,14 +114,28 @@ class Trainer:
             checkpoint.load(self._stage, own)
             self.step = own.manifest.step
             self._say(f"resuming from {own.path} ({self.place})")
-            for change in changed_settings(own.manifest.config, self._plan.config):
-                self._say(f"  changed since: {change}")
+            self._report_changes(own)
             return own.manifest.step
         if given is not None:
             checkpoint.load(self._stage, given, weights_only=True)
         if self._plan.config.init_from:
             self._say(f"starting from the weights of {self._plan.config.init_from}")
         return 0
+
+    def _report_changes(self, own: Checkpoint) -> None:
+        """Print and record every setting that differs from the checkpoint."""
+        plan = self._plan
+        if not self._is_rank0:
+            return
+        changes = settings_changed(
+            own.manifest, plan.config, plan_sha256=plan.packs.manifest.plan_sha256, dtype=plan.dtype_name
+        )
+        for change in changes:
+            print(f"  changed since: {change}{' (changes the result)' if change.changes_result else ''}", flush=True)
+            self._folder.record(
+                "setting-changed" if change.changes_result else "setting-adjusted",
+                step=self.step, key=change.key, old=change.old, new=change.new,
+            )  # fmt: skip
 
     @property
     def place(self) -> str:
@@ -141,20 +159,34 @@ class Trainer:
                 if config.log.tensorboard:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
-            if stop or self._checkpoints.due(self.step):
-                self._heartbeat.report("saving")
-                self._checkpoints.save(self.step)
+            self._heartbeat.report("saving")
+            self._checkpoints.after_step(self.step, healthy=self._incidents.healthy, stop=stop)
             if stop:
                 state = "stopped"
                 break
         self._heartbeat.report("saving")
-        self._checkpoints.save(self.step)
-        self._checkpoints.finish()
+        self._close(state)
         if metrics is not None:
             metrics.close()
         if self._device.type == "cuda":
             self._say(memory_line(plan, self._device))
         return state
+
+    def _close(self, state: State) -> None:
+        """Save the last step. Raises DivergedError where it was skipped: the run is neither done nor saved then."""
+        if self._incidents.healthy:
+            self._checkpoints.close(self.step, done=state == "done")
+            return
+        self._checkpoints.finish()
+        if state == "done":
+            raise self._diverged(
+                DivergedError(
+                    f"the last step, {self.step}, was skipped, so nothing shows that the weights are good: lower "
+                    "train.lr, or end the run before it (--train.steps)"
+                )
+            )
+        self._say(f"step {self.step} was skipped and is not saved: the next start resumes from an earlier one")
+        self.step = self._checkpoints.newest
 
     def _batches(self) -> Iterator[tuple[StepBatch, float]]:
         """Yield each step's batch and the seconds spent waiting for it."""
@@ -197,11 +229,17 @@ class Trainer:
         """Check for incidents; if too many end the run, on all ranks alike, finish a save in progress first."""
         try:
             self._incidents.check(outcome)
-        except UserError:
+        except DivergedError as error:
             self._heartbeat.report("saving")
             with suppress(UserError):  # the incident matters more
                 self._checkpoints.finish()
-            raise
+            raise self._diverged(error) from None
+
+    def _diverged(self, error: DivergedError) -> DivergedError:
+        """Set unproven checkpoints aside; return the error with what became of them."""
+        aside = [folder.name for folder in self._checkpoints.set_aside_unproven()]
+        more = f"; no later step proves {', '.join(aside)}, now diverged-{aside[-1]}" if aside else ""
+        return DivergedError(f"{error}{more}")
 
     def _wants_stop(self, run_began: float) -> bool:
         limit = self._plan.config.train.max_hours

@@ -5,7 +5,7 @@ runs/NAME/env.json        versions, ranks, git state and environment of the last
 runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, "steps": of how many, ...};
                           while running, "step" is the last one saved; a killed run keeps saying "running"
 runs/NAME/metrics.jsonl   one line a step
-runs/NAME/incidents.jsonl steps that went wrong, see `pipeline.training.incidents`
+runs/NAME/events.jsonl    skipped steps, changed settings, damaged files, failures: see `data_prep.common.events`
 runs/NAME/logs/           rank-N.log: warnings, errors with tracebacks and, after a hang, stacks of that rank
 runs/NAME/checkpoints/    see `pipeline.checkpoints.checkpoint`
 runs/NAME/lock            held while the run trains, see `lock_of`
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from data_prep.common.errors import UserError
+from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
 from data_prep.common.files import write_atomic
 from data_prep.common.folder_lock import FolderLock
 from pipeline.config.recipes import to_yaml
@@ -36,9 +37,10 @@ State = Literal["running", "done", "stopped", "failed"]
 class RunFolder:
     """One run's folder. Rank 0 writes it; every rank may read it and record a failure."""
 
-    def __init__(self, path: str) -> None:
-        """Refer to a folder; nothing is created yet."""
+    def __init__(self, path: str, strict: frozenset[str] = frozenset()) -> None:
+        """Refer to a folder; nothing is created yet. ``strict`` are the codes of events that end the run."""
         self.path = Path(path)
+        self.events = EventLedger(self.path / EVENTS_FILE, strict)
         self.stop_file = self.path / "STOP"
         self.start = 0
         """Random number of this start of the run, the same on all ranks (see `watch_ranks`)."""
@@ -109,10 +111,15 @@ class RunFolder:
         """Return the log file of a rank."""
         return self.path / "logs" / f"rank-{rank}.log"
 
-    def add_incident(self, **incident: Any) -> None:
-        """Append a line to incidents.jsonl, if the disk has room."""
-        with suppress(OSError), (self.path / "incidents.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"time": timestamp(), **incident}, allow_nan=False) + "\n")
+    def record(self, code: str, count: int = 1, **detail: Any) -> None:
+        """Append an event to events.jsonl, if the disk has room. Raises StrictEvent if ``--strict`` makes it fatal."""
+        with suppress(OSError):
+            self.events.record(code, count, **detail)
+
+    def event_lines(self) -> list[str]:
+        """Return a line with the events of this start, or none if there are none."""
+        counts = describe_events(self.events.recorded)
+        return [f"events   {counts}: see {self.events.path}"] if counts else []
 
     def stop_asked(self) -> bool:
         """Whether the STOP file exists."""

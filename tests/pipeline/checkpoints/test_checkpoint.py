@@ -27,7 +27,6 @@ from pipeline.checkpoints.checkpoint import (
 from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry
 from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.config.schema import RunConfig
-from pipeline.planning.compatibility import changed_settings
 from pipeline.training.run.folder import RunFolder
 
 
@@ -47,18 +46,20 @@ def test_only_finished_checkpoints_are_listed(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("newest", "keep_last", "keep_every", "left"),
+    ("newest", "keep_last", "keep_every", "proven", "left"),
     [
-        pytest.param(30, 2, 0, [30, 20], id="the newest are kept"),
-        pytest.param(20, 1, 0, [20], id="a damaged later one does not push out the one just saved"),
-        pytest.param(20, 5, 0, [20, 10], id="fewer than asked"),
-        pytest.param(30, 1, 10, [30, 20, 10], id="kept for good"),
-        pytest.param(30, 1, 20, [30, 20], id="every second for good"),
-        pytest.param(20, 1, 30, [20], id="a damaged later one is not kept for good"),
+        pytest.param(30, 2, 0, 30, [30, 20], id="the newest are kept"),
+        pytest.param(20, 1, 0, 20, [20], id="a damaged later one does not push out the one just saved"),
+        pytest.param(20, 5, 0, 20, [20, 10], id="fewer than asked"),
+        pytest.param(30, 1, 10, 30, [30, 20, 10], id="kept for good"),
+        pytest.param(30, 1, 20, 30, [30, 20], id="every second for good"),
+        pytest.param(20, 1, 30, 20, [20], id="a damaged later one is not kept for good"),
+        pytest.param(30, 1, 0, 29, [30, 20], id="the newest proven one is kept"),
+        pytest.param(30, 1, 0, 19, [30, 10], id="the newest proven one is kept, however old"),
     ],
 )
-def test_pruning(newest: int, keep_last: int, keep_every: int, left: list[int], run_dir: Path) -> None:
-    prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}", keep_every=keep_every)
+def test_pruning(newest: int, keep_last: int, keep_every: int, proven: int, left: list[int], run_dir: Path) -> None:
+    prune(run_dir, keep_last, newest=run_dir / f"checkpoints/step-{newest:08d}", keep_every=keep_every, proven=proven)
     assert steps(run_dir) == left
     others = sorted(path.name for path in (run_dir / "checkpoints").iterdir() if not path.name.startswith("step-"))
     assert others == [".step-00000040.tmp", "old-step-00000005"], "a save under way is left alone"
@@ -77,7 +78,7 @@ def test_a_checkpoint_whose_removal_is_cut_short_is_not_met_under_its_name(
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.checkpoints.checkpoint.shutil.rmtree", cut_short)
         with pytest.raises(KilledError):
-            prune(run_dir, 2, newest=run_dir / "checkpoints/step-00000030")
+            prune(run_dir, 2, newest=run_dir / "checkpoints/step-00000030", proven=30)
     assert steps(run_dir) == [30, 20] and (run_dir / "checkpoints/.old-step-00000010").exists()
     remove_unfinished(run_dir)
     assert not (run_dir / "checkpoints/.old-step-00000010").exists()
@@ -186,21 +187,11 @@ def test_a_frozen_weight_is_not_taken_for_its_moments(whole: Path) -> None:
     stage = SimpleNamespace(
         trainable=lambda: iter([("w", nn.Parameter(torch.zeros(2)))]), frozen=lambda: iter([]),
         topology=SimpleNamespace(dp_rank=0), full_shape=lambda param: param.shape, compute_shard=lambda param: param,
-        master_shard=lambda param, state: param.data, finish_load=lambda steps: None,
+        master_shard=lambda param, state=None: param.data, finish_load=lambda steps: None,
     )  # fmt: skip
     with pytest.raises(UserError, match=r"w was frozen, .*keep it frozen, or .*--init-from"):
         load(cast(Any, stage), open_checkpoint(whole))
     load(cast(Any, stage), open_checkpoint(whole), weights_only=True)
-
-
-def test_changed_settings_are_told_by_key() -> None:
-    saved = RunConfig.model_validate({"run_dir": "a", "model": {"llm": {"config": {"hidden_size": 8}}}})
-    now = RunConfig.model_validate({"run_dir": "b", "train": {"lr": 1e-3}})
-    assert changed_settings(saved.model_dump(), saved) == []
-    assert changed_settings(saved.model_dump(), now) == [
-        "model.llm.config.hidden_size: 8 -> None",
-        "train.lr: 2e-05 -> 0.001",
-    ]
 
 
 def test_the_first_failure_stays(tmp_path: Path) -> None:

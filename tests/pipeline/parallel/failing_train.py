@@ -85,19 +85,17 @@ def fail_in_step(rank: int, step: int) -> None:
 
 
 def poison_token(token: int, step: int) -> None:
-    """Make one token's embedding not a number before the first step: rows that hold it have no finite loss."""
+    """Embed one token as not a number: rows that hold it have no finite loss."""
     start = Trainer.__init__
+
+    def embed(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        return output.masked_fill((inputs[0] == token)[..., None], torch.nan)
 
     def poisoned(self: Trainer, *args: Any, **kwargs: Any) -> None:
         start(self, *args, **kwargs)
-        stage, name = self._stage, "model.embed_tokens.weight"
-        param = dict(stage.trainable()).get(name)
-        if param is not None:
-            width, shard = stage.full_shape(param)[1], stage.master_shard(param)
-            first = stage.topology.dp_rank * stage.compute_shard(param).numel()
-            places = torch.arange(first, first + len(shard)) // width == token
-            shard[places] = torch.nan
-            stage.finish_load(stage.optimizer_steps)
+        for module in self._stage.module.modules():
+            if isinstance(module, torch.nn.Embedding) and module.weight.ds_shape[0] > token:
+                module.register_forward_hook(embed)
 
     Trainer.__init__ = poisoned  # type: ignore[method-assign]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.common.events import EVENTS_FILE, EventLedger
 from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint
 from tests.launch import ROOT, Finished, Launcher, run
 from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, weights
@@ -100,7 +101,7 @@ def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
     assert re.search(r"hangs in forward of micro-batch 1 \(failing_train.py:\d+ in asleep\)", ended.output)
     assert "rank 3: waiting for rank 1: hidden states of micro-batch 1" in ended.output
     assert "in asleep" in (run_dir / "logs/rank-1.log").read_text(), "the stacks are in its log"
-    assert json.loads((run_dir / "incidents.jsonl").read_text())["kind"] == "hang"
+    assert EventLedger(run_dir / EVENTS_FILE).summary()["run-failed"] == 1
     assert f"(step 2/{STEPS})" in train(small_demo, run_dir, config=ALL).check().output
     assert curve(run_dir) == curve(undisturbed(ALL))
     assert same_bits(weights(run_dir), weights(undisturbed(ALL)))

@@ -18,6 +18,7 @@ from torch import nn
 from data_prep.common.errors import UserError
 from pipeline.checkpoints import writing
 from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, unfinished_folders
+from pipeline.checkpoints.writing import DivergedError
 from pipeline.config.schema import CheckpointConfig
 from pipeline.parallel.topology import Topology
 from pipeline.training import checkpoint_manager
@@ -213,14 +214,19 @@ def test_a_run_that_ends_by_itself_finishes_the_save_in_progress(
     saver: CheckpointManager, stage: OneRank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def too_many(outcome: object) -> None:
-        raise UserError("20 steps in a row had a non-finite loss")
+        raise DivergedError("20 steps in a row had a non-finite loss")
 
     gate = Gate(monkeypatch)
     stage.train(1.0)
     saver.save(1)
     assert gate.inside.wait(60)
     threading.Timer(0.2, gate.open.set).start()
-    trainer = SimpleNamespace(_checkpoints=saver, _incidents=SimpleNamespace(check=too_many), _heartbeat=Heartbeat())
+    trainer = SimpleNamespace(
+        _checkpoints=saver,
+        _incidents=SimpleNamespace(check=too_many),
+        _heartbeat=Heartbeat(),
+        _diverged=lambda error: error,
+    )
     with pytest.raises(UserError, match="20 steps in a row"):
         Trainer._check(cast(Any, trainer), cast(Any, None))
     assert saved(tmp_path / "run")["w"] == [1.0] * 4

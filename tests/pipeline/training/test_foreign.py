@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from data_prep.common import yaml_files
 from data_prep.common.errors import UserError
 from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_intact
-from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, rank_file
+from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, hashed_json, rank_file
 from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.train import main
 from pipeline.training.run.folder import RunFolder
@@ -53,7 +53,8 @@ def edit(folder: Path, *keys: str, value: Any) -> None:
     for key in keys[:-1]:
         place = place[key]
     place[keys[-1]] = value
-    path.write_text(json.dumps(raw))
+    del raw["xxh3"]
+    path.write_text(hashed_json(raw))
 
 
 def complaint(folder: Path) -> str:
@@ -104,7 +105,7 @@ ENTRY = {"bytes": 6, "xxh3": "0" * 32}
             ("model", "spec"), [], "description of the language model is missing", id="a model of another kind"
         ),
         pytest.param(("format",), "pickle", "mma-checkpoint", id="another format"),
-        pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 2", id="another version"),
+        pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 3", id="another version"),
         pytest.param(("more",), 1, "more", id="a key too many"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 
 from data_prep.cli import main as mma_prep
 from data_prep.common.errors import UserError
+from data_prep.common.events import EVENTS_FILE
 from data_prep.packs import PackReader, PackRow, Source, write_rows
 from pipeline.data.order import BatchOrder
 from pipeline.parallel.zero3 import StepResult
@@ -58,7 +59,7 @@ def look(packs: Path, run: Path, *, limit: int, losses: list[float], applied: bo
 
 
 def written(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line, parse_constant=pytest.fail) for line in (run / "incidents.jsonl").read_text().splitlines()]
+    return [json.loads(line, parse_constant=pytest.fail) for line in (run / EVENTS_FILE).read_text().splitlines()]
 
 
 def test_micro_batches_without_a_finite_loss_are_named_and_too_many_steps_end_the_run(
@@ -70,7 +71,7 @@ def test_micro_batches_without_a_finite_loss_are_named_and_too_many_steps_end_th
     ):
         look(packs, tmp_path / "run", limit=2, losses=[1.0, 2.0, 3.0, math.inf], applied=False, steps=5)
     first, last = written(tmp_path / "run")
-    assert (first["kind"], first["loss"], first["skipped"]) == ("loss not finite", None, True)
+    assert (first["kind"], first["loss"], first["code"]) == ("loss not finite", None, "step-skipped")
     assert [row["row"] for row in first["rows"]] == [21, 22, 23]
     sources = [[vars_of(source) for source in PackReader(packs)[row].source] for row in (33, 34, 35)]
     assert [row["sources"] for row in last["rows"]] == sources
@@ -138,13 +139,13 @@ def test_a_run_over_tampered_rows_names_them(small_demo: Path, tmp_path: Path) -
     script = ROOT / "tests/pipeline/parallel/failing_train.py"
     words = ["poisoned-token", str(token), "0", *flags(small_demo, run_dir, *more)]
     output = run(2, script, *words, env={"PYTHONPATH": str(ROOT)}, launcher="srun").check().output
-    odd, *spikes = written(run_dir)
-    assert (odd["kind"], odd["step"], odd["skipped"], odd["loss"]) == ("loss not finite", 60, True, None)
+    odd, *spikes = [line for line in written(run_dir) if line["code"] in ("step-skipped", "loss-spike")]
+    assert (odd["kind"], odd["step"], odd["code"], odd["loss"]) == ("loss not finite", 60, "step-skipped", None)
     assert [row["row"] for row in odd["rows"]] == [POISONED]
     assert {source["sample"].rpartition("-")[2] for source in odd["rows"][0]["sources"]} == {str(POISONED)}
     assert {line["kind"] for line in spikes} == {"loss spike"}
     worst = max(spikes, key=lambda line: float(line["mads"]))
-    assert (worst["step"], worst["rows"][0]["row"], worst["skipped"]) == (86, SHUFFLED, False)
+    assert (worst["step"], worst["rows"][0]["row"], worst["code"]) == (86, SHUFFLED, "loss-spike")
     assert worst["rows"][0]["loss"] > 2 * worst["rows"][1]["loss"]
     command = f"mma-prep inspect {packs} --row {SHUFFLED}"
     assert command in output and f"mma-prep inspect {packs} --row {POISONED}" in output

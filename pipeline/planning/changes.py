@@ -1,0 +1,93 @@
+"""Settings that differ from a run's checkpoint: which ones change the result of the run, and which do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.checkpoints.manifest import CheckpointManifest
+from pipeline.config.schema import ConfigError, RunConfig, known_keys
+
+CHANGES_RESULT = frozenset({
+    "model.vision.frozen", "mask.policy", "data.packs", "train.global_batch_size", "train.steps", "train.lr",
+    "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2", "train.eps",
+    "train.clip_norm", "train.dtype",
+})  # fmt: skip
+"""Keys that may only change on resume with ``--allow-change``. All others concern logging, saving, ranks and timeouts;
+the function of the model is compared by `check_same_model`."""
+_NO_CHANGE = frozenset({"run_dir", "init_from"})
+
+
+@dataclass(frozen=True)
+class Change:
+    """One setting that differs from the checkpoint."""
+
+    key: str
+    old: Any
+    new: Any
+    changes_result: bool
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def settings_changed(
+    saved: CheckpointManifest, config: RunConfig, *, plan_sha256: str, dtype: str | None
+) -> list[Change]:
+    """Return the settings in which a run differs from its checkpoint.
+
+    Args:
+        saved: Manifest of the checkpoint.
+        config: The run's configuration.
+        plan_sha256: Identity of the order of its rows; packs with the same one may lie anywhere.
+        dtype: Its resolved compute type, ``bfloat16`` or ``float32``: ``train.dtype: auto`` depends on the machine.
+            None = not known, as in a dry run on another machine.
+    """
+    same = {"data.packs": saved.plan_sha256 == plan_sha256, "train.dtype": dtype in (None, saved.model.get("dtype"))}
+    old, new = dict(leaves(saved.config)), dict(leaves(config.model_dump()))
+    changes = [
+        Change(key, old.get(key), new.get(key), key in CHANGES_RESULT and not same.get(key, False))
+        for key in sorted((old | new).keys() - _NO_CHANGE)
+        if old.get(key) != new.get(key) and (key in old or key.startswith("model."))  # other keys are newer
+    ]
+    found = {change.key for change in changes}
+    if not same["data.packs"] and "data.packs" not in found:
+        changes.append(Change("data.packs", saved.plan_sha256[:12], plan_sha256[:12], True))
+    if not same["train.dtype"] and "train.dtype" not in found:
+        changes.append(Change("train.dtype", saved.model["dtype"], dtype, True))
+    return changes
+
+
+def is_allowed(key: str, allowed: Sequence[str]) -> bool:
+    """Whether ``--allow-change`` names a key or a section that holds it."""
+    return any(key == name or key.startswith(f"{name}.") for name in allowed)
+
+
+def check_allowed_keys(allowed: Sequence[str]) -> None:
+    """Refuse an ``--allow-change`` that has no effect. Raises ConfigError."""
+    known = known_keys()
+    for name in allowed:
+        if name not in known and not name.startswith(("model.llm.config.", "model.vision.config.")):
+            raise ConfigError(f"--allow-change {name}: there is no such key; --print-config lists all")
+
+
+def refuse_changes(origin: str, changes: Sequence[Change], allowed: Sequence[str]) -> None:
+    """Refuse changes of the result that ``--allow-change`` does not name. Raises ConfigError."""
+    refused = [change for change in changes if change.changes_result and not is_allowed(change.key, allowed)]
+    if refused:
+        listing = ", ".join(map(str, refused))
+        flags = " ".join(f"--allow-change {change.key}" for change in refused)
+        raise ConfigError(
+            f"{origin} was trained with other settings, which would change the result ({listing}): restore them, "
+            f"start another --run-dir with --init-from, or add {flags}"
+        )
+
+
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a nested mapping."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

@@ -1,0 +1,24 @@
+"""Events of a start: what a run does not check, or does in another way than asked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pipeline.parallel.zero3 import check_version
+from pipeline.planning.run_plan import RunPlan
+from pipeline.training.run.folder import RunFolder
+
+
+def record_start_events(plan: RunPlan, folder: RunFolder, *, watched: bool, oversubscribed: Sequence[str]) -> None:
+    """Record the events of a start; rank 0 only. Raises StrictEvent if ``--strict`` makes one fatal."""
+    config, manifest = plan.config, plan.packs.manifest
+    if not config.data.verify:
+        folder.record("file-unverified", path=config.data.packs, reason="data.verify is false")
+    if warning := check_version():
+        folder.record("version-untested", reason=warning)
+    if not watched and plan.topology.world > 1:
+        folder.record("watchdog-unavailable")
+    for problem in oversubscribed:
+        folder.record("memory-oversubscribed", reason=problem)
+    if not config.train.steps:
+        folder.record("rows-dropped", count=manifest.rows % config.train.global_batch_size, path=config.data.packs)

@@ -1,0 +1,131 @@
+"""A run that diverges fails; its last healthy checkpoint stays, and the old command continues to the bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from data_prep.common.events import EVENTS_FILE, EventLedger
+from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint, set_aside_unproven
+from pipeline.checkpoints.shards import first_not_finite
+from pipeline.train import main
+from pipeline.training.checkpoint_manager import CheckpointManager
+from tests.pipeline.training.runs import curve, flags, same_bits, train, weights
+
+
+@pytest.mark.parametrize(
+    ("value", "place"),
+    [(math.nan, 0), (math.inf, 6), (-math.inf, 3), (1e30, 2)],
+)
+def test_one_value_that_is_not_finite_is_found(value: float, place: int) -> None:
+    shards = {"master|v": torch.ones(4), "frozen|w": torch.ones(7, dtype=torch.bfloat16), "exp_avg|e": torch.ones(0)}
+    assert first_not_finite(shards) is None
+    shards["frozen|w"][place] = value
+    assert first_not_finite(shards) == "frozen|w"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--train.lr", "inf"], "train.lr: Input should be a finite number"),
+        (["--train.lr", "nan"], "train.lr"),
+        (["--train.min-lr", "nan"], "train.min_lr"),
+        (["--train.weight-decay", "1e9"], "train.weight_decay: Input should be less than or equal to 100"),
+        (["--train.eps", "inf"], "train.eps"),
+        (["--train.clip-norm", ".inf"], "train.clip_norm"),
+        (["--train.steps", "9" * 30], "train.steps"),
+        (["--parallel.timeout-s", "99999999999"], "parallel.timeout_s"),
+        (["--data.decode-threads", "1000000"], "data.decode_threads"),
+    ],
+)
+def test_absurd_numbers_are_refused(
+    words: list[str], said: str, small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags(small_demo, tmp_path / "run"), *words]) == 2
+    text = capsys.readouterr().err.strip()
+    assert said in text and "\n" not in text
+    assert not (tmp_path / "run").exists()
+
+
+class Saves:
+    """A manager that only notes its saves."""
+
+    def __init__(self, tmp_path: Path, *, every: int = 2, resumed: int = 0) -> None:
+        self.saved: list[int] = []
+        self.recorded: list[str] = []
+        manager = cast(Any, CheckpointManager.__new__(CheckpointManager))
+        config = SimpleNamespace(checkpoint=SimpleNamespace(every_steps=every, keep_last=1, keep_every=0))
+        manager._plan, manager._unpruned, manager._due = SimpleNamespace(config=config), None, False
+        manager._newest, manager._proven, manager._is_rank0 = resumed, resumed - 1, True
+        manager._folder = SimpleNamespace(path=tmp_path, record=lambda code, **_: self.recorded.append(code))
+        manager.save = self.save
+        self.manager: CheckpointManager = manager
+
+    def save(self, step: int) -> None:
+        self.saved.append(step)
+        cast(Any, self.manager)._due = False
+
+    def run(self, steps: str) -> None:
+        """Show steps 1, 2, ...: ``.`` is healthy, ``x`` was skipped."""
+        for step, kind in enumerate(steps, start=1):
+            self.manager.after_step(step, healthy=kind == ".", stop=False)
+
+
+@pytest.mark.parametrize(
+    ("steps", "saved", "proven"),
+    [("....", [2, 4], 3), (".x..", [3, 4], 3), (".xx.", [4], 3), (".xxxx", [], 0), ("..xxx", [2], 1)],
+)
+def test_only_healthy_steps_are_saved(steps: str, saved: list[int], proven: int, tmp_path: Path) -> None:
+    saves = Saves(tmp_path)
+    saves.run(steps)
+    assert saves.saved == saved and cast(Any, saves.manager)._proven == proven
+    assert set(saves.recorded) <= {"checkpoint-unhealthy"}
+
+
+def test_what_no_later_step_proves_is_set_aside_but_never_the_only_one(tmp_path: Path) -> None:
+    for step in (10, 12):
+        (tmp_path / f"checkpoints/step-{step:08d}").mkdir(parents=True)
+    assert [folder.name for folder in set_aside_unproven(tmp_path, 11)] == ["step-00000012"]
+    assert set_aside_unproven(tmp_path, 9) == []
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["diverged-step-00000012", "step-00000010"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_diverged_run_fails_and_the_old_rate_continues_to_the_bit(
+    asynchronous: str, small_demo: Path, tmp_path: Path
+) -> None:
+    """The rate is 1e30 from step 13 on; saves are every 4 steps, and only the newest is kept."""
+    words = ["--train.steps", "20", "--checkpoint.every-steps", "4", "--checkpoint.keep-last", "1"]
+    words += ["--checkpoint.asynchronous", asynchronous, "--train.warmup-steps", "0"]
+    undisturbed, run_dir = tmp_path / "undisturbed", tmp_path / "run"
+    train(small_demo, undisturbed, *words).check()
+    run_dir.mkdir()
+    stop_at_step_12(small_demo, run_dir, words)
+    refused = train(small_demo, run_dir, *words, "--train.lr", "1e30")
+    assert refused.code == 2 and "add --allow-change train.lr" in refused.output
+    diverged = train(small_demo, run_dir, *words, "--train.lr", "1e30", "--allow-change", "train.lr")
+    assert diverged.code == 2 and "Traceback" not in diverged.output, diverged.output
+    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000012"]
+    assert open_checkpoint(run_dir).faults() == []
+    counts = EventLedger(run_dir / EVENTS_FILE).summary()
+    assert counts["setting-changed"] == 1 and counts["checkpoint-unhealthy"] >= 1, counts
+    assert "(step 12/20)" in train(small_demo, run_dir, *words).check().output
+    assert curve(run_dir) == curve(undisturbed)
+    assert same_bits(weights(run_dir), weights(undisturbed))
+
+
+def stop_at_step_12(demo: Path, run_dir: Path, words: list[str]) -> None:
+    """Train as ever, and throw away what was saved after step 12."""
+    train(demo, run_dir, *words, "--checkpoint.keep-last", "9").check()
+    for folder in checkpoint_folders(run_dir):
+        if folder.name > "step-00000012":
+            folder.rename(folder.with_name(f"unused-{folder.name}"))

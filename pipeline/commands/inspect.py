@@ -12,6 +12,8 @@ from pathlib import Path
 from data_prep.common.command_line import OneLineParser
 from data_prep.packs import PackRow
 from data_prep.show.page import Masks, write_inspect_page
+from pipeline.commands.arguments import check_output_file
+from pipeline.masks.layout import parse_grid
 from pipeline.masks.picture import thumbnail
 from pipeline.masks.policies import POLICIES, get_policy
 from pipeline.masks.sidecars import Sidecars
@@ -20,25 +22,31 @@ _THUMBNAIL_PX = 480
 
 
 def inspect_command(argv: Sequence[str]) -> int:
-    """Write the page; returns the exit code. Raises UserError for a folder, row or policy that does not exist."""
+    """Write the page; return the exit code.
+
+    Raises UserError for a folder or row that does not exist, a grid that does not fit, or an unwritable page.
+    """
     parser = OneLineParser(
         prog="mma inspect",
-        description="Write packed rows, decoded, with images and masks, into one HTML page to browse.",
+        description="Write decoded packed rows, with their images and masks, to one HTML page.",
         epilog="example:\n  mma inspect data/demo/packs/sft --rows 100:140 --html rows.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("directory", type=Path, metavar="DIR", help="a pack folder")
-    parser.add_argument("--html", type=Path, required=True, metavar="FILE", help="the page")
-    parser.add_argument("--rows", default="", metavar="A:B", help="rows A to B - 1, or one (default: some, evenly)")
-    # Ablations that leak are there to be looked at; policies that need an image grid are drawn by mma mask --grid.
-    drawable = [name for name, policy in POLICIES.items() if not policy.needs_grid]
-    parser.add_argument("--policy", default="mma", choices=drawable, help="whose masks (default: %(default)s)")
+    parser.add_argument("--html", required=True, metavar="FILE", help="page to write")
+    parser.add_argument("--rows", default="", metavar="A:B", help="rows A to B - 1, or one row (default: a sample)")
+    parser.add_argument("--policy", default="mma", choices=POLICIES, help="policy of the masks (default: %(default)s)")
+    parser.add_argument("--grid", metavar="RxC", help="patches per image, such as 27x27; required by --policy cca")
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     options = parser.parse_args(argv)
-    policy = get_policy(options.policy, allow_leak=True)
+    html = check_output_file("--html", options.html)
+    # Ablations that leak exist to be looked at; only training on them must be allowed explicitly.
+    grid = None if options.grid is None else parse_grid(options.grid)
+    policy = get_policy(options.policy, allow_leak=True, grid=grid)
 
     def draw(row: PackRow) -> bytes:
         return thumbnail(policy, Sidecars.from_row(row), _THUMBNAIL_PX)
 
-    caption = f"{policy.name}: which token (down) sees which (across); orange is beyond causal"
-    print(write_inspect_page(options.directory, options.html, options.rows, Masks(draw, caption)))
+    caption = f"{policy.name}: each row of pixels is a token and the tokens it sees; orange: beyond causal"
+    print(write_inspect_page(options.directory, html, options.rows, Masks(draw, caption)))
     return 0

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
-from pipeline.masks.layout import EXAMPLE, LEGEND, parse_layout
+from pipeline.commands.arguments import check_output_file
+from pipeline.masks.layout import EXAMPLE, LEGEND, layout_letters, parse_grid, parse_layout
 from pipeline.masks.picture import draw_png, plain, terminal, terminal_legend
 from pipeline.masks.policies import POLICIES, Policy, get_policy
 from pipeline.masks.proof import Proof, prove
@@ -22,41 +23,47 @@ _POLICIES_HELP = "\n".join(f"  {name:<22}{policy.summary}" for name, policy in P
 
 
 def mask_command(argv: Sequence[str]) -> int:
-    """Show masks in the terminal, or draw them side by side into a PNG; returns the exit code.
+    """Show masks in the terminal, or draw them side by side in a PNG; return the exit code.
 
-    Raises UserError for anything that cannot be read or drawn.
+    Raises UserError for a source, policy, grid or file that cannot be used.
     """
     parser = _parser(
         "mma mask",
-        "Show who sees whom in one packed row, and what each policy unlocks beyond causal attention.",
+        "Show which tokens of a packed row see which, and what each policy unlocks beyond causal attention.",
         f"  mma mask '{EXAMPLE}'\n  mma mask packs/sft --row 7 --policy causal --policy mma --out mask.png",
     )
     parser.add_argument("--row", type=int, default=0, metavar="N", help="row of the pack folder (default 0)")
-    parser.add_argument("--out", type=Path, metavar="FILE.png", help="draw into this file instead of the terminal")
+    parser.add_argument("--out", metavar="FILE.png", help="write a PNG instead of printing")
     options = parser.parse_args(argv)
     policies = _policies(options, default=("causal", "mma"))
-    [(_, sidecars)] = _rows(options.source, [options.row])
+    if options.out is not None and Path(check_output_file("--out", options.out)).suffix.lower() != ".png":
+        raise UserError(f"--out {options.out}: the picture is a PNG; give a file name that ends in .png")
+    [(_, sidecars)] = _rows(options.source, range(options.row, options.row + 1))
+    letters = None if _is_folder(options.source) else layout_letters(options.source)
     if options.out is not None:
-        if options.out.suffix.lower() != ".png":
-            raise UserError(f"--out {options.out}: the picture is a PNG; give a file name that ends in .png")
-        draw_png(policies, sidecars, options.out)
+        draw_png(policies, sidecars, Path(options.out), letters)
         print(f"{options.out}: {', '.join(policy.name for policy in policies)} on {len(sidecars)} tokens")
-        return 0
-    console = Console()
-    colours = console.color_system is not None
-    for policy in policies:
-        if colours:
-            console.print(terminal(policy, sidecars, console.width))
-        else:
-            print(plain(policy, sidecars, console.width))
-    console.print(terminal_legend(colours=colours))
+    else:
+        _print_masks(policies, sidecars, letters)
     return 0
 
 
-def prove_command(argv: Sequence[str]) -> int:
-    """Prove policies on rows and print a table; returns 0 when no answer leaks, else 1.
+def _print_masks(policies: Sequence[Policy], sidecars: Sidecars, letters: str | None) -> None:
+    """Print coloured blocks where stdout can show them, else ASCII signs."""
+    console = Console()
+    colours = console.color_system is not None and "utf" in console.encoding
+    for policy in policies:
+        if colours:
+            console.print(terminal(policy, sidecars, console.width, letters))
+        else:
+            print(plain(policy, sidecars, console.width, letters))
+    console.print(terminal_legend(colours=colours))
 
-    Raises UserError for anything that cannot be read.
+
+def prove_command(argv: Sequence[str]) -> int:
+    """Prove policies on rows and print a table; return 0 if no answer leaks, else 1.
+
+    Raises UserError for a source, policy or grid that cannot be used.
     """
     parser = _parser(
         "mma prove",
@@ -65,13 +72,13 @@ def prove_command(argv: Sequence[str]) -> int:
         f"  mma prove packs/sft --rows 100 --layers 32\n  mma prove '{EXAMPLE}' --policy mma --policy mma_unclamped",
     )
     parser.add_argument("--row", type=int, default=0, metavar="N", help="first row of the pack folder (default 0)")
-    parser.add_argument("--rows", type=int, default=1, metavar="K", help="how many rows from there on (default 1)")
+    parser.add_argument("--rows", type=int, default=1, metavar="K", help="number of rows to prove (default 1)")
     parser.add_argument(
         "--layers", type=int, default=32, metavar="L", help="attention layers of the model (default 32)"
     )
     options = parser.parse_args(argv)
     if options.rows < 1:
-        raise UserError(f"--rows {options.rows}: ask for at least one row")
+        raise UserError(f"--rows {options.rows}: give at least one row")
     policies = _policies(options, default=("mma",))
     rows = list(_rows(options.source, range(options.row, options.row + options.rows)))
     found = [(name, prove(policy, sidecars, options.layers)) for name, sidecars in rows for policy in policies]
@@ -87,38 +94,36 @@ def _parser(program: str, description: str, examples: str) -> argparse.ArgumentP
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help=_SOURCE_HELP)
-    parser.add_argument("--policy", action="append", metavar="NAME", help="a policy; may be given several times")
-    parser.add_argument("--grid", metavar="RxC", help="patches per image, for policies that need a grid: 27x27")
+    parser.add_argument("--policy", action="append", metavar="NAME", help="a policy; may be repeated")
+    parser.add_argument("--grid", metavar="RxC", help="patches per image, such as 27x27, for policies that need a grid")
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     return parser
 
 
 def _policies(options: argparse.Namespace, default: tuple[str, ...]) -> list[Policy]:
-    grid = None if options.grid is None else _grid(options.grid)
-    # The ablations are there to be looked at; only training on them must be asked for.
+    grid = None if options.grid is None else parse_grid(options.grid)
+    # Ablations that leak exist to be looked at; only training on them must be allowed explicitly.
     return [get_policy(name, allow_leak=True, grid=grid) for name in options.policy or default]
 
 
-def _grid(text: str) -> tuple[int, int]:
-    rows, _, columns = text.lower().partition("x")
-    if not (rows.isdecimal() and columns.isdecimal() and int(rows) and int(columns)):
-        raise UserError(f"--grid {text}: write rows x columns of patches, such as 27x27")
-    return int(rows), int(columns)
+def _is_folder(source: str) -> bool:
+    return bool(source) and Path(source).is_dir()
 
 
-def _rows(source: str, wanted: Sequence[int]) -> Iterator[tuple[str, Sidecars]]:
-    """Yield (name, sidecars) of the wanted rows of a pack folder, or of the one row a layout describes."""
-    folder = Path(source)
-    if not (source and folder.is_dir()):
+def _rows(source: str, wanted: range) -> Iterator[tuple[str, Sidecars]]:
+    """Yield (name, sidecars) of the wanted rows of a pack folder, or of the row described by a layout."""
+    if not _is_folder(source):
         if "/" in source:
             raise UserError(f"{source}: no such pack folder")
         yield "layout", parse_layout(source)
         return
     from data_prep.packs import PackReader
 
-    reader = PackReader(folder)
-    for row in wanted:
+    reader = PackReader(Path(source))
+    for row in (wanted[0], wanted[-1]):
         if not 0 <= row < len(reader):
-            raise UserError(f"{folder} has rows 0..{len(reader) - 1}, not {row}: change --row or --rows")
+            raise UserError(f"{source} has rows 0..{len(reader) - 1}, not {row}: change --row or --rows")
+    for row in wanted:
         yield f"row {row}", Sidecars.from_row(reader[row])
 
 
@@ -133,12 +138,12 @@ def _print_proofs(policies: Sequence[Policy], found: Sequence[tuple[str, Proof]]
             policy.name,
             str(len(proofs)),
             str(sum(proof.targets for _, proof in proofs)),
-            _verdict(all(proof.leak_free for _, proof in proofs)),
-            _verdict(all(proof.kv_exact for _, proof in proofs)),
+            _yes_or_no(all(proof.leak_free for _, proof in proofs)),
+            _yes_or_no(all(proof.kv_exact for _, proof in proofs)),
             faults[0] if faults else "",
         )
     Console().print(table)
 
 
-def _verdict(holds: bool) -> str:
+def _yes_or_no(holds: bool) -> str:
     return "[green]yes[/green]" if holds else "[red]no[/red]"

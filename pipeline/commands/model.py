@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import positive_int
 from data_prep.common.errors import UserError
+from pipeline.commands.arguments import check_output_file, existing_device
 
 if TYPE_CHECKING:
     from pipeline.serving.evaluate import Answer
@@ -23,13 +25,42 @@ def _export(arguments: argparse.Namespace) -> None:
 def _generate(arguments: argparse.Namespace) -> None:
     from data_prep.example import ImageRef, Turn
 
-    model = _load(arguments.model, arguments.device)
+    _check_question(arguments)
+    model = _load(arguments.model, arguments)
     images = [ImageRef(name, path=Path(name)) for name in arguments.images]
     turns = [Turn("user", (*images, arguments.question))]
     if arguments.system:
         turns.insert(0, Turn("system", (arguments.system,)))
     answers = model.generate([model.prompt(turns)], max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams)
     print(answers[0])
+
+
+def _check_question(arguments: argparse.Namespace) -> None:
+    """Refuse, before a model is loaded, a question that cannot be asked, and images that do not exist."""
+    from PIL import Image
+
+    question = arguments.question
+    if not question.strip():
+        raise UserError("QUESTION is empty: write what to ask, in quotes")
+    is_image = " " not in question and Path(question).suffix.lower() in Image.registered_extensions()
+    if is_image or _is_file(question):
+        raise UserError(
+            f"the last argument, {question}, is the question, but it names a file: add the question, "
+            f'such as mma generate {question} "What is shown?" --model DIR'
+        )
+    for name, text in (("QUESTION", question), ("--system", arguments.system)):
+        if not text.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise UserError(f"{name} is not valid UTF-8: write it in the terminal's encoding")
+    for name in arguments.images:
+        if not _is_file(name):
+            raise UserError(f"image {name} is not a file: give image files before the question")
+
+
+def _is_file(name: str) -> bool:
+    try:
+        return Path(name).is_file()
+    except (OSError, ValueError):  # too long for a file name
+        return False
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -40,35 +71,36 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
         raise UserError(f"--compare {arguments.compare} is the model itself: name another export")
+    path = Path(arguments.model) / "evaluation.json" if arguments.json is None else Path(arguments.json)
+    check_output_file("--json", arguments.json if arguments.json is not None else str(path))
     packs = PackReader(arguments.packs)
     results: dict[str, list[Answer]] = {}
     for folder in filter(None, (arguments.model, arguments.compare)):
-        model = _load(folder, arguments.device)
+        model = _load(folder, arguments)
         results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
     show(results, Console())
-    path = Path(arguments.json or Path(arguments.model) / "evaluation.json")
     save(results, path)
     print(f"scores and answers: {path}")
 
 
-def _load(folder: str, device: str) -> MultimodalModel:
-    import torch
-
+def _load(folder: str, arguments: argparse.Namespace) -> MultimodalModel:
     from pipeline.serving.model import load_model
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu")
-    return load_model(folder, device=device)
+    model = load_model(folder, device=existing_device(arguments.device), verify=arguments.verify)
+    if model.coverage is not None and not model.coverage.complete:
+        print(f"{folder}: {model.coverage}; --verify full checks every byte", file=sys.stderr)
+    return model
 
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma export``."""
     parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint), or one checkpoint folder")
-    parser.add_argument("out", metavar="OUT", help="model folder to make; must not exist")
+    parser.add_argument("out", metavar="OUT", help="model folder to write; must not exist")
     parser.add_argument(
-        "--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="type of the weights; auto: as trained"
+        "--dtype",
+        choices=("auto", "bfloat16", "float32"),
+        default="auto",
+        help="dtype of the weights (default: as trained)",
     )
     parser.set_defaults(command=_export)
 
@@ -76,20 +108,33 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 def add_generate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma generate``."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, in reading order; none for text only")
-    parser.add_argument("question", metavar="QUESTION")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
-    parser.add_argument("--system", default="", metavar="TEXT", help="system turn; default: the template's")
-    parser.add_argument("--max-new-tokens", type=positive_int, default=64, metavar="N")
-    parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beam search; 1: greedy")
+    parser.add_argument("question", metavar="QUESTION", help="what to ask, in quotes")
+    _add_model(parser)
+    parser.add_argument("--system", default="", metavar="TEXT", help="system turn (default: the template's)")
+    parser.add_argument(
+        "--max-new-tokens", type=positive_int, default=64, metavar="N", help="limit of the answer (default: 64)"
+    )
+    parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beams; 1: greedy (default: 1)")
     parser.set_defaults(command=_generate)
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma evaluate``."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
+    _add_model(parser)
     parser.add_argument("--packs", required=True, metavar="DIR", help="held-out pack folder")
     parser.add_argument("--compare", metavar="DIR", help="second model folder, shown beside the first")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions asked together")
-    parser.add_argument("--json", metavar="FILE", help="where scores and answers go; default: DIR/evaluation.json")
+    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions per batch (default: 16)")
+    parser.add_argument("--json", metavar="FILE", help="file for scores and answers (default: DIR/evaluation.json)")
     parser.set_defaults(command=_evaluate)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="model folder written by mma export")
+    parser.add_argument(
+        "--verify",
+        choices=("quick", "full"),
+        default="quick",
+        help="check the model's files first; quick: sizes, small files, headers and a sample of the weights; "
+        "full: every byte, and that all weights are finite (default: quick)",
+    )

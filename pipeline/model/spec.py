@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from data_prep.common.errors import one_line
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.connector import build_connector
 from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
+from pipeline.model.limits import check_connector_sizes, read_bounded
 from pipeline.model.preprocess import Preprocess
 
 
@@ -60,11 +63,12 @@ class ModelSpec:
             llm_source=config.llm.source,
             vision_source=config.vision.source,
         )
+        check_connector_sizes(spec.connector)
         spec._check_image_tokens()
         return spec
 
     def _check_image_tokens(self) -> None:
-        made = self.patches if self.connector.kind == "mlp" else self.connector.latents
+        made = self.connector_tokens
         if made == self.image_tokens:
             return
         if self.connector.kind == "perceiver":
@@ -136,18 +140,26 @@ class ModelSpec:
         return self.grid[0] * self.grid[1]
 
     @property
+    def connector_tokens(self) -> int:
+        """Tokens the connector produces for one image; equals ``image_tokens`` in a checked spec."""
+        return self.patches if self.connector.kind == "mlp" else self.connector.latents
+
+    @property
     def mask_grid(self) -> tuple[int, int] | None:
         """Grid of the image tokens for mask policies that need one; None for a resampler."""
         return self.grid if self.connector.kind == "mlp" else None
 
     def meta_llm(self) -> PreTrainedModel:
-        """Return the whole language model on the meta device."""
-        with torch.device("meta"):
+        """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
+        with torch.device("meta"), _config_errors("model.llm"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.llm)](self.llm)
 
     def meta_vision(self) -> PreTrainedModel:
-        """Return the vision tower on the meta device, without the parts whose output is unused."""
-        with torch.device("meta"):
+        """Return the vision tower on the meta device, without the parts whose output is unused.
+
+        Raises ConfigError when its config cannot be built.
+        """
+        with torch.device("meta"), _config_errors("model.vision"):
             tower = MODEL_MAPPING[type(self.vision)](self.vision)
         if self.vision.model_type == "clip_vision_model":
             tower.post_layernorm = nn.Identity()  # CLIP uses it only for its pooled output
@@ -173,7 +185,7 @@ class ModelSpec:
     def from_dict(cls, raw: dict[str, Any]) -> ModelSpec:
         """Rebuild a spec from :meth:`to_dict`. Raises ConfigError for a damaged or refused description."""
         try:
-            return cls(
+            spec = cls(
                 llm=config_from_dict(raw["llm"], LLM_FAMILIES),
                 vision=config_from_dict(raw["vision"], VISION_FAMILIES),
                 connector=ConnectorConfig.model_validate(raw["connector"]),
@@ -181,12 +193,27 @@ class ModelSpec:
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
             )
+            check_connector_sizes(spec.connector)
+            if spec.preprocess.size_px != spec.vision.image_size:
+                raise ValueError(f"preprocess.size_px {spec.preprocess.size_px}, image_size {spec.vision.image_size}")
+            if spec.connector_tokens != spec.image_tokens:
+                raise ValueError(f"image_tokens {spec.image_tokens}, but its connector gives {spec.connector_tokens}")
+            return spec
         except ConfigError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ConfigError(
                 f"the saved model description is damaged ({one_line(error)}): export or save the model again"
             ) from error
+
+
+@contextmanager
+def _config_errors(key: str) -> Iterator[None]:
+    """Report what transformers finds only while building (an unknown activation, say) as an error of the config."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
 
 
 def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
@@ -194,7 +221,7 @@ def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
     path = Path(source) / "preprocessor_config.json"
     clip = vision.model_type == "clip_vision_model"
     try:
-        saved = json.loads(path.read_text(encoding="utf-8")) if source and path.is_file() else {}
+        saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
         mean = saved.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
         std = saved.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
         return Preprocess(int(vision.image_size), _channels(mean), _channels(std))

@@ -12,6 +12,7 @@ from data_prep.packs import Manifest
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
 from pipeline.config.schema import ConfigError, RunConfig
+from pipeline.model.export_files import check_files
 from pipeline.model.spec import ModelSpec
 from pipeline.planning.changes import check_allowed_keys, leaves, refuse_changes, settings_changed
 
@@ -62,6 +63,7 @@ def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> N
     if not source or checkpoint_folders(Path(config.run_dir)):
         return
     if is_export(source):
+        check_files(Path(source))
         theirs = Tokenizer.load(Path(source) / "tokenizer").sha256
     else:
         meta = open_checkpoint(source).meta

@@ -1,7 +1,8 @@
 """Exports a checkpoint as one self-contained folder of safetensors: ``mma export RUN OUT``.
 
-The folder holds ``config.json`` (see `pipeline.serving.export_config`), sharded safetensors with an index, and
-``tokenizer/``. It appears atomically, and at most one shard is in memory at a time.
+The folder holds ``config.json`` (see `pipeline.serving.export_config`), sharded safetensors with an index,
+``tokenizer/``, and the hashes of all files (see `pipeline.model.export_files`). It appears atomically, and at most one
+shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from safetensors.torch import save_file
 
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.model.export_files import FILES, Coverage, check_files, check_finite, not_finite, write_file_hashes
 from pipeline.model.weights import INDEX, global_shapes
 from pipeline.serving.export_config import CONFIG, ExportConfig
 
@@ -67,7 +69,8 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
         The folder.
 
     Raises:
-        UserError: the folder exists, the tokenizer is missing, or the checkpoint lacks a parameter.
+        UserError: the folder exists, the tokenizer is missing, the checkpoint lacks a parameter, or a parameter is
+            not finite in the exported dtype.
     """
     out = Path(out)
     if out.exists():
@@ -82,6 +85,7 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
         _write_weights(export_config, _checked(export_config, saved), hidden)
         tokenizer.save(hidden / export_config.tokenizer)
         _write_json(hidden / CONFIG, export_config.to_config())
+        _sync(write_file_hashes(hidden))
         hidden.rename(out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -117,7 +121,7 @@ def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, 
         size = tensor.numel() * export_config.torch_dtype.itemsize
         if waiting and sum(x.nbytes for x in waiting.values()) + size > SHARD_BYTES:
             flush()
-        waiting[name] = tensor.to(export_config.torch_dtype).contiguous()
+        waiting[name] = _converted(name, tensor, export_config.torch_dtype)
         total += size
     flush()
     files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
@@ -126,6 +130,39 @@ def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, 
     for number, file in enumerate(files):
         shard = (folder / f"shard-{number}").rename(folder / file)
         shard.chmod((folder / INDEX).stat().st_mode)  # safetensors creates files that only their owner can read
+
+
+def _converted(name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return a parameter in the exported dtype. Raises UserError when it is not finite."""
+    converted = tensor.to(dtype).contiguous()
+    if problem := not_finite(converted):
+        fix = "the run diverged; export an earlier checkpoint" if not_finite(tensor) else "export with --dtype float32"
+        raise UserError(f"the checkpoint's {name} {problem} as {str(dtype).removeprefix('torch.')}: {fix}")
+    return converted
+
+
+def verify_export(folder: Path | str, *, full: bool = False) -> Coverage:
+    """Check an export against the hashes written with it, before anything in it is used.
+
+    Args:
+        folder: made by ``mma export``.
+        full: read every byte and every tensor; else sizes, small files, headers and a sample of the weights.
+
+    Returns:
+        How many bytes were hashed; print it wherever a check is reported, because a quick check covers only a part.
+
+    Raises:
+        UserError: naming the first file that is missing, damaged or not listed; with ``full`` also the first tensor
+            that is not finite; or the folder is not an export of this format version.
+    """
+    folder = Path(folder)
+    if not (folder / FILES).is_file():
+        ExportConfig.load(folder)  # explains a folder that is no export, or one of another version
+        raise UserError(f"{folder / FILES} is missing: copy the export again, or export the run again")
+    coverage = check_files(folder, full=full)
+    if full:
+        check_finite(folder)
+    return coverage
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

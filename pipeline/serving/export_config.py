@@ -19,7 +19,7 @@ from data_prep.common.files import check_format
 from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
 
-FORMAT, VERSION = "mma-export", 2
+FORMAT, VERSION = "mma-export", 3
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 

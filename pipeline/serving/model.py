@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from data_prep.text.tokenizer import Encoded, Tokenizer
 from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 from pipeline.model.build import build_stage
+from pipeline.model.export_files import Coverage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
+from pipeline.serving.export import verify_export
 from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.prefill import PromptBatch, generating_class
 
@@ -49,9 +51,11 @@ class Prompt:
 class MultimodalModel:
     """An exported model with its tokenizer, template and mask policy; made by :func:`load_model`."""
 
-    def __init__(self, export_config: ExportConfig, stage: Stage, tokenizer: Tokenizer) -> None:
-        """Wrap the parts; ``stage`` is the whole model as one stage."""
-        self.export_config, self.tokenizer = export_config, tokenizer
+    def __init__(
+        self, export_config: ExportConfig, stage: Stage, tokenizer: Tokenizer, coverage: Coverage | None = None
+    ) -> None:
+        """Wrap the parts; ``stage`` is the whole model as one stage, ``coverage`` what was checked of its export."""
+        self.export_config, self.tokenizer, self.coverage = export_config, tokenizer, coverage
         self.spec: ModelSpec = stage.spec
         self.template: Template = export_config.template
         self.policy: Policy = get_policy(export_config.policy, allow_leak=True, grid=self.spec.mask_grid)
@@ -152,18 +156,27 @@ class MultimodalModel:
 
 
 def load_model(
-    directory: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    directory: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    verify: Literal["quick", "full"] = "quick",
 ) -> MultimodalModel:
     """Load an export folder.
 
     Args:
         directory: made by ``mma export``.
         device: where the model runs.
-        dtype: type of the weights; default: the type they were exported in.
+        dtype: dtype of the weights; default: the dtype they were exported in.
+        verify: how its files are checked first; see :func:`pipeline.serving.export.verify_export`.
+
+    Returns:
+        The model, whose ``coverage`` tells how much of the export was checked.
 
     Raises:
-        UserError: the folder is not an export, or its files do not belong together.
+        UserError: the folder is not an export, a file is damaged, or with ``full`` a weight is not finite.
     """
+    coverage = verify_export(directory, full=verify == "full")
     export_config = ExportConfig.load(directory)
     spec = export_config.spec
     stage = build_stage(
@@ -176,9 +189,8 @@ def load_model(
         seed=0,
         source=WeightSource.open_export(spec, directory),
     )
-    return MultimodalModel(
-        export_config, stage.requires_grad_(False), Tokenizer.load(Path(directory) / export_config.tokenizer)
-    )
+    tokenizer = Tokenizer.load(Path(directory) / export_config.tokenizer)
+    return MultimodalModel(export_config, stage.requires_grad_(False), tokenizer, coverage)
 
 
 def read_image(image: ImageRef) -> Image.Image:

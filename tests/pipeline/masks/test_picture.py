@@ -6,11 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from data_prep.common.errors import UserError
 from pipeline.masks import get_policy, parse_layout
-from pipeline.masks.picture import CELLS, Cell, cells, draw_png, plain, runs_of, terminal, terminal_legend
+from pipeline.masks.layout import layout_letters
+from pipeline.masks.picture import CELLS, FOOTNOTE, Cell, cells, draw_png, plain, runs_of, terminal, terminal_legend
 
 H, C, U, L, X = Cell.HIDDEN, Cell.CAUSAL, Cell.UNLOCKED, Cell.LEAK, Cell.CLOSED
 
@@ -49,6 +51,20 @@ def test_a_png_shows_every_kind_of_cell(layout: str, tmp_path: Path) -> None:
     assert image.width > 2 * 960
 
 
+def test_a_picture_names_system_text_and_has_one_footnote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts: list[str] = []
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png",
+        lambda canvas, path: texts.extend(text.get_text() for text in canvas.figure.findobj(Text)),
+    )
+    layout = "S4 Q2 V8 Q4 A2"
+    policies = [get_policy(name) for name in ("causal", "mma", "prefix")]
+    draw_png(policies, parse_layout(layout), tmp_path / "mask.png", layout_letters(layout))
+    assert texts.count(FOOTNOTE) == 1
+    assert texts.count("S4") == texts.count("Q4") == 2 * len(policies) and "Q6" not in texts
+    assert [run.label for run in runs_of(parse_layout(layout))][0] == "Q6"  # a pack row does not mark system text
+
+
 def test_rows_too_long_to_draw_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at most 16384 tokens, the row has 20000"):
         draw_png([get_policy("mma")], parse_layout("Q20000"), tmp_path / "mask.png")
@@ -66,5 +82,23 @@ def test_the_terminal_view_has_two_rows_per_line(layout: str, size: int) -> None
 
 def test_without_colours_the_mask_is_drawn_in_ascii() -> None:
     lines = plain(get_policy("mma"), parse_layout("V2 Q2 A1"), columns=60).splitlines()
-    assert lines[1:] == ["  VVQQA", "V . ## ", "V ..## ", "Q ...  ", "Q .... ", "A ....."]
+    assert lines[1:] == ["  VVQQA", "V . ##", "V ..##", "Q ...", "Q ....", "A ....."]
     assert len(plain(get_policy("mma"), parse_layout("V64 Q64 A64"), columns=40).splitlines()) == 2 + 38
+
+
+def test_packed_samples_are_separated_in_ascii() -> None:
+    layout = "S1 V1 Q1 | Q1 A1 P1"
+    lines = plain(get_policy("mma"), parse_layout(layout), 60, layout_letters(layout)).splitlines()
+    rule = "  ---+--+-"
+    assert lines[1:] == [
+        "  SVQ|QA|P",
+        "S .  |  |",
+        "V ..#|  |",
+        "Q ...|  |",
+        rule,
+        *("Q    |. |", "A    |..|"),
+        rule,
+        "P    |  |",
+    ]
+    pooled = plain(get_policy("mma"), parse_layout("V64 Q64 A64 | Q64 A9"), columns=40)
+    assert max(map(len, pooled.splitlines()[1:])) == 40 and pooled.isascii()

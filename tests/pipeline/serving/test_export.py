@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data_prep.common.errors import UserError
+from pipeline.model.export_files import FILES
 from pipeline.model.weights import WeightSource
 from pipeline.serving import export as export_module
 from pipeline.serving.export import export
@@ -122,20 +123,31 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
         export(make_saved(tmp_path), tmp_path / "export")
 
 
+def become_foreign(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+    (folder / FILES).unlink()
+
+
+def lose_everything(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / FILES).unlink()
+
+
 def spoil_version(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["mma"]["version"] = 99
     (folder / "config.json").write_text(json.dumps(config))
+    (folder / FILES).unlink()
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        pytest.param(lambda f: (f / "config.json").unlink(), "not an exported model", id="no-config"),
-        pytest.param(lambda f: (f / "config.json").write_text("{}"), "does not describe an export", id="foreign"),
-        pytest.param(spoil_version, "version 99, this release reads version 2; export the run again", id="version"),
-        pytest.param(lambda f: (f / "tokenizer" / "mma_tokenizer.json").unlink(), "tokenizer folder", id="tokenizer"),
-        pytest.param(lambda f: next(f.glob("model-*")).unlink(), "not a file of the folder", id="weights"),
+        pytest.param(lose_everything, "not an exported model", id="no-config"),
+        pytest.param(become_foreign, "does not describe an export", id="foreign"),
+        pytest.param(spoil_version, "version 99, this release reads version 3; export the run again", id="version"),
+        pytest.param(lambda f: (f / "tokenizer" / "mma_tokenizer.json").unlink(), "is missing", id="tokenizer"),
+        pytest.param(lambda f: next(f.glob("model-*")).unlink(), "is missing", id="weights"),
     ],
 )
 def test_damaged_exports_are_refused(spoil: Callable[[Path], None], words: str, tmp_path: Path) -> None:

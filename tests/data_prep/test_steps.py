@@ -120,7 +120,9 @@ def test_shares_of_an_array_make_the_same_bytes_and_say_what_is_missing(made: Pa
     recipe = make_recipe(tmp_path)
     shares: list[Team] = [LocalTeam(1, index, 2) for index in range(2)]
     ingest(recipe, shares[1], QUIET)
-    with pytest.raises(UserError, match=r"ingest is incomplete: 4 shards are missing, the first is captions/.*; run `mma-prep ingest`"):
+    with pytest.raises(
+        UserError, match=r"ingest is incomplete: 4 shards are missing, the first is captions/.*; run `mma-prep ingest`"
+    ):
         plan(recipe, QUIET)
     ingest(recipe, shares[0], QUIET)
     plan(recipe, QUIET)
@@ -159,7 +161,9 @@ def test_rows_are_not_made_by_a_plan_of_other_settings_or_samples(tmp_path: Path
     changed = {**pack, **({change: changes[change]} if change in changes else {})}
     recipe = make_recipe(tmp_path, tokenizer=tokenizer, packs={"sft": changed}, seed=4 if change == "seed" else 3)
     ingest(recipe, ALONE, QUIET)
-    with pytest.raises(UserError, match=r"^packs.sft: its plan was made with other settings or samples; run `mma-prep plan`"):
+    with pytest.raises(
+        UserError, match=r"^packs.sft: its plan was made with other settings or samples; run `mma-prep plan`"
+    ):
         materialize(recipe, ALONE, QUIET)
     packs = {path: sha256 for path, sha256 in before.items() if path.startswith("packs")}
     assert packs.items() <= tree_hashes(tmp_path / "out").items()

@@ -15,12 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
 from data_prep.common.errors import UserError
-from data_prep.common.files import REBUILD, RERUN, Hashed, read_hashed, sha256_file, sha256_line
+from data_prep.common.files import REBUILD, RERUN, Hashed, check_sums, read_hashed, sha256_file
+from data_prep.common.store_index import INDEX_FILE
 from data_prep.images.store import ImageStore
 from data_prep.ingest.image_hashes import ImageHashes
+from data_prep.ingest.store_rows import read_store_rows
 from data_prep.ingest.workspace import ShardOutput
 from data_prep.packs import Manifest
 
@@ -49,9 +49,11 @@ def verify(directory: Path) -> Iterator[str]:
         files = pack_files(folder)
         _check_all([file.check for file in files if file.path not in checked])
         manifest = Manifest.load(folder)
+        _check_sums(folder / "plan.arrow")
         if manifest.image_store:
             store = (folder / manifest.image_store).resolve()
-            if store / "store.json" not in checked:
+            if store / INDEX_FILE not in checked:
+                _check_sums(store / INDEX_FILE)
                 yield f"{store.name}: ok, image store of {len(ImageStore(store)):,} images"
         checked.update(file.path for file in files)
         yield f"{folder}: ok, {manifest.rows:,} rows, plan {manifest.plan_sha256[:12]}"
@@ -99,12 +101,9 @@ def pack_files(folder: Path) -> list[Hashed]:
 
 def _check_sums(path: Path) -> None:
     """Check a file against the hash beside it; a step rewrites both if they differ from its result."""
-    sums = path.with_suffix(".sha256")
-    for file in (path, sums):
-        if not file.is_file():
-            raise UserError(f"{file}: missing; {RERUN}")
-    if sums.read_bytes() != sha256_line(sha256_file(path), path.name):
-        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {RERUN}")
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {RERUN}")
+    check_sums(path, sha256_file(path), required=True)
 
 
 def _check_all(checks: Sequence[Callable[[], None]]) -> None:
@@ -174,13 +173,7 @@ def _check_tokens(output: ShardOutput) -> None:
 
 def _check_rows(output: ShardOutput, path: Path, store: ImageStore) -> None:
     """Check that the store holds every image of a shard output at its recorded row."""
-    image_hashes = ImageHashes.open(output.image_hashes)
-    data = path.read_bytes()
-    rows = np.frombuffer(data[: len(data) // 8 * 8], dtype=np.int64)
-    if len(data) != 8 * len(image_hashes.sha256) or (len(rows) and not (rows.min() >= 0 and rows.max() < len(store))):
-        wrong = True
-    else:
-        found = store.hashes(rows[image_hashes.index])
-        wrong = bool((found != image_hashes.sha256).any())
-    if wrong:
+    image_hashes, rows = ImageHashes.open(output.image_hashes), read_store_rows(path)
+    fits = len(rows) == len(image_hashes.sha256) and not (len(rows) and (rows.min() < 0 or rows.max() >= len(store)))
+    if not fits or (store.hashes(rows[image_hashes.index]) != image_hashes.sha256).any():
         raise UserError(f"{path}: does not match {store.directory.name}/store.json; {REBUILD}")

@@ -9,9 +9,12 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict
 
 from data_prep.common.errors import UserError, short_repr
+from data_prep.common.typed_json import STRICT, Count, InnerPath, Sha256
 
 RERUN = "run mma-prep again"
 REBUILD = "delete it and run mma-prep again"  # a step checks only the existence and size of most files
@@ -21,10 +24,11 @@ REBUILD = "delete it and run mma-prep again"  # a step checks only the existence
 class FileEntry:
     """One file of a folder: relative path, size in bytes, sha256 and, for row files, the row count."""
 
-    name: str
-    bytes: int
-    sha256: str
-    rows: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    name: InnerPath
+    bytes: Count
+    sha256: Sha256
+    rows: Count = 0
 
 
 def sha256_line(sha256: str, name: str) -> bytes:
@@ -79,6 +83,23 @@ def read_hashed(path: Path) -> Any:
         return None
 
 
+def check_sums(path: Path, sha256: str, *, required: bool = False) -> None:
+    """Check the sha256 of a file against the ``.sha256`` file beside it.
+
+    Raises:
+        UserError: they differ, or there is no such file although it is ``required``.
+    """
+    sums = path.with_suffix(".sha256")
+    try:
+        line = sums.read_bytes()
+    except OSError as error:
+        if required:
+            raise UserError(f"{sums}: missing; {RERUN}") from error
+        return
+    if line != sha256_line(sha256, path.name):
+        raise UserError(f"{path}: differs from {sums.name} (damaged or edited); {RERUN}")
+
+
 def check_format(path: Path, raw: Mapping[str, Any], *, format: str, version: int, fix: str) -> None:
     """Raise UserError, naming both versions and the fix, if a file has another format or version."""
     if raw.get("format") != format:
@@ -107,4 +128,17 @@ class Hashed:
         if not self.path.is_file():
             raise UserError(f"{self.path}: listed in {self.listing} but missing; {RERUN}")
         if sha256_file(self.path) != self.sha256:
-            raise UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {REBUILD}")
+            raise self._differs()
+
+    def read(self) -> bytes:
+        """Return the content. Raises UserError when the file is missing or altered."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError as error:
+            raise UserError(f"{self.path}: listed in {self.listing} but missing; {RERUN}") from error
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise self._differs()
+        return data
+
+    def _differs(self) -> UserError:
+        return UserError(f"{self.path}: differs from {self.listing} (damaged or edited); {REBUILD}")

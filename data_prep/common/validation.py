@@ -63,7 +63,7 @@ def _meant(found: Sequence[Any], known: KnownKeys) -> Iterator[tuple[str, Place]
 def _line(problem: Any, known: KnownKeys, within: str) -> str:
     place, kind, value = problem["loc"], problem["type"], problem["input"]
     key = dotted([*filter(None, [within]), *place])
-    if kind == "extra_forbidden":
+    if kind in ("extra_forbidden", "unexpected_keyword_argument"):  # of a model, of a dataclass
         return f"unknown key {key}{did_you_mean(str(place[-1]), known(place))}"
     if kind == "missing":
         return f"{key} is missing: add it"

@@ -1,16 +1,14 @@
 """Images: safe decoding, and the content-addressed store whose row ids the packs hold.
 
-A store folder holds ``store.json`` (every shard with its sha256) and ``images-00000.arrow`` ... (Arrow IPC files,
-memory mapped) with the original encoded bytes, each distinct image once. Nothing is re-encoded; ``decode_rgb`` decodes
-where pixels are needed.
+A store folder holds ``store.json`` (every shard with its sha256, see ``data_prep.common.store_index``) and
+``images-00000.arrow`` ... (Arrow IPC files, memory mapped) with the original encoded bytes, each distinct image once.
+Nothing is re-encoded; ``decode_rgb`` decodes where pixels are needed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
-import json
 import struct
 import warnings
 import zlib
@@ -25,13 +23,13 @@ import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import RERUN, FileEntry, check_format, is_of_size, sha256_file
+from data_prep.common.files import FileEntry, is_of_size, sha256_file
+from data_prep.common.store_index import StoreIndex
 from data_prep.images.jpeg import surely_decodes
 from data_prep.quarantine import BadSample
 
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 """Formats that are read; others (EPS runs an interpreter) are never tried."""
-STORE_FORMAT, STORE_VERSION = "mma-images", 2
 SHARD_BATCH_ROWS = 64
 """Rows per record batch, except the last one of a shard: held in memory during writing."""
 OPEN_SHARDS = 1 << 14
@@ -180,17 +178,11 @@ class ImageStore:
     """Random access to the images of a store folder; memory-mapped, lazily opened, safe to pickle to workers."""
 
     def __init__(self, directory: Path | str) -> None:
-        """Open a store. Raises UserError if ``store.json`` is missing, foreign or malformed."""
+        """Open a store. Raises UserError if ``store.json`` is missing, foreign, damaged or malformed."""
         self.directory = Path(directory)
-        path = self.directory / "store.json"
-        if not path.is_file():
-            raise UserError(f"{self.directory}: no image store here (store.json is missing); run mma-prep again")
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-            check_format(path, raw, format=STORE_FORMAT, version=STORE_VERSION, fix=RERUN)
-            self.shards = tuple(FileEntry(**entry) for entry in raw["shards"])
-        except (TypeError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: malformed image store index ({error}); run mma-prep again") from error
+        index = StoreIndex.load(self.directory)
+        self.shards, self.identity = index.shards, index.sha256
+        """Sha256 of the index, which holds the sha256 of every shard; packs store it to identify their images."""
         self._starts = np.cumsum([0] + [entry.rows for entry in self.shards])
         self._open_shards: dict[int, pa.ipc.RecordBatchFileReader] = {}
 
@@ -199,11 +191,6 @@ class ImageStore:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
-
-    @property
-    def identity(self) -> str:
-        """Sha256 of the index, which holds the sha256 of every shard; packs store it to identify their images."""
-        return hashlib.sha256((self.directory / "store.json").read_bytes()).hexdigest()
 
     def read(self, row: int) -> bytes:
         """Return the original encoded bytes of an image. Raises IndexError outside the store."""

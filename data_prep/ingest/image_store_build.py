@@ -25,10 +25,12 @@ import pyarrow as pa
 
 from data_prep.common.arrow_files import ArrowWriter, atomic_path, open_batches
 from data_prep.common.errors import UserError
-from data_prep.common.files import FileEntry, Hashed, is_of_size, write_atomic
+from data_prep.common.files import FileEntry, Hashed, is_of_size, read_hashed, with_hash, write_atomic
+from data_prep.common.store_index import write_store_index
 from data_prep.common.workers import Team
-from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, STORE_FORMAT, STORE_VERSION, ImageStore
+from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, ImageStore
 from data_prep.ingest.image_hashes import ImageHashes
+from data_prep.ingest.store_rows import read_store_rows, write_store_rows
 from data_prep.ingest.workspace import ShardOutput
 
 RANGE_IMAGES = 1 << 17
@@ -59,7 +61,8 @@ class ShardJob:
 
     def is_done(self) -> bool:
         """Return whether the store shard is complete. The name of the store determines its contents."""
-        return self.marker.is_file() and self.path.is_file()
+        entry = read_hashed(self.marker)
+        return entry is not None and is_of_size(self.path, entry["bytes"])
 
 
 def build_image_store(outputs: Sequence[ShardOutput], directory: Path, team: Team) -> Path:
@@ -124,6 +127,7 @@ def forget_damaged(out: Path) -> None:
         store = _try_open(index.parent)
         if store is None:
             index.unlink(missing_ok=True)
+            index.with_suffix(".sha256").unlink(missing_ok=True)
         elif missing := store.missing():
             _forget(out, store.directory.name, missing)
 
@@ -131,7 +135,11 @@ def forget_damaged(out: Path) -> None:
 def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
     bounds = np.array(missing).ravel()  # ascending: a row above an odd number of bounds is inside a missing range
     for path in out.glob(f"ingest/*/*/*.rows-{store}"):
-        rows = np.fromfile(path, dtype=np.int64)
+        try:
+            rows = read_store_rows(path)
+        except UserError:  # damaged
+            path.unlink(missing_ok=True)
+            continue
         if (np.searchsorted(bounds, rows, side="right") % 2).any():
             path.unlink(missing_ok=True)
 
@@ -139,6 +147,8 @@ def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:
 def _prepare(outputs: Sequence[ShardOutput], store: Path) -> list[ShardJob]:
     """Find the row of every image and the bounds of the shards, and write the context file for the workers."""
     starts = np.cumsum([0, *(output.report().images for output in outputs)])
+    for output in outputs:
+        Hashed(output.image_hashes, output.report().images_sha256, output.marker.name).check()
     with _new_rows(store, int(starts[-1])) as rows:
         _find_owners(outputs, starts, rows)
         bounds = _number_rows(starts, rows)
@@ -243,7 +253,7 @@ def _write_shard(job: ShardJob) -> None:
     entry = _context(job.store).listed.get(job.path.name)
     if entry is None or not is_of_size(job.path, entry.bytes):
         entry = _make_shard(job)
-    write_atomic(job.marker, json.dumps(asdict(entry)).encode())
+    write_atomic(job.marker, with_hash(asdict(entry)))
 
 
 def _make_shard(job: ShardJob) -> FileEntry:
@@ -266,7 +276,7 @@ def _reusable_file(output: ShardOutput, stores: Path) -> tuple[Path, FileEntry] 
     key = output.store_of(stores)
     if key is None:
         return None
-    store, rows = ImageStore(stores / key), np.fromfile(output.rows(key), dtype=np.int64)
+    store, rows = ImageStore(stores / key), read_store_rows(output.rows(key))
     shard = store.shard_of(int(rows[0]), int(rows[-1]) + 1) if (np.diff(rows) == 1).all() else None
     return (store.directory / shard.name, shard) if shard is not None else None
 
@@ -317,7 +327,7 @@ def _from_store(
             "run `mma-prep ingest` to read them again"
         )
     store = ImageStore(stores / key)
-    for row in np.fromfile(output.rows(key), dtype=np.int64)[wanted].tolist():
+    for row in read_store_rows(output.rows(key))[wanted].tolist():
         sha256, data = bytes.fromhex(store.sha256(row)), store.read(row)
         if hashlib.sha256(data).digest() != sha256:
             raise UserError(f"{store.directory}: image {row} is damaged; `mma-prep verify` names the file")
@@ -327,13 +337,12 @@ def _from_store(
 def _finish(outputs: Sequence[ShardOutput], store: Path, jobs: Sequence[ShardJob]) -> None:
     """Write the index, then the rows of each shard output, then remove the image files that the store replaces."""
     if not _is_complete(store):
-        shards = [json.loads(job.marker.read_text(encoding="utf-8")) for job in jobs]
-        assert all(shard["rows"] == job.stop - job.start for shard, job in zip(shards, jobs, strict=True))
-        index = {"format": STORE_FORMAT, "version": STORE_VERSION, "shards": shards}
-        write_atomic(store / "store.json", json.dumps(index, indent=1, sort_keys=True).encode() + b"\n")
+        shards = [FileEntry(**read_hashed(job.marker)) for job in jobs]
+        assert all(shard.rows == job.stop - job.start for shard, job in zip(shards, jobs, strict=True))
+        write_store_index(store, shards)
     context = _context(store)
     for number, output in enumerate(outputs):
-        write_atomic(output.rows(store.name), context.rows_of(number).tobytes())
+        write_store_rows(output.rows(store.name), context.rows_of(number))
     for output in outputs:
         output.images.unlink(missing_ok=True)
     for path in store.glob(".*.tmp"):  # left by killed processes

@@ -14,6 +14,8 @@ import pyarrow as pa
 
 from data_prep.common.arrow_files import BATCH_ROWS, open_batches
 from data_prep.common.errors import UserError
+from data_prep.common.files import REBUILD, Hashed
+from data_prep.ingest.store_rows import read_store_rows
 from data_prep.ingest.workspace import ShardOutput
 
 SAMPLE_SCHEMA = pa.schema(
@@ -86,10 +88,7 @@ def read_sample_stats(outputs: Sequence[ShardOutput], kept: Sequence[int], chose
 
 def _stats_of(output: ShardOutput, kept: int) -> npt.NDArray[np.void]:
     """Return the stats of all samples of a shard output. Raises UserError."""
-    try:
-        data = output.stats.read_bytes()
-    except OSError as error:
-        raise _unreadable(output.stats, error) from error
+    data = Hashed(output.stats, output.report().stats_sha256, output.marker.name).read()
     if len(data) != kept * SAMPLE_STATS.itemsize:
         raise _unreadable(output.stats, f"{len(data) / SAMPLE_STATS.itemsize:g} samples, its marker says {kept}")
     return np.frombuffer(data, dtype=SAMPLE_STATS)
@@ -140,7 +139,7 @@ class SampleReader:
             number = int(outputs[places[0]])
             if number != opened:
                 batches, opened = _open(self._outputs[number]), number
-                rows = np.fromfile(self._outputs[number].rows(self._store), dtype=np.int64)
+                rows = read_store_rows(self._outputs[number].rows(self._store))
             samples = _samples(batches[batch[places[0]]], indices[places] % BATCH_ROWS, rows)
             found.update(zip(places.tolist(), samples, strict=True))
         return [found[place] for place in range(len(outputs))]
@@ -170,4 +169,4 @@ def _open(output: ShardOutput) -> list[pa.RecordBatch]:
 
 
 def _unreadable(path: Path, why: object) -> UserError:
-    return UserError(f"{path}: cannot be read ({why}); delete its folder and run ingest again")
+    return UserError(f"{path}: cannot be used ({why}); {REBUILD}")

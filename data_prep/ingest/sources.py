@@ -6,11 +6,14 @@ missing, their paths, the image folders and their subfolders are watched too, so
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from data_prep.common.errors import UserError
+from data_prep.common.files import Hashed
 from data_prep.ingest.workspace import ShardOutput
 
 _AT_A_TIME = 16
@@ -40,10 +43,11 @@ def unchanged(outputs: Iterable[ShardOutput], root: Path) -> list[bool]:
 
 
 def _is_unchanged(output: ShardOutput, root: Path) -> bool:
-    if not output.sources.is_file():
+    try:
+        data = Hashed(output.sources, output.report().sources_sha256, output.marker.name).read()
+    except (UserError, OSError):
         return False
-    with output.sources.open("rb") as lines:
-        return all(_line(os.fsdecode(line.split(b" ", 2)[-1][:-1]), root) == line for line in lines)
+    return all(_line(os.fsdecode(line.split(b" ", 2)[-1][:-1]), root) == line for line in io.BytesIO(data))
 
 
 def _line(place: str, root: Path) -> bytes:

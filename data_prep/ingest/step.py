@@ -10,17 +10,16 @@ from pathlib import Path
 
 from data_prep.common.arrow_files import atomic_path
 from data_prep.common.errors import UserError
-from data_prep.common.files import sha256_line, write_atomic
+from data_prep.common.files import Hashed, sha256_line, write_atomic
 from data_prep.common.workers import ALONE, Team
 from data_prep.ingest import sources
 from data_prep.ingest.image_store_build import build_image_store, forget_damaged
 from data_prep.ingest.shard_writer import ShardJob, ingest_shard
-from data_prep.ingest.train_tokenizer import has_tokenizer, prepare_tokenizer
+from data_prep.ingest.train_tokenizer import has_tokenizer, load_tokenizer, prepare_tokenizer
 from data_prep.ingest.workspace import CorpusVariant, ShardOutput, Workspace, describe_missing
 from data_prep.progress import Reporter
 from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
-from data_prep.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +79,7 @@ def _check_outputs(space: Workspace) -> tuple[str, Tally]:
     forget_damaged(space.out)
     if space.shards and not has_tokenizer(space):  # errors of the corpora come first
         raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
-    tokenizer_sha256 = Tokenizer.load(space.tokenizer).sha256
+    tokenizer_sha256 = load_tokenizer(space).sha256
     outputs = shard_outputs_of(space.variants(tokenizer_sha256))
     reports = [output.done() for output in outputs]
     missing = [output for output, report in zip(outputs, reports, strict=True) if report is None]
@@ -131,7 +130,7 @@ def write_rejects(space: Workspace, outputs: Sequence[ShardOutput]) -> None:
     rejects_hash = hashlib.sha256()
     with atomic_path(space.rejects) as temporary, temporary.open("wb") as out:
         for output in outputs:
-            part = output.rejects.read_bytes()
+            part = Hashed(output.rejects, output.report().rejects_sha256, output.marker.name).read()
             rejects_hash.update(part)
             out.write(part)
     line, sums = sha256_line(rejects_hash.hexdigest(), space.rejects.name), space.rejects.with_suffix(".sha256")

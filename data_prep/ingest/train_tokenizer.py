@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import hash_json, sha256_file, with_hash, write_atomic
+from data_prep.common.files import hash_json, read_hashed, sha256_file, with_hash, write_atomic
 from data_prep.example import Example, Reject
 from data_prep.ingest.workspace import Workspace
 from data_prep.progress import Reporter
@@ -18,6 +18,7 @@ from data_prep.text.tokenizer import Tokenizer, tokenizer_files, train_sentencep
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
+_REINGEST = "run `mma-prep ingest` with this recipe"
 TRAINING_VERSION = 2
 """Incremented when the same texts would give a different tokenizer."""
 
@@ -25,13 +26,12 @@ TRAINING_VERSION = 2
 def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     """Ensure that the output folder holds the recipe's tokenizer, training one if asked; return its sha256."""
     recipe, config = space.recipe, space.recipe.tokenizer
-    marker = _marker(space)
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
-    origin = with_hash(hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw]))
-    if marker.is_file() and marker.read_bytes() == origin:
-        with suppress(UserError):  # a file is missing: rebuild the tokenizer
-            return Tokenizer.load(space.tokenizer).sha256
+    inputs = hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw])
+    if _origin(space).get("inputs") == inputs:
+        with suppress(UserError):  # a file is missing or damaged: rebuild the tokenizer
+            return load_tokenizer(space).sha256
     if source is None:
         assert config.train is not None
         reporter.say(f"tokenizer: training SentencePiece on up to {config.train.samples:,} samples")
@@ -40,9 +40,17 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
         train_sentencepiece(texts, config.train.vocab_size, recipe.specials(), source)
     tokenizer = Tokenizer.open(source, recipe.specials())
     tokenizer.save(space.tokenizer)
-    write_atomic(marker, origin)
+    write_atomic(_marker(space), with_hash({"inputs": inputs, "sha256": tokenizer.sha256}))
     reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
     return tokenizer.sha256
+
+
+def load_tokenizer(space: Workspace) -> Tokenizer:
+    """Return the tokenizer of the output folder. Raises UserError if it is missing, damaged or edited."""
+    tokenizer = Tokenizer.load(space.tokenizer)
+    if tokenizer.sha256 != _origin(space).get("sha256"):
+        raise UserError(f"{space.tokenizer}: not the tokenizer that ingest wrote (damaged or edited); {_REINGEST}")
+    return tokenizer
 
 
 def has_tokenizer(space: Workspace) -> bool:
@@ -52,6 +60,12 @@ def has_tokenizer(space: Workspace) -> bool:
 
 def _marker(space: Workspace) -> Path:
     return space.tokenizer / "origin.json"
+
+
+def _origin(space: Workspace) -> dict[str, str]:
+    """Return the inputs and the sha256 of the tokenizer; empty if they are missing or damaged."""
+    found = read_hashed(_marker(space))
+    return found if isinstance(found, dict) else {}
 
 
 def _raw_texts(space: Workspace) -> dict[str, object]:

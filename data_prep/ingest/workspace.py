@@ -137,12 +137,15 @@ class ShardOutput:
         files = (self.marker, self.tokens, self.stats, self.image_hashes, self.rejects, self.sources)
         if not all(path.is_file() for path in files):
             return None
-        report = self.report()
-        whole = report.raw == self.raw and self.tokens.stat().st_size == report.size
+        try:
+            report = self.report()
+        except UserError:  # ingested again
+            return None
+        complete = report.raw == self.raw and self.tokens.stat().st_size == report.size
         stores = self.folder.parents[2] / "images"
         own = is_of_size(self.images, report.pixels.bytes)
-        whole = whole and (not report.images or own or self.store_of(stores) is not None)
-        return report if whole else None
+        complete = complete and (not report.images or own or self.store_of(stores) is not None)
+        return report if complete else None
 
     def store_of(self, stores: Path) -> str | None:
         """Return the name of an image store in ``stores`` for which this output has its rows."""

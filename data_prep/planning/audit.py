@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ConfigDict
 
 from data_prep.common.errors import UserError
+from data_prep.common.typed_json import STRICT, Count
 from data_prep.ingest.samples import Chosen
 from data_prep.packs import CorpusStats
 
@@ -17,21 +20,22 @@ from data_prep.packs import CorpusStats
 class CorpusAudit:
     """Contribution of one corpus to a pack set, over its draws in the plan."""
 
-    draws: int
-    samples: int
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    draws: Count
+    samples: Count
     """Distinct samples of the corpus."""
-    tokens: int
-    targets: int
+    tokens: Count
+    targets: Count
     """Supervised tokens."""
-    without_target: int
+    without_target: Count
     """Draws without a supervised token."""
-    truncated: int
+    truncated: Count
     """Draws with a truncated answer."""
-    unended: int
+    unended: Count
     """Draws whose last target does not end the turn (the model would not learn to stop)."""
-    repeated: int
+    repeated: Count
     """Tokens of earlier turns that other samples also hold (turns: expand)."""
-    left_out: int
+    left_out: Count
     """Later answers of the drawn conversations that no sample holds (turns: first)."""
 
     @property

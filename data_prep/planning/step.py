@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from pydantic import ConfigDict, TypeAdapter
 
 from data_prep.common.arrow_files import atomic_path
-from data_prep.common.errors import UserError
-from data_prep.common.files import sha256_file
+from data_prep.common.errors import UserError, one_line
+from data_prep.common.files import check_sums, sha256_file, sha256_line, write_atomic
+from data_prep.common.typed_json import STRICT, Text, check_typed, parse_object
 from data_prep.ingest.prompts import draw_prompts, prompt_ids
 from data_prep.ingest.samples import read_sample_stats
 from data_prep.ingest.step import require_ingested
 from data_prep.ingest.workspace import CorpusVariant, ShardOutput, ShardReport, Workspace
-from data_prep.packs import Manifest
 from data_prep.planning.audit import CorpusAudit, audit_corpus, check_audit, warnings
 from data_prep.planning.packing import (
     Ints,
@@ -38,6 +40,7 @@ from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 
 PLAN_VERSION = 8
+_REPLAN = "run `mma-prep plan` with this recipe"
 _NOTEWORTHY_WASTE = 0.06
 _FEW_SAMPLES = 1000
 _PLAN_KEYS = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "prompts"}
@@ -68,6 +71,8 @@ class PackingPlan:
     names: tuple[str, ...]
     """Corpus names."""
     audits: dict[str, CorpusAudit]
+    settings: dict[str, Any]
+    """Everything the plan depends on, see ``_settings``."""
     sha256: str
 
     @property
@@ -79,13 +84,38 @@ class PackingPlan:
     def load(cls, path: Path) -> PackingPlan:
         """Read a plan. Raises UserError if it is missing or damaged."""
         try:
+            sha256 = sha256_file(path)
+        except OSError as error:
+            raise UserError(f"{path}: no plan ({error.strerror}); {_REPLAN}") from error
+        check_sums(path, sha256, required=True)
+        try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-            columns = {name: table.column(name).to_numpy() for name in PLAN_SCHEMA.names}
-            meta = json.loads(table.schema.metadata[b"plan"])
-        except (OSError, pa.ArrowInvalid, KeyError, TypeError) as error:
-            raise UserError(f"{path}: no readable plan ({error}); run the plan step first") from error
-        audits = {name: CorpusAudit(**meta["audits"][name]) for name in meta["corpora"]}
-        return cls(**columns, names=tuple(meta["corpora"]), audits=audits, sha256=sha256_file(path))
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{path}: no readable plan ({one_line(error)}); {_REPLAN}") from error
+        meta = (table.schema.metadata or {}).get(b"plan", b"")
+        if table.schema.remove_metadata() != PLAN_SCHEMA:
+            raise UserError(f"{path}: its columns are not those of a plan; {_REPLAN}")
+        about = check_typed(_meta_type(), parse_object(meta, path, _REPLAN), path, _REPLAN)
+        if set(about.corpora) != about.audits.keys():
+            raise UserError(f"{path}: its corpora and audits do not match; {_REPLAN}")
+        columns = {name: table.column(name).to_numpy() for name in PLAN_SCHEMA.names}
+        audits = {name: about.audits[name] for name in about.corpora}
+        return cls(**columns, names=about.corpora, audits=audits, settings=about.settings, sha256=sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class _Meta:
+    """What a plan file holds beside its columns."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+    settings: dict[str, Any]
+    corpora: tuple[Text, ...]
+    audits: dict[Text, CorpusAudit]
+
+
+@functools.cache
+def _meta_type() -> TypeAdapter[_Meta]:
+    return TypeAdapter(_Meta)
 
 
 def plan_path(folder: Path) -> Path:
@@ -122,9 +152,8 @@ def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> PackingP
     """Return the plan of a pack set. Raises UserError if it is missing or of other settings or samples."""
     pack, path = space.recipe.packs[name], plan_path(space.packs(name))
     made = PackingPlan.load(path)
-    if _saved_settings(path) != _settings(
-        space.recipe, pack, _read_sources(pack_variants(space, pack, tokenizer_sha256))
-    ):
+    sources = _read_sources(pack_variants(space, pack, tokenizer_sha256))
+    if made.settings != _settings(space.recipe, pack, sources):
         raise UserError(
             f"packs.{name}: its plan was made with other settings or samples; run `mma-prep plan` with this recipe"
         )
@@ -178,24 +207,12 @@ def _settings(recipe: Recipe, pack: PackConfig, sources: Sequence[_Source]) -> d
     }
 
 
-def _saved_settings(path: Path) -> dict[str, Any] | None:
-    """Return the settings of the plan at ``path``, or None if it is missing or damaged."""
-    try:
-        schema = pa.ipc.open_file(pa.memory_map(str(path))).schema
-        settings: dict[str, Any] = json.loads(schema.metadata[b"plan"])["settings"]
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError):
-        return None
-    return settings
-
-
 def _is_current(path: Path, settings: dict[str, Any]) -> bool:
-    """Return whether the plan at ``path`` has these settings and is undamaged since packs were made with it."""
-    if _saved_settings(path) != settings:
-        return False
+    """Return whether an undamaged plan with these settings exists at ``path``."""
     try:
-        return Manifest.load(path.parent).plan_sha256 == sha256_file(path)
-    except UserError:  # no packs yet
-        return True
+        return PackingPlan.load(path).settings == settings
+    except UserError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,3 +369,4 @@ def _write(path: Path, made: _NewPlan, settings: dict[str, Any]) -> None:
         pa.ipc.new_file(sink, table.schema) as writer,
     ):
         writer.write_table(table)
+    write_atomic(path.with_suffix(".sha256"), sha256_line(sha256_file(path), path.name))

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import write_atomic
+from data_prep.common.files import RERUN, write_atomic
 from data_prep.common.modalities import IMAGE, TEXT
+from data_prep.common.typed_json import Count, check_typed, parse_object, read_bytes
 from data_prep.text.template import EOS, Image, Piece, Special, Text
 
 if TYPE_CHECKING:
@@ -245,13 +247,12 @@ class Tokenizer:
             raise UserError(
                 f"{folder}: not a tokenizer folder written by mma-prep ({META} is missing); run mma-prep again"
             )
-        try:
-            tokens: dict[str, int] = json.loads((folder / META).read_text(encoding="utf-8"))["tokens"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder / META}: malformed ({error}); run mma-prep again") from error
+        tokens = _read_tokens(folder / META)
         file = _tokenizer_file(folder)
         companions = {name: (folder / name).read_bytes() for name in COMPANIONS if (folder / name).is_file()}
         probe = _backend(file, companions, ())
+        if max(tokens.values()) >= probe.size() + len(tokens):
+            raise UserError(f"{folder / META}: malformed (an id is outside the vocabulary); {RERUN}")
         appended = sorted((index, name) for name, index in tokens.items() if index >= probe.size())
         return cls(_backend(file, companions, [name for _, name in appended]), tokens, companions)
 
@@ -341,6 +342,21 @@ class Tokenizer:
     def _files(self) -> dict[str, bytes]:
         meta = json.dumps({"tokens": self._tokens}, indent=1, sort_keys=True).encode() + b"\n"
         return {self._backend.filename: self._backend.payload(), META: meta, **self._companions}
+
+
+def _read_tokens(path: Path) -> dict[str, int]:
+    """Return the ids of special tokens by name. Raises UserError if the table is malformed."""
+    raw = parse_object(read_bytes(path, RERUN), path, RERUN)
+    tokens: dict[str, int] = check_typed(_tokens_type(), raw.get("tokens"), path, RERUN)
+    for name in (PAD, IMAGE_TOKEN):
+        if name not in tokens:
+            raise UserError(f"{path}: malformed (it has no id of {name}); {RERUN}")
+    return tokens
+
+
+@functools.cache
+def _tokens_type() -> TypeAdapter[dict[str, Count]]:
+    return TypeAdapter(dict[str, Count])
 
 
 def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:

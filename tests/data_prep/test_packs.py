@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from data_prep.common.errors import UserError
+from data_prep.common.files import FileEntry, sha256_file, sha256_line
+from data_prep.common.store_index import write_store_index
 from data_prep.common.supervision import predicts_target
 from data_prep.packs import Manifest, PackReader, PackRow, Source, write_rows
 
@@ -17,15 +19,16 @@ def random_row(rng: np.random.Generator) -> PackRow:
     segments = np.sort(rng.integers(1, 4, LENGTH - 3)).astype(np.int32)
     segment = np.concatenate([segments, np.zeros(3, dtype=np.int32)])
     generated = (rng.integers(0, 2, LENGTH) * (segment > 0)).astype(np.uint8)
+    images = int(rng.integers(1, 4))
     return PackRow(
         input_ids=rng.integers(0, 100, LENGTH).astype(np.int32),
         modality=rng.integers(0, 2, LENGTH).astype(np.int8),
         segment=segment,
-        instance=rng.integers(-1, 3, LENGTH).astype(np.int16),
+        instance=rng.integers(-1, images, LENGTH).astype(np.int16),
         generated=generated,
-        image_row=rng.integers(0, 9, int(rng.integers(0, 4))).astype(np.int64),
+        image_row=rng.integers(0, 9, images).astype(np.int64),
         n_target=int(predicts_target(segment, generated).sum()),
-        source=(Source("a", "b", 3, "colour"), Source("c", "d", 4)),
+        source=(Source("a", "b", 3, "colour"), Source("c", "d", 4), Source("e", "f", 5)),
     )
 
 
@@ -88,7 +91,7 @@ def test_damage_is_found_and_named(folder: tuple[Path, list[PackRow]], damage, w
 
 
 def test_a_row_file_of_another_length_is_refused(folder: tuple[Path, list[PackRow]]) -> None:
-    manifest = replace(Manifest.load(folder[0]), seq_len=8)
+    manifest = replace(Manifest.load(folder[0]), seq_len=32)
     (folder[0] / "manifest.json").write_text(manifest.to_json())
     with pytest.raises(UserError, match="not the rows its manifest lists"):
         PackReader(folder[0])[0]
@@ -126,3 +129,105 @@ def test_a_foreign_manifest_is_a_user_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="manifest"):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("input_ids", 100), ("input_ids", -1), ("segment", 4), ("segment", -2), ("instance", 9), ("instance", -2),
+     ("modality", 77), ("generated", 2), ("image_row", -1), ("n_target", -1), ("n_target", LENGTH + 1)],
+)  # fmt: skip
+def test_a_damaged_value_is_an_error_that_names_file_row_and_column(
+    folder: tuple[Path, list[PackRow]], column: str, value: int
+) -> None:
+    bad = replace(folder[1][5], n_target=value) if column == "n_target" else folder[1][5]
+    if column != "n_target":
+        values = getattr(bad, column).copy()
+        values[0] = value
+        bad = replace(bad, **{column: values})
+    write_rows(folder[0] / "rows-00001.arrow", [folder[1][4], bad, folder[1][6]], LENGTH)
+    reader = PackReader(folder[0])  # hashes are not checked
+    assert same(reader[4], folder[1][4])
+    with pytest.raises(
+        UserError, match=rf"rows-00001.arrow: row 1 \(row 5 of .* column {column} holds {value}, outside"
+    ):
+        reader[5]
+    if column == "segment":
+        with pytest.raises(UserError, match="column segment"):
+            reader.segment(5)
+
+
+def test_image_rows_are_checked_against_the_store(folder: tuple[Path, list[PackRow]]) -> None:
+    manifest = replace(Manifest.load(folder[0]), image_store="../store")
+    (folder[0] / "manifest.json").write_text(manifest.to_json())
+    write_store_index(folder[0].parent / "store", [FileEntry("images-00000.arrow", 9, "", rows=3)])
+    wrong = next(index for index, row in enumerate(folder[1]) if row.image_row.max() >= 3)
+    with pytest.raises(UserError, match=r"column image_row holds [3-8], outside 0 to 2"):
+        PackReader(folder[0])[wrong]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flipped_bytes_of_rows_give_rows_or_one_error_even_without_hashes(
+    folder: tuple[Path, list[PackRow]], seed: int
+) -> None:
+    path, rng = folder[0] / "rows-00000.arrow", np.random.default_rng(seed)
+    content = path.read_bytes()
+    for _ in range(60):
+        damaged = bytearray(content)
+        for at in rng.integers(0, len(content), rng.integers(1, 4)):
+            damaged[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(damaged)
+        try:
+            list(PackReader(folder[0]))
+        except UserError as error:
+            assert "\n" not in str(error)
+
+
+DEEP = "[" * 10_000 + "]" * 10_000
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ('"rows": 7', '"rows": "7"', "rows"),
+        ('"rows": 7', '"rows": 7.0', "rows"),
+        ('"rows": 7', '"rows": true', "rows"),
+        ('"rows": 7', '"rows": -7', "greater than or equal to 0"),
+        ('"rows": 7', '"rows": 8', "rows=8, but its files hold 7"),
+        ('"rows": 7', f'"rows": {"9" * 5000}', "number out of range"),
+        ('"rows": 7', f'"rows": {"9" * 4000}', "rows"),
+        ('"rows": 7', f'"rows": {DEEP}', "recursion"),
+        ('"rows": 7', '"rows": NaN', "malformed"),
+        ('"rows": 7', '"rows": 7, "more": 1', "unknown key more"),
+        ('"rows": 7,', "", "rows is missing"),
+        ('"seq_len": 16', '"seq_len": 0', "seq_len"),
+        ('"seq_len": 16', '"seq_len": 12', "7 rows of 12"),
+        ('"pad_id": 0', '"pad_id": 100', "pad_id=100 is not below vocab_size=100"),
+        ('"files": [', '"files": [7, ', "files.0"),
+        ("rows-00000.arrow", "../../etc/passwd", "files.0.name: must be a relative path"),
+        ("rows-00000.arrow", "/etc/passwd", "files.0.name: must be a relative path"),
+        ('"corpora": {}', '"corpora": {"a": {"draws": -1}}', "corpora.a.draws"),
+        ('"version": 2', '"version": [2]', r"version \[2\], this release reads version 2"),
+        ('"format": "mma-pack"', f'"format": "{"x" * 9999}"', "not a file of format mma-pack"),
+        ("{", "\udcff{", "malformed"),
+        ("{", "7 {", "malformed"),
+    ],
+)
+def test_a_wrong_value_in_a_manifest_is_one_short_line(
+    folder: tuple[Path, list[PackRow]], old: str, new: str, words: str
+) -> None:
+    path = folder[0] / "manifest.json"
+    text = path.read_text()
+    assert old in text
+    path.write_bytes(text.replace(old, new, 1).encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=words) as caught:
+        Manifest.load(folder[0])
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(path))
+
+
+def test_a_manifest_is_checked_against_the_hash_beside_it(folder: tuple[Path, list[PackRow]]) -> None:
+    path = folder[0] / "manifest.json"
+    path.with_suffix(".sha256").write_bytes(sha256_line(sha256_file(path), path.name))
+    Manifest.load(folder[0])
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"manifest.json: differs from manifest.sha256"):
+        Manifest.load(folder[0])

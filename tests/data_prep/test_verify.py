@@ -29,7 +29,9 @@ KINDS = {
     "rows": "packs/*/rows-*.arrow",
     "plan": "packs/*/plan.arrow",
     "tokenizer of packs": "packs/*/tokenizer/*",
+    "hash of the plan": "packs/*/plan.sha256",
     "index of the store": "images/*/store.json",
+    "hash of the index": "images/*/store.sha256",
     "shard of the store": "images/*/images-*.arrow",
     "tokenizer": "tokenizer/tokenizer.model",
     "table of special tokens": "tokenizer/mma_tokenizer.json",
@@ -76,7 +78,7 @@ def test_a_flipped_byte_is_found_and_its_file_named(out: Path, kind: str) -> Non
         flipped[rng.randrange(len(whole))] ^= 1 << rng.randrange(8)
         for damaged in (bytes(flipped), whole[: rng.randrange(len(whole))]):
             path.write_bytes(damaged)
-            listed = (path, path.with_suffix(".json"), path.with_suffix(".jsonl"))
+            listed = (path, *(path.with_suffix(suffix) for suffix in (".json", ".jsonl", ".arrow")))
             assert named_by_verify(out) in listed  # a listing and its hash: one of them
         path.unlink()
         if kind not in MADE_WHEN_MISSING:
@@ -127,7 +129,8 @@ def test_rows_never_follow_a_damaged_plan(out: Path, tmp_path: Path) -> None:
     other = table.set_column(2, "shard", pa.array(made.shard[::-1]))  # a whole file with the same settings
     with pa.OSFile(str(plan), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(other)
-    assert PackingPlan.load(plan).sha256 != made.sha256
+    with pytest.raises(UserError, match=r"plan.arrow: differs from plan.sha256"):
+        PackingPlan.load(plan)
     prepare(make_recipe(tmp_path, max_bad_fraction=0.1))
     assert tree_hashes(tmp_path / "out") == tree_hashes(out)
 

@@ -22,6 +22,7 @@ from data_prep.images import store as images_module
 from data_prep.images.store import IMAGE_SCHEMA, ImageStore
 from data_prep.ingest import image_hashes
 from data_prep.ingest import image_store_build as build
+from data_prep.ingest.store_rows import read_store_rows
 from data_prep.ingest.workspace import ShardOutput, ShardReport
 from data_prep.quarantine import Tally
 from tests.data_prep.raw import tree_hashes
@@ -72,7 +73,7 @@ def check(outputs: list[ShardOutput], contents: list[list[bytes]], store: ImageS
     shuffled = np.random.default_rng(0).permutation(len(store))
     assert store.hashes(shuffled).tobytes() == b"".join(hashlib.sha256(distinct[row]).digest() for row in shuffled)
     for output, images in zip(outputs, contents, strict=True):
-        rows = np.fromfile(output.rows(store.directory.name), dtype=np.int64)
+        rows = read_store_rows(output.rows(store.directory.name))
         assert rows.tolist() == [distinct.index(data) for data in images]
         assert not output.images.exists()
     store.verify()

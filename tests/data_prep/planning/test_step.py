@@ -80,7 +80,7 @@ def test_a_shard_output_that_disagrees_with_its_marker_is_named(recipe: Recipe, 
     fewer = replace(report, tally=Tally(report.tally.kept - 1))
     output.marker.write_text(fewer.to_json())
     with pytest.raises(
-        UserError, match=rf"{output.shard}.stats: cannot be read \({report.tally.kept} samples, .* says "
+        UserError, match=rf"{output.shard}.stats: cannot be used \({report.tally.kept} samples, .* says "
     ):
         plan(recipe.model_copy(update={"seed": 1}), Reporter(quiet=True))
     output.marker.write_text(report.to_json())

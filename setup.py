@@ -2,13 +2,22 @@
 
 from setuptools import find_packages, setup
 
+SHIPPED = {"pipeline.shipped.ds_configs": "ds_configs", "pipeline.shipped.slurm": "slurm"}
+"""Packages that hold files only, and their folders here; `pipeline.config.shipped` finds them in both places."""
+
 setup(
     name="mma-pipeline",
     version="0.1.0",
     description="DeepSpeed training pipeline for Modality-Mutual Attention (arXiv 2503.02597)",
     python_requires=">=3.11",
-    packages=find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]),
-    package_data={"pipeline": ["recipes/*.yaml"], "data_prep": ["recipes/*.yaml", "recipes/*.txt"]},
+    packages=[*find_packages(include=["pipeline", "pipeline.*", "data_prep", "data_prep.*"]), *SHIPPED],
+    package_dir=SHIPPED,
+    package_data={
+        "pipeline": ["recipes/*.yaml"],
+        "data_prep": ["recipes/*.yaml", "recipes/*.txt"],
+        "pipeline.shipped.ds_configs": ["*.json"],
+        "pipeline.shipped.slurm": ["*.sh", "*.py"],
+    },
     install_requires=[
         "torch",
         "deepspeed",
@@ -23,6 +32,7 @@ setup(
         "pillow",
         "pydantic",
         "rich",
+        "shtab",
         "matplotlib",
         "jinja2",
         "safetensors",

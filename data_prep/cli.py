@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_prep.common.command_line import OneLineParser
+from data_prep.common.command_line import OneLineParser, add_version, print_completion
 from data_prep.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    add_version(parser)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     debug = OneLineParser(add_help=False)
     debug.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -114,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     rejects.add_argument("directory", type=Path, metavar="DIR", help="an output folder")
     rejects.add_argument("--html", type=Path, metavar="FILE", help="write a page with images instead")
     rejects.set_defaults(command=_rejects)
+    completion = commands.add_parser("completion", parents=[debug], help="print a shell completion script")
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
+    completion.set_defaults(command=lambda options: print_completion(_parser(), options.shell))
     return parser
 
 

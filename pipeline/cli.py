@@ -9,25 +9,23 @@ import argparse
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
-from data_prep.common.command_line import OneLineParser
+from data_prep.common.command_line import OneLineParser, add_version, flush_output, print_completion, use_any_output
 from data_prep.common.errors import UserError
+from pipeline.commands import parsers
 from pipeline.commands.model import add_evaluate, add_export, add_generate
-
-if TYPE_CHECKING:
-    pass
 
 _OVERVIEW = """\
 Train, inspect and serve multimodal LLMs with Modality-Mutual Attention.
 
-  run folder --export--> model folder --generate, evaluate--> answers
+  packs --train--> run folder --export--> model folder --generate, evaluate--> answers
 
-Training itself is `deepspeed pipeline/train.py`, data preparation `mma-prep`.
+Data preparation is `mma-prep`.
 """
 _EXAMPLES = """\
 examples:
   mma demo                                          corpora -> packs -> PT -> SFT -> model -> accuracy
+  mma train --recipe demo_sft --ranks 2             train; the same command resumes
   mma doctor --checkpoint runs/demo_sft             check for problems and print their fixes
   mma status                                        state of all runs in runs/
   mma estimate aki_4b_sft --ranks 8 16 64           memory and compute of each rank
@@ -35,6 +33,7 @@ examples:
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
   mma schedule --pp 4 --micro-batches 8             draw one pipeline step
+  mma slurm init                                    copy the Slurm scripts into ./slurm
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
   mma generate scene.png "How many circles are there?" --model models/demo
   mma generate left.png right.png "Are they alike?" --model models/demo
@@ -46,14 +45,16 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 2, with one line on stderr, for user errors."""
     words = list(sys.argv[1:] if argv is None else argv)
+    use_any_output()
     try:
-        code = _run(words)
-        sys.stdout.flush()  # report a closed pipe here, not at interpreter exit
+        code = _code_of(words)
+        flush_output()  # report a closed pipe or a full disk here, not at interpreter exit
         return code
     except BrokenPipeError:  # `mma status | head`
-        sys.stderr.close()
+        flush_output(discard=True)
         return 0
     except (UserError, OSError) as error:  # OSError: no permission, disk full, file gone
+        flush_output(discard=True)
         if "--debug" in words:
             traceback.print_exc()
         print(f"mma: {error}", file=sys.stderr)
@@ -62,13 +63,41 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _code_of(words: list[str]) -> int:
+    try:
+        return _run(words)
+    except SystemExit as end:  # of argparse, after help or a usage error
+        return end.code if isinstance(end.code, int) else 0
+
+
 def _run(words: list[str]) -> int:
-    if words and words[0] in _OWN_PARSERS:
-        return _OWN_PARSERS[words[0]](words[1:])
-    arguments = _parser().parse_args(words)
-    command: Callable[[argparse.Namespace], None] = arguments.command
-    command(arguments)
-    return 0
+    name = words[0] if words else ""
+    if name in _OWN_PARSERS:
+        return _OWN_PARSERS[name](words[1:])
+    parser = build_parser(name)
+    if name == "train" and not {"-h", "--help"} & set(words):
+        return _train(words[1:])
+    options, flags = parser.parse_known_args(words)
+    if flags and not getattr(options, "trainer_flags", False):
+        options.parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.flags = flags
+    command: Callable[[argparse.Namespace], int | None] = options.command
+    return command(options) or 0
+
+
+def _train(words: Sequence[str]) -> int:
+    from pipeline.commands.train import TrainCommand, start_ranks
+
+    command = TrainCommand.parse(words)
+    if command.ranks:
+        start_ranks(command)
+    from pipeline.train import leave, main
+
+    leave(main(command.words))
+
+
+def _completion(options: argparse.Namespace) -> None:
+    print_completion(build_parser(), options.shell)
 
 
 def _mask(words: Sequence[str]) -> int:
@@ -89,70 +118,57 @@ def _prove(words: Sequence[str]) -> int:
     return prove_command(words)
 
 
-def _demo(words: Sequence[str]) -> int:
-    from pipeline.commands.demo import demo_command
-
-    return demo_command(words)
-
-
-def _estimate(words: Sequence[str]) -> int:
-    from pipeline.commands.estimate import estimate_command
-
-    return estimate_command(words)
-
-
-def _doctor(words: Sequence[str]) -> int:
-    from pipeline.commands.doctor import doctor_command
-
-    return doctor_command(words)
-
-
-def _status(words: Sequence[str]) -> int:
-    from pipeline.commands.status import status_command
-
-    return status_command(words)
-
-
-def _schedule(words: Sequence[str]) -> int:
-    from pipeline.commands.schedule import schedule_command
-
-    return schedule_command(words)
-
-
-_OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {
-    "demo": _demo,
-    "doctor": _doctor,
-    "estimate": _estimate,
-    "inspect": _inspect,
-    "mask": _mask,
-    "prove": _prove,
-    "schedule": _schedule,
-    "status": _status,
+_OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {"inspect": _inspect, "mask": _mask, "prove": _prove}
+_COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
+    "demo": ("run every step once on a small drawn world", parsers.add_demo),
+    "train": ("train a recipe, or resume its run", None),
+    "doctor": ("check for problems before a run", parsers.add_doctor),
+    "status": ("show state, step, loss and checkpoint of runs", parsers.add_status),
+    "estimate": ("estimate memory and compute of a recipe on any number of ranks", parsers.add_estimate),
+    "inspect": ("browse packed rows and their masks in an HTML page", None),
+    "mask": ("draw a mask policy", None),
+    "prove": ("prove that a mask leaks no answer", None),
+    "schedule": ("draw one step of a pipeline schedule", parsers.add_schedule),
+    "slurm": ("copy the Slurm scripts", parsers.add_slurm),
+    "export": ("export a trained run as a model folder", add_export),
+    "generate": ("ask a model a question about images", add_generate),
+    "evaluate": ("measure accuracy on held-out packs", add_evaluate),
+    "completion": ("print a shell completion script", parsers.add_completion),
+}
+"""Help line of each command, and the function that declares its arguments."""
+_DESCRIPTIONS = {
+    "demo": parsers.DEMO,
+    "doctor": parsers.DOCTOR,
+    "status": parsers.STATUS,
+    "estimate": parsers.ESTIMATE,
+    "schedule": parsers.SCHEDULE,
+    "slurm": parsers.SLURM,
+    "completion": parsers.COMPLETION,
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser(only: str | None = None) -> OneLineParser:
+    """Return the parser of ``mma``, with the arguments of the command ``only``; None = of all commands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser(prog="mma", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
+    add_version(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    common = OneLineParser(add_help=False)
-    common.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    for name, words in (
-        ("demo", "run every step once on a small drawn world"),
-        ("doctor", "check for problems before a run"),
-        ("status", "show state, step, loss and checkpoint of runs"),
-        ("estimate", "estimate memory and compute of a recipe on any number of ranks"),
-        ("inspect", "browse packed rows and their masks in an HTML page"),
-        ("mask", "draw a mask policy"),
-        ("prove", "prove that a mask leaks no answer"),
-        ("schedule", "draw one step of a pipeline schedule"),
-    ):
-        commands.add_parser(name, help=words, add_help=False)
-    add_export(commands.add_parser("export", parents=[common], help="export a trained run as a model folder"))
-    device = OneLineParser(add_help=False, parents=[common])
-    device.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
-    add_generate(commands.add_parser("generate", parents=[device], help="ask a model a question about images"))
-    add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))
+    for name, (text, add_arguments) in _COMMANDS.items():
+        if name == "train" and only in (None, name):
+            from pipeline.commands.train import add_train  # reads the whole configuration schema
+
+            add_train(commands, text)
+            continue
+        description = _DESCRIPTIONS.get(name, f"{text[0].upper()}{text[1:]}.")
+        own = commands.add_parser(name, help=text, description=description, formatter_class=raw, allow_abbrev=False)
+        own.add_argument("--debug", action="store_true", help="print a traceback for errors")
+        own.set_defaults(parser=own)
+        if add_arguments is not None and only in (None, name):
+            add_arguments(own)
+        if name in ("generate", "evaluate"):
+            own.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
+        if name == "completion":
+            own.set_defaults(command=_completion)
     return parser
 
 

@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         invocation = parse(words)
+        for note in invocation.notes if is_rank0() else ():
+            print(f"note: {redact(note)}", file=sys.stderr, flush=True)
         if invocation.print_config:
             print(to_yaml(invocation.config), end="")
             return 0
@@ -63,6 +65,12 @@ def leave(code: int) -> NoReturn:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def is_rank0() -> bool:
+    """Return whether this process is rank 0, before the rank variables of Slurm and MPI are read."""
+    names = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+    return next((os.environ[name] for name in names if name in os.environ), "0") == "0"
 
 
 def _report(error: UserError) -> int:

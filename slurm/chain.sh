@@ -39,13 +39,23 @@ submit() {
   done
   if [ -n "$dry_run" ]; then
     job="<$((${#jobs[@]} + 1))>"
-    echo "$job ${variables[*]} ${batch[*]} ${after[*]}${after:+ }$*"
+    echo "$job $(shown "${variables[@]}") ${batch[*]} ${after[*]}${after:+ }$(shown "$@")"
   else
     job=$(env "${variables[@]}" "${batch[@]}" "${after[@]}" "$@") || give_up
     job=${job%%;*} # ID;CLUSTER where there are several clusters
-    echo "$job ${variables[*]} $*"
+    echo "$job $(shown "${variables[@]}") $(shown "$@")"
   fi
   jobs+=("$job")
+}
+
+# shown WORDS...: print words on one line, quoted where a shell needs it.
+shown() {
+  local word line=()
+  for word in "$@"; do
+    [[ $word =~ ^[[:alnum:]_./=:,%+-]*$ ]] || word=$(printf '%q' "$word")
+    line+=("$word")
+  done
+  echo "${line[*]}"
 }
 
 # give_up: cancel what was submitted; a chain is submitted as a whole or not at all.
@@ -74,7 +84,7 @@ finished() {
 pretrain() {
   local recipe start
   job=$1 run=''
-  for recipe in $(list "$pt"); do
+  for recipe in "${pt[@]}"; do
     start=$run run=runs/$(run_name "$recipe")
     finished "$run" || submit "$job" "RECIPE=$recipe" "RUN_DIR=$run" "INIT_FROM=$start" "${train_options[@]}" slurm/pt.sh
   done
@@ -84,7 +94,7 @@ pretrain() {
 tune() {
   local recipe start
   job=$2 run=$3
-  for recipe in $(list "$sft"); do
+  for recipe in "${sft[@]}"; do
     start=${run:-none} run=$(sft_run "$recipe" "$1")
     finished "$run" || submit "$job" "RECIPE=$recipe" "POLICY=$1" "PT_RUN_DIR=$start" "RUN_DIR=$run" \
       "${train_options[@]}" slurm/sft_mma.sh
@@ -101,37 +111,42 @@ check_folders() {
 # run_folders: print the run folder of every stage, one per line.
 run_folders() {
   local recipe policy
-  for recipe in $(list "$pt"); do echo "runs/$(run_name "$recipe")"; done
-  for recipe in $(list "$sft"); do
-    for policy in $(list "$policies"); do sft_run "$recipe" "$policy"; done
+  for recipe in "${pt[@]}"; do echo "runs/$(run_name "$recipe")"; done
+  for recipe in "${sft[@]}"; do
+    for policy in "${policies[@]}"; do sft_run "$recipe" "$policy"; done
   done
 }
 
 # check_names: refuse unknown recipes and policies now instead of in a queued job. Needs the software on this node.
 check_names() {
-  local name masks=() flags
-  [ -f pipeline/train.py ] && find_software || return 0
-  read -ra flags <<< "${DATA_FLAGS:-}"
-  for name in $(list "$data"); do
-    [ "$name" = demo ] || accepted python slurm/check_recipe.py "$name" "${flags[@]}"
+  local name masks=()
+  find_software || return 0
+  split DATA_FLAGS
+  for name in "${data[@]}"; do
+    [ "$name" = demo ] || accepted python slurm/check_recipe.py "$name" "${words[@]}"
   done
-  for name in $(list "$pt") $(list "$sft"); do
-    accepted python pipeline/train.py --print-config --recipe "$name"
+  for name in "${pt[@]}" "${sft[@]}"; do
+    accepted python -m pipeline.train --print-config --recipe "$name"
   done
-  for name in $(list "$policies"); do masks+=(--policy "$name"); done
+  for name in "${policies[@]}"; do masks+=(--policy "$name"); done
   accepted mma mask "V1 Q1 A1" "${masks[@]}"
 }
 
 # accepted COMMAND...: run a check; if it reports a user error, exit with its message.
 accepted() {
-  local code=0 words
-  words=$("$@" 2>&1 > /dev/null) || code=$?
-  words=${words#error: }
-  [ "$code" != 2 ] || refuse "${words#mma: }"
+  local code=0 message
+  message=$("$@" 2>&1 > /dev/null) || code=$?
+  message=${message#error: }
+  [ "$code" != 2 ] || refuse "${message#mma: }"
 }
 
-# list NAMES: print comma-separated names, one per line; nothing for "none".
-list() { [ "$1" = none ] || tr , '\n' <<< "$1"; }
+# list VARIABLE: turn comma-separated names into an array; "none" into an empty one.
+# shellcheck disable=SC2034 # the array is read by its own name
+list() {
+  local text=${!1}
+  declare -n names=$1
+  if [ "$text" = none ]; then names=(); else IFS=, read -ra names <<< "$text"; fi
+}
 
 data=demo pt=demo_pt sft=demo_sft policies=mma shards=1 packs=data/demo/packs/eval
 while [ $# -gt 0 ]; do
@@ -150,22 +165,23 @@ while [ $# -gt 0 ]; do
 done
 [[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards $shards: give 1 or more"
 [ "$policies" != none ] || refuse "--policies none: name a mask policy, or skip SFT with --sft none"
-read -ra train_options <<< "$TRAIN_SBATCH"
-read -ra data_options <<< "$DATA_SBATCH"
-read -ra eval_options <<< "$EVAL_SBATCH"
+split TRAIN_SBATCH && train_options=("${words[@]}")
+split DATA_SBATCH && data_options=("${words[@]}")
+split EVAL_SBATCH && eval_options=("${words[@]}")
+for stage in data pt sft policies; do list "$stage"; done
 
 check_folders
 check_names
 
 data_jobs='' tuned_jobs='' runs=()
-for recipe in $(list "$data"); do
+for recipe in "${data[@]}"; do
   prepare_data "$recipe"
   data_jobs+=${data_jobs:+:}$job
 done
 pretrain "$data_jobs"
 pt_job=$job pt_run=$run
-if [ "$sft" != none ]; then
-  for policy in $(list "$policies"); do
+if [ ${#sft[@]} -gt 0 ]; then
+  for policy in "${policies[@]}"; do
     tune "$policy" "$pt_job" "$pt_run"
     tuned_jobs+=${job:+${tuned_jobs:+:}$job}
     runs+=("$run")

@@ -30,7 +30,8 @@
 need_job slurm/data_prep.sh
 activate
 recipe=${RECIPE:-demo}
-read -ra flags <<< "--workers ${SLURM_CPUS_PER_TASK:-1} ${DATA_FLAGS:-}"
+split DATA_FLAGS
+flags=(--workers "${SLURM_CPUS_PER_TASK:-1}" "${words[@]}")
 if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
   say "all remaining work of $recipe"
   if [ "$recipe" = demo ]; then mma-prep demo data/demo "${flags[@]}"; else mma-prep run "$recipe" "${flags[@]}"; fi

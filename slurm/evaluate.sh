@@ -58,8 +58,18 @@ conditions() {
   for model in "$@"; do echo "model $model step $(field "$model/config.json" step)"; done
 }
 
+# label RUN RUNS...: print the name of a run in file names: its folder's, or its path if another run has that name too.
+label() {
+  local other same=0
+  for other in "${@:2}"; do
+    [ "$(basename "$other")" != "$(basename "$1")" ] || same=$((same + 1))
+  done
+  if [ "$same" -le 1 ]; then basename "$1"; else tr / = <<< "${1%/}"; fi
+}
+
 packs=${EVAL_PACKS:-data/demo/packs/eval}
-read -ra flags <<< "${EVAL_FLAGS:-}"
+split EVAL_FLAGS
+flags=("${words[@]}")
 [ $# -gt 0 ] || set -- runs/demo_sft
 for run in "$@"; do
   need_finished RUN "$run"
@@ -69,5 +79,5 @@ if [ "$packs" = none ]; then exit 0; fi
 model=$1/export
 if [ $# = 1 ]; then measure "$1/evaluation.json" "$model"; fi
 for other in "${@:2}"; do
-  measure "$1/evaluation_beside_$(basename "$other").json" "$model" "$other/export"
+  measure "$1/evaluation_beside_$(label "$other" "$@").json" "$model" "$other/export"
 done

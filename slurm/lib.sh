@@ -37,6 +37,15 @@ find_software() {
   command -v mma > /dev/null
 }
 
+# split VARIABLE: set `words` to the words of a variable's value, which may be quoted as in a shell; nothing is expanded.
+# shellcheck disable=SC2034 # the scripts read words
+split() {
+  words=()
+  [ -n "${!1:-}" ] || return 0
+  xargs printf '' <<< "${!1}" 2> /dev/null || refuse "$1=${!1}: a quote is not closed"
+  mapfile -d '' -t words < <(xargs printf '%s\0' <<< "${!1}")
+}
+
 # need_job SCRIPT: refuse to run outside Slurm.
 need_job() {
   [ -n "${SLURM_JOB_ID:-}" ] || refuse "$1 is a job script: sbatch $1"
@@ -94,7 +103,7 @@ train() {
   trap ended_by_slurm TERM
   name_master
   [ "$CHECK_NODES" = no ] || check_nodes
-  launch "$RANKS_PER_NODE" python pipeline/train.py --deepspeed "${DS_CONFIG:-ds_configs/zero3.json}" \
+  launch "$RANKS_PER_NODE" python -m pipeline.train --deepspeed "${DS_CONFIG:-zero3}" \
     --recipe "$recipe" --run-dir "$run_dir" "${@:3}" &
   wait_for $! || code=$?
   finish "$code"

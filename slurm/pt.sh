@@ -10,7 +10,7 @@
 #   RUN_DIR      run folder, on a file system shared by all nodes (runs/<recipe>)
 #   INIT_FROM    initialize the weights from another run        (the recipe's)
 #   EXTRA_FLAGS  more trainer flags, for slurm/chain.sh         (none)
-#   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
+#   DS_CONFIG    DeepSpeed file: zero1, zero2, zero3, ... or a path (zero3)
 # Set your site's options in slurm/env.sh. Log: slurm/logs/mma-pt-JOB.log.
 # The 300 s of --signal must cover one step and one save: raise it if yours take longer. A job that exceeds its time
 # limit (TIMEOUT) is not requeued: sbatch again to resume from the newest checkpoint.
@@ -30,7 +30,8 @@
 need_job slurm/pt.sh
 activate
 recipe=${RECIPE:-demo_pt}
-read -ra flags <<< "${EXTRA_FLAGS:-}"
+split EXTRA_FLAGS
+flags=("${words[@]}")
 if [ -n "${INIT_FROM:-}" ]; then
   need_finished INIT_FROM "$INIT_FROM"
   flags=(--init-from "$INIT_FROM" "${flags[@]}")

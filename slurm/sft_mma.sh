@@ -13,7 +13,7 @@
 #   POLICY       mask policy, see `mma mask --help`             (mma)
 #   RUN_DIR      run folder, on a file system shared by all nodes (runs/<recipe>; other policies: runs/<recipe>_<policy>)
 #   EXTRA_FLAGS  more trainer flags, for slurm/chain.sh         (none)
-#   DS_CONFIG    DeepSpeed configuration                        (ds_configs/zero3.json)
+#   DS_CONFIG    DeepSpeed file: zero1, zero2, zero3, ... or a path (zero3)
 # Set your site's options in slurm/env.sh. Log: slurm/logs/mma-sft-JOB.log.
 # The 300 s of --signal must cover one step and one save: raise it if yours take longer. A job that exceeds its time
 # limit (TIMEOUT) is not requeued: sbatch again to resume from the newest checkpoint.
@@ -34,7 +34,8 @@ need_job slurm/sft_mma.sh
 activate
 recipe=${RECIPE:-demo_sft} policy=${POLICY:-mma}
 pt_run=${PT_RUN_DIR:-runs/$(run_name "${PT_RECIPE:-demo_pt}")}
-read -ra flags <<< "${EXTRA_FLAGS:-}"
+split EXTRA_FLAGS
+flags=("${words[@]}")
 if [ "$pt_run" != none ]; then
   need_finished PT_RUN_DIR "$pt_run"
   flags=(--init-from "$pt_run" "${flags[@]}")

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
 import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any, NoReturn
 
 from data_prep.common.errors import did_you_mean
@@ -44,3 +48,41 @@ class OneLineParser(argparse.ArgumentParser):
     def _commands(self) -> dict[str, OneLineParser]:
         found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
         return dict(found[0]) if found else {}
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Add ``--version``."""
+    try:
+        number = version("mma-pipeline")
+    except PackageNotFoundError:
+        number = "(not installed)"
+    parser.add_argument("--version", action="version", version=f"{parser.prog} {number}")
+
+
+def print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
+    """Print a completion script of all commands of a parser for ``bash``, ``zsh`` or ``tcsh``."""
+    import shtab  # only this command needs it
+
+    print(shtab.complete(parser, shell=shell))
+
+
+def use_any_output() -> None:
+    """Make ``print`` work whatever stdout is: closed (output is dropped), or an encoding that lacks a character."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def flush_output(*, discard: bool = False) -> None:
+    """Write out what was printed. Raises OSError if it cannot be written.
+
+    ``discard`` drops it instead, so the interpreter does not fail a second time when it exits.
+    """
+    if not discard:
+        sys.stdout.flush()
+        return
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -14,21 +14,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
+from pipeline.commands.train import check_ranks
 from pipeline.config.recipes import load_config
 from pipeline.masks import get_policy
-from pipeline.parallel.launch import free_port
 from pipeline.parallel.partition import split_layers
 from pipeline.training.run.folder import RunFolder
 from pipeline.training.run.state import format_duration
 
-ROOT = Path(__file__).resolve().parents[2]
 DATA, RUNS = Path("data/demo"), Path("runs")
-DESCRIPTION = """\
-Draw a small world, tokenize and pack it, pre-train on its captions, instruction-tune with Modality-Mutual Attention,
-export the model, evaluate it on held-out scenes and ask it a question. Every step is an ordinary command, printed
-before it runs. Finished steps are skipped; an interrupted step resumes."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +60,8 @@ def stages_of(pp: int, policy: str | None = None) -> list[Stage]:
     return [pt, sft, Stage(f"demo_sft_{policy}{end}", "demo_sft", (*sft.flags, "--mask.policy", policy))]
 
 
-def demo_command(argv: Sequence[str]) -> int:
-    """Run the demo; return 0. Raises UserError when a step fails."""
-    parser = OneLineParser("mma demo", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=0, help="training processes (default: 2, or 1 on a single GPU)")
-    parser.add_argument("--compare", metavar="POLICY", help="also train the SFT stage under this mask policy: causal")
-    parser.add_argument("--pp", type=int, default=1, help="pipeline stages (default: 1); must divide the ranks")
-    options = parser.parse_args(list(argv))
+def demo(options: argparse.Namespace) -> int:
+    """Run the demo; return 0. Raises UserError if a step fails."""
     began, ranks = time.monotonic(), options.ranks or max(options.pp, default_ranks())
     _check_grid(options.pp, ranks)
     stages = stages_of(options.pp, options.compare)
@@ -94,7 +83,8 @@ def demo_command(argv: Sequence[str]) -> int:
 
 def _check_grid(pp: int, ranks: int) -> None:
     """Raise UserError for a grid that the trainer would refuse, before minutes of drawing data."""
-    if pp < 1 or ranks < 1 or ranks % pp:
+    check_ranks(ranks)
+    if ranks % pp:
         raise UserError(f"--pp {pp} does not divide --ranks {ranks}: make --ranks a multiple of --pp")
     split_layers(load_config("demo_pt").model.llm.config["num_hidden_layers"], pp)
 
@@ -110,15 +100,8 @@ def _train(stage: Stage, ranks: int) -> None:
     if RunFolder(str(stage.folder)).status().get("state") == "done":
         print(f"\n# {stage.run} is already trained ({stage.folder}); delete the folder to train again")
         return
-    flags = ["--deepspeed", shown(ROOT / "ds_configs/zero3.json"), "--recipe", stage.recipe]
-    launch = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(free_port())]
-    command = [*launch, shown(ROOT / "pipeline/train.py"), *flags, "--run-dir", str(stage.folder), *stage.flags]
-    _call(command, f"train {stage.run} on {ranks} ranks")
-
-
-def shown(path: Path) -> str:
-    """Return a path, relative to the working folder if it is inside it."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    words = ["--ranks", str(ranks), "--recipe", stage.recipe, "--run-dir", str(stage.folder), *stage.flags]
+    _call(["mma", "train", *words], f"train {stage.run} on {ranks} ranks")
 
 
 def _measure(stages: Sequence[Stage]) -> None:
@@ -158,7 +141,8 @@ def held_out_example() -> tuple[Path, str, str]:
 def _call(command: list[str], what: str) -> None:
     """Print and run one command as a user would, without the launcher's own log lines."""
     print(f"\n# {what}\n$ {shlex.join(command)}", flush=True)
-    program = shutil.which(command[0]) or str(Path(sys.executable).parent / command[0])
+    beside = Path(sys.executable).parent / command[0]  # of this installation, whatever PATH says
+    program = str(beside) if beside.is_file() else shutil.which(command[0]) or command[0]
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"), "PYTHONWARNINGS": "ignore"}
     process = subprocess.Popen(
         [program, *command[1:]], env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

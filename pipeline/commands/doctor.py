@@ -8,7 +8,6 @@ import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from data_prep.common.command_line import OneLineParser
 from pipeline.commands.doctor_checks import (
     Finding,
     check_checkpoint,
@@ -21,35 +20,19 @@ from pipeline.commands.doctor_checks import (
     wrong,
 )
 from pipeline.parallel.health import network_problem
-from pipeline.parallel.launch import configure_libraries, fill_rank_variables
+from pipeline.parallel.launch import fill_rank_variables
 from pipeline.training.run.redact import redact
 
-DESCRIPTION = """\
-Check for problems before a run, and print how to fix them. Any flag of the trainer may follow --recipe:
 
-  mma doctor                                              software, GPUs, disk and network of this machine
-  mma doctor --data data/aki_sft --checkpoint runs/sft    also every hash of packs and checkpoints
-  mma doctor --recipe aki_4b_sft --ranks 16 --parallel.pp 2
-  srun mma doctor                                         the same on every rank, plus the network between them
-  deepspeed --no_python mma doctor
-
-The exit code is 0 without problems, 1 with problems, 2 for a wrong flag."""
-
-
-def doctor_command(argv: Sequence[str]) -> int:
+def doctor(options: argparse.Namespace) -> int:
     """Print the findings; return 0, or 1 if there is a problem."""
-    options, flags = _parser().parse_known_args(list(argv))
-    if flags and not options.recipe:
-        _parser().error(f"unknown flag {flags[0].partition('=')[0]} (flags of the trainer need --recipe)")
-    configure_libraries()
     fill_rank_variables()
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    options.ranks = options.ranks or world
     if world > 1:
         return _across_ranks(options, rank, world)
-    checks: list[Callable[[], Iterator[Finding]]] = [*_own_checks(options), check_local_network]
-    checks += _file_checks(options, flags)
     findings = []
-    for check in checks:
+    for check in [*_own_checks(options), check_local_network, *_file_checks(options)]:
         for finding in check():
             _show(finding)
             findings.append(finding)
@@ -58,16 +41,16 @@ def doctor_command(argv: Sequence[str]) -> int:
 
 def _own_checks(options: argparse.Namespace) -> list[Callable[[], Iterator[Finding]]]:
     """Return the checks that every rank runs on its own."""
-    return [check_software, check_devices, lambda: check_disk(options.run_dir)]
+    return [check_software, check_devices, lambda: check_disk(options.run_dir or Path("runs"))]
 
 
-def _file_checks(options: argparse.Namespace, flags: Sequence[str]) -> Iterator[Callable[[], Iterator[Finding]]]:
+def _file_checks(options: argparse.Namespace) -> Iterator[Callable[[], Iterator[Finding]]]:
     if options.data is not None:
         yield lambda: check_data(options.data)
     if options.checkpoint is not None:
         yield lambda: check_checkpoint(options.checkpoint)
     if options.recipe:
-        yield lambda: check_recipe(options.recipe, flags, options.ranks)
+        yield lambda: check_recipe(options.recipe, options.flags, options.ranks)
 
 
 def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
@@ -85,7 +68,7 @@ def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
     gathered: list[tuple[str, list[Finding]]] = [("", [])] * world
     dist.all_gather_object(gathered, (socket.gethostname(), findings))
     if rank == 0:
-        findings += [found for check in _file_checks(options, ()) for found in check()]
+        findings += [found for check in _file_checks(options) for found in check()]
         for finding in findings:
             _show(finding)
         for other, (host, found) in enumerate(gathered[1:], start=1):
@@ -119,19 +102,3 @@ def _summarize(findings: Sequence[Finding]) -> int:
     count = sum(finding.kind == "wrong" for finding in findings)
     print(f"{count} problem{'s' if count > 1 else ''} to fix" if count else "no problems found", flush=True)
     return 1 if count else 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        "mma doctor", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or output folder of mma-prep")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run folder, or one checkpoint folder")
-    parser.add_argument("--recipe", metavar="NAME", help="shipped recipe or YAML file")
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="ranks to plan the recipe for (default: 1)")
-    parser.add_argument(
-        "--run-dir", type=Path, default=Path("runs"), metavar="DIR", help="parent of run folders (default: runs)"
-    )
-    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser

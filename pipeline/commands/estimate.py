@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.common.command_line import OneLineParser, positive_int
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
-from pipeline.parallel.launch import configure_libraries
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.dry_run import millions, shown_bubble, shown_layers
 from pipeline.planning.estimate import GIB, WorkloadEstimate
 from pipeline.planning.stage_split import StageSplit
 
-DESCRIPTION = """\
-Estimate the memory and compute of each rank. No packs and no GPUs are needed. Any flag of the trainer may follow the
-recipe:
 
-  mma estimate demo_sft
-  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --seq-len 4096
-  mma estimate aki_4b_sft --deepspeed ds_configs/zero1.json"""
-
-
-def estimate_command(argv: Sequence[str]) -> int:
+def estimate(options: argparse.Namespace) -> int:
     """Print one table per number of ranks; return 0. Raises UserError for an invalid recipe, key or grid."""
-    parser = OneLineParser(
-        "mma estimate", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="shipped recipe or YAML file")
-    parser.add_argument("--ranks", type=positive_int, nargs="+", default=[8], help="numbers of GPUs (default: 8)")
-    parser.add_argument("--seq-len", type=positive_int, default=4096, help="tokens per row (default: 4096)")
-    parser.add_argument("--vocab", type=positive_int, default=32064, help="vocabulary size (default: 32064)")
-    parser.add_argument("--images", type=float, default=8.0, help="average images per row (default: 8)")
-    parser.add_argument("--targets", type=float, default=0.3, help="supervised fraction of the tokens (default: 0.3)")
-    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    options, flags = parser.parse_known_args(list(argv))
-    configure_libraries()  # DeepSpeed checks its file
-    invocation = parse(["--recipe", options.recipe, *flags])
+    flags = ("--ranks", "--seq-len", "--vocab", "--images", "--targets")
+    invocation = parse(["--recipe", options.recipe, *options.flags], known=flags)
     config = invocation.config
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
     shares = options.images / options.seq_len, options.targets
     console = Console()
+    for note in invocation.notes:
+        console.print(f"note: {note}", soft_wrap=True, highlight=False)
     for ranks in options.ranks:
         load = build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=options.seq_len, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))

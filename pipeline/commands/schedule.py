@@ -3,60 +3,40 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 
 from rich.console import Console
 from rich.text import Text
 
-from data_prep.common.command_line import OneLineParser
 from pipeline.config.schema import ConfigError, build_config
-from pipeline.parallel.schedule import SCHEDULES, Action, bubble
+from pipeline.parallel.schedule import Action, bubble
 from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate, unit_cost
 
-DESCRIPTION = """\
-Draw the timeline of one optimizer step for stages of equal cost, where a backward takes twice as long as a forward.
-A number is a micro-batch: forward on a dark background, backward on a light background, followed by dashes. Each
-virtual stage has its own colour; a dot is an idle slot. Without a terminal, F, B, and a, b, ... for virtual stages
-replace the colours.
-
-  mma schedule --pp 4 --micro-batches 8
-  mma schedule --pp 4 --micro-batches 8 --schedule interleaved --virtual-stages 2"""
+MAX_ACTIONS = 100_000
+"""Most forwards of a drawn step, over all stages."""
 _DARK = ("blue", "dark_green", "dark_magenta", "dark_orange3")
 _LIGHT = ("sky_blue1", "pale_green1", "plum1", "light_goldenrod1")
 
 
-def schedule_command(argv: Sequence[str]) -> int:
+def schedule(options: argparse.Namespace) -> int:
     """Print the timeline and its bubble; return 0. Raises UserError for an invalid combination."""
-    parser = OneLineParser(
-        "mma schedule", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("--pp", type=int, default=4, help="pipeline stages (default: 4)")
-    parser.add_argument("--micro-batches", type=int, default=8, help="micro-batches per step (default: 8)")
-    parser.add_argument("--schedule", default="1f1b", help=f"{', '.join(SCHEDULES)} (default: 1f1b)")
-    parser.add_argument(
-        "--virtual-stages",
-        type=int,
-        default=1,
-        help="virtual stages per stage, for the interleaved schedule (default: 1)",
-    )
-    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    options = parser.parse_args(list(argv))
-    words = {"pp": options.pp, "schedule": options.schedule, "virtual_stages": options.virtual_stages}
+    pp, count, virtual = options.pp, options.micro_batches, options.virtual_stages
+    words = {"pp": pp, "schedule": options.schedule, "virtual_stages": virtual}
     build_config({"parallel": words}, "schedule")  # raises the trainer's own errors
-    if options.micro_batches < 1:
-        raise ConfigError(f"--micro-batches {options.micro_batches}: give 1 or more")
-    console = Console()
-    of_stages = orders(options.schedule, options.pp, options.micro_batches, options.virtual_stages)
-    step = simulate(of_stages, unit_cost, options.virtual_stages)
-    for line in timeline(step, digits=len(str(options.micro_batches - 1))):
+    if pp * count * virtual > MAX_ACTIONS:
+        raise ConfigError(
+            f"a step of {pp * count * virtual:,} forwards is too long to draw: give at most {MAX_ACTIONS:,}"
+        )
+    of_stages = orders(options.schedule, pp, count, virtual)
+    step = simulate(of_stages, unit_cost, virtual)
+    console, digits = Console(highlight=False), len(str(count - 1))
+    for line in timeline(step, digits=digits) if console.color_system else plain_timeline(step, digits, virtual):
         console.print(line, soft_wrap=True)
-    peaks = [peak_in_flight(order, [1 / options.virtual_stages] * options.virtual_stages) for order in of_stages]
-    ideal = bubble(options.pp, options.micro_batches, options.virtual_stages)
+    peaks = [peak_in_flight(order, [1 / virtual] * virtual) for order in of_stages]
     console.print(
-        f"bubble {step.bubble:.1%} of the step (theory {ideal:.1%}); "
+        f"bubble {step.bubble:.1%} of the step (theory {bubble(pp, count, virtual):.1%}); "
         f"at most {', '.join(f'{peak:g}' for peak in peaks)} micro-batches in flight on the stages",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     return 0
 
 
@@ -73,6 +53,26 @@ def timeline(step: Simulation, *, digits: int) -> list[Text]:
             now = end
         line.append("·" * (digits * round(step.makespan - now)), style="dim")
         lines.append(line)
+    return lines
+
+
+def plain_timeline(step: Simulation, digits: int, virtual_stages: int) -> list[Text]:
+    """Return the timeline without colours: a bar starts each action, such as ``|F3`` or ``|B3.1--``.
+
+    ``.1`` is the virtual stage; columns are wide enough for a bar, a letter, the micro-batch and the virtual stage.
+    """
+    width = 2 + digits + (1 + len(str(virtual_stages - 1)) if virtual_stages > 1 else 0)
+    lines = []
+    for stage, slots in enumerate(step.slots):
+        words, now = [f"stage {stage:<2} "], 0.0
+        for action, start, end in slots:
+            words.append("." * (width * round(start - now)))
+            suffix = f".{action.virtual_stage}" if virtual_stages > 1 else ""
+            fill = " " if action.kind == "F" else "-"
+            words.append(f"|{action.kind}{action.microbatch}{suffix}".ljust(width * round(end - start), fill))
+            now = end
+        words.append("." * (width * round(step.makespan - now)))
+        lines.append(Text("".join(words)))
     return lines
 
 

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from pathlib import Path
 
-from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
 from pipeline.training.run.state import RunState, format_duration
 
-DESCRIPTION = "Show the state, step, loss, speed and newest checkpoint of runs, and when each was last written."
 
-
-def status_command(argv: Sequence[str]) -> int:
+def status(options: argparse.Namespace) -> int:
     """Print one line per run folder; return 0. Raises UserError if there is none."""
-    parser = OneLineParser("mma status", description=DESCRIPTION)
-    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folders (default: all in runs/)")
-    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    runs = parser.parse_args(list(argv)).runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))
+    runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))
     if not runs:
         raise UserError("no runs in runs/: name run folders")
     states = [RunState.read(run) for run in runs]

@@ -17,16 +17,26 @@ YAML = (".yaml", ".yml")
 DEFAULT_RECIPE = "demo_sft"
 
 
-def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = ()) -> RunConfig:
-    """Read a recipe, apply ``("train.lr", "1e-4")`` overrides and validate. Raises UserError."""
-    raw = read_recipe(recipe)
+def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = (), notes: list[str] | None = None) -> RunConfig:
+    """Read a recipe, apply ``("train.lr", "1e-4")`` overrides and validate.
+
+    Args:
+        recipe: shipped name or YAML file.
+        overrides: dotted keys and values.
+        notes: receives a line for each model whose inherited keys were dropped, see `merge`.
+
+    Raises:
+        UserError: the recipe, a key or a value is invalid.
+    """
+    notes = [] if notes is None else notes
+    raw = read_recipe(recipe, notes)
     for key, value in overrides:
-        raw = merge(raw, _nest(key, value))
+        raw = merge(raw, _nest(key, value), notes)
     whole = expand(raw, recipe)
     return build_config({**whole, "run_dir": whole.get("run_dir") or f"runs/{Path(recipe).stem}"}, origin=recipe)
 
 
-def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_recipe(name: str, notes: list[str] | None = None, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a recipe as a nested dictionary with its ``extends`` chain merged; variables are not yet expanded.
 
     ``extends`` names a file in the same folder, with or without its suffix, or a shipped recipe. ``below`` holds the
@@ -41,7 +51,7 @@ def read_recipe(name: str, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     beside = path.parent / (parent if str(parent).endswith(YAML) else f"{parent}.yaml")
     found = beside.is_file() and beside.resolve() != path.resolve()
-    return merge(read_recipe(str(beside if found else parent), (*below, path.resolve())), raw)
+    return merge(read_recipe(str(beside if found else parent), notes, (*below, path.resolve())), raw, notes)
 
 
 def recipe_path(name: str) -> Path:
@@ -62,13 +72,23 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``over`` into ``base``; a model ``config`` with a different ``model_type`` replaces the inherited one."""
+def merge(
+    base: dict[str, Any], over: dict[str, Any], notes: list[str] | None = None, place: str = ""
+) -> dict[str, Any]:
+    """Merge ``over`` into ``base``; a model ``config`` with a different ``model_type`` replaces the inherited one.
+
+    Each replacement adds a line with the dropped keys to ``notes``: a key that the new model shares, such as
+    ``hidden_size``, would otherwise silently have the library's default. ``place`` is the dotted key of both.
+    """
     merged = dict(base)
     for key, value in over.items():
-        old = merged.get(key)
-        if isinstance(old, dict) and isinstance(value, dict) and _same_model(old, value):
-            value = merge(old, value)
+        old, here = merged.get(key), f"{place}{key}"
+        if isinstance(old, dict) and isinstance(value, dict):
+            if _same_model(old, value):
+                value = merge(old, value, notes, f"{here}.")
+            elif notes is not None and (dropped := sorted(map(str, old.keys() - value.keys()))):
+                change = f"{here}.model_type changes from {old.get('model_type')} to {value['model_type']}"
+                notes.append(f"{change}, which drops the inherited {', '.join(dropped)}: set those you want to keep")
         merged[key] = value
     return merged
 

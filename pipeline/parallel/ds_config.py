@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -12,6 +11,7 @@ from pydantic import ValidationError
 from data_prep.common.errors import did_you_mean
 from data_prep.common.validation import first_problem
 from pipeline.config.schema import ConfigError, ParallelConfig, RunConfig
+from pipeline.config.shipped import ds_config_path
 
 _OWNED = {
     "train_batch_size": "train.global_batch_size",
@@ -46,9 +46,9 @@ def read_ds_config(path: str) -> dict[str, Any]:
             know, or has no ZeRO stage.
     """
     try:
-        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+        raw = json.loads(ds_config_path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"--deepspeed {path}: {error.strerror}; shipped files are in ds_configs/") from None
+        raise ConfigError(f"--deepspeed {path}: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"--deepspeed {path}: not valid JSON ({error})") from None
     if not isinstance(raw, dict):
@@ -164,12 +164,12 @@ class Sharding:
             raise ConfigError(
                 f"parallel.gathered_fraction={parallel.gathered_fraction:g} needs ZeRO stage 3; "
                 f"ZeRO stage {stage} keeps weights whole: "
-                "use --deepspeed ds_configs/zero3.json, or remove it"
+                "use --deepspeed zero3, or remove it"
             )
         if stage < 3 and once is not None and once != (stage == 1):
             raise ConfigError(
                 f"parallel.reduce_once={str(once).lower()} is ZeRO stage {1 if once else 2}, the DeepSpeed file says "
-                f"{stage}: remove it, or use --deepspeed ds_configs/zero{1 if once else 2}.json"
+                f"{stage}: remove it, or use --deepspeed zero{1 if once else 2}"
             )
         offload = (_device(zero, key) == "cpu" for key in ("offload_optimizer", "offload_param"))
         return cls(stage, parallel.gathered_fraction, stage != 2 if once is None else once, *offload)

@@ -53,7 +53,11 @@ def test_generate_prints_one_answer(
         pytest.param(
             ["evaluate", "--model", "MODEL", "--compare", "MODEL", "--packs", "gone"], "name another export", id="same"
         ),
-        pytest.param(["schedule", "--pp", "0"], "mma: schedule: parallel.pp: Input should be", id="schedule"),
+        pytest.param(
+            ["schedule", "--virtual-stages", "2"],
+            "mma: schedule: parallel: virtual_stages=2 needs schedule=interleaved",
+            id="schedule",
+        ),
         pytest.param(["export", "gone", "out"], "gone has no checkpoint", id="run"),
     ],
 )
@@ -84,13 +88,32 @@ def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("words", [[], ["generat"], ["generate", "--model", "x"], ["evaluate", "--limit", "0"]])
-def test_wrong_usage_is_exit_code_2(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["generat"], "unknown command 'generat' (did you mean 'generate'?)"),
+        (["generate", "--model", "x"], "QUESTION"),
+        (["evaluate", "--limit", "0"], "argument --limit: '0' is not a whole number above 0"),
+        (["schedule", "--pp", "1" * 5000], "is not a whole number"),
+        (["schedule", "--micro-batch", "2"], "--micro-batch 2 (did you mean '--micro-batches'?)"),
+        (["estimate", "demo_sft", "--seq-lem", "1"], "unknown flag '--seq-lem' (did you mean '--seq-len'?)"),
+        (["estimate", "demo_sft", "--images", "nan"], "argument --images: 'nan' is not a number"),
+        (["estimate", "demo_sft", "--train.lrr", "1"], "unknown flag '--train.lrr' (did you mean '--train.lr'?)"),
+        (["train", "--rank", "2"], "unknown flag '--rank' (did you mean '--ranks'?)"),
+        (["train", "--deepspeed", "zero4"], "unknown DeepSpeed file 'zero4' (did you mean 'zero3'?)"),
+        (["train", "--ranks", "100000"], "start fewer ranks"),
+        (["train", "--parallel.schedule", "zigzag"], "invalid choice: 'zigzag'"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
+    ],
+)  # fmt: skip
+def test_wrong_usage_is_one_line_and_exit_code_2(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("mma: ") and len(error.splitlines()) == 1 and "--help" in error
+    assert error.startswith("mma: ") and len(error.splitlines()) == 1 and len(error) < 500
+    assert message in error
 
 
 def test_an_export_can_be_read_by_people(model: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data_prep.common.errors import UserError
-from pipeline.commands.demo import demo_command, same_answers, stages_of
+from pipeline.cli import main
+from pipeline.commands.demo import same_answers, stages_of
 from pipeline.config.flags import parse
 
 
@@ -30,13 +31,23 @@ def test_an_unknown_policy_is_refused() -> None:
         stages_of(1, "casual")
 
 
-@pytest.mark.parametrize("words", ["--pp 3 --ranks 4", "--pp 0", "--ranks -2", "--pp 4 --ranks 4"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--pp 3 --ranks 4", "--pp 3 does not divide --ranks 4"),
+        ("--pp 4 --ranks 4", "= 4 is more than the model's 3"),
+        ("--pp 0", "argument --pp: '0' is not a whole number above 0"),
+        ("--ranks -2", "argument --ranks: '-2' is not a whole number above 0"),
+        ("--ranks 100000", "start fewer ranks"),
+    ],
+)
 def test_ranks_that_stages_do_not_divide_are_refused_before_any_work(
-    words: str, monkeypatch: pytest.MonkeyPatch
+    words: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("pipeline.commands.demo._call", lambda command, what: pytest.fail(f"{what} was started"))
-    with pytest.raises(UserError, match=r"--pp -?\d does not divide --ranks -?\d|= 4 is more than the model's 3"):
-        demo_command(words.split())
+    assert main(["demo", *words.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
 def test_answers_are_compared_question_by_question(tmp_path: Path) -> None:

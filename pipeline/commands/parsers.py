@@ -1,0 +1,205 @@
+"""Arguments of the ``mma`` commands.
+
+This file imports nothing heavy; a command is imported when it runs. ``--help`` and shell completion are instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from data_prep.common.command_line import positive_int
+
+RECIPE_HELP = "shipped recipe or YAML file"
+
+DEMO = """\
+Draw a small world, tokenize and pack it, pre-train on its captions, instruction-tune with Modality-Mutual Attention,
+export the model, evaluate it on held-out scenes and ask it a question. Every step is an ordinary command, printed
+before it runs. Finished steps are skipped; an interrupted step resumes."""
+DOCTOR = """\
+Check for problems before a run, and print how to fix them. Any flag of the trainer may follow --recipe:
+
+  mma doctor                                              software, GPUs, disk and network of this machine
+  mma doctor --data data/aki_sft --checkpoint runs/sft    also every hash of packs and checkpoints
+  mma doctor --model models/aki                           also every hash of an exported model
+  mma doctor --recipe aki_4b_sft --ranks 16 --parallel.pp 2
+  srun mma doctor                                         the same on every rank, plus the network between them
+  deepspeed --no_python mma doctor
+
+The exit code is 0 without problems, 1 with problems, 2 for a wrong flag."""
+ESTIMATE = """\
+Estimate the memory and compute of each rank. No packs and no GPUs are needed. Any flag of the trainer may follow the
+recipe:
+
+  mma estimate demo_sft
+  mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --seq-len 4096
+  mma estimate aki_4b_sft --deepspeed zero1"""
+SCHEDULE = """\
+Draw the timeline of one optimizer step for stages of equal cost, where a backward takes twice as long as a forward.
+A number is a micro-batch: forward on a dark background, backward on a light background, followed by dashes. Each
+virtual stage has its own colour; a dot is an idle slot. Without a terminal every action is written between bars:
+|F0 |B0----, or |F0.1 for virtual stage 1.
+
+  mma schedule --pp 4 --micro-batches 8
+  mma schedule --pp 4 --micro-batches 8 --schedule interleaved --virtual-stages 2"""
+STATUS = "Show the state, step, loss, speed, newest checkpoint and events of runs, and when each was last written."
+SLURM = """\
+Copy the Slurm scripts into DIR/slurm; jobs put runs/ and data/ beside it. An existing slurm/env.sh is kept, because it
+holds the settings of your site. Other files that differ are replaced only with --force.
+
+  mma slurm init
+  slurm/chain.sh --dry-run"""
+COMPLETION = """\
+Print a completion script for a shell. To install it for bash:
+
+  mkdir -p ~/.local/share/bash-completion/completions
+  mma completion bash > ~/.local/share/bash-completion/completions/mma
+  mma-prep completion bash > ~/.local/share/bash-completion/completions/mma-prep"""
+
+
+def add_demo(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma demo``."""
+    parser.add_argument(
+        "--ranks", type=positive_int, metavar="N", help="training processes (default: 2, or 1 on a single GPU)"
+    )
+    parser.add_argument(
+        "--pp", type=positive_int, default=1, metavar="P", help="pipeline stages; must divide the ranks"
+    )
+    parser.add_argument("--compare", metavar="POLICY", help="also train the SFT stage under this mask policy: causal")
+    parser.set_defaults(command=_demo)
+
+
+def add_doctor(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma doctor``."""
+    parser.add_argument("--data", type=Path, metavar="DIR", help="pack folder, or output folder of mma-prep")
+    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="run folder, or one checkpoint folder")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="model folder made by mma export")
+    parser.add_argument("--recipe", metavar="NAME", help=RECIPE_HELP)
+    parser.add_argument(
+        "--ranks", type=positive_int, metavar="N", help="ranks to plan the recipe for (default: those of this launch)"
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, metavar="DIR", help="run folder, or parent of run folders (default: runs)"
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the DeepSpeed launcher adds it
+    parser.set_defaults(command=_doctor, trainer_flags=True)
+
+
+def add_estimate(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma estimate``."""
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument(
+        "--ranks", type=positive_int, nargs="+", default=[8], metavar="N", help="numbers of GPUs (default: 8)"
+    )
+    parser.add_argument(
+        "--seq-len", type=positive_int, default=4096, metavar="N", help="tokens per row (default: 4096)"
+    )
+    parser.add_argument(
+        "--vocab", type=positive_int, default=32064, metavar="N", help="vocabulary size (default: 32064)"
+    )
+    parser.add_argument(
+        "--images", type=_non_negative, default=8.0, metavar="X", help="average images per row (default: 8)"
+    )
+    parser.add_argument(
+        "--targets", type=_fraction, default=0.3, metavar="X", help="supervised fraction of the tokens (default: 0.3)"
+    )
+    parser.set_defaults(command=_estimate, trainer_flags=True)
+
+
+def add_schedule(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma schedule``."""
+    from pipeline.parallel.schedule import SCHEDULES  # half a second that the other commands need not wait
+
+    parser.add_argument("--pp", type=positive_int, default=4, metavar="P", help="pipeline stages (default: 4)")
+    parser.add_argument(
+        "--micro-batches", type=positive_int, default=8, metavar="M", help="micro-batches per step (default: 8)"
+    )
+    parser.add_argument(
+        "--schedule", default="1f1b", choices=tuple(SCHEDULES), help="pipeline schedule (default: 1f1b)"
+    )
+    parser.add_argument(
+        "--virtual-stages", type=positive_int, default=1, metavar="V",
+        help="virtual stages per stage, for the interleaved schedule (default: 1)",
+    )  # fmt: skip
+    parser.set_defaults(command=_schedule)
+
+
+def add_status(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma status``."""
+    parser.add_argument("runs", metavar="RUN", nargs="*", type=Path, help="run folders (default: all in runs/)")
+    parser.set_defaults(command=_status)
+
+
+def add_slurm(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma slurm``."""
+    parser.add_argument("action", choices=("init",), help="init: copy the scripts")
+    parser.add_argument("directory", metavar="DIR", nargs="?", type=Path, default=Path(), help="default: here")
+    parser.add_argument("--force", action="store_true", help="replace scripts that differ; env.sh is always kept")
+    parser.set_defaults(command=_slurm)
+
+
+def add_completion(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma completion``; the command is set where all commands are known."""
+    parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from pipeline.commands.demo import demo
+
+    return demo(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    if options.flags and not options.recipe:
+        options.parser.error(f"unrecognized arguments: {' '.join(options.flags)} (trainer flags need --recipe)")
+    from pipeline.parallel.launch import configure_libraries
+
+    configure_libraries()  # before DeepSpeed is imported
+    from pipeline.commands.doctor import doctor
+
+    return doctor(options)
+
+
+def _estimate(options: argparse.Namespace) -> int:
+    from pipeline.parallel.launch import configure_libraries
+
+    configure_libraries()  # before DeepSpeed is imported
+    from pipeline.commands.estimate import estimate
+
+    return estimate(options)
+
+
+def _schedule(options: argparse.Namespace) -> int:
+    from pipeline.commands.schedule import schedule
+
+    return schedule(options)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from pipeline.commands.status import status
+
+    return status(options)
+
+
+def _slurm(options: argparse.Namespace) -> int:
+    from pipeline.commands.slurm import slurm
+
+    return slurm(options)
+
+
+def _non_negative(text: str) -> float:
+    return _number(text, 0.0, 1e6)
+
+
+def _fraction(text: str) -> float:
+    return _number(text, 0.0, 1.0)
+
+
+def _number(text: str, low: float, high: float) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if not low <= number <= high:  # also refuses nan
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+    return number

@@ -16,6 +16,8 @@ from data_prep.corpora.base import Corpus, Input
 from data_prep.corpora.captions import Captions
 from data_prep.corpora.chat import Chat
 from data_prep.corpora.gqa import GQA
+from data_prep.corpora.hold_out import HoldOut
+from data_prep.corpora.image_folder import ImageFolder
 from data_prep.corpora.interleaved import Interleaved
 from data_prep.corpora.llava import LLaVA
 from data_prep.corpora.nlvr import NLVR
@@ -27,7 +29,7 @@ from data_prep.corpora.vqav2 import VQAv2
 from data_prep.corpora.vsr import VSR
 from data_prep.corpora.webdataset import WebDataset
 
-__all__ = ["CORPORA", "Corpus", "build_corpus"]
+__all__ = ["COMMON_OPTIONS", "CORPORA", "Corpus", "HoldOut", "build_corpus", "corpus_problems"]
 
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
@@ -35,6 +37,7 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
         "captions": Captions,
         "chat": Chat,
         "gqa": GQA,
+        "image_folder": ImageFolder,
         "interleaved": Interleaved,
         "llava": LLaVA,
         "nlvr": NLVR,
@@ -50,29 +53,68 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
 """Corpus ``type`` of a recipe -> its reader."""
 
 
+COMMON_OPTIONS = ("hold_out", "part")
+"""Options of every corpus (``data_prep.corpora.hold_out``)."""
+
+
 def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     """Return the reader of a corpus whose raw files lie under ``root``.
 
     Raises:
         UserError: ``kind`` or an option is unknown, an option has a wrong value, or a raw file is missing.
     """
-    if kind not in CORPORA:
-        raise UserError(f"unknown corpus type '{kind}'{did_you_mean(kind, CORPORA)}; known: {', '.join(CORPORA)}")
-    reader = CORPORA[kind]
-    known = [name for name in reader.model_fields if name != "root"]
-    for name in options:
-        if name not in known:
-            raise UserError(f"{kind}.{name}: unknown option{did_you_mean(name, known)}; known: {', '.join(known)}")
-    try:
-        corpus = reader(root=root, **options)
-    except ValidationError as problem:
-        raise UserError("; ".join(problems(problem, within=kind))) from None
-    _check_inputs(kind, corpus)
+    corpus, lines = _validate(kind, options, root)
+    if corpus is None or lines:
+        raise UserError("; ".join(lines))
+    lines = _missing_inputs(kind, corpus)
+    if lines:
+        raise UserError("; ".join(lines))
+    corpus.files()
     return corpus
 
 
-def _check_inputs(kind: str, corpus: Corpus) -> None:
-    for name, (what, path) in corpus.inputs().items():
-        if not (path.is_file() if what is Input.FILE else path.is_dir()):
-            raise UserError(f"{kind}.{name}: {what.value} {path} does not exist; set '{name}' or the recipe's root")
-    corpus.files()
+def corpus_problems(kind: str, options: Mapping[str, Any], root: Path | None) -> list[str]:
+    """Return everything that is wrong with the type and the options of a corpus, and with its raw files under ``root``.
+
+    Without a root, raw files are not checked.
+    """
+    corpus, lines = _validate(kind, options, root or Path())
+    if corpus is None or root is None:
+        return lines
+    lines += _missing_inputs(kind, corpus)
+    if not lines:
+        try:
+            corpus.files()
+        except UserError as problem:
+            lines.append(str(problem))
+    return lines
+
+
+def _validate(kind: str, options: Mapping[str, Any], root: Path) -> tuple[Corpus | None, list[str]]:
+    """Return the reader, if its options are valid, and what is wrong with them."""
+    if kind not in CORPORA:
+        return None, [f"unknown corpus type '{kind}'{did_you_mean(kind, CORPORA)}; known: {', '.join(CORPORA)}"]
+    reader = CORPORA[kind]
+    known = [name for name in reader.model_fields if name != "root"]
+    common = {name: options[name] for name in COMMON_OPTIONS if name in options and name not in known}
+    own = {name: value for name, value in options.items() if name not in common}
+    lines = [
+        f"{kind}.{name}: unknown option{did_you_mean(name, known)}; known: {', '.join(known)}"
+        for name in own
+        if name not in known
+    ]
+    try:
+        corpus: Corpus = reader(root=root, **{name: value for name, value in own.items() if name in known})
+        if common:
+            corpus = HoldOut(root=root, whole=corpus, **common)
+    except ValidationError as problem:
+        return None, [*lines, *problems(problem, within=kind)]
+    return corpus, lines
+
+
+def _missing_inputs(kind: str, corpus: Corpus) -> list[str]:
+    return [
+        f"{kind}.{name}: {what.value} {path} does not exist; set '{name}' or the recipe's root"
+        for name, (what, path) in corpus.inputs().items()
+        if not (path.is_file() if what is Input.FILE else path.is_dir())
+    ]

@@ -1,4 +1,4 @@
-"""``mma export, generate, evaluate, mask, prove, inspect`` under hostile arguments and outputs: one line, or success."""
+"""`mma export, generate, evaluate, mask, prove, inspect` with hostile arguments and outputs: one line, or success."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ on a cluster:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code (2 and one line for what the user can mend, 130 for Ctrl-C)."""
-    arguments = _parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     try:
         command: Callable[[argparse.Namespace], None] = arguments.command
         command(arguments)
@@ -66,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``mma-prep`` with all of its commands."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = OneLineParser("mma-prep", description=_OVERVIEW, epilog=_EXAMPLES, formatter_class=raw)
     add_version(parser)
@@ -117,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     rejects.set_defaults(command=_rejects)
     completion = commands.add_parser("completion", parents=[debug], help="print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
-    completion.set_defaults(command=lambda options: print_completion(_parser(), options.shell))
+    completion.set_defaults(command=lambda options: print_completion(build_parser(), options.shell))
     return parser
 
 

@@ -151,15 +151,36 @@ def commands() -> Iterator[str]:
     from pipeline.cli import build_parser as mma_parser
 
     for parser in (prep_parser(), mma_parser()):
+        helps = {action.dest: action.help for action in choices_of(parser)}
         for name, command in subcommands(parser).items():
             yield f"### `{parser.prog} {name}`"
             yield ""
-            yield one_line((command.description or "").split("\n\n")[0])
+            summary = one_line((command.description or helps.get(name) or "").split("\n\n")[0])
+            yield f"{summary[:1].upper()}{summary[1:].rstrip('.')}."
             yield ""
             yield "| argument | meaning |"
             yield "|---|---|"
-            yield from (f"| {shown(action)} | {one_line(action.help)} |" for action in command._actions if action.help)
+            yield from (f"| {shown(action)} | {meaning(action, command)} |" for action in listed(command))
             yield ""
+
+
+def listed(command: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """Yield the arguments worth a row: recipe keys, which are flags of ``mma train`` too, stand above."""
+    for action in command._actions:
+        key = any("." in option for option in action.option_strings)
+        if action.help not in (None, argparse.SUPPRESS) and action.dest != "help" and not key:
+            yield action
+
+
+def meaning(action: argparse.Action, command: argparse.ArgumentParser) -> str:
+    """Return an argument's help with its default filled in."""
+    return one_line((action.help or "") % {**vars(action), "prog": command.prog})
+
+
+def choices_of(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    """Return the help lines of a parser's commands."""
+    found = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    return found[0]._choices_actions if found else []
 
 
 def subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

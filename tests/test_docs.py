@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,6 +125,14 @@ def test_recipes_named_in_commands_exist() -> None:
 def test_links_lead_somewhere(page: Path) -> None:
     targets = re.findall(r"\]\(([^):#]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8"))
     assert not [target for target in targets if not (page.parent / target).exists()]
+
+
+def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
+    """Run in a process of its own: its module is a script beside the pages, not a package."""
+    script = "import runpy, sys; print(runpy.run_path(sys.argv[1])['reference'](), end='')"
+    command = [sys.executable, "-c", script, str(ROOT / "docs/make_reference.py")]
+    made = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert made == (ROOT / "docs/reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
 
 
 def test_the_readme_is_short() -> None:

@@ -10,7 +10,10 @@ from pathlib import Path
 from data_prep.common.errors import UserError
 
 CODES: Mapping[str, str] = {
-    "bad-json": "the line or member is not JSON",
+    "bad-json": "the row or member is not JSON",
+    "bad-row": "the row cannot be decoded from its Parquet or Arrow file",
+    "too-large": "the row, tar member or image file exceeds the size limit of a reader",
+    "unsupported-media": "the sample contains video or audio, which is not supported",
     "missing-key": "a required key is missing or has the wrong type",
     "missing-image": "the image file does not exist or cannot be read",
     "unsafe-path": "a path is absolute, contains '..' or is a link out of its folder",

@@ -27,7 +27,7 @@ from data_prep.corpora.vqav2 import VQAv2
 from data_prep.corpora.vsr import VSR
 from data_prep.corpora.webdataset import WebDataset
 
-__all__ = ["CORPORA", "Corpus", "build_corpus"]
+__all__ = ["CORPORA", "Corpus", "build_corpus", "with_parity"]
 
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
@@ -69,6 +69,12 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
         raise UserError("; ".join(problems(problem, within=kind))) from None
     _check_inputs(kind, corpus)
     return corpus
+
+
+def with_parity(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a corpus with the prompts of the released AKI, where its reader has them."""
+    known = "aki_parity" in CORPORA[kind].model_fields
+    return {**options, "aki_parity": True} if known and "aki_parity" not in options else dict(options)
 
 
 def _check_inputs(kind: str, corpus: Corpus) -> None:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 from pydantic import Field
 
 from data_prep.corpora.base import RawFolder, Row, as_row
-from data_prep.corpora.conversation import MARKER, MISPLACED, Message, check_order, insert_images
-from data_prep.corpora.fields import clean_text, find_image, require, require_id, require_text
-from data_prep.corpora.files import FileCorpus
-from data_prep.corpora.parquet import ArrowRows, column_names
-from data_prep.corpora.tables import Concatenated, Rows, json_array, json_lines
-from data_prep.example import Example, ImageRef, Role
+from data_prep.corpora.conversation import (
+    MARKER,
+    MEDIA_KEYS,
+    MISPLACED,
+    Message,
+    Unmarked,
+    check_order,
+    insert_images,
+    refuse_media,
+)
+from data_prep.corpora.fields import clean_text, image_of, require, require_id, require_text
+from data_prep.corpora.files import COLUMNAR, FileCorpus
+from data_prep.corpora.parquet import column_names
+from data_prep.corpora.tables import Concatenated
+from data_prep.example import Example, Role
 from data_prep.quarantine import BadSample
 
 ROLES: dict[str, Role] = {
@@ -30,7 +37,7 @@ ROLES: dict[str, Role] = {
 MESSAGES, IMAGES = ("messages", "conversations", "conversation"), ("images", "image")
 ROLE_KEYS, CONTENT_KEYS = ("role", "from"), ("content", "value")
 IMAGE_PARTS = ("image", "image_url")
-_ADDRESS = re.compile(r"(https?|ftp|s3|gs|data):", re.IGNORECASE)
+MEDIA_PARTS = ("video", "video_url", "audio", "audio_url", "input_audio")
 
 
 class Chat(FileCorpus):
@@ -40,9 +47,9 @@ class Chat(FileCorpus):
     ``{type: image}`` parts. An image is a file name, or bytes as Hugging Face ``datasets`` writes them
     (``{bytes, path}``). Images come from a column of the row, in order, or from the parts themselves (``image``,
     ``path``, ``url`` or ``image_url``). The usual column and key names are detected; name any others by an option.
+    A row with video or audio is rejected (``unsupported-media``).
     """
 
-    suffixes: ClassVar[tuple[str, ...]] = (".jsonl", ".json", ".parquet", ".arrow")
     messages_column: str | None = None
     """Column of the messages; default: the first of ``messages``, ``conversations``, ``conversation`` that exists."""
     images_column: str | None = None
@@ -57,16 +64,17 @@ class Chat(FileCorpus):
     """Role names in the files -> ``system``, ``user`` or ``assistant``. A row with any other role is rejected."""
     images: RawFolder = Path()
     """Folder of the images that rows give by file name."""
+    unmarked: Unmarked = "reject"
+    """What to do with a row of several images and no ``<image>`` marker: ``reject`` it, or put the images ``first`` (as
+    VLM-R1 data expects). A single image without a marker always comes first."""
 
     def read_rows(self) -> Sequence[object]:
         """Index the files; a conversation is parsed when it is needed."""
-        return Concatenated(
-            [self._table(path, (self._messages, self._images), self.id_column) for path in self.files()]
-        )
+        return Concatenated([self.table(path, self._columns(path)) for path in self.files()])
 
     def rows_with_ids(self) -> Iterable[object]:
         """Return only the id column: reading all images to compare ids would take hours."""
-        return Concatenated([self._table(path, (), self.id_column) for path in self.files()]) if self.id_column else ()
+        return Concatenated([self.table(path, [self.id_column]) for path in self.files()]) if self.id_column else ()
 
     @property
     def _messages(self) -> tuple[str, ...]:
@@ -76,19 +84,17 @@ class Chat(FileCorpus):
     def _images(self) -> tuple[str, ...]:
         return (self.images_column,) if self.images_column else IMAGES
 
-    def _table(self, path: Path, wanted: Sequence[Sequence[str]], identifier: str | None) -> Rows:
-        """Return the rows of a file, with the first column that it has of each group."""
-        if path.suffix == ".json":
-            return json_array(path)
-        if path.suffix == ".jsonl":
-            return json_lines(path)
+    def _columns(self, path: Path) -> list[str]:
+        """Return the columns to read of a columnar file: the first that it has of each group, and media to reject."""
+        if path.suffix not in COLUMNAR:
+            return []
         known = column_names(path)
-        columns = [identifier] if identifier else []
-        for names in wanted:
+        columns = [self.id_column] if self.id_column else []
+        for names in (self._messages, self._images):
             if names == IMAGES and not set(names) & set(known):
                 continue  # a text-only dataset
             columns.append(next((name for name in names if name in known), names[0]))
-        return self.table(path, columns) if path.suffix == ".parquet" else ArrowRows(path, columns)
+        return [*columns, *(name for name in MEDIA_KEYS if name in known and name not in columns)]
 
     def row_id(self, row: Row) -> str:
         """Return the id, if ``id_column`` is set."""
@@ -96,16 +102,19 @@ class Chat(FileCorpus):
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return the conversation."""
+        refuse_media(row)
         inline = list[object]()
         messages = [self._message(as_row(raw), inline) for raw in require(row, _key(row, self._messages), list)]
         check_order(messages)
         column = row.get(_key(row, self._images))
         listed = column if isinstance(column, list) else [] if column is None else [column]
-        images = [self._image(value, f"{sample}/{number}") for number, value in enumerate(inline or listed)]
-        yield Example(sample, insert_images(messages, images))
+        folder = self.root / self.images
+        images = [image_of(value, f"{sample}/{number}", folder) for number, value in enumerate(inline or listed)]
+        yield Example(sample, insert_images(messages, images, self.unmarked))
 
     def _message(self, message: Row, inline: list[object]) -> Message:
         """Return a message as text with markers; images given in its parts are appended to ``inline``."""
+        refuse_media(message)
         role_key = self.role_key or _key(message, ROLE_KEYS)
         speaker = require(message, role_key, str)
         if speaker not in self.roles:
@@ -119,17 +128,6 @@ class Chat(FileCorpus):
             message = {**message, key: "\n".join(_part(part, inline) for part in parts)}
         return Message(role, require_text(message, key, empty="no-answer" if role == "assistant" else "empty-text"))
 
-    def _image(self, value: object, name: str) -> ImageRef:
-        data = value.get("bytes") if isinstance(value, Mapping) else value
-        if isinstance(data, bytes):
-            return ImageRef(name, data=data)
-        path = value.get("path") if isinstance(value, Mapping) else value
-        if not isinstance(path, str):
-            raise BadSample("missing-image", f"image {name} has neither bytes nor a file name")
-        if address := _ADDRESS.match(path):
-            raise BadSample("missing-image", f"image {name} is a {address[1]}: URL; download it and give its file name")
-        return find_image(self.root / self.images, path)
-
 
 def _key(row: Row, names: Sequence[str]) -> str:
     """Return the first key with a value in the row, or else the first key, so that an error names it."""
@@ -141,6 +139,8 @@ def _part(part: Row, inline: list[object]) -> str:
     kind = require(part, "type", str)
     if kind == "text":
         return clean_text(require(part, "text", str), "text")
+    if kind in MEDIA_PARTS:
+        raise BadSample("unsupported-media", f"a part is of type {kind!r}, but video and audio are not supported")
     if kind not in IMAGE_PARTS:
         raise BadSample("bad-label", f"a part is of type {kind!r}, expected text or image")
     given = next((part[key] for key in ("image", "path", "url", "image_url") if part.get(key) is not None), None)

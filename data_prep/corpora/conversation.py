@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
+from data_prep.corpora.base import Row
 from data_prep.example import ImageRef, Part, Role, Turn
 from data_prep.quarantine import BadSample
 
 MARKER = "<image>"
 MISPLACED = "an image in an assistant or system turn; only user turns may hold images"
+MEDIA_KEYS = ("video", "videos", "audio", "audios")
+"""Keys of rows and messages under which LLaMA-Factory, ms-swift and LLaVA-Video put what is not supported."""
+Unmarked: TypeAlias = Literal["reject", "first"]
 
 
 class Message(NamedTuple):
@@ -17,6 +21,13 @@ class Message(NamedTuple):
 
     role: Role
     text: str
+
+
+def refuse_media(row: Row) -> None:
+    """Raise BadSample (unsupported-media) when a row or message has video or audio: its text alone makes no sense."""
+    for key in MEDIA_KEYS:
+        if row.get(key) not in (None, "", [], {}):
+            raise BadSample("unsupported-media", f"'{key}' is set, but video and audio are not supported")
 
 
 def check_order(messages: Sequence[Message]) -> None:
@@ -33,10 +44,17 @@ def check_order(messages: Sequence[Message]) -> None:
             raise BadSample("bad-label", f"turn {number + 1} is by the {turn.role}; user and assistant must alternate")
 
 
-def insert_images(messages: Sequence[Message], images: Sequence[ImageRef]) -> tuple[Turn, ...]:
+def insert_images(
+    messages: Sequence[Message], images: Sequence[ImageRef], unmarked: Unmarked = "reject"
+) -> tuple[Turn, ...]:
     """Replace the markers in user turns by the images; without markers, put the images before the first user turn.
 
     A marker in any other turn is kept as text when the user turns hold the markers of the images.
+
+    Args:
+        messages: turns with their markers.
+        images: in order of their markers.
+        unmarked: what to do about several images without any marker; a single one always comes first.
 
     Raises:
         BadSample: missing-image when the numbers of markers and images differ; bad-label when only assistant or
@@ -45,7 +63,11 @@ def insert_images(messages: Sequence[Message], images: Sequence[ImageRef]) -> tu
     marks = sum(turn.text.count(MARKER) for turn in messages if turn.role == "user")
     if images and not marks and any(MARKER in turn.text for turn in messages):
         raise BadSample("bad-label", MISPLACED)
-    if marks not in (0, len(images)) or (marks == 0 and len(images) > 1):
+    if marks == 0 and len(images) > 1 and unmarked == "reject":
+        raise BadSample(
+            "missing-image", f"{len(images)} images but no {MARKER} marker; unmarked: first puts them first"
+        )
+    if marks not in (0, len(images)):
         raise BadSample("missing-image", f"{marks} {MARKER} markers for {len(images)} images")
     opening: tuple[Part, ...] = tuple(images) if marks == 0 else ()
     waiting = iter(images)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, NamedTuple, TypeAlias
 
@@ -99,6 +100,26 @@ def find_image(folder: Path, name: str) -> ImageRef:
     return ImageRef(name=str(relative), path=path)
 
 
+def image_of(value: object, name: str, folder: Path) -> ImageRef:
+    """Return the image of a cell: encoded bytes, ``{bytes, path}`` as ``datasets`` writes it, or a file name.
+
+    Raises:
+        BadSample: missing-image for any other value, for a URL, and for a missing file; unsafe-path as `find_image`.
+    """
+    data = value.get("bytes") if isinstance(value, Mapping) else value
+    if isinstance(data, bytes):
+        return ImageRef(name, data=data)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(path, str):
+        raise BadSample("missing-image", f"image {name} has neither bytes nor a file name")
+    if scheme := _URL.match(path):
+        raise BadSample("missing-image", f"image {name} is a {scheme[1]}: URL; download it and give its file name")
+    return find_image(folder, path)
+
+
+_URL = re.compile(r"(https?|ftp|s3|gs|data):", re.IGNORECASE)
+
+
 @functools.lru_cache(maxsize=16)
 def _resolved(folder: Path) -> Path:
     """Resolve an image folder once. The folder itself may be reached through links; its images may not leave it."""
@@ -146,12 +167,18 @@ def question_example(
     return Example(sample, turns, family=family, meta=meta)
 
 
-def placeholder(name: str) -> AfterValidator:
-    """Return a validator for prompt options: the text must contain ``{name}`` exactly once."""
+def placeholder(*names: str) -> AfterValidator:
+    """Return a validator for prompt options: the text must contain each ``{name}`` exactly once."""
 
     def check(template: str) -> str:
-        if template.count(f"{{{name}}}") != 1:
-            raise ValueError(f"must contain {{{name}}} exactly once")
+        for name in names:
+            if template.count(f"{{{name}}}") != 1:
+                raise ValueError(f"must contain {{{name}}} exactly once")
         return template
 
     return AfterValidator(check)
+
+
+def fill(template: str, **values: str) -> str:
+    """Return a prompt with each ``{name}`` replaced by its value; braces inside the values stay as they are."""
+    return re.sub("|".join(rf"\{{{name}\}}" for name in values), lambda found: values[found[0][1:-1]], template)

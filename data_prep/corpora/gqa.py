@@ -7,8 +7,16 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.fields import find_image, placeholder, question_example, require_id, require_text, single_member
-from data_prep.corpora.tables import json_members
+from data_prep.corpora.fields import (
+    fill,
+    find_image,
+    placeholder,
+    question_example,
+    require_id,
+    require_text,
+    single_member,
+)
+from data_prep.corpora.json_files import json_members
 from data_prep.corpora.vqav2 import SHORT_ANSWER
 from data_prep.example import Example
 
@@ -38,4 +46,4 @@ class GQA(RowCorpus):
         image = find_image(self.root / self.images, f"{require_id(entry, 'imageId')}.jpg")
         types = entry.get("types")
         family = require_text(types, "structural") if isinstance(types, Mapping) and "structural" in types else ""
-        yield question_example(sample, [image], self.prompt.replace("{question}", question), answer, family=family)
+        yield question_example(sample, [image], fill(self.prompt, question=question), answer, family=family)

@@ -9,9 +9,9 @@ from pathlib import Path
 import xxhash
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, as_row
-from data_prep.corpora.conversation import Message, check_order, insert_images
+from data_prep.corpora.conversation import Message, check_order, insert_images, refuse_media
 from data_prep.corpora.fields import find_image, require, require_id, require_text
-from data_prep.corpora.tables import json_array
+from data_prep.corpora.json_files import json_rows
 from data_prep.example import Example, Role
 from data_prep.quarantine import BadSample
 
@@ -23,7 +23,7 @@ class LLaVA(RowCorpus):
 
     ``<image>`` may be anywhere in the human turns; without a marker, the image comes first. The published file joins
     three sets and repeats ids, so ids get a hash of the conversation: only the same id with the same conversation is
-    a duplicate.
+    a duplicate. Rows without an id are numbered. Several images per row: use type ``chat``.
     """
 
     conversations: RawFile = Path("llava_instruct_150k.json")
@@ -33,15 +33,18 @@ class LLaVA(RowCorpus):
 
     def read_rows(self) -> Sequence[object]:
         """Index the file; a conversation is parsed when it is needed."""
-        return json_array(self.root / self.conversations)
+        return json_rows(self.root / self.conversations)
 
     def row_id(self, row: Row) -> str:
-        """Return the id with a hash of the conversation."""
+        """Return the id with a hash of the conversation, or "" for a row without an id."""
+        if row.get("id") is None:
+            return ""
         content = json.dumps([row.get("image"), row.get("conversations")])
         return f"{require_id(row, 'id')}-{xxhash.xxh32_hexdigest(content.encode())}"
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return the conversation."""
+        refuse_media(row)
         messages = [_message(as_row(turn)) for turn in require(row, "conversations", list)]
         check_order(messages)
         image = find_image(self.root / self.images, require(row, "image", str)) if row.get("image") else None

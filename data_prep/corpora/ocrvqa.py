@@ -9,8 +9,16 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, example_or_reject
-from data_prep.corpora.fields import find_image, placeholder, question_example, require, require_text, single_member
-from data_prep.corpora.tables import json_members
+from data_prep.corpora.fields import (
+    fill,
+    find_image,
+    placeholder,
+    question_example,
+    require,
+    require_text,
+    single_member,
+)
+from data_prep.corpora.json_files import json_members
 from data_prep.corpora.vqav2 import SHORT_ANSWER
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import BadSample
@@ -65,4 +73,4 @@ class OCRVQA(RowCorpus):
 
     def _example(self, sample: str, image: ImageRef, pair: dict[str, Any]) -> Example:
         question, answer = require_text(pair, "question"), require_text(pair, "answer", empty="no-answer")
-        return question_example(sample, [image], self.prompt.replace("{question}", question), answer)
+        return question_example(sample, [image], fill(self.prompt, question=question), answer)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
 from data_prep.corpora.fields import (
+    fill,
     find_image,
     normalised_box,
     placeholder,
@@ -80,10 +81,8 @@ class RefCOCO(RowCorpus):
         box = str(normalised_box(xywh, *size))
         image = replace(find_image(self.root / self.images, require(row, "file_name", str)), annotated_size=size)
         if self.direction != "box":
-            yield question_example(
-                f"{sample}/phrase", [image], self.phrase_prompt.replace("{box}", box), phrase, family="phrase"
-            )
+            asked = fill(self.phrase_prompt, box=box)
+            yield question_example(f"{sample}/phrase", [image], asked, phrase, family="phrase")
         if self.direction != "phrase":
-            yield question_example(
-                f"{sample}/box", [image], self.box_prompt.replace("{phrase}", phrase), box, family="box"
-            )
+            asked = fill(self.box_prompt, phrase=phrase)
+            yield question_example(f"{sample}/box", [image], asked, box, family="box")

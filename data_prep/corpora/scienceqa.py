@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.choices import LETTER_ANSWER, read_options, shuffle_options
+from data_prep.corpora.base import RawFile, RawFolder, Row
+from data_prep.corpora.choices import LETTER_ANSWER, ChoiceCorpus, read_options
 from data_prep.corpora.fields import (
     clean_text,
+    fill,
     find_image,
     placeholder,
     question_example,
@@ -17,14 +18,17 @@ from data_prep.corpora.fields import (
     require_text,
     single_member,
 )
-from data_prep.corpora.tables import json_members
+from data_prep.corpora.json_files import json_members
 from data_prep.example import Example
 
+PROMPT = LETTER_ANSWER + "{hint}{question}\n{options}"
+AKI_PROMPT = LETTER_ANSWER + "{question}\nContext: {context}\nOptions:\n{options}\n"
 
-class ScienceQA(RowCorpus):
+
+class ScienceQA(ChoiceCorpus):
     """Rows ``{PID: {question, choices, answer, hint, image, split, subject, ...}}``; the family is the subject.
 
-    A hint precedes its question. An image is ``PID/image.png``.
+    An image is ``PID/image.png``.
     """
 
     problems: RawFile = Path("problems.json")
@@ -35,10 +39,11 @@ class ScienceQA(RowCorpus):
     """Split to read; ``images`` must be its folder."""
     only_images: bool = False
     """Skip problems without an image (about half of them)."""
-    shuffle: bool = True
-    """Shuffle the options, seeded by the problem's id; the answer letter follows its option."""
-    prompt: Annotated[str, placeholder("question")] = LETTER_ANSWER
-    """User turn. ``{question}`` becomes the hint, the question and its options, one per line."""
+    prompt: Annotated[str, placeholder("question", "options")] | None = None
+    """User turn. ``{question}`` becomes the question and ``{options}`` its lettered options, one per line. ``{hint}``
+    becomes the hint and a line end, or nothing; ``{context}`` the hint, or ``N/A``. Default: a request for the option's
+    letter, the hint, the question and its options; with ``aki_parity``, the released AKI's form, with ``Context:`` and
+    ``Options:``."""
 
     @property
     def never_augment(self) -> str:
@@ -59,12 +64,13 @@ class ScienceQA(RowCorpus):
         if require_text(problem, "split") != self.split or (self.only_images and not problem.get("image")):
             return
         question, options = require_text(problem, "question"), read_options(problem, "choices", "answer")
-        if self.shuffle:
-            options = shuffle_options(options, sample)
         hint = clean_text(require(problem, "hint", str), "hint") if problem.get("hint") else ""
-        asked = "\n".join(part for part in (hint, question, str(options)) if part)
         images = []
         if problem.get("image"):
             images = [find_image(self.root / self.images, f"{sample}/{require(problem, 'image', str)}")]
         family = require_text(problem, "subject") if "subject" in problem else ""
-        yield question_example(sample, images, self.prompt.replace("{question}", asked), options.answer, family=family)
+        prompt = self.prompt or (AKI_PROMPT if self.aki_parity else PROMPT)
+        about = {"question": question, "hint": hint and f"{hint}\n", "context": hint or "N/A"}
+        for name, shown in self.variants(options, sample):
+            asked = fill(prompt, **about, options=str(shown))
+            yield question_example(name, images, asked, shown.answer, family=family)

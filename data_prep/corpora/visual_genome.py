@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from data_prep.common.errors import UserError
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus, as_row, example_or_reject
 from data_prep.corpora.fields import (
+    fill,
     find_image,
     normalised_box,
     placeholder,
@@ -20,8 +21,8 @@ from data_prep.corpora.fields import (
     require_id,
     require_text,
 )
+from data_prep.corpora.json_files import json_array
 from data_prep.corpora.refcoco import DESCRIBE_REGION
-from data_prep.corpora.tables import json_array
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import BadSample
 
@@ -88,7 +89,8 @@ class VisualGenome(RowCorpus):
             raise BadSample("duplicate-id", "an earlier region of the image has this id")
         xywh = [require(region, key, int, float) for key in ("x", "y", "width", "height")]
         phrase = require_text(region, "phrase")
-        return question_example(sample, [image], self.prompt.replace("{box}", str(normalised_box(xywh, *size))), phrase)
+        asked = fill(self.prompt, box=str(normalised_box(xywh, *size)))
+        return question_example(sample, [image], asked, phrase)
 
 
 def _region_id(region: object, number: int) -> str:

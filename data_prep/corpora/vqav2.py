@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
-from data_prep.corpora.fields import find_image, placeholder, question_example, require, require_id, require_text
+from data_prep.corpora.fields import fill, find_image, placeholder, question_example, require, require_id, require_text
 from data_prep.corpora.tables import load_list
 from data_prep.example import Example
 from data_prep.quarantine import BadSample
@@ -56,4 +56,4 @@ class VQAv2(RowCorpus):
         answer = require_text(row, "multiple_choice_answer", empty="no-answer")
         image = find_image(self.root / self.images, f"{self.image_prefix}{require(row, 'image_id', int):012d}.jpg")
         family = require_text(row, "question_type") if "question_type" in row else ""
-        yield question_example(sample, [image], self.prompt.replace("{question}", question), answer, family=family)
+        yield question_example(sample, [image], fill(self.prompt, question=question), answer, family=family)

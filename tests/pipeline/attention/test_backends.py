@@ -173,7 +173,9 @@ def test_a_row_with_too_many_gathered_keys_is_refused_or_merged() -> None:
         pytest.param({"tokens": 5}, "plan covers 8 tokens, but the layer has 5 queries", id="length"),
         pytest.param({"key_heads": 3}, "4 query heads cannot share 3 key heads", id="heads"),
         pytest.param({"backend": "lse", "softcap": 1.0}, "'lse' cannot soft-cap", id="lse-softcap"),
-        pytest.param({"backend": "lse", "policy": "mixed"}, "bidirectional within a run: use 'runsplit'", id="lse-mixed"),
+        pytest.param(
+            {"backend": "lse", "policy": "mixed"}, "bidirectional within a run: use 'runsplit'", id="lse-mixed"
+        ),
         pytest.param({"backend": "flex", "policy": "cca"}, "cannot reorder tokens", id="flex-cca"),
     ],
 )

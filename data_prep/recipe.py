@@ -97,7 +97,8 @@ class PackConfig(_Strict):
     """What a conversation becomes: one sample (every), only its first exchange (first), one per answer (expand)."""
     aki_parity: bool = False
     """Write samples as the released AKI does, its faults left out: ``<|endofchunk|>`` behind a caption, and only the
-    first exchange of a conversation. For its templates, caption and phi3."""
+    first exchange of a conversation. Readers with an option ``aki_parity`` (A-OKVQA, ScienceQA, VSR) use its prompts,
+    and multiple-choice questions come in ``orders`` of their options. For its templates, caption and phi3."""
     max_text_tokens: int | None = Field(None, ge=1)
     """Longest text of a sample in tokens (template included), besides its images."""
     max_images: int | None = Field(None, ge=1)

@@ -29,7 +29,7 @@ from data_prep.corpora.vqav2 import VQAv2
 from data_prep.corpora.vsr import VSR
 from data_prep.corpora.webdataset import WebDataset
 
-__all__ = ["COMMON_OPTIONS", "CORPORA", "Corpus", "HoldOut", "build_corpus", "corpus_problems"]
+__all__ = ["COMMON_OPTIONS", "CORPORA", "Corpus", "HoldOut", "build_corpus", "corpus_problems", "with_parity"]
 
 CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
     {
@@ -118,3 +118,9 @@ def _missing_inputs(kind: str, corpus: Corpus) -> list[str]:
         for name, (what, path) in corpus.inputs().items()
         if not (path.is_file() if what is Input.FILE else path.is_dir())
     ]
+
+
+def with_parity(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a corpus with the prompts of the released AKI, where its reader has them."""
+    known = "aki_parity" in CORPORA[kind].model_fields
+    return {**options, "aki_parity": True} if known and "aki_parity" not in options else dict(options)

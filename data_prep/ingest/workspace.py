@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_prep.common.errors import UserError
 from data_prep.common.files import FileEntry, hash_json, is_of_size, read_hashed, with_hash, write_atomic
 from data_prep.common.folder_lock import FolderLock
-from data_prep.corpora import build_corpus
+from data_prep.corpora import build_corpus, with_parity
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.template import Template
@@ -42,7 +42,7 @@ from data_prep.text.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 12
+INGEST_VERSION = 13
 """Incremented when the same raw sample would give different files; older outputs are then rebuilt."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 """Errors that reading a damaged done-marker raises."""
@@ -301,13 +301,14 @@ class Workspace:
     def variant(self, corpus: str, pack: PackConfig, tokenizer_sha256: str) -> CorpusVariant:
         """Return the variant of a corpus that a pack set uses."""
         config = self.recipe.corpora[corpus]
+        options = with_parity(config.type, config.options) if pack.aki_parity else config.options
         encoding = EncodingConfig.of(pack, self.recipe.image_tokens)
-        key = hash_json([INGEST_VERSION, config.type, config.options, asdict(encoding), tokenizer_sha256])[:12]
+        key = hash_json([INGEST_VERSION, config.type, options, asdict(encoding), tokenizer_sha256])[:12]
         folder = self.out / "ingest" / corpus / key
         return CorpusVariant(
             corpus=corpus,
             kind=config.type,
-            options=config.options,
+            options=options,
             root=self.recipe.root_dir,
             tokenizer=self.tokenizer,
             encoding=encoding,

@@ -308,14 +308,19 @@ class Template:
         if turn.role != "user" or self.order == "as_written":
             return turn.parts
         images = [part for part in turn.parts if not isinstance(part, str)]
-        text = _sentence(part for part in turn.parts if isinstance(part, str))
+        text = _sentence([part for part in turn.parts if isinstance(part, str)])
         if self.order == "image_first":
             return [*(part for image in images for part in (image, image_separator)), text]
         return [text, *(part for image in images for part in (image_separator, image))]
 
 
-def _sentence(texts: Iterable[str]) -> str:
-    """Join the texts around images that were moved: with a line break if there was one, else with a space."""
+def _sentence(texts: Sequence[str]) -> str:
+    """Join the texts around images that were moved: with a line break if there was one, else with a space.
+
+    A single text stays exactly as it is: AKI's prompts for multiple-choice questions end with a line break.
+    """
+    if len(texts) == 1:
+        return texts[0]
     whole = ""
     for text in texts:
         bare = whole.rstrip()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from data_prep.corpora import CORPORA
+from data_prep.corpora import build_corpus, with_parity
+from data_prep.corpora.choices import PARITY_ORDERS
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
 from data_prep.recipe import PackConfig, find_recipe, load_recipe
@@ -28,6 +30,7 @@ DRAWS = 400
 
 def lay_out(root: Path) -> None:
     """Put the fixtures where the recipe expects them; COCO images lie in common folders."""
+    shutil.copytree(FIXTURES / "vsr" / "images", root / "coco" / "train2017")
     for corpus in ("vqav2", "gqa", "vsr", "ocrvqa", "aokvqa", "scienceqa", "refcoco", "visual_genome", "llava"):
         shutil.copytree(FIXTURES / corpus, root / corpus)
         for images in (root / corpus).glob("train201*"):
@@ -89,31 +92,90 @@ def test_only_answers_and_their_ends_are_supervised(packs: PackReader) -> None:
             assert (row.input_ids[at] == header).any() and not row.generated[at][row.input_ids[at] == header].any()
 
 
-AKI = {  # from the description of the released implementation, without its faults
-    "vqav2": "Answer the question using a single word or phrase. What is on the table?",
-    "gqa": "Answer the question using a single word or phrase. Is the lamp on?",
-    "ocrvqa": "Answer the question using a single word or phrase. Who wrote this book?",
-    "aokvqa": "Answer with the option's letter from the given choices directly. What is this?\nA. a cat\nB. a dog",
-    "refcoco": "Provide a short description for this region. <bbox>[0.100, 0.200][0.300, 0.400]</bbox>",
+LETTER = "Answer with the option's letter from the given choices directly. "
+SHORT = "Answer the question using a single word or phrase. "
+AKI = {  # user turn of the released implementation, without its faults, and answer; "|" stands for a lettered option
+    "vqav2": (SHORT + "How many cookies can be seen?", "2"),
+    "gqa": (SHORT + "Is the car red?", "yes"),
+    "ocrvqa": (SHORT + "Who is the author of this book?", "A. Author"),
+    "vsr": (SHORT + 'Is it true that "The cat is on top of the suitcase"? Please answer yes or no.', "yes"),
+    "aokvqa": (LETTER + "What is the man by the bags awaiting?\nOptions:\n|\n|\n|\n|\n", "cab"),
+    "scienceqa": (
+        LETTER + "Which of these states is farthest north?\nContext: N/A\nOptions:\n|\n|\n|\n|\n",
+        "West Virginia",
+    ),
+    "scienceqa-hint": (
+        LETTER + "Which better describes the fish?\nContext: Select the better answer.\nOptions:\n|\n|\n",
+        "It is slippery.",
+    ),
+    "refcoco": (
+        "Provide a short description for this region. <bbox>[0.250, 0.250][0.750, 0.750]</bbox>",
+        "the lady with the blue shirt",
+    ),
 }
 
 
-@pytest.mark.parametrize("asked", AKI.values(), ids=AKI)
-def test_with_parity_a_question_is_written_as_the_released_aki_writes_it(asked: str) -> None:
+def asked_with_parity(corpus: str) -> list[tuple[str, str]]:
+    """(user turn, answer) of the samples of the first row of a corpus, or of its first row with a hint."""
+    kind, _, hint = corpus.partition("-")
+    reader = build_corpus(kind, with_parity(kind, {}), FIXTURES / kind)
+    kept = [item for shard in reader.shards() for item in reader.examples(shard) if isinstance(item, Example)]
+    first = next(item.id for item in kept if not hint or "Context: N/A" not in str(item.turns[0].parts[-1]))
+    same = [item for item in kept if item.id.partition("/order")[0] == first]
+    return [(str(item.turns[0].parts[-1]), str(item.turns[1].parts[0])) for item in same]
+
+
+@pytest.mark.parametrize("corpus", AKI)
+def test_with_parity_a_question_is_asked_as_the_released_aki_asks_it(corpus: str) -> None:
+    golden, answer = AKI[corpus]
+    pattern = re.escape(golden).replace(r"\|", r"([A-Z]\. [^\n]+)")
+    samples = asked_with_parity(corpus)
+    for asked, given in samples:
+        found = re.fullmatch(pattern, asked)
+        assert found is not None, asked
+        options = dict(option.split(". ", 1) for option in found.groups())
+        assert options.get(given, given) == answer, "the label follows its option"
+        assert list(options) == list("ABCD"[: golden.count("|")])
+    choices = "|" in golden
+    assert len(samples) == (PARITY_ORDERS if choices else 1)
+    assert len(set(samples)) > 1 or not choices, "options are shuffled"
+
+
+@pytest.mark.parametrize("corpus", AKI)
+def test_with_parity_a_conversation_is_written_as_the_released_aki_writes_it(corpus: str) -> None:
     pack = PackConfig(corpora={"c": 1}, template="phi3", seq_len=64, epochs=1, system="Be kind.", aki_parity=True)
-    talk = (Turn("user", (ImageRef("i", data=b""), asked)), Turn("assistant", ("yes",)))
+    asked, answer = asked_with_parity(corpus)[0]
+    talk = (Turn("user", (ImageRef("i", data=b""), asked)), Turn("assistant", (answer,)))
     more = (Turn("user", ("and now?",)), Turn("assistant", ("no",)))
     template = pack.to_template()
     [excerpt] = excerpts(Example("e", (*talk, *more)), template.turns)
-    golden = f"<|system|>\nBe kind.<|end|>\n<|user|>\n[0]\n{asked}<|end|>\n<|assistant|>\n{{yes}}{{<|end|>}}"
+    golden = f"<|system|>\nBe kind.<|end|>\n<|user|>\n[0]\n{asked}<|end|>\n<|assistant|>\n{{{answer}}}{{<|end|>}}"
     assert spell(template.pieces(excerpt.example)) == golden and excerpt.left_out == 1
 
 
-def test_the_prompts_of_the_goldens_are_the_readers_defaults() -> None:
-    for corpus, asked in AKI.items():
-        fields = CORPORA[corpus].model_fields
-        prompt = fields["phrase_prompt" if corpus == "refcoco" else "prompt"].default
-        assert asked.startswith(prompt.partition("{")[0])
+def test_the_parity_of_a_pack_set_reaches_its_readers(tmp_path: Path) -> None:
+    """Two pack sets, with and without parity, from the same corpus."""
+    lay_out(tmp_path / "raw")
+    corpus = {"type": "aokvqa", "questions": "aokvqa/aokvqa_v1p0_train.json", "images": "coco/train2017"}
+    pack = {"corpora": {"aokvqa": 1.0}, "template": "phi3", "seq_len": 512, "draws": 40}
+    packs = {"ours": pack, "aki": {**pack, "aki_parity": True}}
+    tokenizer = str(byte_bpe(tmp_path / "tokenizer"))
+    prepare(make_recipe(tmp_path, corpora={"aokvqa": corpus}, packs=packs, tokenizer=tokenizer, max_bad_fraction=0.95))
+    texts: dict[str, list[tuple[str, str]]] = {}
+    for name in packs:
+        reader = PackReader(tmp_path / "out" / "packs" / name)
+        words = Tokenizer.load(reader.directory / "tokenizer")
+        texts[name] = [
+            (source.sample, words.decode(row.input_ids[(row.segment == number) & (row.modality == 0)], specials=True))
+            for row in reader
+            for number, source in enumerate(row.source, start=1)
+        ]
+    assert all("\nOptions:\n" not in text for _, text in texts["ours"])
+    asked = re.compile(r"\?\nOptions:\nA\. .*\n<\|end\|>\n<\|assistant\|>\n?[A-D]<\|end\|>$", re.DOTALL)
+    assert [text for _, text in texts["aki"] if not asked.search(text)] == []
+    questions = {sample for sample, _ in texts["ours"]}
+    assert {sample.partition("/")[0] for sample, _ in texts["aki"]} <= questions
+    assert len({sample for sample, _ in texts["aki"]}) == min(40, PARITY_ORDERS * len(questions)), "no order twice"
 
 
 def test_with_parity_a_caption_ends_as_the_released_aki_ends_it() -> None:

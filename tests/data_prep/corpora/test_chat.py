@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from data_prep.common.errors import UserError
 from data_prep.corpora import build_corpus
+from data_prep.corpora.conversation import MEDIA_KEYS
 from data_prep.example import Example, Reject
 from data_prep.text.template import Order, Template
 from tests.data_prep.corpora.test_corpora import outcomes, render
@@ -159,10 +160,36 @@ def test_an_image_url_is_rejected_with_the_fix(address: str, tmp_path: Path) -> 
         ([{"type": "image", "image": "https://example.org/a.png"}, {"type": "text", "text": "?"}], "missing-image"),
         ([{"type": "image", "image": "/etc/passwd"}, {"type": "text", "text": "?"}], "unsafe-path"),
         ([{"type": "image"}, {"type": "text", "text": "?"}], "missing-image"),
-        ([{"type": "audio"}, {"type": "text", "text": "?"}], "bad-label"),
+        ([{"type": "table"}, {"type": "text", "text": "?"}], "bad-label"),
+        ([{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}], "unsupported-media"),
+        ([{"type": "input_audio", "input_audio": {"data": ""}}, {"type": "text", "text": "?"}], "unsupported-media"),
     ],
 )
 def test_parts_that_cannot_be_used_are_rejected(content: list[Any], code: str, tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": content}, ANSWER]}))
     [item] = outcomes(build_corpus("chat", {"data": "data.jsonl"}, tmp_path))
     assert isinstance(item, Reject) and item.code == code
+
+
+@pytest.mark.parametrize("key", MEDIA_KEYS)
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_video_and_audio_beside_the_messages_are_rejected(key: str, suffix: str, tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "<video> What happens?"}, ANSWER]
+    rows = [{"messages": messages, key: ["a.mp4"]}, {"messages": messages, key: []}]
+    write = Dataset.from_list(rows).to_json if suffix == "jsonl" else Dataset.from_list(rows).to_parquet
+    write(tmp_path / f"data.{suffix}")
+    media, text = outcomes(build_corpus("chat", {"data": f"data.{suffix}"}, tmp_path))
+    assert isinstance(media, Reject) and media.code == "unsupported-media" and f"'{key}' is set" in media.detail
+    assert isinstance(text, Example)
+
+
+@pytest.mark.parametrize(("unmarked", "images"), [("reject", 0), ("first", 2)])
+def test_several_images_without_a_marker_come_first_by_an_option(unmarked: str, images: int, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(1))
+    row = {"messages": [{"role": "user", "content": "Compare."}, ANSWER], "images": ["a.png", "a.png"]}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
+    [item] = outcomes(build_corpus("chat", {"data": "data.jsonl", "unmarked": unmarked}, tmp_path))
+    if images:
+        assert render(item)["turns"][0][1:] == [{"image": "a.png"}] * images + ["Compare."]
+    else:
+        assert isinstance(item, Reject) and item.code == "missing-image" and "unmarked: first" in item.detail

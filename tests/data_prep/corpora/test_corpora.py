@@ -9,17 +9,23 @@ import gzip
 import io
 import json
 import os
+import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from data_prep.common.errors import UserError
 from data_prep.corpora import CORPORA, Corpus, build_corpus
+from data_prep.corpora.nlvr import held_out
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import CODES
+from data_prep.recipe import load_recipe
 from tests.data_prep.raw import png, write_tar
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -206,7 +212,9 @@ def test_a_root_that_does_not_exist_is_named(tmp_path: Path) -> None:
         pytest.param("vqav2", "questions", b"[]", "a list under 'questions'", id="no-key"),
         pytest.param("vqav2", "annotations", b'{"annotations": {}}', "a list under 'annotations'", id="no-list"),
         pytest.param("refcoco", "annotations", b'{"images": []}', "a list under 'annotations'", id="no-annotations"),
-        pytest.param("llava", "conversations", b'{"id": 1}', "a JSON list at the top level", id="no-array"),
+        pytest.param(
+            "llava", "conversations", b'{"id": 1}', "a JSON list or JSON lines, found a single", id="no-array"
+        ),
         pytest.param("llava", "conversations", b'[{"id": 1}, {"id"', "cut short, from byte 12", id="cut-array"),
         pytest.param("chat", "data", b"PAR1 cut", "not a Parquet file", id="cut-parquet"),
     ],
@@ -361,3 +369,100 @@ def test_every_option_of_every_reader_is_documented(kind: str) -> None:
     assert CORPORA[kind].__doc__
     for name, option in CORPORA[kind].model_fields.items():
         assert option.description and len(option.description) > 15 and option.description.rstrip()[-1] == ".", name
+
+
+SAID = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "This."}]
+
+
+def test_llava_rows_need_no_id_and_video_is_rejected(tmp_path: Path) -> None:
+    (tmp_path / "train2017").mkdir()
+    rows: list[dict[str, Any]] = [{}, {"id": None}, {"id": 7, "video": "a.mp4"}]
+    content = [{**row, "conversations": SAID} for row in rows]
+    (tmp_path / "llava_instruct_150k.json").write_text(json.dumps(content))
+    first, second, third = outcomes(build_corpus("llava", {}, tmp_path))
+    assert isinstance(first, Example) and isinstance(second, Example) and (first.id, second.id) == ("row-0", "row-1")
+    assert isinstance(third, Reject) and third.code == "unsupported-media"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_captions_may_hold_their_images(suffix: str, tmp_path: Path) -> None:
+    kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    cells = [{"bytes": png(1), "path": "a.png"}, {"bytes": None, "path": "a.png"}, None]
+    table = pa.table({"caption": ["one", "two", "three"], "image": pa.array(cells, kind), "plain": [png(2)] * 3})
+    if suffix == "parquet":
+        pq.write_table(table, tmp_path / "data.parquet")
+    else:
+        with pa.OSFile(str(tmp_path / "data.arrow"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as stream:
+            stream.write_table(table)
+    options = {"data": f"data.{suffix}", "names": "bytes"}
+    first, *others = outcomes(build_corpus("captions", options, tmp_path))
+    assert isinstance(first, Example) and first.images[0].read() == png(1)
+    assert [item.code for item in others if isinstance(item, Reject)] == ["missing-image"] * 2
+    plain = outcomes(build_corpus("captions", {**options, "image_key": "plain"}, tmp_path))
+    assert [image.read() for item in plain if isinstance(item, Example) for image in item.images] == [png(2)] * 3
+
+
+def test_vsr_finds_its_images_in_both_coco_folders(tmp_path: Path) -> None:
+    rows = []
+    for number, folder in enumerate(("train2017", "val2017", "test2017")):
+        (tmp_path / "images" / folder).mkdir(parents=True)
+        (tmp_path / "images" / folder / f"{number}.jpg").write_bytes(png(number))
+        link = f"http://images.cocodataset.org/{folder}/{number}.jpg"
+        rows.append({"image": f"{number}.jpg", "image_link": link, "caption": "It is there.", "label": 1})
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    train, val, other = outcomes(build_corpus("vsr", {}, tmp_path))
+    assert [image.name for item in (train, val) if isinstance(item, Example) for image in item.images] == [
+        "train2017/0.jpg",
+        "val2017/1.jpg",
+    ]
+    assert isinstance(other, Reject) and other.code == "missing-image"
+    (tmp_path / "images/val2017/1.jpg").unlink()
+    [missing] = [item for item in outcomes(build_corpus("vsr", {}, tmp_path))[1:2] if isinstance(item, Reject)]
+    assert missing.detail == "no file val2017/1.jpg in the image folder"
+
+
+def test_nlvr_does_not_ask_for_images_of_groups_that_are_not_used(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "nlvr", tmp_path / "nlvr")
+    shutil.rmtree(tmp_path / "nlvr/dev/images/2")
+    wanted = [{"reject": "99-0", "code": "missing-image"}]
+    for options in ({"groups": ["0"]}, {"exclude_groups": ["2"]}):
+        items = [render(item) for item in outcomes(build_corpus("nlvr", options, tmp_path / "nlvr"))]
+        missing = [item for item in items if item.get("code") == "missing-image"]
+        assert missing == ([] if "groups" in options else wanted)  # 99-0 lies in folder 1
+
+
+def test_nlvr_holds_out_presentations_that_share_nothing_with_the_others() -> None:
+    def row(presentation: int, sentence: str, *colours: str) -> dict[str, Any]:
+        boxes = [[{"color": colour}] for colour in colours]
+        return {"identifier": f"{presentation}-0", "sentence": sentence, "structured_rep": boxes}
+
+    dev = [row(n, f"Sentence {n % 150}.", "red", f"dev {n}") for n in range(200)]  # 50 share a sentence
+    hidden = [row(n, f"Other {n}", f"dev {n + 100 if n < 60 else -n}", "red") for n in range(200)]  # 60 share a scene
+    rows = [*(("dev", one) for one in dev), *(("hidden", one) for one in hidden)]
+    sides = {split: held_out(rows, split, 0.3) for split in ("dev", "hidden")}
+    assert sides == {split: held_out(reversed(rows), split, 0.3) for split in sides}, "the order does not matter"
+    assert all(35 < len(side) < 85 for side in sides.values())
+    for n in range(50):
+        assert (str(n) in sides["dev"]) == (str(n + 150) in sides["dev"])
+    for n in range(60):
+        assert (str(n) in sides["hidden"]) == (str(n + 100) in sides["dev"])
+
+
+@pytest.mark.skipif(
+    "NLVR_DIR" not in os.environ, reason="set NLVR_DIR to the folder that holds NLVR's dev/ and hidden/"
+)
+def test_the_nlvr_recipe_holds_out_what_it_never_trains_on() -> None:
+    recipe = load_recipe("nlvr")
+    seen: dict[str, set[tuple[str, str]]] = {"train": set(), "held_out": set()}
+    counts: Counter[str] = Counter()
+    for config in recipe.corpora.values():
+        corpus = build_corpus(config.type, config.options, recipe.root_dir)
+        used = {item.id.rpartition("-")[0] for item in outcomes(corpus) if isinstance(item, Example)}
+        for line in (recipe.root_dir / config.options["sentences"]).read_text().splitlines():
+            about = json.loads(line)
+            if about["identifier"] in used:
+                boxes = sorted(sorted(map(json.dumps, box)) for box in about["structured_rep"])
+                seen[config.options["part"]] |= {("sentence", about["sentence"]), ("scene", json.dumps(boxes))}
+                counts[config.options["part"], config.options.get("task")] += 1
+    assert not seen["train"] & seen["held_out"]
+    assert counts["train", "verify"] + counts["held_out", "verify"] == 1974 and counts["held_out", "verify"] > 200

@@ -24,6 +24,15 @@ from tests.data_prep.raw import png, write_tar
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDENS = [
+    pytest.param("table", "table", {"data": "rows.jsonl", "images": "images", "id_column": "id"}, "golden", id="table"),
+    pytest.param(
+        "table",
+        "table",
+        {"data": "captions.jsonl", "images": "images", "question_column": None, "answer_column": "caption"},
+        "golden_captions",
+        id="table-captions",
+    ),
+    pytest.param("image_folder", "image_folder", {}, "golden", id="image-folder"),
     pytest.param("webdataset", "webdataset", {"tars": "cc12m/*.tar"}, "golden", id="webdataset"),
     pytest.param(
         "webdataset",

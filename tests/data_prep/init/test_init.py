@@ -48,17 +48,17 @@ def test_own_data_becomes_verified_packs_in_three_commands(
 ) -> None:
     write, kind, samples = LAYOUTS[layout]
     place = write(tmp_path / "raw")
-    assert main(["init", str(place), "--recipe", "own.yaml", "--image-tokens", "4"]) == 0
+    assert main(["init", str(place), "--recipe", f"{layout}.yaml", "--image-tokens", "4"]) == 0
     said = capsys.readouterr().out
-    assert said.count("  sample ") >= 3 and f"(type {kind})" in said and "wrote own.yaml" in said
-    assert main(["run", "own.yaml", "--workers", "1"]) == 0
-    assert main(["verify", "prepared/own"]) == 0
-    recipe = load_recipe("own.yaml")
+    assert said.count("  sample ") >= 3 and f"(type {kind})" in said and f"wrote {layout}.yaml" in said
+    assert main(["run", f"{layout}.yaml", "--workers", "1"]) == 0
+    assert main(["verify", f"prepared/{layout}"]) == 0
+    recipe = load_recipe(f"{layout}.yaml")
     name = next(name for name in recipe.packs if name != "eval")
-    reader = PackReader(Path("prepared/own/packs") / name)
+    reader = PackReader(Path(f"prepared/{layout}/packs") / name)
     assert sum(len(row.source) for row in reader) == samples
     assert all(corpus.type == kind for corpus in recipe.corpora.values())
-    rejected = Path("prepared/own/rejects.jsonl").read_text()
+    rejected = Path(f"prepared/{layout}/rejects.jsonl").read_text()
     assert not rejected, "every row is used"
 
 
@@ -126,7 +126,8 @@ def test_a_given_tokenizer_is_used_with_its_chat_template(source: str | None, te
     assert main(["init", place, "--tokenizer", str(folder), "--recipe", "own.yaml", "--image-tokens", "4"]) == 0
     content = read("own.yaml")
     assert content["tokenizer"] == str(folder) and content["packs"]["sft"]["template"] == template
-    assert main(["run", "own.yaml", "--workers", "1"]) == 0
+    out = str(tmp_path / "out")  # readers of one process remember files by their paths
+    assert main(["run", "own.yaml", "--workers", "1", "--out", out]) == 0
 
 
 def test_several_inputs_become_one_recipe(tmp_path: Path) -> None:
@@ -218,8 +219,8 @@ def test_unusable_samples_are_counted_and_the_recipe_still_runs(
 def test_names_that_are_patterns_are_taken_literally(tmp_path: Path) -> None:
     place = sharegpt(tmp_path / "raw [v1]")
     place.rename(place.with_name("a[1]*.jsonl"))
-    assert main(["init", str(place.with_name("a[1]*.jsonl")), "--recipe", "own.yaml", "--image-tokens", "4"]) == 0
-    assert main(["run", "own.yaml", "--workers", "1"]) == 0
+    assert main(["init", str(place.with_name("a[1]*.jsonl")), "--recipe", "literal.yaml", "--image-tokens", "4"]) == 0
+    assert main(["run", "literal.yaml", "--workers", "1"]) == 0
 
 
 def _write(path: Path, content: bytes) -> None:

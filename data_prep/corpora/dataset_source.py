@@ -144,7 +144,23 @@ def _builder(source: DatasetSource, root: str) -> Any:
     kind = type(builder).__module__.rpartition(".")[2]
     if kind not in FORMATS:
         raise UserError(f"dataset {source.path}: format {kind} is not supported; use one of {', '.join(FORMATS)}")
+    if not source.is_local(Path(root)):
+        _check_revision(source, str(builder.hash), offline=kind == "cache")
     return builder
+
+
+def _check_revision(source: DatasetSource, commit: str, *, offline: bool) -> None:
+    """Refuse another commit than the one asked for: offline, ``datasets`` takes the newest of its cache."""
+    if source.is_pinned and commit != source.revision:
+        raise UserError(
+            f"dataset {source.path}: the cache holds commit {commit}, not {source.revision}: load that one on a node "
+            "with network, or set dataset.revision to the commit that is there"
+        )
+    if offline and source.revision and not source.is_pinned:
+        raise UserError(
+            f"dataset {source.path}: the Hub cannot be reached to look up revision {source.revision!r}: set "
+            f"dataset.revision to a commit (the cache holds {commit})"
+        )
 
 
 @lru_cache(maxsize=8)

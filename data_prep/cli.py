@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import OneLineParser, add_version, print_completion
 from data_prep.common.errors import UserError
+from data_prep.init.flags import add_commands
 
 if TYPE_CHECKING:
     from data_prep.common.workers import Team
@@ -31,6 +32,7 @@ same to the byte for any number of workers.
 """
 _EXAMPLES = """\
 examples:
+  mma-prep init my_data/                      look at your own data and write a recipe for it
   mma-prep demo data/demo                     draw a small world and pack it (under a minute)
   mma-prep run nlvr --out data/nlvr           all steps of a shipped recipe
   mma-prep run my_recipe.yaml --workers 16    all steps of your own
@@ -119,6 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
     completion = commands.add_parser("completion", parents=[debug], help="print a shell completion script")
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
     completion.set_defaults(command=lambda options: print_completion(build_parser(), options.shell))
+    add_commands(commands, debug)
     return parser
 
 

@@ -58,7 +58,7 @@ class TokenizerConfig(_Strict):
 class CorpusConfig(BaseModel):
     """A raw corpus: its ``type`` and the options of that reader."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     type: str
     augment: Augment | None = None
     """Mirror or crop images at training time, where the text of a sample allows it (``data_prep.images.augment``)."""

@@ -24,6 +24,7 @@ from data_prep.corpora.nlvr import NLVR
 from data_prep.corpora.ocrvqa import OCRVQA
 from data_prep.corpora.refcoco import RefCOCO
 from data_prep.corpora.scienceqa import ScienceQA
+from data_prep.corpora.table import Table
 from data_prep.corpora.visual_genome import VisualGenome
 from data_prep.corpora.vqav2 import VQAv2
 from data_prep.corpora.vsr import VSR
@@ -44,6 +45,7 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
         "ocrvqa": OCRVQA,
         "refcoco": RefCOCO,
         "scienceqa": ScienceQA,
+        "table": Table,
         "visual_genome": VisualGenome,
         "vqav2": VQAv2,
         "vsr": VSR,
@@ -99,7 +101,7 @@ def _validate(kind: str, options: Mapping[str, Any], root: Path) -> tuple[Corpus
     common = {name: options[name] for name in COMMON_OPTIONS if name in options and name not in known}
     own = {name: value for name, value in options.items() if name not in common}
     lines = [
-        f"{kind}.{name}: unknown option{did_you_mean(name, known)}; known: {', '.join(known)}"
+        f"{kind}.{name}: unknown option{did_you_mean(name, [*known, *COMMON_OPTIONS])}; known: {', '.join(known)}"
         for name in own
         if name not in known
     ]

@@ -134,8 +134,8 @@ class RowCorpus(Corpus):
         """All rows, read on first use and kept for the life of the process."""
         return self.read_rows()
 
-    def _row_outcome(self, number: int, value: object) -> Iterable[Example | Reject]:
-        sample = f"row-{number}"
+    def _row_outcome(self, number: int, value: object, name: str = "") -> Iterable[Example | Reject]:
+        sample = name or f"row-{number}"
         try:
             row = as_row(value)
             sample = self.row_id(row) or sample

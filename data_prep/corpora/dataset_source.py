@@ -11,7 +11,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from data_prep.common.errors import UserError, did_you_mean, one_line
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
 """Marker files of ``Dataset.save_to_disk`` and ``DatasetDict.save_to_disk``."""
-FORMATS = ("parquet", "arrow", "json", "csv")
-"""Builders of ``datasets`` whose rows are read; others may run code or give other than rows."""
+FORMATS = ("parquet", "arrow", "json", "csv", "cache")
+"""Builders of ``datasets`` that give plain rows and run no code; ``cache`` is what it stored earlier."""
 REACH_S = 5.0
 """Seconds to wait for the Hub before working offline: nodes of a cluster often have no way out."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -56,6 +56,11 @@ class DatasetSource(BaseModel):
             raise ValueError("must be the name of one split, not a slice or a sum of splits")
         return split
 
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the revision is a commit."""
+        return bool(self.revision and _COMMIT.fullmatch(self.revision))
+
     def is_local(self, root: Path) -> bool:
         """Return whether the path is a folder below ``root``."""
         return (root / self.path).is_dir()
@@ -64,22 +69,21 @@ class DatasetSource(BaseModel):
         """Return the Arrow files that hold the split, in order; downloads what the cache lacks. Raises UserError."""
         if self.is_local(root) and is_saved(root / self.path):
             return saved_files(root / self.path / self.split if _has_splits(root / self.path) else root / self.path)
-        dataset = _load(self, str(root))
-        return [Path(file["filename"]) for file in dataset.cache_files]
+        return [Path(file["filename"]) for file in _stored(self, str(root)).cache_files]
 
     def stream_shards(self, root: Path) -> int:
         """Return the number of shards of a streamed split. Raises UserError."""
-        return int(_load(self, str(root)).num_shards)
+        return int(_streamed(self, str(root)).num_shards)
 
     def stream(self, root: Path, shard: int) -> Iterator[object]:
         """Yield the rows of one shard of a streamed split; images as ``{bytes, path}``. Raises UserError."""
-        dataset = _load(self, str(root)).decode(False)
+        dataset = _streamed(self, str(root)).decode(False)
         with _errors_of(self):
             yield from dataset.shard(num_shards=dataset.num_shards, index=shard)
 
     def pinned(self, root: Path) -> DatasetSource:
         """Return the source with the commit that is read now as its revision; local folders have none."""
-        if self.is_local(root) or (self.revision and _COMMIT.fullmatch(self.revision)):
+        if self.is_local(root) or self.is_pinned:
             return self
         commit = _builder(self, str(root)).hash
         if not (commit and _COMMIT.fullmatch(commit)):
@@ -138,23 +142,41 @@ def _builder(source: DatasetSource, root: str) -> Any:
     with _errors_of(source):
         builder = datasets.load_dataset_builder(path, source.name, revision=source.revision)
     kind = type(builder).__module__.rpartition(".")[2]
-    if kind not in FORMATS and not builder.cache_dir.startswith(str(datasets.config.HF_DATASETS_CACHE)):
-        raise UserError(f"dataset {source.path}: its format {kind} is not read; use one of {', '.join(FORMATS)}")
+    if kind not in FORMATS:
+        raise UserError(f"dataset {source.path}: format {kind} is not supported; use one of {', '.join(FORMATS)}")
+    if not source.is_local(Path(root)):
+        _check_revision(source, str(builder.hash), offline=kind == "cache")
     return builder
 
 
-@lru_cache(maxsize=8)
-def _load(source: DatasetSource, root: str) -> Any:
-    datasets = _library()
-    with _errors_of(source):
-        return datasets.load_dataset(
-            _place(source, Path(root)),
-            source.name,
-            split=source.split,
-            revision=source.revision,
-            streaming=source.streaming,
-            keep_in_memory=None if source.streaming else False,
+def _check_revision(source: DatasetSource, commit: str, *, offline: bool) -> None:
+    """Refuse another commit than the one asked for: offline, ``datasets`` takes the newest of its cache."""
+    if source.is_pinned and commit != source.revision:
+        raise UserError(
+            f"dataset {source.path}: the cache holds commit {commit}, not {source.revision}: load that one on a node "
+            "with network, or set dataset.revision to the commit that is there"
         )
+    if offline and source.revision and not source.is_pinned:
+        raise UserError(
+            f"dataset {source.path}: the Hub cannot be reached to look up revision {source.revision!r}: set "
+            f"dataset.revision to a commit (the cache holds {commit})"
+        )
+
+
+@lru_cache(maxsize=8)
+def _stored(source: DatasetSource, root: str) -> Any:
+    """Return the split from the cache, which is filled first."""
+    builder = _builder(source, root)
+    with _errors_of(source):
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split, in_memory=False)
+
+
+@lru_cache(maxsize=8)
+def _streamed(source: DatasetSource, root: str) -> Any:
+    builder = _builder(source, root)
+    with _errors_of(source):
+        return builder.as_streaming_dataset(split=source.split)
 
 
 def _place(source: DatasetSource, root: Path) -> str:
@@ -214,8 +236,3 @@ def stream_name(shard: int) -> str:
 def stream_number(name: str) -> int:
     """Return the number of a shard of a streamed dataset."""
     return int(name.removeprefix("stream-"))
-
-
-def hub_sources(options: Sequence[object]) -> list[DatasetSource]:
-    """Return the valid dataset sources among some options."""
-    return [option for option in options if isinstance(option, DatasetSource)]

@@ -95,7 +95,7 @@ def find_image(folder: Path, name: str) -> ImageRef:
         raise BadSample("missing-image", str(problem.strerror), path) from None
     if not found:
         raise BadSample("missing-image", f"no file {relative} in the image folder", path)
-    if not path.resolve().is_relative_to(_resolved(folder)):
+    if not path.resolve().is_relative_to(_resolved(folder.absolute())):
         raise BadSample("unsafe-path", f"{relative} links to a file outside the image folder")
     return ImageRef(name=str(relative), path=path)
 

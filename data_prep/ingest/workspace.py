@@ -35,6 +35,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import FileEntry, hash_json, is_of_size, read_hashed, with_hash, write_atomic
 from data_prep.common.folder_lock import FolderLock
 from data_prep.corpora import build_corpus, with_parity
+from data_prep.ingest.pins import pin_datasets
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.template import Template
@@ -243,7 +244,7 @@ class Workspace:
     """Paths and contents of the output folder of a recipe."""
 
     def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+        self.recipe = pin_datasets(recipe)
         self.out = recipe.out_dir
         self.tokenizer = self.out / "tokenizer"
         self.images = self.out / "images"

@@ -30,6 +30,15 @@ from tests.data_prep.raw import png, write_tar
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDENS = [
+    pytest.param("table", "table", {"data": "rows.jsonl", "images": "images", "id_column": "id"}, "golden", id="table"),
+    pytest.param(
+        "table",
+        "table",
+        {"data": "captions.jsonl", "images": "images", "question_column": None, "answer_column": "caption"},
+        "golden_captions",
+        id="table-captions",
+    ),
+    pytest.param("image_folder", "image_folder", {}, "golden", id="image-folder"),
     pytest.param("webdataset", "webdataset", {"tars": "cc12m/*.tar"}, "golden", id="webdataset"),
     pytest.param(
         "webdataset",
@@ -183,8 +192,8 @@ def test_shards_do_not_depend_on_each_other_or_on_their_order(
         pytest.param("refcoco", {"direction": "up"}, r"refcoco\.direction: .*'phrase'.*found 'up'", id="choice"),
         pytest.param("nlvr", {"permutations": 7}, r"nlvr\.permutations: .*equal to 6.*found 7", id="range"),
         pytest.param("webdataset", {"tars": "none/*.tar"}, r"tars='none/\*\.tar' matches no file", id="no-tars"),
-        pytest.param("chat", {}, r"chat\.data is missing: add it", id="required"),
-        pytest.param("chat", {"data": "*.csv"}, r"chat\.data: must end in \.jsonl, .*found '\*\.csv'", id="format"),
+        pytest.param("chat", {}, r"chat: set either data or dataset", id="required"),
+        pytest.param("chat", {"data": "*.csv"}, r"chat: data must end in \.jsonl, .*found '\*\.csv'", id="format"),
         pytest.param("chat", {"data": "none*.jsonl"}, r"data='none\*\.jsonl' matches no file", id="no-data"),
         pytest.param(
             "webdataset",

@@ -33,6 +33,8 @@ CODES: Mapping[str, str] = {
     "wrong-template": "a conversation met a template that writes documents only",
 }
 """Closed list of reasons: code -> one-line meaning."""
+DAMAGED_FILES = frozenset({"damaged-tar"})
+"""Codes of a raw file that is lost from some place on, not of one sample."""
 
 
 REPAIRS: Mapping[str, str] = {

@@ -36,13 +36,21 @@ class FolderLock:
     once: str
     """What to do where there are no locks."""
 
-    def hold(self, say: Callable[[str], None], *, shared: bool = False, wait: bool = False) -> IO[str]:
+    def hold(
+        self,
+        say: Callable[[str], None],
+        *,
+        shared: bool = False,
+        wait: bool = False,
+        unlocked: Callable[[], None] = lambda: None,
+    ) -> IO[str]:
         """Take the lock; it is held while the returned file is open.
 
         Args:
             say: gets a line when a holder is waited for, and where the file system knows no locks.
             shared: beside others that hold it shared.
             wait: until its holder is done, however long; else only as long as one that was killed takes to go.
+            unlocked: called where the file system knows no locks.
 
         Raises:
             UserError: another process keeps it, or the file cannot be opened.
@@ -50,7 +58,7 @@ class FolderLock:
         """
         stream = self._open()
         began, told = time.monotonic(), False
-        while not self._took(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, say):
+        while not self._took(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, say, unlocked):
             other = self.holder()
             here = other.get("host") == socket.gethostname()
             name = f"process {other.get('pid', '?')} on {other.get('host', 'an unknown host')}"
@@ -75,7 +83,7 @@ class FolderLock:
         except OSError as error:
             raise UserError(f"{self.path} cannot be opened ({error.strerror}): remove it") from error
 
-    def _took(self, stream: IO[str], kind: int, say: Callable[[str], None]) -> bool:
+    def _took(self, stream: IO[str], kind: int, say: Callable[[str], None], unlocked: Callable[[], None]) -> bool:
         """Try to take a lock; True as well where there are no locks."""
         try:
             fcntl.flock(stream, kind | fcntl.LOCK_NB)
@@ -83,6 +91,7 @@ class FolderLock:
             if error.errno in _TAKEN:
                 return False
             say(f"warning: {self.path} cannot be locked ({error.strerror}): {self.once}")
+            unlocked()
         return True
 
     def holder(self) -> dict[str, Any]:

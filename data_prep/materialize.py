@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_prep.common.errors import UserError
+from data_prep.common.events import EventLedger
 from data_prep.common.files import FileEntry, hash_json, sha256_file, sha256_line, write_atomic
 from data_prep.common.modalities import IMAGE, TEXT
 from data_prep.common.supervision import predicts_target
@@ -82,10 +83,10 @@ def materialize(recipe: Recipe, team: Team, reporter: Reporter) -> None:
         UserError: an earlier step is incomplete or had other settings, or its files are damaged.
     """
     space = Workspace(recipe)
-    ready = team.serial(lambda: require_ingested(space))
+    ready = team.serial(lambda: require_ingested(space, reporter.events(space.out)))
     checked: set[ShardOutput] = set()
     for name, pack in recipe.packs.items():
-        jobs, outputs = team.serial(functools.partial(_prepare, space, name, pack, ready))
+        jobs, outputs = team.serial(functools.partial(_prepare, space, name, pack, ready, reporter.events(space.out)))
         unchecked = [output for output in outputs if output not in checked]
         # Shares do not wait for each other, so each one checks all inputs of its rows.
         team.map(check_tokens, [team.share(unchecked) if team.covers_all else unchecked], lambda _: None)
@@ -102,7 +103,7 @@ def _work(folder: Path) -> Path:
 
 
 def _prepare(
-    space: Workspace, name: str, pack: PackConfig, ready: Ingested
+    space: Workspace, name: str, pack: PackConfig, ready: Ingested, events: EventLedger
 ) -> tuple[list[RowFileJob], list[ShardOutput]]:
     """Write the context file for the workers; return the row files of a pack set and the shard outputs to read."""
     folder = space.packs(name)
@@ -133,7 +134,9 @@ def _prepare(
     jobs = [
         RowFileJob(folder, key, number, start, min(start + per_file, plan.rows)) for number, start in enumerate(starts)
     ]
-    return jobs, outputs if any(job.done() is None for job in jobs) else []
+    waiting = [job for job in jobs if job.done() is None]
+    events.record("packs-rebuilt", sum(job.path.exists() for job in waiting), packs=name)
+    return jobs, outputs if waiting else []
 
 
 @dataclass(frozen=True)

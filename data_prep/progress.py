@@ -6,8 +6,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TextIO
 
+from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
 from data_prep.quarantine import Tally, add_tallies
 
 _LINE_EVERY_S = 5.0
@@ -43,11 +45,27 @@ class Task:
 
 
 class Reporter:
-    """Writes progress to ``stream``; ``quiet`` suppresses all output."""
+    """Writes progress to ``stream``; ``quiet`` suppresses all output; events in ``strict`` are fatal."""
 
-    def __init__(self, stream: TextIO | None = None, *, quiet: bool = False) -> None:
+    def __init__(
+        self, stream: TextIO | None = None, *, quiet: bool = False, strict: frozenset[str] = frozenset()
+    ) -> None:
         self._stream = stream or sys.stdout
         self._quiet = quiet
+        self._strict = strict
+        self._ledgers: dict[Path, EventLedger] = {}
+
+    def events(self, out: Path) -> EventLedger:
+        """Return the event ledger of an output folder; only one process of a team may record into it."""
+        if out not in self._ledgers:
+            self._ledgers[out] = EventLedger(out / EVENTS_FILE, self._strict)
+        return self._ledgers[out]
+
+    def say_events(self) -> None:
+        """Write one line for the events of this command, if there were any."""
+        for ledger in self._ledgers.values():
+            if ledger.recorded:
+                self.say(f"events: {describe_events(ledger.recorded)}; see {ledger.path}")
 
     def say(self, line: str) -> None:
         """Write one line."""
@@ -80,8 +98,8 @@ class Reporter:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        detail = TextColumn("{task.fields[detail]}")
+        columns = (TextColumn(label, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        detail = TextColumn("{task.fields[detail]}", markup=False)
         with Progress(*columns, detail, console=Console(file=self._stream)) as bar:
             row = bar.add_task(label, total=total, detail="")
             yield Task(label, total, lambda task: bar.update(row, completed=task.done, detail=task.detail))

@@ -36,6 +36,8 @@ CODES: Mapping[str, str] = {
     "wrong-template": "a conversation cannot be written by a template for documents",
 }
 """Closed list of reject codes: code -> one-line meaning."""
+DAMAGED_FILES = frozenset({"damaged-tar"})
+"""Codes of a raw file that is lost from some place on, not of one sample."""
 
 
 REPAIRS: Mapping[str, str] = {

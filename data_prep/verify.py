@@ -19,6 +19,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import REBUILD, RERUN, Hashed, check_sums, read_hashed, sha256_file
 from data_prep.common.store_index import INDEX_FILE
 from data_prep.images.store import ImageStore
+from data_prep.ingest.changes import LISTING
 from data_prep.ingest.image_hashes import ImageHashes
 from data_prep.ingest.store_rows import read_store_rows
 from data_prep.ingest.workspace import ShardOutput
@@ -61,7 +62,7 @@ def verify(directory: Path) -> Iterator[str]:
     if outputs:
         _check_all([functools.partial(check_shard_output, output, directory / "images") for output in outputs])
         _check_sums(directory / "rejects.jsonl")
-        for path in sorted(directory.glob("ingest/*/shards-*.json")):
+        for path in sorted([*directory.glob("ingest/*/shards-*.json"), *directory.glob(f"ingest/*/{LISTING}")]):
             _check_own_hash(path)
         yield f"{directory / 'ingest'}: ok, {len(outputs):,} ingested shards"
     if (directory / "tokenizer").is_dir():

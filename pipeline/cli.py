@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from data_prep.common.command_line import OneLineParser, add_version, flush_output, print_completion, use_any_output
-from data_prep.common.errors import UserError
+from data_prep.common.command_line import OneLineParser, add_version, print_completion, run_command
 from pipeline.commands import parsers
 from pipeline.commands.model import add_evaluate, add_export, add_generate
 
@@ -45,22 +43,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 2, with one line on stderr, for user errors."""
     words = list(sys.argv[1:] if argv is None else argv)
-    use_any_output()
-    try:
-        code = _code_of(words)
-        flush_output()  # report a closed pipe or a full disk here, not at interpreter exit
-        return code
-    except BrokenPipeError:  # `mma status | head`
-        flush_output(discard=True)
-        return 0
-    except (UserError, OSError) as error:  # OSError: no permission, disk full, file gone
-        flush_output(discard=True)
-        if "--debug" in words:
-            traceback.print_exc()
-        print(f"mma: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_command("mma", lambda: _code_of(words), debug="--debug" in words)
 
 
 def _code_of(words: list[str]) -> int:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.aki import Ints, make_workspace
+from data_prep.common.events import EVENTS_FILE, EventLedger
 from data_prep.ingest.samples import read_sample_stats
 from data_prep.ingest.step import require_ingested
 from data_prep.ingest.workspace import Workspace
@@ -55,7 +56,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def _whole_step(recipe: Recipe) -> tuple[float, PackingPlan]:
     """Plan as ``mma-prep plan`` does after ingest; processor seconds, and the plan."""
     space = Workspace(recipe)
-    require_ingested(space)  # seals the store, as the end of ingest does
+    require_ingested(space, EventLedger(space.out / EVENTS_FILE))  # builds the store, as the end of ingest does
     shutil.rmtree(space.packs("sft"), ignore_errors=True)
     start = time.process_time()
     plan(recipe, Reporter(quiet=True))
@@ -66,7 +67,9 @@ def _tokens(recipe: Recipe, made: PackingPlan) -> Ints:
     """Return the tokens of every draw, in blended order."""
     space = Workspace(recipe)
     outputs = [
-        output for variant in space.variants(require_ingested(space).tokenizer_sha256) for output in variant.outputs
+        output
+        for variant in space.variants(require_ingested(space, EventLedger(space.out / EVENTS_FILE)).tokenizer_sha256)
+        for output in variant.outputs
     ]
     kept = [output.report().tally.kept for output in outputs]
     starts = np.cumsum([0, *kept])

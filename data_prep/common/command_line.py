@@ -1,45 +1,66 @@
-"""Command-line parser that reports a mistake in one line with a suggestion."""
+"""Command lines whose mistakes are one line, whatever stdout is: a pipe that closes, a full disk, ASCII, nothing."""
 
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
-from data_prep.common.errors import did_you_mean
+from data_prep.common.errors import UserError, did_you_mean
+
+_SHOWN_CHARACTERS = 400
 
 
 def positive_int(text: str) -> int:
     """Parse a whole number above 0; an argparse ``type``."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isdecimal() or len(text) > 18 or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a whole number above 0")
     return int(text)
 
 
+def folder_path(text: str) -> Path:
+    """Parse the path of a folder; an argparse ``type``. An empty path (an unset shell variable) is refused."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty: give a folder (. for the working folder)")
+    return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """Parse the path of a file to write; an argparse ``type``. An empty path and folders are refused."""
+    path = Path(text)
+    if not text.strip() or not path.name or text.endswith(os.sep) or path.is_dir():
+        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not the path of a file to write")
+    return path
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """An argparse parser whose errors are one line without the usage; the exit code is 2."""
+    """An argparse parser that prints one line instead of its usage, and exits with code 2."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, but check the command name first."""
+        """Parse as argparse does, but check the command first."""
         words = list(sys.argv[1:] if args is None else args)
         known = self._commands()
         if known and words and not words[0].startswith("-") and words[0] not in known:
-            self.error(f"unknown command '{words[0]}'{did_you_mean(words[0], known)}; known: {', '.join(known)}")
+            command = _short(words[0])
+            self.error(f"unknown command {command!r}{did_you_mean(command, known)}; known: {', '.join(known)}")
         return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Print one line and exit with code 2."""
-        word = message.removeprefix("unrecognized arguments: ").split()[0]
+        word = next(iter(message.removeprefix("unrecognized arguments: ").split()), "")
         flag = word.partition("=")[0]
-        hint = did_you_mean(word, self.flags()) if word.startswith("-") else ""
+        hint = did_you_mean(_short(word), self.flags()) if word.startswith("-") else ""
         if message.startswith("unrecognized"):
             owners = [name for name, command in self._commands().items() if flag in command.flags()]
             hint = f" ({flag} is for {', '.join(owners)})" if owners else hint
-        self.exit(2, f"{self.prog.split()[0]}: {message}{hint}; {self.prog} --help shows all\n")
+        shown = _short(" ".join(message.split()))
+        self.exit(2, f"{self.prog.split()[0]}: {shown}{hint}; {self.prog} --help shows all\n")
 
     def flags(self) -> set[str]:
         """Return the flags of all commands."""
@@ -66,23 +87,76 @@ def print_completion(parser: argparse.ArgumentParser, shell: str) -> None:
     print(shtab.complete(parser, shell=shell))
 
 
-def use_any_output() -> None:
-    """Make ``print`` work whatever stdout is: closed (output is dropped), or an encoding that lacks a character."""
-    if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  # until the process ends
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+def run_command(program: str, work: Callable[[], int], *, debug: bool, stopped: str = "stopped") -> int:
+    """Run a command so that every failure the user can act on is one line on stderr.
 
+    Args:
+        program: name that begins the line.
+        work: parses the command line and does the work; returns the exit code.
+        debug: show the traceback of an error as well.
+        stopped: what to print on Ctrl-C.
 
-def flush_output(*, discard: bool = False) -> None:
-    """Write out what was printed. Raises OSError if it cannot be written.
-
-    ``discard`` drops it instead, so the interpreter does not fail a second time when it exits.
+    Returns:
+        The exit code: that of ``work``, 0 if the reader of stdout closed it (``| head``), 2 for a user error or an
+        error of the operating system (no permission, disk full), 130 for Ctrl-C.
     """
-    if not discard:
-        sys.stdout.flush()
-        return
+    prepare_streams()
     try:
+        code = work()
         sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        return 0
+    except (UserError, OSError) as error:
+        if debug:
+            _print_to_stderr(traceback.format_exc().rstrip())
+        _print_to_stderr(f"{program}: {error}")
+        code = 2
+    except KeyboardInterrupt:
+        _print_to_stderr(f"{program}: {stopped}")
+        code = 130
+    finally:
+        for stream in (sys.stdout, sys.stderr):  # at exit, Python would fail to flush them, with a traceback
+            _flush_or_discard(stream)
+    return code
+
+
+def prepare_streams() -> None:
+    """Give the process a stdout and a stderr that take any text, also where they are closed or know ASCII only."""
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None:  # closed (`>&-`): the next file that is opened would get its number, and the output
+            with suppress(OSError):
+                _open_null(descriptor)
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - stays open
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _open_null(descriptor: int) -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != descriptor:
+        os.dup2(null, descriptor)
+        os.close(null)
+
+
+def _print_to_stderr(text: str) -> None:
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _flush_or_discard(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except (OSError, ValueError):  # ValueError: closed
+        _discard(stream)
+
+
+def _discard(stream: TextIO) -> None:
+    """Send what is left in a stream's buffer to nowhere."""
+    with suppress(OSError, ValueError):
+        _open_null(stream.fileno())
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."

@@ -79,7 +79,7 @@ def read_hashed(path: Path) -> Any:
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         return raw["value"] if raw["sha256"] == hash_json(raw["value"]) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

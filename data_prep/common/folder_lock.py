@@ -35,13 +35,21 @@ class FolderLock:
     once: str
     """Advice printed on file systems without locks."""
 
-    def hold(self, say: Callable[[str], None], *, shared: bool = False, wait: bool = False) -> IO[str]:
-        """Acquire the lock; it is held while the returned file is open.
+    def hold(
+        self,
+        say: Callable[[str], None],
+        *,
+        shared: bool = False,
+        wait: bool = False,
+        unlocked: Callable[[], None] = lambda: None,
+    ) -> IO[str]:
+        """Take the lock; it is held while the returned file is open.
 
         Args:
-            say: receives a line while waiting for a holder, and a warning if the file system has no locks.
-            shared: allow other shared holders at the same time.
-            wait: wait until the holder is done, however long; else only as long as a killed holder's lock may last.
+            say: gets a line when a holder is waited for, and where the file system knows no locks.
+            shared: beside others that hold it shared.
+            wait: until its holder is done, however long; else only as long as one that was killed takes to go.
+            unlocked: called where the file system knows no locks.
 
         Raises:
             UserError: another process holds the lock, or the file cannot be opened.
@@ -49,7 +57,7 @@ class FolderLock:
         """
         stream = self._open()
         began, announced = time.monotonic(), False
-        while not self._try_lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, say):
+        while not self._try_lock(stream, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, say, unlocked):
             other = self.holder()
             here = other.get("host") == socket.gethostname()
             name = f"process {other.get('pid', '?')} on {other.get('host', 'an unknown host')}"
@@ -74,14 +82,15 @@ class FolderLock:
         except OSError as error:
             raise UserError(f"{self.path} cannot be opened ({error.strerror}): remove it") from error
 
-    def _try_lock(self, stream: IO[str], kind: int, say: Callable[[str], None]) -> bool:
-        """Try to acquire the lock. Also True on file systems without locks."""
+    def _try_lock(self, stream: IO[str], kind: int, say: Callable[[str], None], unlocked: Callable[[], None]) -> bool:
+        """Try to take a lock; True as well where there are no locks."""
         try:
             fcntl.flock(stream, kind | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
             say(f"warning: {self.path} cannot be locked ({error.strerror}): {self.once}")
+            unlocked()
         return True
 
     def holder(self) -> dict[str, Any]:

@@ -56,8 +56,10 @@ class Team(ABC):
 class LocalTeam(Team):
     """``workers`` processes on this machine, for share ``index`` of ``count`` (a Slurm array task)."""
 
-    def __init__(self, workers: int, index: int = 0, count: int = 1) -> None:
+    def __init__(self, workers: int, index: int = 0, count: int = 1, *, without_mpi: bool = False) -> None:
         self.workers, self.index, self.count = workers, index, count
+        self.without_mpi = without_mpi
+        """Whether it stands in for MPI ranks, because MPI cannot be loaded."""
         part = f", share {index} of {count}" if count > 1 else ""
         self.description = f"{workers} process{'es' * (workers > 1)}{part}"
 
@@ -167,17 +169,19 @@ def form_team(workers: int | None, share: str | None, say: Callable[[str], None]
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers {workers}: give 1 or more")
+    without_mpi = False
     rank = next((os.environ[name] for name in _RANK_VARIABLES if name in os.environ), None)
     if rank is not None:
         comm = _world(say if rank == "0" else lambda line: None)
         if comm is None and rank != "0":
             return None
+        without_mpi = comm is None
         if comm is not None and comm.Get_size() > 1:
-            if share:
-                raise UserError("--shard divides work between separate jobs; do not use it under mpiexec")
+            if share is not None:
+                raise UserError("--shard divides work between separate jobs; under mpiexec leave it out")
             return MpiTeam(comm)
-    index, count = parse_share(share) if share else (0, 1)
-    return LocalTeam(workers or _cores(), index, count)
+    index, count = parse_share(share) if share is not None else (0, 1)
+    return LocalTeam(workers or _cores(), index, count, without_mpi=without_mpi)
 
 
 def _world(say: Callable[[str], None]) -> Any:

@@ -121,15 +121,24 @@ def _try_open(store: Path) -> ImageStore | None:
         return None
 
 
-def forget_damaged(out: Path) -> None:
-    """Invalidate shard outputs whose images a damaged store has lost, so ingest reads them again."""
-    for index in out.glob("images/*/store.json"):
+def forget_damaged(out: Path) -> list[Path]:
+    """Invalidate shard outputs whose images a damaged store has lost, so ingest reads them again.
+
+    Returns:
+        The folders of the damaged stores.
+    """
+    damaged = []
+    for index in sorted(out.glob("images/*/store.json")):
         store = _try_open(index.parent)
+        missing = store.missing() if store is not None else []
         if store is None:
             index.unlink(missing_ok=True)
             index.with_suffix(".sha256").unlink(missing_ok=True)
-        elif missing := store.missing():
+        elif missing:
             _forget(out, store.directory.name, missing)
+        if store is None or missing:
+            damaged.append(index.parent)
+    return damaged
 
 
 def _forget(out: Path, store: str, missing: Sequence[tuple[int, int]]) -> None:

@@ -10,6 +10,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 from data_prep.common.errors import UserError
@@ -43,11 +44,17 @@ def unchanged(outputs: Iterable[ShardOutput], root: Path) -> list[bool]:
 
 
 def _is_unchanged(output: ShardOutput, root: Path) -> bool:
+    return changed_files(output, root) == []
+
+
+def changed_files(output: ShardOutput, root: Path) -> list[str] | None:
+    """Return the first file that changed since it was read, if any; None if the list is missing or damaged."""
     try:
         data = Hashed(output.sources, output.report().sources_sha256, output.marker.name).read()
     except (UserError, OSError):
-        return False
-    return all(_line(os.fsdecode(line.split(b" ", 2)[-1][:-1]), root) == line for line in io.BytesIO(data))
+        return None
+    places = ((os.fsdecode(line.split(b" ", 2)[-1][:-1]), line) for line in io.BytesIO(data))
+    return list(islice((place for place, line in places if _line(place, root) != line), 1))
 
 
 def _line(place: str, root: Path) -> bytes:

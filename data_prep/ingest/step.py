@@ -10,15 +10,17 @@ from pathlib import Path
 
 from data_prep.common.arrow_files import atomic_path
 from data_prep.common.errors import UserError
+from data_prep.common.events import EVENTS, EventLedger
 from data_prep.common.files import Hashed, sha256_line, write_atomic
 from data_prep.common.workers import ALONE, Team
 from data_prep.ingest import sources
+from data_prep.ingest.changes import record_raw_changes, record_rebuilds
 from data_prep.ingest.image_store_build import build_image_store, forget_damaged
 from data_prep.ingest.shard_writer import ShardJob, ingest_shard
 from data_prep.ingest.train_tokenizer import has_tokenizer, load_tokenizer, prepare_tokenizer
 from data_prep.ingest.workspace import CorpusVariant, ShardOutput, Workspace, describe_missing
 from data_prep.progress import Reporter
-from data_prep.quarantine import Tally, add_tallies, check_bad_fraction
+from data_prep.quarantine import DAMAGED_FILES, Tally, add_tallies, check_bad_fraction
 from data_prep.recipe import Recipe
 
 
@@ -39,8 +41,9 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     Raises:
         UserError: a corpus, the tokenizer or an option is wrong, or too many samples were rejected.
     """
-    space = Workspace(recipe)
-    team.serial(lambda: forget_damaged(space.out))
+    space, events = Workspace(recipe), reporter.events(recipe.out_dir)
+    team.serial(lambda: _forget_damaged(space, events))
+    team.serial(lambda: record_raw_changes(space, reporter))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
         ShardJob(output, replace(variant, shards={}))  # keeps the job small: it is sent to a worker
@@ -50,12 +53,14 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     mine = team.share(jobs)
     unchanged = sources.unchanged([job.output for job in mine], space.recipe.root_dir)
     waiting = [job for job, same in zip(mine, unchanged, strict=True) if not (same and job.output.done())]
+    outputs = [job.output for job in waiting]
+    team.map(lambda found: record_rebuilds(found, recipe.root_dir, events), [outputs], lambda _: None)
     with reporter.task(f"ingest ({team.description})", len(waiting)) as task:
         team.map(ingest_shard, waiting, lambda report: task.advance(report.tally))
     if not team.covers_all:
         reporter.say("ingest: this share is done; run plan once all shares are")
         return
-    done = require_ingested(space, team)
+    done = require_ingested(space, events, team)
     rejected = (
         f" ({done.tally.describe_codes()}; `mma-prep rejects {space.out}` shows them)" if done.tally.rejected else ""
     )
@@ -63,20 +68,25 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     reporter.say(f"ingest: {counts}; images in {done.images}")
 
 
-def require_ingested(space: Workspace, team: Team = ALONE) -> Ingested:
+def require_ingested(space: Workspace, events: EventLedger, team: Team = ALONE) -> Ingested:
     """Check that every shard is ingested, list and limit the rejected samples, and build the image store.
 
     Raises:
         UserError: shards are missing (the message counts them and names the first), or too many samples were rejected.
     """
-    tokenizer_sha256, tally = team.serial(lambda: _check_outputs(space))
+    tokenizer_sha256, tally = team.serial(lambda: _check_outputs(space, events))
     outputs = shard_outputs_of(space.variants(tokenizer_sha256))
     return Ingested(tokenizer_sha256, build_image_store(outputs, space.images, team), tally)
 
 
-def _check_outputs(space: Workspace) -> tuple[str, Tally]:
+def _forget_damaged(space: Workspace, events: EventLedger) -> None:
+    for store in forget_damaged(space.out):
+        events.record("store-damaged", path=store)
+
+
+def _check_outputs(space: Workspace, events: EventLedger) -> tuple[str, Tally]:
     """Return the hash of the tokenizer and the tally of all samples."""
-    forget_damaged(space.out)
+    _forget_damaged(space, events)
     if space.shards and not has_tokenizer(space):  # errors of the corpora come first
         raise UserError("nothing is ingested yet: run `mma-prep ingest` with this recipe")
     tokenizer_sha256 = load_tokenizer(space).sha256
@@ -87,10 +97,24 @@ def _check_outputs(space: Workspace) -> tuple[str, Tally]:
         raise UserError(f"ingest is incomplete: {describe_missing(missing)}; run `mma-prep ingest` with this recipe")
     write_rejects(space, outputs)
     tallies = {output: report.tally for output, report in zip(outputs, reports, strict=True) if report is not None}
+    _record(space.variants(tokenizer_sha256), tallies, events)
     check_bad_fraction(
         _tallies_by_variant(space, tokenizer_sha256, tallies), space.recipe.max_bad_fraction, space.rejects
     )
     return tokenizer_sha256, add_tallies(tallies.values())
+
+
+def _record(variants: Iterable[CorpusVariant], tallies: Mapping[ShardOutput, Tally], events: EventLedger) -> None:
+    """Record the rejected and repaired samples of each corpus variant."""
+    for variant in variants:
+        tally = add_tallies(tallies[output] for output in variant.outputs)
+        place = {"corpus": variant.corpus, "variant": variant.folder.name}
+        for reason, count in tally.codes.items():
+            code = "raw-file-damaged" if reason in DAMAGED_FILES else "sample-rejected"
+            events.record_once(code, count, **place, reason=reason)
+        for repair, count in tally.repairs.items():
+            code = repair if repair in EVENTS else "sample-repaired"
+            events.record_once(code, count, **place, repair=repair)
 
 
 def _tallies_by_variant(

@@ -28,6 +28,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     recipe, config = space.recipe, space.recipe.tokenizer
     source = recipe.root_dir / config.path if config.path else None
     raw = _raw_texts(space) if source is None else _source_hashes(source)
+    existed = has_tokenizer(space)
     inputs = hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw])
     if _origin(space).get("inputs") == inputs:
         with suppress(UserError):  # a file is missing or damaged: rebuild the tokenizer
@@ -41,6 +42,7 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     tokenizer = Tokenizer.open(source, recipe.specials())
     tokenizer.save(space.tokenizer)
     write_atomic(_marker(space), with_hash({"inputs": inputs, "sha256": tokenizer.sha256}))
+    reporter.events(space.out).record("tokenizer-rebuilt", int(existed), path=space.tokenizer)
     reporter.say(f"tokenizer: {len(tokenizer):,} ids, sha256 {tokenizer.sha256[:12]}")
     return tokenizer.sha256
 

@@ -4,6 +4,7 @@
 
     OUT/tokenizer/                               one tokenizer for all pack sets
     OUT/ingest/CORPUS/shards-KEY.json            shards of the raw files, so no step counts their rows again
+    OUT/ingest/CORPUS/raw-files.json             sizes and times of the raw files, so that changes can be named
     OUT/ingest/CORPUS/SETTINGS/SHARD.*           tokenised samples of one raw shard; ``.json`` is the done-marker
     OUT/images/KEY/                              the image store
     OUT/packs/SET/                               the packs
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 INGEST_VERSION = 13
 """Incremented when the same raw sample would give different files; older outputs are then rebuilt."""
-_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors that reading a damaged done-marker raises."""
 _HASHES = ("sha256", "stats_sha256", "images_sha256", "rejects_sha256", "sources_sha256")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +17,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from data_prep.common.arrow_files import atomic_path
 from data_prep.common.errors import UserError, one_line
+from data_prep.common.events import EVENTS_FILE, EventLedger
 from data_prep.common.files import check_sums, sha256_file, sha256_line, write_atomic
 from data_prep.common.typed_json import STRICT, Text, check_typed, parse_object
 from data_prep.ingest.prompts import draw_prompts, prompt_ids
@@ -135,17 +136,28 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         UserError: ingest is incomplete, or a pack set would supervise nothing.
     """
     space = Workspace(recipe)
-    ready = require_ingested(space)
+    ready = require_ingested(space, reporter.events(space.out))
     for name, pack in recipe.packs.items():
         sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))
         path = plan_path(space.packs(name))
         settings = _settings(recipe, pack, sources)
         if not _is_current(path, settings):
+            reporter.events(space.out).record("plan-rebuilt", int(path.exists()), packs=name)
             made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer))
             for line in made.advice:
                 reporter.say(line)
             _write(path, made, settings)
-        reporter.say(describe(name, pack, PackingPlan.load(path)))
+        current = PackingPlan.load(path)
+        _record(name, current.audits, reporter.events(space.out))
+        reporter.say(describe(name, pack, current))
+
+
+def _record(name: str, audits: Mapping[str, CorpusAudit], events: EventLedger) -> None:
+    """Record what the draws of a pack set lose."""
+    for corpus, audit in audits.items():
+        events.record_once("answer-dropped", audit.left_out, packs=name, corpus=corpus)
+        events.record_once("answer-truncated", audit.truncated, packs=name, corpus=corpus)
+        events.record_once("audit-warning", audit.without_target, packs=name, corpus=corpus, problem="no target")
 
 
 def require_plan(space: Workspace, name: str, tokenizer_sha256: str) -> PackingPlan:
@@ -268,7 +280,7 @@ def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
         UserError: ingest is incomplete.
     """
     space = Workspace(recipe)
-    ready = require_ingested(space)
+    ready = require_ingested(space, EventLedger(space.out / EVENTS_FILE))
     tokenizer, found = Tokenizer.load(space.tokenizer), {}
     for name, pack in recipe.packs.items():
         sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,12 +16,14 @@ from data_prep.common.errors import UserError
 from data_prep.images.augment import apply_augmentation, describe_augmentation
 from data_prep.images.store import ImageStore, decode_rgb
 from data_prep.packs import PackReader, PackRow
+from data_prep.show.terminal import plain_console, printable
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import pack_folders
 
 GIVEN, GENERATED, SHOWN, MARK = "", "bold green", "cyan", "magenta"
-_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-LEGEND = f"given  [{GENERATED}]generated (supervised)[/]  [{MARK}]roles and ends[/]  [{SHOWN}]image[/]"
+LEGEND = Text.assemble(
+    "given  ", ("generated (supervised)", GENERATED), "  ", ("roles and ends", MARK), "  ", ("image", SHOWN)
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ def chosen_rows(text: str, rows: int) -> range:
 
 def show_rows(directory: Path, wanted: str = "0", console: Console | None = None) -> None:
     """Print rows of a pack folder, decoded; ``wanted`` as in :func:`chosen_rows`. Raises UserError."""
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     folder = PackFolder(directory)
     for number in chosen_rows(wanted, len(folder.reader)):
         _show_row(folder, number, console)
@@ -108,7 +109,7 @@ def _show_row(folder: PackFolder, number: int, console: Console) -> None:
     console.print(LEGEND)
     for segment, source in enumerate(row.source, start=1):
         title = f"{segment}: {source.dataset} {source.sample}  draw {source.draw}  {source.family}"
-        console.rule(Text(printable(title), style="rule.text"), align="left")  # Text: an id may spell rich's markup
+        console.rule(Text(printable(title), style="rule.text"), align="left")
         console.print(_segment_text(folder, row, segment))
 
 
@@ -124,11 +125,6 @@ def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
         written = GENERATED if part.generated else GIVEN
         shown.append(printable(part.text), style=f"{written} {MARK}".strip() if part.special else written)
     return shown
-
-
-def printable(text: str) -> str:
-    """Return text without control characters, which could control the terminal; line ends and tabs stay."""
-    return _CONTROL.sub("\ufffd", text)
 
 
 def _only(folders: Sequence[Path]) -> Path:

@@ -13,7 +13,16 @@ from data_prep.common.files import write_atomic
 from data_prep.images.store import BadImage
 from data_prep.packs import PackRow, Source
 from data_prep.show.inspect import PackFolder, TokenSpan, chosen_rows
-from data_prep.show.stats import CORPUS_COLUMNS, binned, corpus_notes, corpus_rows, efficiency, segment_lengths
+from data_prep.show.stats import (
+    CORPUS_COLUMNS,
+    LOG_NOTE,
+    binned,
+    corpus_notes,
+    corpus_rows,
+    efficiency,
+    log_heights,
+    segment_lengths,
+)
 from data_prep.show.web_page import Html, el, embedded, histogram_svg, join, page, picture, table, tiles
 
 
@@ -113,7 +122,7 @@ def _summary(folder: PackFolder) -> Iterator[Html]:
             (f"{manifest.max_images:,}", "images in a row at most"),
         ]
     )
-    lengths = histogram_svg(*binned(segment_lengths(folder.reader), _BINS))
+    lengths = _histogram(folder)
     notes = (el("p", line, class_="quiet") for line in corpus_notes(manifest))
     yield el(
         "div",
@@ -121,6 +130,11 @@ def _summary(folder: PackFolder) -> Iterator[Html]:
         el("div", el("h2", "Lengths of packed samples in tokens"), lengths),
         class_="columns",
     )
+
+
+def _histogram(folder: PackFolder) -> Html:
+    counts, edges = binned(segment_lengths(folder.reader), _BINS)
+    return histogram_svg(counts, edges, log_heights(counts), LOG_NOTE)
 
 
 def _browser(folder: PackFolder, numbers: list[int], note: str, masks: Masks | None) -> Iterator[Html]:

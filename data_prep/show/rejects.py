@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,17 +13,20 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from data_prep.common.errors import UserError
-from data_prep.common.files import write_atomic
+from data_prep.common.errors import UserError, one_line
+from data_prep.common.files import check_sums, sha256_file, write_atomic
 from data_prep.corpora.webdataset import read_image
 from data_prep.images.store import BadImage, decode_rgb
 from data_prep.quarantine import CODES
+from data_prep.show.terminal import plain_console, printable
 from data_prep.show.web_page import Html, el, page, picture, table, tiles
 
+NOTHING = "nothing was rejected"
 EXAMPLES = 12
 """Maximum examples of each corpus and reason on a page."""
 _TERMINAL_EXAMPLES = 3
 _TERMINAL_CHARACTERS = 110
+_MAX_IMAGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +51,13 @@ class Rejected:
             return None
         path = Path(self.image)
         try:
+            about = path.stat()
+            if not stat.S_ISREG(about.st_mode):  # a list from elsewhere may name a device or a pipe, which never ends
+                return None
+            if not self.member and about.st_size > _MAX_IMAGE_BYTES:
+                return None
             return picture(decode_rgb(read_image(path, self.member) if self.member else path.read_bytes()), alt="")
-        except (OSError, KeyError, BadImage):
+        except (OSError, ValueError, KeyError, BadImage):  # ValueError: no path at all
             return None
 
 
@@ -75,6 +84,14 @@ class Group:
             del self.examples[EXAMPLES:]
 
 
+def _parse(line: bytes) -> Rejected:
+    """Parse a line. Raises ValueError, TypeError or RecursionError."""
+    raw = json.loads(line)  # not pydantic: names of files may hold lone surrogates
+    if not isinstance(raw, dict) or not all(isinstance(value, str) for value in raw.values()):
+        raise ValueError("a JSON object of texts belongs here")
+    return Rejected(**raw)
+
+
 def read_rejects(directory: Path) -> list[Group]:
     """Return the rejected samples of an output folder by corpus, most common reason first.
 
@@ -84,35 +101,38 @@ def read_rejects(directory: Path) -> list[Group]:
     path = directory / "rejects.jsonl"
     if not path.is_file():
         raise UserError(f"{directory}: no rejects.jsonl here; name an output folder in which ingest is complete")
+    check_sums(path, sha256_file(path))
     groups: dict[tuple[str, str], Group] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
-                item = Rejected(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}: line {number} is damaged ({error}); run mma-prep ingest again") from error
+                item = _parse(line)
+            except (ValueError, TypeError, RecursionError) as error:
+                raise UserError(
+                    f"{path}: line {number} is damaged ({one_line(error)[:200]}); run `mma-prep ingest` again"
+                ) from error
             groups.setdefault((item.corpus, item.code), Group(item.corpus, item.code)).add(item)
     return sorted(groups.values(), key=lambda group: (group.corpus, -group.count, group.code))
 
 
 def show_rejects(directory: Path, console: Console | None = None) -> None:
     """Print reasons and a few examples of each. Raises UserError."""
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     groups = read_rejects(directory)
     if not groups:
-        console.print(f"{directory}: nothing was rejected")
+        console.print(printable(f"{directory}: {NOTHING}"))
         return
     counts = Table("corpus", "reason", "samples", "meaning")
     counts.columns[2].justify = "right"
     for row in _counted(groups):
-        counts.add_row(*row)
+        counts.add_row(*map(printable, row))
     console.print(counts)
     for group in groups:
-        console.print(f"\n{group.corpus}: {group.code}", style="bold")
+        console.print(printable(f"\n{group.corpus}: {group.code}"), style="bold")
         for _, item in group.examples[:_TERMINAL_EXAMPLES]:
             for line in (f"{item.sample}: {item.detail}", " ".join(item.raw.split())):
                 if line:
-                    console.print("  " + line[:_TERMINAL_CHARACTERS], markup=False, soft_wrap=True)
+                    console.print("  " + printable(line[:_TERMINAL_CHARACTERS]), soft_wrap=True)
 
 
 def write_rejects_page(directory: Path, out: Path) -> str:
@@ -136,6 +156,9 @@ def _counted(groups: Sequence[Group]) -> Iterator[tuple[str, ...]]:
 
 def _body(directory: Path, groups: Sequence[Group]) -> Iterator[Html]:
     yield el("h1", f"{directory}: rejected samples")
+    if not groups:
+        yield el("p", f"{NOTHING[0].upper()}{NOTHING[1:]}: every raw sample was kept.")
+        return
     yield el("p", f"At most {EXAMPLES} examples of each corpus and reason; rejects.jsonl lists all.", class_="quiet")
     corpora = len({group.corpus for group in groups})
     total = sum(group.count for group in groups)

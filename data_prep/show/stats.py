@@ -9,37 +9,41 @@ import numpy as np
 import numpy.typing as npt
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 from data_prep.images.augment import UNIT
 from data_prep.packs import Manifest, PackReader
 from data_prep.planning.audit import turn_notes
 from data_prep.quarantine import REPAIRS
+from data_prep.show.terminal import plain_console, printable
 from data_prep.verify import pack_folders
 
 CORPUS_COLUMNS = ("corpus", "samples", "draws", "epochs", "tokens", "supervised", "share of tokens")
 _BAR = 40
 _BINS = 12
 _LENGTHS = 8
+LOG_NOTE = "log scale"
 
 
 def show_stats(directory: Path, console: Console | None = None) -> None:
     """Print the statistics of one pack folder, or of all in an output folder. Raises UserError."""
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     for folder in pack_folders(directory):
         reader = PackReader(folder)
         manifest = reader.manifest
         rows = f"{manifest.rows:,} rows of {manifest.seq_len} tokens"
-        console.print(
-            f"\n[bold]{folder}[/]: {rows}, {efficiency(manifest):.1%} full, "
+        counts = (
+            f": {rows}, {efficiency(manifest):.1%} full, "
             f"{manifest.targets:,} supervised ({manifest.targets / max(1, manifest.tokens):.1%}), "
             f"at most {manifest.max_images} images in a row"
         )
+        console.print(Text.assemble("\n", (printable(str(folder)), "bold"), counts))
         console.print(_corpus_table(manifest))
         for line in corpus_notes(manifest):
-            console.print(line)
+            console.print(printable(line))
         if line := augmentation_counts(reader):
             console.print(line)
-        console.print("segment lengths in tokens")
+        console.print(f"lengths of packed samples in tokens ({LOG_NOTE})")
         for line in histogram(segment_lengths(reader)):
             console.print("  " + line)
 
@@ -54,7 +58,7 @@ def show_lengths(
         found: pack set -> row length -> packing efficiency.
         console: output.
     """
-    console = console or Console(highlight=False)
+    console = console or plain_console()
     for name, full in found.items():
         fullest = sorted(full, key=lambda size: -full[size])[:_LENGTHS]
         table = Table("length", "full", title=f"packs.{name}", title_justify="left")
@@ -92,7 +96,7 @@ def _corpus_table(manifest: Manifest) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for row in corpus_rows(manifest):
-        table.add_row(*row)
+        table.add_row(*map(printable, row))
     return table
 
 
@@ -118,9 +122,16 @@ def binned(values: npt.NDArray[np.int64], most: int) -> tuple[npt.NDArray[np.int
     return counts.astype(np.int64), edges
 
 
+def log_heights(counts: npt.NDArray[np.int64]) -> list[float]:
+    """Return heights of bars on a log scale, 0 for no sample to 1 for the highest: one bar does not hide the others."""
+    logs = np.log10(counts.astype(np.float64) + 1)
+    return [float(height) for height in logs / max(1e-9, float(logs.max(initial=0)))]
+
+
 def histogram(values: npt.NDArray[np.int64]) -> Iterator[str]:
     """Yield the lines of a text histogram."""
     counts, edges = binned(values, _BINS)
-    for count, low, high in zip(counts.tolist(), edges[:-1], edges[1:], strict=True):
-        bar = "#" * round(_BAR * count / max(1, counts.max()))
+    heights = log_heights(counts)
+    for count, height, low, high in zip(counts.tolist(), heights, edges[:-1], edges[1:], strict=True):
+        bar = "#" * round(_BAR * height)
         yield f"{low:6.0f} - {high:6.0f}  {count:9,}  {bar}"

@@ -125,19 +125,26 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], texts: int = 1) 
     return el("div", el("table", line("th", header), *(line("td", row) for row in rows)), class_="wide")
 
 
-def histogram_svg(counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64]) -> Html:
-    """Return bars with the edges of the first, middle and last bin, and the number of the highest."""
+def histogram_svg(
+    counts: npt.NDArray[np.int64], edges: npt.NDArray[np.float64], heights: Sequence[float], note: str
+) -> Html:
+    """Return bars of heights 0 to 1 with the edges of the first, middle and last bin and the highest count.
+
+    ``note`` names the scale.
+    """
     width, height, floor = 560, 170, 146
     step, top = (width - 20) / len(counts), max(1, int(counts.max()))
     bars = [
         el("rect", el("title", f"{low:.0f} to {high:.0f}: {count:,}"), x=f"{10 + step * at:.1f}",
-           y=f"{floor - count / top * 120:.1f}", width=f"{step * 0.88:.1f}", height=f"{count / top * 120:.1f}",
+           y=f"{floor - height_share * 120:.1f}", width=f"{step * 0.88:.1f}", height=f"{height_share * 120:.1f}",
            fill=_COLOURS["given"])
-        for at, (count, low, high) in enumerate(zip(counts.tolist(), edges[:-1], edges[1:], strict=True))
+        for at, (count, height_share, low, high) in enumerate(
+            zip(counts.tolist(), heights, edges[:-1], edges[1:], strict=True)
+        )
     ]  # fmt: skip
     places = ((0, 10, "start"), (len(counts) // 2, 10 + step * (len(counts) // 2), "middle"), (-1, width - 10, "end"))
     labels = [el("text", f"{edges[at]:.0f}", x=f"{x:.0f}", y=floor + 17, text_anchor=side) for at, x, side in places]
-    most = el("text", f"{top:,} at most in a bar", x=10, y=16)
+    most = el("text", f"{top:,} samples in the highest bar; {note}", x=10, y=16)
     return el("svg", *bars, *labels, most, viewBox=f"0 0 {width} {height}")
 
 

@@ -73,7 +73,11 @@ def test_stats_and_verify_cover_every_pack_set(made: Path, capsys: pytest.Captur
     assert main(["stats", str(made / "out")]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     manifest = PackReader(made / "out" / "packs" / "pt").manifest
-    assert f"{manifest.rows} rows of 64 tokens" in shown and "segment lengths" in shown and "captions" in shown
+    assert (
+        f"{manifest.rows} rows of 64 tokens" in shown
+        and "lengths of packed samples in tokens (log scale)" in shown
+        and "captions" in shown
+    )
     assert main(["verify", str(made / "out")]) == 0
     assert capsys.readouterr().out.count(": ok, ") == 5
 
@@ -94,7 +98,7 @@ def test_the_demo_recipe_leads_to_the_demo(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["run", "demo"]) == 2
-    assert "`mma-prep demo data/demo` draws it" in capsys.readouterr().err
+    assert "run `mma-prep demo data/demo`" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

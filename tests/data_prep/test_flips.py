@@ -18,7 +18,7 @@ from data_prep.common.events import EVENTS_FILE
 from data_prep.packs import PackReader
 from data_prep.recipe import Recipe
 from data_prep.verify import verify
-from tests.data_prep.raw import make_recipe, prepare, tree_hashes, write_tar, write_world
+from tests.data_prep.raw import make_recipe, prepare, recipe_dict, tree_hashes, write_tar, write_world
 
 FLIPS = int(os.environ.get("MMA_FLIPS", "200"))
 SEED = int(os.environ.get("MMA_FLIPS_SEED", "0"))
@@ -53,13 +53,16 @@ class Output:
 
 
 @pytest.fixture(scope="module")
-def output(tmp_path_factory: pytest.TempPathFactory) -> Output:
+def output(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Output]:
     folder = tmp_path_factory.mktemp("flips")
-    write_world(folder / "raw", captions=12, talks=12)
+    write_world(folder / "raw", tars=2, captions=8, talks=8)
     write_tar(folder / "raw" / "captions" / "bad.tar", {"broken": (b"<html>", "a caption")})
-    recipe = make_recipe(folder, max_bad_fraction=0.1)
-    prepare(recipe)
-    return Output(recipe)
+    packs = {name: pack for name, pack in recipe_dict(folder, folder)["packs"].items() if name != "pt"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)  # half of the time
+        recipe = make_recipe(folder, max_bad_fraction=0.2, packs=packs)
+        prepare(recipe)
+        yield Output(recipe)
 
 
 def flip(path: Path, rng: random.Random) -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from data_prep.common.errors import UserError
+from data_prep.common.events import EVENTS_FILE
 from data_prep.common.files import hash_json, write_atomic
 from data_prep.common.workers import ALONE, LocalTeam
 from data_prep.images.store import ImageStore
@@ -43,6 +44,7 @@ KINDS = {
     "rejects of a shard": "ingest/*/*/*.rejects",
     "store rows of a shard": "ingest/*/*/*.rows-*",
     "list of shards": "ingest/*/shards-*.json",
+    "list of raw files": "ingest/*/raw-files.json",
     "list of rejects": "rejects.jsonl",
     "hash of the rejects": "rejects.sha256",
     "origin of the tokenizer": "tokenizer/origin.json",
@@ -50,7 +52,13 @@ KINDS = {
 }
 
 
-MADE_WHEN_MISSING = ("marker of a shard", "store rows of a shard", "list of shards", "trained tokenizer")
+MADE_WHEN_MISSING = (
+    "marker of a shard",
+    "store rows of a shard",
+    "list of shards",
+    "list of raw files",
+    "trained tokenizer",
+)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +71,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_file_but_working_notes_is_of_a_known_kind(out: Path) -> None:
-    known = {path for pattern in KINDS.values() for path in out.glob(pattern)}
+    known = {path for pattern in KINDS.values() for path in out.glob(pattern)} | {out / EVENTS_FILE}
     assert {path for path in out.rglob("*") if path.is_file() and ".work" not in path.parts} == known
     assert len(list(verify(out))) == 5
 

@@ -65,13 +65,14 @@ class CheckpointManager:
         any other step nothing is saved; a save that is due waits for the next healthy step.
         """
         every = self._plan.config.checkpoint.every_steps
-        self._due |= stop or bool(every and step % every == 0)
+        due_now = stop or bool(every and step % every == 0)
+        self._due |= due_now
         if healthy:
             self._proven = step - 1
             self._prune()
         if self._due and healthy:
             self.save(step)
-        elif self._due and self._is_rank0:
+        elif due_now and self._is_rank0:
             self._folder.record("checkpoint-unhealthy", step=step, reason="the step was skipped")
 
     def set_aside_unproven(self) -> list[Path]:

@@ -81,7 +81,8 @@ class Incidents:
         """Start at a step, with no skipped steps."""
         self._plan, self._folder = plan, folder
         self._is_rank0 = plan.topology.rank == 0
-        self._skipped = 0
+        self.skipped = 0
+        """Steps skipped in a row."""
         self.healthy = True
         """Whether the last step was applied and all of its losses were finite."""
         self._history = LossHistory(
@@ -93,16 +94,16 @@ class Incidents:
 
         Raises DivergedError on all ranks alike after too many skipped steps in a row.
         """
-        self._skipped = 0 if outcome.result.applied else self._skipped + 1
+        self.skipped = 0 if outcome.result.applied else self.skipped + 1
         self.healthy = outcome.result.applied and not outcome.not_finite
         if self._is_rank0:
             self._report(outcome)
-        if self._skipped < self._plan.config.train.max_skipped_steps:
+        if self.skipped < self._plan.config.train.max_skipped_steps:
             return
         odd = outcome.not_finite
         rows = self._rows_of(outcome, odd[0]) if odd else outcome.batch.rows
         raise DivergedError(
-            f"{self._skipped} steps in a row had a non-finite {'loss' if odd else 'gradient'} "
+            f"{self.skipped} steps in a row had a non-finite {'loss' if odd else 'gradient'} "
             f"(last {_span(rows)}): lower train.lr, or inspect the rows: {self._inspect(rows)}"
         )
 

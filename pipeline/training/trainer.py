@@ -179,10 +179,12 @@ class Trainer:
             return
         self._checkpoints.finish()
         if state == "done":
+            skipped = self._incidents.skipped
+            last = f"the last {skipped} steps, up to {self.step}, were" if skipped > 1 else f"step {self.step} was"
             raise self._diverged(
                 DivergedError(
-                    f"the last step, {self.step}, was skipped, so nothing shows that the weights are good: lower "
-                    "train.lr, or end the run before it (--train.steps)"
+                    f"{last} skipped, so nothing shows that the weights are good: lower train.lr, or end the run "
+                    "before them (--train.steps)"
                 )
             )
         self._say(f"step {self.step} was skipped and is not saved: the next start resumes from an earlier one")

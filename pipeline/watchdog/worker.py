@@ -18,7 +18,7 @@ from pipeline.watchdog.watchdog import BYE, FAILED, HEARTBEAT_S, TERMINATED_CODE
 CONNECT_S = 20.0
 YIELD_S = 4.0
 """Rank 1 has this long to name a silent rank 0 before the others, whose exit makes the launcher end all ranks."""
-STACKS_S = 1.0
+STACKS_S = 0.5
 """A hung rank 0 gets this long to write its stacks before it is killed."""
 
 
@@ -109,7 +109,7 @@ class Worker:
         return now - self._rank0.heard > limit + (0 if self._watch.rank == 1 else YIELD_S)
 
     def _end_silent_rank0(self) -> None:
-        """Report a rank 0 that hangs, kill it if it runs on this host, and end this process."""
+        """Kill a rank 0 that hangs, if it runs on this host; report it and end this process."""
         text = f"{silence(self._rank0, time.monotonic())} (parallel.timeout_s={self._watch.timeout_s:g})"
         self._end(f"no heartbeat of rank 0: {text}", kill=True)
 
@@ -117,9 +117,9 @@ class Worker:
         watch = self._watch
         text = f"{text}; this rank was in {watch.heartbeat.activity}"
         try:
-            watch.lost(text, watch.heartbeat.step)
-            if kill and watch.rank == 1:
+            if kill and watch.rank == 1:  # before the report: it may not resume, and overwrite the status, in between
                 kill_hung(self._rank0.place, watch.place)
+            watch.lost(text, watch.heartbeat.step)
         finally:  # the job ends even if the report fails
             watch.leave(text, 1, stacks=True)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,6 +73,37 @@ def hang_in_step(rank: int, step: int) -> None:
     Runner.run, Zero3Stage.forward = counted, asleep  # type: ignore[method-assign]
 
 
+def stop_in_step(rank: int, step: int) -> None:
+    """Stop the process, as ``kill -STOP`` does, in the second forward of one step."""
+    _do_in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+
+
+def stick_in_step(rank: int, step: int) -> None:
+    """Call C code that never returns and keeps Python's lock, in the second forward of one step."""
+
+    def stuck() -> None:
+        while True:  # a signal ends the sleep
+            ctypes.PyDLL(None).sleep(3600)
+
+    _do_in_step(rank, step, stuck)
+
+
+def _do_in_step(rank: int, step: int, deed: Callable[[], object]) -> None:
+    run, forward, calls = Runner.run, Zero3Stage.forward, [0, 0]
+
+    def counted(self: Runner, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[:] = [calls[0] + 1, 0]
+        return run(self, *args, **kwargs)
+
+    def doing(self: Zero3Stage, *args: Any, **kwargs: Any) -> torch.Tensor:
+        calls[1] += 1
+        if (own_rank(), *calls) == (rank, step, 2):
+            deed()
+        return forward(self, *args, **kwargs)
+
+    Runner.run, Zero3Stage.forward = counted, doing  # type: ignore[method-assign]
+
+
 def fail_in_step(rank: int, step: int) -> None:
     """Raise what nobody expects on one rank."""
     run, calls = Runner.run, [0]
@@ -118,6 +151,7 @@ def kill_in_save(rank: int, step: int) -> None:
 FAULTS = {
     "not-a-number": poison_gradient, "killed-in-step": kill_in_step, "killed-in-save": kill_in_save,
     "hangs": hang_in_step, "fails": fail_in_step, "poisoned-token": poison_token,
+    "stopped": stop_in_step, "stuck": stick_in_step,
 }  # fmt: skip
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -12,8 +13,8 @@ import pytest
 
 from data_prep.common.events import EVENTS_FILE, EventLedger
 from pipeline.checkpoints.checkpoint import checkpoint_folders, open_checkpoint
-from tests.launch import ROOT, Finished, Launcher, run
-from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, weights
+from tests.launch import ROOT, Finished, Job, Launcher, kill, run, session_processes, start
+from tests.pipeline.training.runs import STEPS, curve, flags, metrics, same_bits, wait_for_step, weights
 
 pytestmark = pytest.mark.slow
 RANKS, TIMEOUT_S = 4, 20
@@ -21,6 +22,12 @@ SCRIPT = ROOT / "tests/pipeline/parallel/failing_train.py"
 GRID = ["--parallel.pp", "2", "--parallel.micro-batches", "3", "--parallel.timeout-s", str(TIMEOUT_S)]
 OPTIMIZER, ALL = "zero3_offload", "zero3_offload_params"
 """What is in host memory: a run that goes on must find it as it was."""
+
+
+def start_training(demo: Path, run_dir: Path, *fault: str, launcher: Launcher) -> Job:
+    """Start a run with a fault on the grid."""
+    words = flags(demo, run_dir, *GRID)
+    return start(RANKS, SCRIPT, *fault, *words, env={"PYTHONPATH": str(ROOT)}, launcher=launcher)
 
 
 def train(demo: Path, run_dir: Path, *fault: str, config: str = "zero3", launcher: Launcher = "srun") -> Finished:
@@ -105,6 +112,32 @@ def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
     assert f"(step 2/{STEPS})" in train(small_demo, run_dir, config=ALL).check().output
     assert curve(run_dir) == curve(undisturbed(ALL))
     assert same_bits(weights(run_dir), weights(undisturbed(ALL)))
+
+
+@pytest.mark.parametrize(("fault", "launcher"), [("stopped", "deepspeed"), ("stuck", "srun")])
+def test_a_hung_rank_0_is_named_in_time_and_killed(
+    fault: str, launcher: Launcher, small_demo: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    job = start_training(small_demo, run_dir, fault, "0", "4", launcher=launcher)
+    try:
+        wait_for_step(run_dir, 3, 600)
+        began = time.monotonic()
+        output, _ = job.communicate(timeout=TIMEOUT_S + 60)
+        took = time.monotonic() - began
+        left = session_processes(job.pid)
+    finally:
+        kill(job)
+    assert job.returncode != 0
+    assert len(re.findall(r"^error: no heartbeat of rank 0: rank 0 \(stage 0, dp rank 0; host ", output, re.M)) == 1, (
+        output
+    )
+    assert "has been silent for" in output and "the same command resumes from" in output
+    status = json.loads((run_dir / "status.json").read_text())
+    assert status["state"] == "failed" and status["error"].startswith("no heartbeat of rank 0: ")
+    assert took < TIMEOUT_S + 15, "the rest of step 3, the limit and a margin"
+    assert not left, "all processes are gone"
+    assert ("in doing" in (run_dir / "logs/rank-0.log").read_text()) == (fault == "stuck"), "stacks of C code's caller"
 
 
 def test_an_unexpected_error_of_one_rank_is_one_line_and_a_traceback_in_its_log(

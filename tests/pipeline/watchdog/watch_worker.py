@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import sys
@@ -43,6 +44,9 @@ def work(watch: Watchdog, fault: str) -> int:
     if fault == "leaves":
         watch.close()
         return 0
+    if fault == "stuck":
+        watch.heartbeat.report("a call into C")
+        ctypes.PyDLL(None).sleep(60)  # holds Python's lock: no thread of this process runs
     if fault == "hangs":
         watch.heartbeat.report("a long forward")
     time.sleep(60)
@@ -53,7 +57,7 @@ def main() -> int:
     rank, world, place, log, fault = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
     with Path(log).open("a", encoding="utf-8") as stream:
         watch = Watchdog(
-            rank=rank, world=world, place=f"pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,
+            rank=rank, world=world, place=f"host h, pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,
             lost=lambda text, step: print(text, flush=True),
         )  # fmt: skip
         if rank == 0:

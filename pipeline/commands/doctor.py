@@ -16,6 +16,7 @@ from pipeline.commands.doctor_checks import (
     check_devices,
     check_disk,
     check_local_network,
+    check_model,
     check_recipe,
     check_software,
     wrong,
@@ -52,6 +53,8 @@ def _file_checks(options: argparse.Namespace) -> Iterator[Callable[[], Iterator[
         yield lambda: check_data(options.data)
     if options.checkpoint is not None:
         yield lambda: check_checkpoint(options.checkpoint)
+    if options.model is not None:
+        yield lambda: check_model(options.model)
     if options.recipe:
         yield lambda: check_recipe(options.recipe, options.flags, options.ranks)
 

@@ -19,8 +19,10 @@ from data_prep.common.errors import UserError
 from data_prep.verify import verify
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
 from pipeline.checkpoints.manifest import MANIFEST
+from pipeline.checkpoints.shards import first_not_finite
 from pipeline.parallel.health import disk_problem, gpu_problem, network_problem
 from pipeline.parallel.launch import free_port
+from pipeline.serving.export import verify_export
 from pipeline.training.run.environment import git_state, versions
 from pipeline.training.run.state import RunState
 
@@ -120,7 +122,7 @@ def check_checkpoint(path: Path) -> Iterator[Finding]:
     single = (path / MANIFEST).is_file()
     if not single:
         yield from _check_run(path)
-    taken = None
+    taken, refused = None, False
     for folder in [path] if single else checkpoint_folders(path):
         try:
             faults = Checkpoint(folder).faults()
@@ -128,30 +130,38 @@ def check_checkpoint(path: Path) -> Iterator[Finding]:
         except UserError as error:
             faults, bad_values = [str(error)], []
         if bad_values:
+            refused = refused or taken is None
             yield wrong(
-                f"{folder}: {len(bad_values)} tensors hold values that are not finite, such as {bad_values[0]}: "
-                "the run has diverged; remove the folder to resume from an earlier one"
+                f"{folder}: {len(bad_values)} tensors are not finite, such as {bad_values[0]}; a start refuses this "
+                "checkpoint: remove the folder to resume from an earlier one"
             )
-            taken = taken or folder
         elif not faults:
             yield fine(f"{folder}: complete, all hashes match, all values are finite")
             taken = taken or folder
         else:
             more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
             yield wrong(f"{faults[0]}{more}: restore the folder from a copy, or remove it")
-    if single or taken is None:
+    if single or taken is None or refused:
         return
     yield note(f"the next start resumes from {taken}")
     yield from check_disk(path, 2 * sum(file.stat().st_size for file in taken.rglob("*") if file.is_file()))
 
 
 def _not_finite(folder: Path) -> Iterator[str]:
-    """Yield the tensors of weights and optimizer state that hold a value that is not finite."""
+    """Yield the tensors of weights and optimizer state that a start refuses as not finite."""
     for path in sorted(folder.glob("rank-*.safetensors")):
         with safe_open(path, framework="pt") as shards:
             for key in shards.keys():  # noqa: SIM118  # not a dictionary
-                if not bool(torch.isfinite(shards.get_tensor(key)).all()):
+                if first_not_finite({key: shards.get_tensor(key)}):
                     yield f"{key} in {path.name}"
+
+
+def check_model(folder: Path) -> Iterator[Finding]:
+    """Check every hash and every tensor of an exported model."""
+    try:
+        yield fine(f"{folder}: {verify_export(folder, full=True)}, all values are finite")
+    except (UserError, OSError) as error:
+        yield wrong(str(error))
 
 
 def _check_run(path: Path) -> Iterator[Finding]:

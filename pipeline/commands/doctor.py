@@ -6,6 +6,7 @@ import argparse
 import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from pipeline.commands.doctor_checks import (
@@ -15,6 +16,7 @@ from pipeline.commands.doctor_checks import (
     check_devices,
     check_disk,
     check_local_network,
+    check_model,
     check_recipe,
     check_software,
     wrong,
@@ -22,6 +24,8 @@ from pipeline.commands.doctor_checks import (
 from pipeline.parallel.health import network_problem
 from pipeline.parallel.launch import fill_rank_variables
 from pipeline.training.run.redact import redact
+
+LONGEST_CHECK = timedelta(days=2)
 
 
 def doctor(options: argparse.Namespace) -> int:
@@ -49,6 +53,8 @@ def _file_checks(options: argparse.Namespace) -> Iterator[Callable[[], Iterator[
         yield lambda: check_data(options.data)
     if options.checkpoint is not None:
         yield lambda: check_checkpoint(options.checkpoint)
+    if options.model is not None:
+        yield lambda: check_model(options.model)
     if options.recipe:
         yield lambda: check_recipe(options.recipe, options.flags, options.ranks)
 
@@ -76,10 +82,21 @@ def _across_ranks(options: argparse.Namespace, rank: int, world: int) -> int:
                 _show(Finding("wrong", f"rank {other} on {host}: {finding.text}"))
                 findings.append(finding)
         findings += _differences(gathered)
-    answer = [_summarize(findings) if rank == 0 else 0]
-    dist.broadcast_object_list(answer, 0)
+    code = _share_code(_summarize(findings) if rank == 0 else 0, rank)
     dist.destroy_process_group()
-    return int(answer[0])
+    return code
+
+
+def _share_code(code: int, rank: int) -> int:
+    """Return rank 0's exit code on every rank. Others wait as long as rank 0 hashes files, so this is no collective."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    store = _get_default_store()
+    if rank == 0:
+        store.set("code", str(code))
+    else:
+        store.wait(["code"], LONGEST_CHECK)
+    return int(store.get("code"))
 
 
 def _differences(gathered: Sequence[tuple[str, Sequence[Finding]]]) -> list[Finding]:

@@ -10,21 +10,25 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
+from safetensors import safe_open
 
 from data_prep.common.errors import UserError
 from data_prep.verify import verify
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, unfinished_folders
 from pipeline.checkpoints.manifest import MANIFEST
+from pipeline.checkpoints.shards import first_not_finite
 from pipeline.parallel.health import disk_problem, gpu_problem, network_problem
 from pipeline.parallel.launch import free_port
+from pipeline.serving.export import verify_export
 from pipeline.training.run.environment import git_state, versions
 from pipeline.training.run.state import RunState
 
 GIB = 2**30
 LOCAL_RANKS = 2
+_RESULT = "result: "
 
 
 @dataclass(frozen=True)
@@ -118,22 +122,46 @@ def check_checkpoint(path: Path) -> Iterator[Finding]:
     single = (path / MANIFEST).is_file()
     if not single:
         yield from _check_run(path)
-    taken = None
+    taken, refused = None, False
     for folder in [path] if single else checkpoint_folders(path):
         try:
             faults = Checkpoint(folder).faults()
+            bad_values = [] if faults else list(_not_finite(folder))
         except UserError as error:
-            faults = [str(error)]
-        if not faults:
-            yield fine(f"{folder}: complete, all hashes match")
+            faults, bad_values = [str(error)], []
+        if bad_values:
+            refused = refused or taken is None
+            yield wrong(
+                f"{folder}: {len(bad_values)} tensors are not finite, such as {bad_values[0]}; a start refuses this "
+                "checkpoint: remove the folder to resume from an earlier one"
+            )
+        elif not faults:
+            yield fine(f"{folder}: complete, all hashes match, all values are finite")
             taken = taken or folder
         else:
             more = f" (and {len(faults) - 1} more files)" if len(faults) > 1 else ""
             yield wrong(f"{faults[0]}{more}: restore the folder from a copy, or remove it")
-    if single or taken is None:
+    if single or taken is None or refused:
         return
     yield note(f"the next start resumes from {taken}")
     yield from check_disk(path, 2 * sum(file.stat().st_size for file in taken.rglob("*") if file.is_file()))
+
+
+def _not_finite(folder: Path) -> Iterator[str]:
+    """Yield the tensors of weights and optimizer state that a start refuses as not finite."""
+    for path in sorted(folder.glob("rank-*.safetensors")):
+        with safe_open(path, framework="pt") as shards:
+            for key in shards.keys():  # noqa: SIM118  # not a dictionary
+                if first_not_finite({key: shards.get_tensor(key)}):
+                    yield f"{key} in {path.name}"
+
+
+def check_model(folder: Path) -> Iterator[Finding]:
+    """Check every hash and every tensor of an exported model."""
+    try:
+        yield fine(f"{folder}: {verify_export(folder, full=True)}, all values are finite")
+    except (UserError, OSError) as error:
+        yield wrong(str(error))
 
 
 def _check_run(path: Path) -> Iterator[Finding]:
@@ -193,25 +221,42 @@ def check_local_network() -> Iterator[Finding]:
     workers = [
         subprocess.Popen(
             [*command, str(rank)], env={**os.environ, **place, "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[2],
         )
         for rank in range(LOCAL_RANKS)
     ]  # fmt: skip
-    said = [worker.communicate()[0].strip() for worker in workers]
-    failed = [text for worker, text in zip(workers, said, strict=True) if worker.returncode]
-    if failed:
-        last = failed[0].splitlines()[-1] if failed[0] else "it ended without an error message"
-        yield wrong(f"{last}; check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and the firewall")
+    results = [_result(worker) for worker in workers]
+    for worker in workers:
+        worker.communicate()  # closes its input, which lets it end: no process may leave before all have reported
+    problem = next(filter(None, results), "")
+    if problem:
+        yield wrong(f"{problem}; check GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME and the firewall")
     else:
         yield fine(f"{LOCAL_RANKS} processes of this machine all-reduce over {backend}")
 
 
-def network_worker(words: Sequence[str]) -> int:
-    """Run one rank of `check_local_network` (WORLD BACKEND RANK): return 0, or print the problem and return 1."""
+def _result(worker: subprocess.Popen[str]) -> str:
+    """Return the problem that a worker reports; its exit code does not matter, because it may crash at exit."""
+    assert worker.stdout is not None
+    lines = []
+    for line in worker.stdout:
+        if line.startswith(_RESULT):
+            return line.removeprefix(_RESULT).strip()
+        lines.append(line.strip())
+    return f"the test of the network ended without a result: {' '.join(lines[-1:]) or 'no output'}"
+
+
+def network_worker(words: Sequence[str]) -> NoReturn:
+    """Run one rank of `check_local_network` (WORLD BACKEND RANK): print the problem, if any, and wait for end of input.
+
+    It then leaves without the interpreter's shutdown, in which gloo's threads sometimes abort the process
+    ("terminate called without an active exception").
+    """
     problem = network_problem(int(words[2]), int(words[0]), backend=words[1])
-    print(re.sub(r"\s+", " ", problem), flush=True)
-    return 1 if problem else 0
+    print(_RESULT + re.sub(r"\s+", " ", problem), flush=True)
+    sys.stdin.read()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    sys.exit(network_worker(sys.argv[1:]))
+    network_worker(sys.argv[1:])

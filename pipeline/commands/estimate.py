@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from pipeline.commands.console import PipeConsole
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.families import vision_config
@@ -27,7 +27,7 @@ def estimate(options: argparse.Namespace) -> int:
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
     shares = options.images / options.seq_len, options.targets
-    console = Console()
+    console = PipeConsole()
     for note in invocation.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
     for ranks in options.ranks:

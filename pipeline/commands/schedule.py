@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.text import Text
 
+from pipeline.commands.console import PipeConsole
 from pipeline.config.schema import ConfigError, build_config
 from pipeline.parallel.schedule import Action, bubble
 from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate, unit_cost
@@ -28,7 +28,7 @@ def schedule(options: argparse.Namespace) -> int:
         )
     of_stages = orders(options.schedule, pp, count, virtual)
     step = simulate(of_stages, unit_cost, virtual)
-    console, digits = Console(highlight=False), len(str(count - 1))
+    console, digits = PipeConsole(highlight=False), len(str(count - 1))
     for line in timeline(step, digits=digits) if console.color_system else plain_timeline(step, digits, virtual):
         console.print(line, soft_wrap=True)
     peaks = [peak_in_flight(order, [1 / virtual] * virtual) for order in of_stages]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, one_line
+from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
 from pipeline.training.run.state import RunState, format_duration
 
 
@@ -14,10 +15,15 @@ def status(options: argparse.Namespace) -> int:
     runs = options.runs or sorted(path.parent for path in Path("runs").glob("*/status.json"))
     if not runs:
         raise UserError("no runs in runs/: name run folders")
-    states = [RunState.read(run) for run in runs]
-    width = max(len(str(state.path)) for state in states)
-    for state in states:
-        print(f"{state.path!s:{width}}  {status_line(state)}", flush=True)
+    width = max(len(str(run)) for run in runs)
+    for run in runs:
+        try:
+            line = status_line(RunState.read(run))
+        except UserError as error:
+            if options.runs:
+                raise
+            line = f"unreadable  {error}"  # the other runs matter, too
+        print(f"{run!s:{width}}  {line}", flush=True)
     return 0
 
 
@@ -29,4 +35,7 @@ def status_line(run: RunState) -> str:
     if run.last.get("tokens_per_s") is not None and run.state.startswith("running"):
         parts.append(f"{run.last['tokens_per_s']:,.0f} tok/s")
     parts += [run.checkpoint.name if run.checkpoint else "no checkpoint", f"{format_duration(run.age_s)} ago"]
-    return "  ".join(parts + ([run.error] if run.error else []))
+    ledger = run.path / EVENTS_FILE
+    events = describe_events(EventLedger(ledger).summary()) if ledger.is_file() else ""  # not a link to a device
+    line = "  ".join([*parts, *filter(None, (events, one_line(run.error)))])
+    return "".join(letter if letter.isprintable() else "?" for letter in line)

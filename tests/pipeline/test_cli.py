@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import main
+from tests.launch import ROOT
 from tests.pipeline.serving.helpers import make_export, picture
 
 
@@ -78,14 +78,24 @@ def test_what_the_system_refuses_is_one_line_too(capsys: pytest.CaptureFixture[s
     assert error.startswith("mma: ") and "/proc/none" in error and len(error.splitlines()) == 1
 
 
-def test_a_reader_that_leaves_early_is_no_error(tmp_path: Path) -> None:
-    (tmp_path / "status.json").write_text('{"state": "done", "step": 3}')
-    reader, writer = os.pipe()
-    os.close(reader)
-    command = [sys.executable, "-m", "pipeline.cli", "status", str(tmp_path)]
-    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
-    os.close(writer)
-    assert done.stderr == ""
+@pytest.mark.slow
+def test_every_command_survives_every_kind_of_output(tmp_path: Path) -> None:
+    """A closed stdout, an ASCII terminal and a reader that has gone are no errors; a full disk is one line."""
+    (tmp_path / "status.json").write_text('{"state": "done", "step": 3, "error": "café"}')
+    commands = [
+        ["--version"], ["demo", "--help"], ["status", str(tmp_path)], ["doctor", "--run-dir", str(tmp_path)],
+        ["estimate", "demo_sft"], ["schedule"], ["completion", "bash"], ["train", "--print-config"],
+    ]  # fmt: skip
+    cases = [(words, output) for words in commands for output in ("closed", "ascii", "gone", "full")]
+    worker = [sys.executable, "-m", "tests.pipeline.output_worker"]
+    done = subprocess.run(
+        worker, cwd=ROOT, input=json.dumps(cases), capture_output=True, text=True, timeout=600, check=True
+    )
+    for (words, output), (code, error) in zip(cases, json.loads(done.stdout), strict=True):
+        if output == "full":
+            assert code == 2 and error.count("\n") == 1 and "No space left on device" in error, (words, code, error)
+        else:
+            assert (code, error) == (0, ""), (words, output, code, error)
 
 
 @pytest.mark.parametrize(

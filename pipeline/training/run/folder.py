@@ -15,12 +15,15 @@ runs/NAME/STOP            created by the user or the batch script: save and end 
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
+
+from pydantic_core import from_json
 
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
@@ -31,6 +34,7 @@ from pipeline.config.schema import RunConfig
 from pipeline.training.run.environment import environment
 from pipeline.training.run.redact import redact
 
+_MAX_JSON_BYTES = 1 << 16
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -101,11 +105,8 @@ class RunFolder:
             self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:
-        """Return status.json, or an empty dictionary before the first start."""
-        try:
-            return dict(json.loads((self.path / "status.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
-            return {}
+        """Return status.json, or an empty dictionary before the first start or if it is damaged."""
+        return read_json_object(self.path / "status.json")
 
     def log_path(self, rank: int) -> Path:
         """Return the log file of a rank."""
@@ -142,3 +143,22 @@ def lock_of(run_dir: Path | str) -> FolderLock:
         busy="{folder} is being trained by {holder}: stop it first, or choose another --run-dir",
         once="start this run only once",
     )
+
+
+def read_json_object(path: Path, *, last_line: bool = False) -> dict[str, Any]:
+    """Return the JSON object of a file, or of its last complete line; empty if it is missing, damaged or no plain file.
+
+    A run folder may come from anywhere: at most 64 KiB are read, and depth is limited.
+    """
+    try:
+        if not path.is_file():  # such as a link to a device
+            return {}
+        with path.open("rb") as stream:
+            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MAX_JSON_BYTES) if last_line else 0)
+            data = stream.read(_MAX_JSON_BYTES)
+        if last_line:
+            data = data.rpartition(b"\n")[0].rpartition(b"\n")[2]
+        value = from_json(data)
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
-from pipeline.training.run.folder import RunFolder, lock_of
+from pipeline.training.run.folder import RunFolder, lock_of, read_json_object
 
-_TAIL = 1 << 16
+_HUGE = 1e18
 
 
 @dataclass(frozen=True)
@@ -28,8 +26,8 @@ class RunState:
     """Steps of the whole run; 0 = unknown."""
     error: str
     """Why it failed."""
-    last: dict[str, Any]
-    """The last line of metrics.jsonl."""
+    last: dict[str, float]
+    """The numbers in the last line of metrics.jsonl; damaged values are left out."""
     age_s: float
     """Seconds since the folder was last written."""
     checkpoint: Path | None
@@ -41,14 +39,16 @@ class RunState:
         path = Path(path)
         status = RunFolder(str(path)).status()
         if not status:
-            raise UserError(f"{path} is not a run folder (no status.json): give the --run-dir of a started run")
+            raise UserError(
+                f"{path} is not a run folder (no readable status.json): give the --run-dir of a started run"
+            )
         metrics = path / "metrics.jsonl"
-        last = _last_line(metrics)
+        last = {key: value for key, value in read_json_object(metrics, last_line=True).items() if _is_number(value)}
         written = max(file.stat().st_mtime for file in (metrics, path / "status.json") if file.is_file())
         checkpoints = sorted((path / "checkpoints").glob("step-*"))
         return cls(
             path=path, state=_state(path, str(status.get("state"))), last=last, error=str(status.get("error", "")),
-            step=max(last.get("step", 0), status.get("step", 0)), steps=status.get("steps", 0),
+            step=max(_count(last.get("step")), _count(status.get("step"))), steps=_count(status.get("steps")),
             age_s=max(0.0, time.time() - written), checkpoint=checkpoints[-1] if checkpoints else None,
         )  # fmt: skip
 
@@ -59,15 +59,13 @@ def _state(path: Path, said: str) -> str:
     return {True: "running", False: "killed", None: "running?"}[lock_of(path).is_held()]
 
 
-def _last_line(path: Path) -> dict[str, Any]:
-    """Return the last complete line of a JSON-lines file; empty if there is none."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _TAIL))
-            whole = stream.read().rpartition(b"\n")[0]
-        return dict(json.loads(whole.rpartition(b"\n")[2]))
-    except (OSError, ValueError):
-        return {}
+def _is_number(value: object) -> bool:
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < _HUGE)
+
+
+def _count(value: Any) -> int:
+    """Return a number as a count; 0 for anything that is none, such as nan."""
+    return int(value) if _is_number(value) and abs(value) < _HUGE else 0
 
 
 def format_duration(seconds: float) -> str:

@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.errors import UserError
-from data_prep.common.files import write_atomic
+from data_prep.common.files import read_bounded, write_atomic
 from data_prep.corpora.webdataset import read_image
+from data_prep.example import MAX_IMAGE_BYTES
 from data_prep.images.store import BadImage, decode_rgb
 from data_prep.quarantine import CODES
 from data_prep.show.web_page import Html, el, page, picture, table, tiles
@@ -47,7 +48,10 @@ class Rejected:
             return None
         path = Path(self.image)
         try:
-            return picture(decode_rgb(read_image(path, self.member) if self.member else path.read_bytes()), alt="")
+            return picture(
+                decode_rgb(read_image(path, self.member) if self.member else read_bounded(path, MAX_IMAGE_BYTES)),
+                alt="",
+            )
         except (OSError, KeyError, BadImage):
             return None
 

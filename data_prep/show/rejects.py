@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import json
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.errors import UserError, one_line
-from data_prep.common.files import check_sums, sha256_file, write_atomic
+from data_prep.common.files import check_sums, read_bounded, sha256_file, write_atomic
 from data_prep.corpora.webdataset import read_image
+from data_prep.example import MAX_IMAGE_BYTES
 from data_prep.images.store import BadImage, decode_rgb
 from data_prep.quarantine import CODES
 from data_prep.show.terminal import plain_console, printable
@@ -51,13 +51,11 @@ class Rejected:
             return None
         path = Path(self.image)
         try:
-            about = path.stat()
-            if not stat.S_ISREG(about.st_mode):  # a list from elsewhere may name a device or a pipe, which never ends
-                return None
-            if not self.member and about.st_size > _MAX_IMAGE_BYTES:
-                return None
-            return picture(decode_rgb(read_image(path, self.member) if self.member else path.read_bytes()), alt="")
-        except (OSError, ValueError, KeyError, BadImage):  # ValueError: no path at all
+            return picture(
+                decode_rgb(read_image(path, self.member) if self.member else read_bounded(path, MAX_IMAGE_BYTES)),
+                alt="",
+            )
+        except (OSError, ValueError, KeyError, BadImage):
             return None
 
 

@@ -86,7 +86,7 @@ def corpus_problems(kind: str, options: Mapping[str, Any], root: Path | None) ->
     lines += _missing_inputs(kind, corpus)
     if not lines:
         try:
-            corpus.files()
+            corpus.check_files()
         except UserError as problem:
             lines.append(str(problem))
     return lines

@@ -48,6 +48,11 @@ class FileCorpus(RowCorpus):
         saved = folder.is_dir() and (is_saved(folder) or Path(self.data).suffix not in SUFFIXES)
         return saved_files(folder) if saved else matching_files(self.root, "data", self.data)
 
+    def check_files(self) -> None:
+        """Raise UserError if raw files are missing; datasets of the Hub are loaded by ingest."""
+        if self.dataset is None or self.dataset.is_local(self.root):
+            self.files()
+
     def table(self, path: Path, columns: Sequence[str]) -> Rows:
         """Return the rows of a file; of a columnar file, read only these columns."""
         reader = COLUMNAR.get(path.suffix)

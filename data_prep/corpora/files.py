@@ -40,9 +40,10 @@ class FileCorpus(RowCorpus):
         return self
 
     def files(self) -> Sequence[Path]:
-        """Return the data files, sorted by path; those of a dataset in its order, none if it is streamed."""
+        """Return the data files, sorted by path; those of a dataset in its order, none if the Hub streams it."""
         if self.dataset is not None:
-            return [] if self.dataset.streaming else self.dataset.arrow_files(self.root)
+            streamed = self.dataset.streaming
+            return self.dataset.local_files(self.root) if streamed else self.dataset.arrow_files(self.root)
         assert self.data is not None
         folder = self.root / self.data
         saved = folder.is_dir() and (is_saved(folder) or Path(self.data).suffix not in SUFFIXES)

@@ -343,8 +343,8 @@ def _problems_beside(raw: Mapping[str, Any], recipe: Recipe | None, *, check_fil
     for name, config in corpora.items():
         if isinstance(config, dict) and isinstance(config.get("type"), str):
             options = {key: value for key, value in config.items() if key not in CorpusConfig.model_fields}
-            files = root if check_files and name in used else None
-            yield from (f"corpora.{name}: {line}" for line in corpus_problems(config["type"], options, files))
+            lines = corpus_problems(config["type"], options, root, check_files=check_files and name in used)
+            yield from (f"corpora.{name}: {line}" for line in lines)
     if check_files and recipe is not None and recipe.tokenizer_path and not recipe.tokenizer_path.exists():
         yield f"tokenizer: {recipe.tokenizer_path} does not exist{_elsewhere(recipe.tokenizer.path)}"
 

@@ -251,6 +251,11 @@ def _write(path: Path, content: bytes) -> None:
         ({"raw/a.png": png(1)}, "raw", r"1 images without caption files \(a\.jpg needs a\.txt or a\.json\)"),
         ({"raw/a.png": png(1)}, "raw/a.png", "one image: give its folder"),
         ({"raw/a.jsonl": b'{"x": 1, "y": 2}\n'}, "raw", r"among its columns \(x, y\): name them \(--image-column"),
+        (
+            {"raw/a.json": b'{"questions": []}'},
+            "raw",
+            "found a single object; .*formats have readers .*: mma-prep types",
+        ),
         ({"raw/a.jsonl": b"[1]\n[2]\n"}, "raw", "is an object with keys|is this the right file"),
         ({"raw/a.jsonl": b""}, "raw", "none of its first 50 rows is an object"),
         ({"raw/a.parquet": b"PAR1"}, "raw", "not a Parquet file"),

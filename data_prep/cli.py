@@ -186,7 +186,7 @@ def _load(arguments: argparse.Namespace) -> Recipe:
     from data_prep.recipe import load_recipe
 
     overrides = {key: getattr(arguments, key) for key in ("out", "root") if getattr(arguments, key) is not None}
-    recipe = load_recipe(arguments.recipe, overrides)
+    recipe = load_recipe(arguments.recipe, overrides, check_files=arguments.recipe != "demo")
     if arguments.recipe == "demo" and not recipe.root_dir.is_dir():
         raise UserError(f"the demo does not exist yet: run `mma-prep demo {recipe.out_dir}`, which draws and packs it")
     return recipe

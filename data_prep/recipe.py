@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data_prep.common.errors import UserError, did_you_mean
 from data_prep.common.validation import Place, problems, report
 from data_prep.common.yaml_files import expand, read_mapping
+from data_prep.corpora import corpus_problems
 from data_prep.images.augment import Augment, allowed
 from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
 from data_prep.text.turns import Turns
@@ -45,7 +46,8 @@ class TokenizerConfig(_Strict):
     """Either an existing tokenizer or one that is trained first."""
 
     path: str = ""
-    """Folder (or file) with ``tokenizer.json`` or ``tokenizer.model``."""
+    """Folder (or file) with ``tokenizer.json`` or ``tokenizer.model``; relative to the recipe's ``root``, as all paths
+    of raw data are."""
     train: TrainTokenizer | None = None
 
     @model_validator(mode="after")
@@ -89,7 +91,7 @@ class PackConfig(_Strict):
     system: str = ""
     """System turn for conversations that bring none."""
     prompts: tuple[str, ...] = ()
-    """Given texts beside the image of a caption, one drawn anew for every draw: a list, or a text file of lines.
+    """Given texts beside the image of a caption, drawn again for every draw: a list, or a text file of lines.
     A line end follows each, unless it ends in white space of its own."""
     order: Order = "image_first"
     """Where images go, beside the text of their user turn or the prompt: image_first, text_first or as_written."""
@@ -124,26 +126,31 @@ class PackConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> PackConfig:
+        if lines := list(self._contradictions()):
+            raise ValueError("\n".join(lines))
+        if self.template != OWN or self.chat_format:  # otherwise the chat format is still to be read from the tokenizer
+            self.to_template()
+        return self
+
+    def _contradictions(self) -> Iterator[str]:
+        """Yield every conflict between settings."""
         if (self.draws is None) == (self.epochs is None):
-            raise ValueError("give either draws or epochs")
+            yield "give either draws or epochs"
         if any(not 0 < weight < math.inf for weight in self.corpora.values()):
-            raise ValueError("corpora: every weight must be a number above 0; leave a corpus out to drop it")
-        if self.epochs is not None and any(weight != 1 for weight in self.corpora.values()):
-            raise ValueError("corpora: weights need draws; with epochs every corpus is drawn in full")
+            yield "corpora: every weight must be a number above 0; leave a corpus out to drop it"
+        elif self.epochs is not None and self.draws is None and any(weight != 1 for weight in self.corpora.values()):
+            yield "corpora: weights need draws; with epochs every corpus is drawn in full"
         if any(not prompt.strip() or "\x00" in prompt for prompt in self.prompts):
-            raise ValueError("prompts: every prompt must hold text, and no NUL")
+            yield "prompts: every prompt must hold text, and no NUL"
         if self.aki_parity and (self.template not in AKI_TEMPLATES or self.prompts or self.order != "image_first"):
-            raise ValueError(
+            yield (
                 f"aki_parity=true needs template {' or '.join(AKI_TEMPLATES)}, order=image_first and no prompts: "
                 "the released AKI has no other"
             )
         if self.aki_parity and self.turns == "expand":
-            raise ValueError("aki_parity=true truncates conversations after their first exchange: remove turns=expand")
+            yield "aki_parity=true truncates conversations after their first exchange: remove turns=expand"
         if self.chat_format and self.template != OWN:
-            raise ValueError(f"chat_format belongs to template={OWN}: remove it")
-        if self.template != OWN or self.chat_format:  # otherwise the chat format is still to be read from the tokenizer
-            self.to_template()
-        return self
+            yield f"chat_format belongs to template={OWN}: remove it"
 
     def to_template(self) -> Template:
         """Return the template with the settings of this pack set. Raises UserError if they conflict."""
@@ -198,32 +205,32 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _packs_fit(self) -> Recipe:
+        lines = _undefined_corpora(self.corpora, {name: pack.corpora for name, pack in self.packs.items()})
         for name, pack in self.packs.items():
-            for corpus in pack.corpora:
-                if corpus not in self.corpora:
-                    hint = did_you_mean(corpus, self.corpora)
-                    raise ValueError(f"packs.{name}.corpora.{corpus} is not defined under corpora{hint}")
             if pack.seq_len <= self.image_tokens:
-                raise ValueError(
+                lines.append(
                     f"packs.{name}.seq_len={pack.seq_len} cannot hold one image of image_tokens={self.image_tokens} "
                     "and any text: raise seq_len or lower image_tokens"
                 )
-            self._check_augmented(name, pack)
+            lines += self._disabled_augmentations(name, pack)
+        if lines:
+            raise ValueError("\n".join(lines))
         return self
 
-    def _check_augmented(self, name: str, pack: PackConfig) -> None:
-        """Refuse prompts that would disable the augmentation of a corpus."""
+    def _disabled_augmentations(self, name: str, pack: PackConfig) -> Iterator[str]:
+        """Yield the prompts that would disable the augmentation of a corpus."""
         for text in (*pack.prompts, pack.system):
             for corpus, augment in self.augments(pack).items():
                 if augment.bits & ~allowed(text):
-                    raise ValueError(
+                    yield (
                         f"packs.{name}: {text.strip()!r} mentions sides, places, counts or written text, so "
                         f"corpora.{corpus}.augment would never apply: change the text or remove augment"
                     )
 
     def augments(self, pack: PackConfig) -> dict[str, Augment]:
         """Return the augmentation settings of the corpora of a pack set."""
-        return {corpus: augment for corpus in pack.corpora if (augment := self.corpora[corpus].augment)}
+        known = {corpus: self.corpora[corpus] for corpus in pack.corpora if corpus in self.corpora}
+        return {corpus: config.augment for corpus, config in known.items() if config.augment}
 
     @property
     def root_dir(self) -> Path:
@@ -234,6 +241,11 @@ class Recipe(_Strict):
     def out_dir(self) -> Path:
         """Folder of the output."""
         return Path(self.out).expanduser()
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The existing tokenizer's folder or file; None if one is trained."""
+        return self.root_dir / Path(self.tokenizer.path).expanduser() if self.tokenizer.path else None
 
     def specials(self) -> list[str]:
         """Return the special tokens of all templates, sorted."""
@@ -286,22 +298,71 @@ def read_prompts(name: str) -> tuple[str, ...]:
     return prompts
 
 
-def load_recipe(name: str, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read and check a recipe.
+def load_recipe(name: str, overrides: Mapping[str, str] | None = None, *, check_files: bool = False) -> Recipe:
+    """Read and check a recipe; everything that is wrong with it is reported at once.
 
     Args:
         name: path of a YAML file, or the name of a shipped recipe.
         overrides: top-level keys to replace, such as ``out`` and ``root``.
+        check_files: whether the raw files and the tokenizer must exist.
 
     Raises:
-        UserError: the file is missing, not YAML, or a key or value is wrong; the message names it.
+        UserError: the file is missing, not YAML, or a key or value is wrong; the message names each.
     """
     path = find_recipe(name)
-    raw = {**read_mapping(path), **(overrides or {})}
+    raw = expand({**read_mapping(path), **(overrides or {})}, path.name)
+    recipe, lines = None, list[str]()
     try:
-        return _with_tokenizer_chat_formats(Recipe.model_validate(expand(raw, path.name)))
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(report(path.name, problems(error, _known_at))) from error
+        lines = problems(error, _known_at)
+    lines += [line for line in _problems_beside(raw, recipe, check_files=check_files) if line not in lines]
+    if recipe is None or lines:
+        raise UserError(report(path.name, lines))
+    return _with_tokenizer_chat_formats(recipe)
+
+
+def _problems_beside(raw: Mapping[str, Any], recipe: Recipe | None, *, check_files: bool) -> Iterator[str]:
+    """Yield what the recipe's own model does not find: in the corpora's options, and in the files.
+
+    Args:
+        raw: content of the file.
+        recipe: None if the model refused the content; its checks between sections did not all run then.
+        check_files: whether files must exist.
+    """
+    corpora, packs = (value if isinstance(value := raw.get(key), dict) else {} for key in ("corpora", "packs"))
+    blends = {name: pack["corpora"] for name, pack in packs.items() if isinstance(pack, dict) and "corpora" in pack}
+    blends = {name: blend for name, blend in blends.items() if isinstance(blend, dict | list)}
+    if recipe is None:
+        yield from _undefined_corpora(corpora, blends)
+    root = Path(str(raw.get("root") or "")).expanduser()
+    if check_files and raw.get("root") and not root.is_dir():
+        yield f"root: folder {root} does not exist; the raw data must be there, or pass --root"
+        check_files = False
+    used = {str(corpus) for blend in blends.values() for corpus in blend}
+    for name, config in corpora.items():
+        if isinstance(config, dict) and isinstance(config.get("type"), str):
+            options = {key: value for key, value in config.items() if key not in CorpusConfig.model_fields}
+            lines = corpus_problems(config["type"], options, root, check_files=check_files and name in used)
+            yield from (f"corpora.{name}: {line}" for line in lines)
+    if check_files and recipe is not None and recipe.tokenizer_path and not recipe.tokenizer_path.exists():
+        yield f"tokenizer: {recipe.tokenizer_path} does not exist{_elsewhere(recipe.tokenizer.path)}"
+
+
+def _undefined_corpora(corpora: Collection[str], blends: Mapping[str, Collection[str]]) -> list[str]:
+    """Return the corpora of pack sets that are not defined."""
+    return [
+        f"packs.{name}.corpora.{corpus} is not defined under corpora{did_you_mean(str(corpus), map(str, corpora))}"
+        for name, blend in blends.items()
+        for corpus in blend
+        if corpus not in corpora
+    ]
+
+
+def _elsewhere(path: str) -> str:
+    """Return a hint if a path exists relative to the working folder, but not to the root."""
+    here = Path(path).absolute()
+    return f"; paths are relative to root, so write {here}" if here.exists() else "; paths are relative to root"
 
 
 def _with_tokenizer_chat_formats(recipe: Recipe) -> Recipe:
@@ -311,9 +372,9 @@ def _with_tokenizer_chat_formats(recipe: Recipe) -> Recipe:
         return recipe
     from data_prep.text.chat_template import chat_format_of
 
-    if not recipe.tokenizer.path:
+    folder = recipe.tokenizer_path
+    if folder is None:
         raise UserError(f"packs.{min(waiting)}.template={OWN}: a trained tokenizer has no chat template")
-    folder = recipe.root_dir / recipe.tokenizer.path
     filled = {
         name: pack.model_copy(update={"chat_format": chat_format_of(folder, pack.system)})
         for name, pack in waiting.items()

@@ -30,7 +30,8 @@ def problems(error: ValidationError, known: KnownKeys = no_keys, *, within: str 
     """
     found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
     meant = set(_meant(found, known))
-    return [_line(problem, known, within) for problem in found if (problem["type"], tuple(problem["loc"])) not in meant]
+    chosen = [problem for problem in found if (problem["type"], tuple(problem["loc"])) not in meant]
+    return [line for problem in chosen for line in _lines(problem, known, within)]
 
 
 def first_problem(error: ValidationError, known: KnownKeys = no_keys, *, within: str = "") -> str:
@@ -58,6 +59,15 @@ def _meant(found: Sequence[Any], known: KnownKeys) -> Iterator[tuple[str, Place]
             guess = closest(str(name), known(problem["loc"]))
             if guess:
                 yield "missing", (*parent, guess)
+
+
+def _lines(problem: Any, known: KnownKeys, within: str) -> list[str]:
+    """Return the lines of a problem: a validator may report several, one per line of its message."""
+    if problem["type"] != "value_error" or "\n" not in problem["msg"]:
+        return [_line(problem, known, within)]
+    key = dotted([*filter(None, [within]), *problem["loc"]])
+    lines = str(problem["msg"]).removeprefix("Value error, ").splitlines()
+    return [f"{key}: {line}" if key else line for line in lines]
 
 
 def _line(problem: Any, known: KnownKeys, within: str) -> str:

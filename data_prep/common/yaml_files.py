@@ -141,18 +141,26 @@ def read_mapping(path: Path) -> dict[str, Any]:
 def expand(value: Any, where: str) -> Any:
     """Replace ``${VAR}`` and ``${VAR:-default}`` in every text of a tree.
 
-    Raises UserError naming the key, after ``where``, if a variable is not set and has no default.
+    Raises UserError naming every key, after ``where``, whose variable is not set and has no default.
     """
+    unset = list[str]()
+    expanded = _expand(value, where, unset)
+    if unset:
+        raise UserError("\n".join(dict.fromkeys(unset)))
+    return expanded
+
+
+def _expand(value: Any, where: str, unset: list[str]) -> Any:
     if isinstance(value, dict):
-        return {key: expand(item, f"{where}: {key}") for key, item in value.items()}
+        return {key: _expand(item, f"{where}: {key}", unset) for key, item in value.items()}
     if isinstance(value, list):
-        return [expand(item, where) for item in value]
-    return _VARIABLE.sub(lambda match: _variable(match, where), value) if isinstance(value, str) else value
+        return [_expand(item, where, unset) for item in value]
+    return _VARIABLE.sub(lambda match: _variable(match, where, unset), value) if isinstance(value, str) else value
 
 
-def _variable(match: re.Match[str], where: str) -> str:
+def _variable(match: re.Match[str], where: str, unset: list[str]) -> str:
     name, default = match.group(1), match.group(2)
     found = os.environ.get(name) or default
     if found is None:
-        raise UserError(f"{where} uses ${{{name}}}, which is not set: export {name}=... or pass the value as a flag")
-    return found
+        unset.append(f"{where} uses ${{{name}}}, which is not set: export {name}=... or pass the value as a flag")
+    return found or ""

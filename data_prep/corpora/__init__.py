@@ -75,18 +75,15 @@ def build_corpus(kind: str, options: Mapping[str, Any], root: Path) -> Corpus:
     return corpus
 
 
-def corpus_problems(kind: str, options: Mapping[str, Any], root: Path | None) -> list[str]:
-    """Return everything that is wrong with the type and the options of a corpus, and with its raw files under ``root``.
-
-    Without a root, raw files are not checked.
-    """
-    corpus, lines = _validate(kind, options, root or Path())
-    if corpus is None or root is None:
+def corpus_problems(kind: str, options: Mapping[str, Any], root: Path, *, check_files: bool) -> list[str]:
+    """Return everything that is wrong with the type and the options of a corpus and, if asked, with its raw files."""
+    corpus, lines = _validate(kind, options, root)
+    if corpus is None or not check_files:
         return lines
     lines += _missing_inputs(kind, corpus)
     if not lines:
         try:
-            corpus.files()
+            corpus.check_files()
         except UserError as problem:
             lines.append(str(problem))
     return lines

@@ -62,6 +62,10 @@ class Corpus(BaseModel, ABC):
         """Return the raw files whose change makes earlier output stale (image folders are not listed)."""
         return [path for kind, path in self.inputs().values() if kind is Input.FILE]
 
+    def check_files(self) -> None:
+        """Raise UserError if raw files are missing; what has to be downloaded is not."""
+        self.files()
+
     def files_of(self, shard: str) -> Sequence[Path]:
         """Return the raw files that one shard is read from; by default all files of the corpus."""
         return self.files()

@@ -71,6 +71,11 @@ class DatasetSource(BaseModel):
             return saved_files(root / self.path / self.split if _has_splits(root / self.path) else root / self.path)
         return [Path(file["filename"]) for file in _stored(self, str(root)).cache_files]
 
+    def local_files(self, root: Path) -> list[Path]:
+        """Return the files of a local dataset folder; none for a name on the Hub."""
+        folder = root / self.path
+        return sorted(path for path in folder.rglob("*") if path.is_file()) if self.is_local(root) else []
+
     def stream_shards(self, root: Path) -> int:
         """Return the number of shards of a streamed split. Raises UserError."""
         return int(_streamed(self, str(root)).num_shards)

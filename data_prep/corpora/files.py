@@ -33,20 +33,27 @@ class FileCorpus(RowCorpus):
     def _has_one_source(self) -> Self:
         if (self.data is None) == (self.dataset is None):
             raise ValueError("set either data or dataset")
-        if self.data is not None and Path(self.data).suffix not in SUFFIXES and not (self.root / self.data).is_dir():
+        known = ("", *SUFFIXES)  # a folder of save_to_disk usually has no suffix
+        if self.data is not None and Path(self.data).suffix not in known and not (self.root / self.data).is_dir():
             raise ValueError(
                 f"data must end in {', '.join(SUFFIXES)}, or be a folder written by save_to_disk (found {self.data!r})"
             )
         return self
 
     def files(self) -> Sequence[Path]:
-        """Return the data files, sorted by path; those of a dataset in its order, none if it is streamed."""
+        """Return the data files, sorted by path; those of a dataset in its order, none if the Hub streams it."""
         if self.dataset is not None:
-            return [] if self.dataset.streaming else self.dataset.arrow_files(self.root)
+            streamed = self.dataset.streaming
+            return self.dataset.local_files(self.root) if streamed else self.dataset.arrow_files(self.root)
         assert self.data is not None
-        folder = self.root / self.data
-        saved = folder.is_dir() and (is_saved(folder) or Path(self.data).suffix not in SUFFIXES)
+        folder, suffix = self.root / self.data, Path(self.data).suffix
+        saved = not suffix or (folder.is_dir() and (is_saved(folder) or suffix not in SUFFIXES))
         return saved_files(folder) if saved else matching_files(self.root, "data", self.data)
+
+    def check_files(self) -> None:
+        """Raise UserError if raw files are missing; datasets of the Hub are loaded by ingest."""
+        if self.dataset is None or self.dataset.is_local(self.root):
+            self.files()
 
     def table(self, path: Path, columns: Sequence[str]) -> Rows:
         """Return the rows of a file; of a columnar file, read only these columns."""

@@ -42,6 +42,10 @@ class HoldOut(Corpus):
         files: Sequence[Path] = self.whole.files()
         return files
 
+    def check_files(self) -> None:
+        """Check the raw files of the whole corpus. Raises UserError."""
+        self.whole.check_files()
+
     def files_of(self, shard: str) -> Sequence[Path]:
         """Return the raw files of a shard."""
         files: Sequence[Path] = self.whole.files_of(shard)

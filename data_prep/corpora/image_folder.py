@@ -46,7 +46,7 @@ class ImageFolder(RowCorpus):
             missing = (self.root / (self.captions or self.images) / name).with_suffix(CAPTION_SUFFIXES[0])
             raise BadSample("missing-key", f"no caption file {missing.name} or .json", missing)
         image = find_image(self.root / self.images, name)
-        turns = (Turn("user", (image,)), Turn("assistant", (self._caption(self._caption_root / str(file)),)))
+        turns = (Turn("user", (image,)), Turn("assistant", (self._caption(str(file)),)))
         yield Example(sample, turns, kind="document")
 
     def files(self) -> Sequence[Path]:
@@ -73,7 +73,9 @@ class ImageFolder(RowCorpus):
         names = [name for name in walk(self._caption_root) if name.endswith(CAPTION_SUFFIXES)]
         return {_stem(name): name for name in sorted(names, key=lambda name: (name.endswith(".txt"), name))}
 
-    def _caption(self, path: Path) -> str:
+    def _caption(self, name: str) -> str:
+        path = find_image(self._caption_root, name).path  # a regular file inside the folder, as images must be
+        assert path is not None
         try:
             with path.open("rb") as file:
                 said = file.read(MAX_CAPTION_BYTES + 1).decode(errors="surrogateescape")

@@ -26,7 +26,7 @@ TRAINING_VERSION = 2
 def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
     """Ensure that the output folder holds the recipe's tokenizer, training one if asked; return its sha256."""
     recipe, config = space.recipe, space.recipe.tokenizer
-    source = recipe.root_dir / config.path if config.path else None
+    source = recipe.tokenizer_path
     raw = _raw_texts(space) if source is None else _source_hashes(source)
     existed = has_tokenizer(space)
     inputs = hash_json([TRAINING_VERSION, config.model_dump(), recipe.specials(), raw])

@@ -141,7 +141,9 @@ def _draft(
     small = all(looked.complete for looked in seen)
     vocab_size = SMALL_VOCAB if small else LARGE_VOCAB
     written = Template(template, own=own)
-    tokens = longest(examples, written, request.tokenizer, vocab_size, request.image_tokens)
+    tokens, problems = longest(examples, written, request.tokenizer, vocab_size, request.image_tokens)
+    if problems:
+        say(f"  note: the template {template} cannot write {len(problems)} of {len(examples)} samples; {problems[0]}")
     wanted = _rounded(max(256, tokens * 5 // 4, request.image_tokens * 2))
     seq_len = min(wanted, MAX_SEQ_LEN)
     say(f"the longest of {len(examples):,} samples has {tokens:,} tokens, images included: seq_len {seq_len}")

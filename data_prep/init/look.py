@@ -114,9 +114,9 @@ def _folder(folder: Path, wishes: Wishes) -> list[Found]:
         found.append(_tars(folder, folder / (Path(below.pop()) / "*.tar" if len(below) == 1 else "**/*.tar")))
     for place in dict.fromkeys(saved):
         found += _saved(place, wishes) if place.parent not in saved else []
-    inside = tuple(f"{place}/" for place in saved)
-    tables = [folder / name for name in names if _is(name, SUFFIXES) and name not in set(captions)]
-    for group in _groups([path for path in tables if not str(path).startswith(inside)]):
+    inside, beside = tuple(f"{place}/" for place in saved), set(captions)
+    tables = [folder / name for name in names if _is(name, SUFFIXES) and name not in beside]
+    for group in _groups([path for path in tables if path.is_file() and not str(path).startswith(inside)]):
         try:
             found.append(
                 _table(group[0] if len(group) == 1 else group[0].parent / f"*{group[0].suffix}", group, wishes)

@@ -108,11 +108,12 @@ def _printable(text: str) -> str:
 
 def longest(
     examples: Sequence[Example], template: Template, tokenizer: Path | None, vocab_size: int, image_tokens: int
-) -> int:
-    """Return the tokens of the longest example, images and template included.
+) -> tuple[int, list[str]]:
+    """Return the tokens of the longest example, images and template included, and why others cannot be written.
 
-    Without a tokenizer, one is trained on these examples. Raises UserError.
+    Without a tokenizer, one is trained on these examples. Raises UserError where no example can be written.
     """
+    lengths, problems = list[int](), list[str]()
     with tempfile.TemporaryDirectory() as folder:
         source = tokenizer
         if source is None:
@@ -120,4 +121,11 @@ def longest(
             texts = [part for one in examples for turn in one.turns for part in turn.parts if isinstance(part, str)]
             train_sentencepiece(texts, vocab_size, template.specials, source)
         encoder = Tokenizer.open(source, template.specials)
-        return max(len(encoder.encode(template.pieces(example), image_tokens)) for example in examples)
+        for example in examples:
+            try:
+                lengths.append(len(encoder.encode(template.pieces(example), image_tokens)))
+            except BadSample as problem:
+                problems.append(f"{example.id}: {problem}")
+    if not lengths:
+        raise UserError(f"no sample can be written with the template {template.name}, {problems[0]}")
+    return max(lengths), problems

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import UserError
 from data_prep.corpora.chat import CONTENT_KEYS, IMAGES, MESSAGES, ROLE_KEYS, ROLES
+from data_prep.corpora.downloads import url_file_name
 from data_prep.corpora.files import COLUMNAR
 from data_prep.corpora.json_files import json_rows
 from data_prep.corpora.parquet import column_names
+from data_prep.corpora.tables import Rows
 
 SNIFFED_ROWS = 50
 QUESTIONS = ("question", "query", "prompt", "instruction", "input", "problem", "user")
@@ -66,12 +68,21 @@ class Sniffed:
 
 def sniff_rows(path: Path) -> list[Mapping[str, Any]]:
     """Return the first rows of a table that are objects, with all columns. Raises UserError where it is no table."""
-    reader = COLUMNAR.get(path.suffix)
-    rows = reader(path, column_names(path)) if reader else json_rows(path)
+    rows = _open(path)
     found = [row for row in rows.read(range(min(len(rows), SNIFFED_ROWS))) if isinstance(row, Mapping)]
     if not found:
         raise UserError(f"{path}: none of its first {SNIFFED_ROWS} rows is an object with keys")
     return found
+
+
+def _open(path: Path) -> Rows:
+    reader = COLUMNAR.get(path.suffix)
+    if reader:
+        return reader(path, column_names(path))
+    try:
+        return json_rows(path)
+    except UserError as problem:
+        raise UserError(f"{problem}; published formats have readers of their own: mma-prep types") from None
 
 
 def sniff(path: Path, rows: Sequence[Mapping[str, Any]], columns: Columns, roles: Mapping[str, str]) -> Sniffed:
@@ -85,9 +96,14 @@ def sniff(path: Path, rows: Sequence[Mapping[str, Any]], columns: Columns, roles
         if messages:
             return _conversation(path, rows, messages, columns, roles)
         if _lists(rows, "images") and _lists(rows, "texts"):
-            return Sniffed("interleaved", "interleaved documents (OBELICS)", documents=True)
+            places = [place for row in rows for place in row["images"] if isinstance(place, str)]
+            names = [url_file_name(place)[0] for place in places]
+            return Sniffed("interleaved", "interleaved documents (OBELICS)", image_names=names, documents=True)
         if _lists(rows, "text_list") and _lists(rows, "image_info"):
-            return Sniffed("interleaved", "interleaved documents (mmc4)", {"format": "mmc4"}, documents=True)
+            infos = [info for row in rows for info in row["image_info"] if isinstance(info, Mapping)]
+            names = [str(info["image_name"]) for info in infos if info.get("image_name")]
+            found = Sniffed("interleaved", "interleaved documents (mmc4)", {"format": "mmc4"}, documents=True)
+            return replace(found, image_names=names)
     return _table(path, rows, keys, columns)
 
 

@@ -7,7 +7,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.yaml_files import read_yaml
 from data_prep.recipe import load_recipe, shipped_recipes
 from data_prep.text.template import Template
-from tests.data_prep.raw import recipe_dict, write_recipe
+from tests.data_prep.raw import recipe_dict, write_recipe, write_world
 
 VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")
 
@@ -77,7 +77,7 @@ def test_a_wrong_recipe_is_refused_with_its_key_and_a_hint(
     with pytest.raises(UserError) as caught:
         load_recipe(edited(tmp_path, path, value))
     assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) or path == "corpora", "without its corpora every pack set is wrong too"
 
 
 @pytest.mark.parametrize(
@@ -98,6 +98,65 @@ def test_a_file_that_is_not_a_recipe_is_refused(tmp_path: Path, text: str, messa
 def test_a_merged_key_may_be_overridden() -> None:
     text = "base: &base {seq_len: 64, epochs: 1}\npt: {<<: *base, seq_len: 128}"
     assert read_yaml(text, "r.yaml")["pt"] == {"seq_len": 128, "epochs": 1}
+
+
+def test_all_errors_of_a_recipe_come_at_once(tmp_path: Path) -> None:
+    content = recipe_dict(tmp_path / "raw", tmp_path / "out")
+    (tmp_path / "raw").mkdir()
+    content["seeed"] = 1
+    content["tokenizer"] = "tok"
+    content["corpora"]["talk"] |= {"images": "gone", "conversation": "llava.json"}
+    content["corpora"]["odd"] = {"type": "lava"}
+    content["packs"]["pt"] |= {"draws": 3, "aki_parity": True, "order": "as_written"}
+    content["packs"]["sft"]["corpora"] |= {"tlk": 1.0, "cap": 1.0}
+    content["packs"]["sft"]["seq_len"] = "long"
+    file = str(write_recipe(tmp_path / "recipe.yaml", content))
+    with pytest.raises(UserError) as caught:
+        load_recipe(file, check_files=True)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"recipe.yaml: {len(lines)} problems"
+    for part in (
+        "unknown key seeed (did you mean 'seed'?)",
+        "packs.pt: give either draws or epochs",
+        "packs.pt: aki_parity=true needs template caption or phi3, order=image_first and no prompts",
+        "packs.sft.seq_len: ",
+        "packs.sft.corpora.tlk is not defined under corpora (did you mean 'talk'?)",
+        "packs.sft.corpora.cap is not defined under corpora (did you mean 'captions'?)",
+        "corpora.captions: tars='captions/*.tar' matches no file",
+        "corpora.talk: llava.conversation: unknown option (did you mean 'conversations'?)",
+        "corpora.talk: llava.images: folder ",
+        "corpora.talk: llava.conversations: file ",
+        "corpora.odd: unknown corpus type 'lava' (did you mean 'llava'?)",
+    ):
+        assert sum(line.startswith(f"  - {part}") for line in lines) == 1, (part, lines)
+    assert len(lines) == 11
+
+
+def test_every_unset_variable_is_named(tmp_path: Path) -> None:
+    content = recipe_dict(tmp_path / "${NOT_SET_A}", tmp_path / "${NOT_SET_B}")
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(write_recipe(tmp_path / "recipe.yaml", content)))
+    assert [name in str(caught.value) for name in ("root uses ${NOT_SET_A}", "out uses ${NOT_SET_B}")] == [True, True]
+
+
+def test_a_missing_root_is_one_problem_not_one_per_file(tmp_path: Path) -> None:
+    file = edited(tmp_path, "root", str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=r"recipe\.yaml: root: folder .*nowhere does not exist; the raw data") as caught:
+        load_recipe(file, check_files=True)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_is_relative_to_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_world(tmp_path / "raw", tars=1, captions=2, talks=2)
+    file = edited(tmp_path, "tokenizer", "tok")
+    (tmp_path / "tok").mkdir()
+    with pytest.raises(UserError, match=rf"tokenizer: {tmp_path}/raw/tok does not exist; .* so write {tmp_path}/tok"):
+        load_recipe(file, check_files=True)
+    (tmp_path / "tok").rename(tmp_path / "raw" / "tok")
+    assert load_recipe(file, check_files=True).tokenizer_path == tmp_path / "raw" / "tok"
+    assert load_recipe(edited(tmp_path, "tokenizer", "/abs/tok")).tokenizer_path == Path("/abs/tok")
+    assert load_recipe(edited(tmp_path, "tokenizer", "~/tok")).tokenizer_path == Path.home() / "tok"
 
 
 def test_an_unknown_name_suggests_a_shipped_one() -> None:

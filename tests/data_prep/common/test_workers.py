@@ -70,6 +70,16 @@ if __name__ == "__main__":
 """
 
 
+_DEMO = """\
+import sys
+from pathlib import Path
+from data_prep.demo.packs import Demo, ensure_demo
+
+if __name__ == "__main__":
+    ensure_demo(Path(sys.argv[1]).parent, Demo(scenes=50_000), quiet=True)
+"""
+
+
 def watch_pipe(watched: Connection) -> None:
     """Initializer of a worker that has no parent-death signal."""
     threading.Thread(target=_wait_for_end, args=(watched,), daemon=True).start()
@@ -96,6 +106,24 @@ def test_no_worker_outlives_its_parent(script: str, number: signal.Signals, tmp_
         assert len(members(parent.pid)) >= 3, "the parent and two workers"
         parent.send_signal(number)
         assert parent.wait(60) == -number
+        deadline = time.monotonic() + 30
+        while left := members(parent.pid):
+            assert time.monotonic() < deadline, left
+            time.sleep(0.05)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_the_preparation_of_the_demo_ends_with_the_process_that_asked_for_it(tmp_path: Path) -> None:
+    parent = subprocess.Popen([sys.executable, "-c", _DEMO, str(tmp_path / "x")], cwd=ROOT, start_new_session=True)
+    try:
+        while not (tmp_path / ".raw.partial").exists():
+            assert parent.poll() is None
+            time.sleep(0.05)
+        parent.kill()
+        parent.wait(60)
         deadline = time.monotonic() + 30
         while left := members(parent.pid):
             assert time.monotonic() < deadline, left

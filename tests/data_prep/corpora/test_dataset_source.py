@@ -100,9 +100,23 @@ def test_a_stream_of_several_shards_gives_every_row_once(tmp_path: Path) -> None
         pq.write_table(questions(), parquet(tmp_path / "mine").with_name(f"{number}.parquet"))
     (tmp_path / "mine" / "questions.parquet").unlink()
     corpus = build_corpus("table", {"dataset": {"path": "mine", "streaming": True}}, tmp_path)
-    assert corpus.shards() == ["stream-00000", "stream-00001", "stream-00002"] and corpus.files() == []
+    assert corpus.shards() == ["stream-00000", "stream-00001", "stream-00002"]
+    assert [path.name for path in corpus.files()] == ["0.parquet", "1.parquet", "2.parquet"]
     ids = [item.id for shard in corpus.shards() for item in corpus.examples(shard) if isinstance(item, Example)]
     assert len(set(ids)) == 3 * ROWS
+
+
+def test_a_streamed_dataset_is_packed_and_its_changes_are_seen(tmp_path: Path) -> None:
+    parquet(tmp_path / "raw" / "mine")
+    corpora = {"own": {"type": "table", "dataset": {"path": "mine", "streaming": True}}}
+    recipe = make_recipe(tmp_path, corpora=corpora, packs={"sft": PACK})
+    prepare(recipe)
+    assert sum(len(row.source) for row in PackReader(tmp_path / "out" / "packs" / "sft")) == ROWS
+    pq.write_table(questions().slice(0, 5), tmp_path / "raw" / "mine" / "questions.parquet")
+    dataset_source._builder.cache_clear()
+    dataset_source._streamed.cache_clear()
+    prepare(make_recipe(tmp_path, corpora=corpora, packs={"sft": PACK}))
+    assert sum(len(row.source) for row in PackReader(tmp_path / "out" / "packs" / "sft")) == 5
 
 
 def test_images_of_a_dataset_with_image_features_keep_their_bytes(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_prompt_of_a_list_stands_apart_from_the_caption_as_one_of_a_file_does(
         ("{tmp}/empty.txt", "holds no line of text"),
         ("{tmp}/bytes.txt", "cannot be read"),
         (["Look: ", " "], "every prompt must hold text"),
-        (["a\0b"], "U+0000 is not allowed"),
+        (["a\0b"], r"U\+0000 is not allowed"),
         (7, r"packs\.pt\.prompts"),
     ],
 )

@@ -127,6 +127,21 @@ def captioned_folder(root: Path) -> Path:
     return root / "pics"
 
 
+def obelics(root: Path) -> Path:
+    pictures(root / "downloads")
+    rows = [{"images": [f"https://x.org/{n}.png", None], "texts": [None, f"a text about {n}"]} for n in range(ROWS)]
+    return write_lines(root / "documents.jsonl", rows)
+
+
+def mmc4(root: Path) -> Path:
+    pictures(root / "downloads")
+    rows = [
+        {"text_list": [f"a text about {n}"], "image_info": [{"image_name": f"{n}.png", "matched_text_index": 0}]}
+        for n in range(ROWS)
+    ]
+    return write_lines(root / "documents.jsonl", rows)
+
+
 def tars(root: Path) -> Path:
     for number in range(2):
         keys = range(number * ROWS, (number + 1) * ROWS)
@@ -144,6 +159,8 @@ LAYOUTS: dict[str, tuple[Callable[[Path], Path], str, int]] = {
     "question-lines": (question_lines, "table", ROWS),
     "caption-lines": (caption_lines, "table", ROWS),
     "image-folder": (captioned_folder, "image_folder", ROWS),
+    "obelics": (obelics, "interleaved", ROWS),
+    "mmc4": (mmc4, "interleaved", ROWS),
     "tars": (tars, "webdataset", 2 * ROWS),
 }
 """Layout -> how to write it, the corpus type it must be read with, and its samples."""

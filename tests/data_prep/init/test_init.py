@@ -29,7 +29,7 @@ from tests.data_prep.init.own_data import (
     write_lines,
 )
 from tests.data_prep.raw import png
-from tests.data_prep.text.test_chat_template import CHATML, GEMMA3, tokenizer
+from tests.data_prep.text.test_chat_template import CHATML, GEMMA, GEMMA3, tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -128,6 +128,20 @@ def test_a_given_tokenizer_is_used_with_its_chat_template(source: str | None, te
     assert content["tokenizer"] == str(folder) and content["packs"]["sft"]["template"] == template
     out = str(tmp_path / "out")  # readers of one process remember files by their paths
     assert main(["run", "own.yaml", "--workers", "1", "--out", out]) == 0
+
+
+def test_samples_that_a_template_cannot_write_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tokenizer(tmp_path / "tok", GEMMA, bos="<bos>")
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    ruled = [{"role": "system", "content": "be kind"}, *said]
+    write_lines(tmp_path / "raw" / "talk.jsonl", [{"messages": said}] * 3 + [{"messages": ruled}])
+    assert main(["init", "raw/talk.jsonl", "--tokenizer", str(folder)]) == 0
+    assert "cannot write 1 of 4 samples; row-3: wrong-template: template 'tokenizer' has no system" in (
+        capsys.readouterr().out
+    )
+    write_lines(tmp_path / "raw" / "talk.jsonl", [{"messages": ruled}])
+    assert main(["init", "raw/talk.jsonl", "--tokenizer", str(folder), "--force"]) == 2
+    assert "no sample can be written with the template tokenizer, row-0: wrong-template" in capsys.readouterr().err
 
 
 def test_several_inputs_become_one_recipe(tmp_path: Path) -> None:
@@ -237,6 +251,11 @@ def _write(path: Path, content: bytes) -> None:
         ({"raw/a.png": png(1)}, "raw", r"1 images without caption files \(a\.jpg needs a\.txt or a\.json\)"),
         ({"raw/a.png": png(1)}, "raw/a.png", "one image: give its folder"),
         ({"raw/a.jsonl": b'{"x": 1, "y": 2}\n'}, "raw", r"among its columns \(x, y\): name them \(--image-column"),
+        (
+            {"raw/a.json": b'{"questions": []}'},
+            "raw",
+            "found a single object; .*formats have readers .*: mma-prep types",
+        ),
         ({"raw/a.jsonl": b"[1]\n[2]\n"}, "raw", "is an object with keys|is this the right file"),
         ({"raw/a.jsonl": b""}, "raw", "none of its first 50 rows is an object"),
         ({"raw/a.parquet": b"PAR1"}, "raw", "not a Parquet file"),

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from data_prep.common.errors import UserError, did_you_mean
 
-_SHOWN_CHARACTERS = 400
+_SHOWN_CHARACTERS = 1000
 
 
 def positive_int(text: str) -> int:
@@ -62,6 +62,11 @@ class OneLineParser(argparse.ArgumentParser):
         shown = _short(" ".join(message.split()))
         self.exit(2, f"{self.prog.split()[0]}: {shown}{hint}; {self.prog} --help shows all\n")
 
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help and errors; argparse would ignore that a disk is full."""
+        if message:
+            (file or sys.stderr).write(message)
+
     def flags(self) -> set[str]:
         """Return the flags of all commands."""
         return set(self._option_string_actions).union(*(parser.flags() for parser in self._commands().values()))
@@ -102,15 +107,17 @@ def run_command(program: str, work: Callable[[], int], *, debug: bool, stopped: 
     """
     prepare_streams()
     try:
-        code = work()
-        sys.stdout.flush()
+        try:
+            code = work()
+        finally:  # also after --help, which exits; a full disk is an error of this command
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
         return 0
     except (UserError, OSError) as error:
         if debug:
             _print_to_stderr(traceback.format_exc().rstrip())
-        _print_to_stderr(f"{program}: {error}")
+        _print_to_stderr("\n".join(_short(line) for line in f"{program}: {error}".split("\n")))
         code = 2
     except KeyboardInterrupt:
         _print_to_stderr(f"{program}: {stopped}")

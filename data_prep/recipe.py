@@ -37,18 +37,18 @@ class TrainTokenizer(_Strict):
     """Train a SentencePiece model on the corpora's own text."""
 
     vocab_size: int = Field(1024, ge=300)
-    """Largest number of pieces, with special tokens and the 256 byte pieces."""
+    """Maximum number of tokens, including special tokens and 256 byte tokens."""
     samples: int = Field(50_000, ge=1)
-    """Samples whose text is read, evenly over the corpora."""
+    """Number of samples to train on, spread evenly over the corpora."""
 
 
 class TokenizerConfig(_Strict):
-    """Either an existing tokenizer or one that is trained first."""
+    """An existing tokenizer, or the training of a new one; a plain text means ``path``."""
 
     path: str = ""
-    """Folder (or file) with ``tokenizer.json`` or ``tokenizer.model``; relative to the recipe's ``root``, as all paths
-    of raw data are."""
+    """Folder or file with ``tokenizer.json`` or ``tokenizer.model``, relative to ``root`` (give this or ``train``)."""
     train: TrainTokenizer | None = None
+    """Train a new tokenizer on the text of the corpora (give this or ``path``)."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> TokenizerConfig:
@@ -62,8 +62,9 @@ class CorpusConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
     type: str
+    """Raw format, such as webdataset, llava, vqav2, chat or parquet; all other keys are options of its reader."""
     augment: Augment | None = None
-    """Mirror or crop images at training time, where the text of a sample allows it (``data_prep.images.augment``)."""
+    """Mirror or crop images in training, where the text of a sample allows it: {flip: 0.5, crop: 0.8}."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,41 +73,41 @@ class CorpusConfig(BaseModel):
 
 
 class PackConfig(_Strict):
-    """One pack set: what is blended, how it is written, and for how long."""
+    """One pack set: which corpora are blended, how samples are encoded, and how many are drawn."""
 
     corpora: dict[str, float] = Field(min_length=1)
-    """Corpus -> weight. With ``draws``: its share of the draws. With ``epochs``: leave every weight at 1."""
+    """Corpus -> weight: its share of ``draws``. With ``epochs``, every weight is 1; a list of names means that, too."""
     template: str
-    """caption, plain, phi3, llama3, qwen, or tokenizer: as its own chat template writes turns."""
+    """How text is written: caption, plain, phi3, llama3, qwen, or tokenizer for the chat template of the tokenizer."""
     chat_format: str = ""
-    """How ``template: tokenizer`` writes turns; filled in from the tokenizer when the recipe is read."""
+    """How ``template: tokenizer`` writes turns; filled in from the tokenizer, leave it out."""
     seq_len: int = Field(ge=8, le=1 << 24)
     """Tokens per row."""
     draws: int | None = Field(None, ge=1, le=10**9)
-    """Samples in the whole run, over all corpora (give this or ``epochs``)."""
+    """Number of samples in the run, over all corpora (give this or ``epochs``)."""
     epochs: int | None = Field(None, ge=1, le=10_000)
-    """Times every sample is drawn (give this or ``draws``)."""
+    """How often every sample is drawn (give this or ``draws``)."""
     shuffle: bool = True
-    """False keeps the corpora's own order (held-out sets)."""
+    """Shuffle samples; false keeps the order of the corpora (for held-out sets)."""
     system: str = ""
-    """System turn for conversations that bring none."""
+    """System turn for conversations without one."""
     prompts: tuple[str, ...] = ()
-    """Given texts beside the image of a caption, drawn again for every draw: a list, or a text file of lines.
-    A line end follows each, unless it ends in white space of its own."""
+    """Given texts beside the image of a caption, one drawn at random for every draw: a list, or a text file with one
+    per line. A line end is added to a text that does not end in white space."""
     order: Order = "image_first"
-    """Where images go, beside the text of their user turn or the prompt: image_first, text_first or as_written."""
+    """Position of images beside the text of their user turn or the prompt: image_first, text_first or as_written."""
     turns: Turns = "every"
-    """What a conversation becomes: one sample (every), only its first exchange (first), one per answer (expand)."""
+    """Samples of a conversation: one with all turns (every), its first exchange (first), or one per answer (expand)."""
     aki_parity: bool = False
-    """Write samples as the released AKI does, its faults left out: ``<|endofchunk|>`` behind a caption, and only the
+    """Write samples as the released AKI does, without its faults: ``<|endofchunk|>`` after a caption, and only the
     first exchange of a conversation. Readers with an option ``aki_parity`` (A-OKVQA, ScienceQA, VSR) use its prompts,
-    and multiple-choice questions come in ``orders`` of their options. For its templates, caption and phi3."""
+    and multiple-choice questions come in ``orders`` of their options. Needs template caption or phi3."""
     max_text_tokens: int | None = Field(None, ge=1)
-    """Longest text of a sample in tokens (template included), besides its images."""
+    """Maximum tokens of the text of a sample, including the template, without its images."""
     max_images: int | None = Field(None, ge=1)
-    """Most images in one row, so that shapes stay bounded; unset: as many as fit."""
+    """Maximum images in one row, which bounds shapes in training; unset: no limit."""
     too_long: Literal["reject", "truncate"] = "reject"
-    """What happens to a sample above the limits: quarantine, or cut inside its generated tail (no end token then)."""
+    """A sample above the limits is rejected, or truncated in its generated tail and left without an end token."""
 
     @field_validator("corpora", mode="before")
     @classmethod
@@ -168,20 +169,24 @@ class PackConfig(_Strict):
 
 
 class Recipe(_Strict):
-    """Everything data preparation does for one output folder."""
+    """All of data preparation for one output folder."""
 
     root: str
     """Folder of the raw data."""
     out: str
-    """Folder that receives tokenizer, image store and packs."""
+    """Output folder: tokenizer, image store, packs, rejects and events."""
     tokenizer: TokenizerConfig
+    """The tokenizer of all pack sets: its path, or ``train`` to train one."""
     image_tokens: int = Field(ge=1)
-    """Positions one image takes; the model's connector must produce as many."""
+    """Token positions of one image; the model's connector must produce as many."""
     corpora: dict[str, CorpusConfig] = Field(min_length=1)
+    """Name -> raw corpus."""
     packs: dict[str, PackConfig] = Field(min_length=1)
+    """Name -> pack set; each becomes a folder ``packs/NAME``."""
     seed: int = Field(0, ge=0)
+    """Seed of the order of samples, of prompts and of augmentation."""
     max_bad_fraction: float = Field(0.02, ge=0, le=1)
-    """Share of a corpus that may be quarantined before the job fails."""
+    """Maximum share of a corpus that may be rejected; above it, the command fails."""
 
     @field_validator("tokenizer", mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from data_prep.common.errors import UserError, did_you_mean
 
-_SHOWN_CHARACTERS = 400
+_SHOWN_CHARACTERS = 1000
 
 
 def positive_int(text: str) -> int:
@@ -32,11 +32,29 @@ def folder_path(text: str) -> Path:
 
 
 def output_file(text: str) -> Path:
-    """Parse the path of a file to write; an argparse ``type``. An empty path and folders are refused."""
-    path = Path(text)
-    if not text.strip() or not path.name or text.endswith(os.sep) or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not the path of a file to write")
-    return path
+    """Parse the path of a file to write, after checking that it can be; an argparse ``type``."""
+    problem = output_problem(text)
+    if problem:
+        raise argparse.ArgumentTypeError(problem)
+    return Path(text)
+
+
+def output_problem(name: str) -> str:
+    """Return why no file can be written at a path: no name, a folder, a device, no permission; empty if it can."""
+    path, shown = Path(name), _short(name)
+    if not name.strip():
+        return "is empty: give a file name"
+    try:
+        if path.is_dir() or name.endswith(os.sep):
+            return f"{shown} is a folder: give the name of a file to write"
+        if path.exists() and not path.is_file():  # writing would replace it by a plain file
+            return f"{shown} is a device or a pipe: give the name of a file to write"
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+    except OSError as error:
+        return f"{shown} cannot be written: {error.strerror}"
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return f"{shown} cannot be written: {folder} is not a folder you may write to"
+    return ""
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -61,6 +79,11 @@ class OneLineParser(argparse.ArgumentParser):
             hint = f" ({flag} is for {', '.join(owners)})" if owners else hint
         shown = _short(" ".join(message.split()))
         self.exit(2, f"{self.prog.split()[0]}: {shown}{hint}; {self.prog} --help shows all\n")
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """Write help and errors; argparse would ignore that a disk is full."""
+        if message:
+            (file or sys.stderr).write(message)
 
     def flags(self) -> set[str]:
         """Return the flags of all commands."""
@@ -102,15 +125,17 @@ def run_command(program: str, work: Callable[[], int], *, debug: bool, stopped: 
     """
     prepare_streams()
     try:
-        code = work()
-        sys.stdout.flush()
+        try:
+            code = work()
+        finally:  # also after --help, which exits; a full disk is an error of this command
+            sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
         return 0
     except (UserError, OSError) as error:
         if debug:
             _print_to_stderr(traceback.format_exc().rstrip())
-        _print_to_stderr(f"{program}: {error}")
+        _print_to_stderr("\n".join(_short(line) for line in f"{program}: {error}".split("\n")))
         code = 2
     except KeyboardInterrupt:
         _print_to_stderr(f"{program}: {stopped}")

@@ -152,7 +152,7 @@ class MpiTeam(Team):
 def parse_share(text: str) -> tuple[int, int]:
     """Parse ``i/n`` (0-based). Raises UserError if malformed."""
     index, slash, count = text.partition("/")
-    if slash and index.isdecimal() and count.isdecimal() and int(index) < int(count):
+    if slash and index.isdecimal() and count.isdecimal() and len(text) < 32 and int(index) < int(count):
         return int(index), int(count)
     raise UserError(
         f"--shard {text}: give i/n with 0 <= i < n, e.g. --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT"

@@ -24,7 +24,7 @@ def add_inspect_arguments(parser: argparse.ArgumentParser) -> None:
     rows.add_argument(
         "--row", default="", metavar="N", help="row number, from 0 (default: 0; on a page: rows spread evenly)"
     )
-    rows.add_argument("--rows", default="", metavar="A:B", help="rows A to B - 1")
+    rows.add_argument("--rows", default="", metavar="A:B", help="rows A to B - 1, or one row")
     parser.add_argument(
         "--html", type=output_file, metavar="FILE", help="write an HTML page to browse instead of printing"
     )

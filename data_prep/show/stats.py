@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
 from data_prep.images.augment import UNIT
 from data_prep.packs import Manifest, PackReader
 from data_prep.planning.audit import turn_notes
@@ -28,6 +29,9 @@ LOG_NOTE = "log scale"
 def show_stats(directory: Path, console: Console | None = None) -> None:
     """Print the statistics of one pack folder, or of all in an output folder. Raises UserError."""
     console = console or plain_console()
+    events = EventLedger(directory / EVENTS_FILE).summary()
+    if events:
+        console.print(f"events so far: {describe_events(events)}; see {printable(str(directory / EVENTS_FILE))}")
     for folder in pack_folders(directory):
         reader = PackReader(folder)
         manifest = reader.manifest

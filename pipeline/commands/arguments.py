@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 
+from data_prep.common.command_line import output_problem
 from data_prep.common.errors import UserError
 
 
@@ -32,14 +32,7 @@ def check_output_file(flag: str, name: str) -> Path:
 
     Raises UserError naming ``flag`` for an empty name, a folder, a device, or a folder without write permission.
     """
-    path = Path(name)
-    if not name.strip():
-        raise UserError(f"{flag} is empty: give a file name")
-    if path.is_dir():
-        raise UserError(f"{flag} {name} is a folder: give the name of a file to write")
-    if path.exists() and not path.is_file():  # writing would replace it by a plain file
-        raise UserError(f"{flag} {name} is a device or a pipe: give the name of a file to write")
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{flag} {name} cannot be written: {folder} is not a folder you may write to")
-    return path
+    problem = output_problem(name)
+    if problem:
+        raise UserError(f"{flag} {problem}")
+    return Path(name)

@@ -2,10 +2,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from data_prep.common.errors import UserError
 from data_prep.common.yaml_files import read_yaml
-from data_prep.recipe import load_recipe, shipped_recipes
+from data_prep.images.augment import Augment
+from data_prep.recipe import (
+    CorpusConfig,
+    PackConfig,
+    Recipe,
+    TokenizerConfig,
+    TrainTokenizer,
+    load_recipe,
+    shipped_recipes,
+)
 from data_prep.text.template import Template
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
 
@@ -176,3 +186,9 @@ def test_variables_defaults_and_overrides(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_pack_set_knows_its_template(tmp_path: Path) -> None:
     recipe = load_recipe(edited(tmp_path, "packs.sft.system", "be kind"))
     assert recipe.packs["sft"].to_template() == Template("plain", system="be kind")
+
+
+@pytest.mark.parametrize("model", [Recipe, CorpusConfig, PackConfig, TokenizerConfig, TrainTokenizer, Augment])
+def test_every_key_is_documented(model: type[BaseModel]) -> None:
+    undocumented = [name for name, field in model.model_fields.items() if not (field.description or "").strip()]
+    assert undocumented == []

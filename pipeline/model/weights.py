@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, one_line
+from pipeline.model.limits import read_bounded
 from pipeline.model.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+DTYPES = ("F32", "F16", "BF16", "F64")
+"""Dtypes of weights that are read; integers and 8-bit floats are quantized, and meaningless without their scales."""
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _UNREAD_TOWER = re.compile(
     r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
@@ -57,9 +60,16 @@ class TensorFolder:
             )
         return path
 
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Return a tensor's shape without reading its values."""
-        return tuple(self._open(self.files[key]).get_slice(key).get_shape())
+    def describe(self, key: str) -> tuple[tuple[int, ...], str]:
+        """Return a tensor's shape and its dtype in safetensors' words (``BF16``), without reading its values.
+
+        Raises UserError when the file that the index names does not hold it.
+        """
+        try:
+            found = self._open(self.files[key]).get_slice(key)
+            return tuple(found.get_shape()), str(found.get_dtype())
+        except SafetensorError as error:
+            raise UserError(f"{self.files[key]} does not hold {key}, as {INDEX} says: copy the folder again") from error
 
     def read(self, key: str) -> torch.Tensor:
         """Read one tensor on the CPU, in the dtype it was saved in."""
@@ -167,8 +177,13 @@ class WeightSource:
                     "its weights and its config.json belong to different models"
                 )
         for name, shape in shapes.items():
-            saved = folder.shape(keys[name])
-            shorter = name in _VOCABULARY and saved[0] <= shape[0] and saved[1:] == shape[1:]
+            saved, dtype = folder.describe(keys[name])
+            if dtype not in DTYPES:
+                raise UserError(
+                    f"{folder.directory}: {keys[name]} is stored as {dtype}: only {', '.join(DTYPES)} can be read, "
+                    "give weights that are not quantized"
+                )
+            shorter = name in _VOCABULARY and saved[:1] <= shape[:1] and saved[1:] == shape[1:]
             if saved != shape and not shorter:
                 raise UserError(
                     f"{folder.directory}: {keys[name]} has shape {list(saved)}, but the config asks for {list(shape)}"
@@ -189,8 +204,6 @@ def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        return {
-            str(key): str(name) for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-        }
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is damaged ({error}): copy the folder again") from error
+        return {str(key): str(name) for key, name in json.loads(read_bounded(index))["weight_map"].items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        raise UserError(f"{index} is damaged ({one_line(error)}): copy the folder again") from error

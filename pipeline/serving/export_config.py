@@ -67,7 +67,9 @@ class ExportConfig:
                 dtype=str(raw["dtype"]),
                 step=int(raw.get("step", 0)),
             )
-        except (KeyError, TypeError) as error:
+        except UserError:
+            raise
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise UserError(
                 f"the model description is incomplete ({one_line(error)}): save or export the model again"
             ) from error

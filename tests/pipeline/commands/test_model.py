@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,6 +37,14 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 GENERATE = ["generate", "photo.png", "what colour", "--model", "model", "--max-new-tokens", "2", "--device", "cpu"]
 EVALUATE = ["evaluate", "--model", "model", "--packs", "demo/packs/eval", "--limit", "2", "--device", "cpu"]
+COMMANDS: dict[str, list[str]] = {
+    "generate": GENERATE,
+    "evaluate": [*EVALUATE, "--json", "scores.json"],
+    "mask": ["mask", "demo/packs/sft", "--policy", "mma"],
+    "mask-layout": ["mask", "S2 V9 Q3 A2 | Q2 A2", "--policy", "cca", "--grid", "3x3"],
+    "prove": ["prove", "demo/packs/sft", "--layers", "2"],
+    "inspect": ["inspect", "demo/packs/sft", "--rows", "0:2", "--html", "rows.html"],
+}
 REFUSED: dict[str, tuple[list[str], str]] = {
     "no-question": (["generate", "photo.png", "--model", "model"], 'photo.png "What is shown?"'),
     "gone-question": (["generate", "gone.jpg", "--model", "model"], "gone.jpg, is the question, but it names a file"),
@@ -94,6 +106,55 @@ def test_every_command_of_masks_has_debug(words: list[str], here: Path, capsys: 
     assert "Traceback" in capsys.readouterr().err
 
 
+def closed() -> None:
+    return None
+
+
+def ascii_only() -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+
+
+def full() -> io.TextIOWrapper:
+    return Path("/dev/full").open("w", encoding="utf-8")
+
+
+def gone_reader() -> io.TextIOWrapper:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w", encoding="utf-8")
+
+
+@pytest.fixture
+def output(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    stream = request.param()
+    yield lambda: monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.undo()
+    if stream is not None:
+        stream.close()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("output", "codes"),
+    [
+        pytest.param(closed, {0}, id="closed"),
+        pytest.param(ascii_only, {0}, id="ascii"),
+        pytest.param(full, {2}, id="full"),
+        pytest.param(gone_reader, {0}, id="head"),
+    ],
+    indirect=["output"],
+)
+def test_any_output_gives_one_line_or_success(
+    command: str, output: Callable[[], None], codes: set[int], here: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    capfd.readouterr()
+    output()
+    assert main(COMMANDS[command]) in codes
+    error = capfd.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("mma: ")]
+    assert "Traceback" not in error and len(lines) == (codes == {2}), error
+
+
 def test_inspect_draws_concentric_masks(here: Path) -> None:
     side = int(PackReader(here / "demo/packs/sft").manifest.image_tokens ** 0.5)
     words = ["inspect", "demo/packs/sft", "--rows", "0", "--html", "cca.html", "--policy", "cca"]
@@ -103,8 +164,7 @@ def test_inspect_draws_concentric_masks(here: Path) -> None:
 
 
 def test_inspect_offers_every_policy(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        main(["inspect", "--help"])
+    assert main(["inspect", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in POLICIES)
 

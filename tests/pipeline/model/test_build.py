@@ -227,15 +227,32 @@ def escape(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def mislead(folder: Path) -> None:
+    names = load_file(folder / "model.safetensors")
+    rewrite(folder, lambda tensors: tensors.pop("model.norm.weight"))
+    index = {"weight_map": dict.fromkeys(names, "model.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 FAULTS: dict[str, tuple[Any, str]] = {
     "missing": (lambda f: rewrite(f, lambda t: t.pop("model.norm.weight")), "lacks 1 tensors .model.norm.weight"),
     "unexpected": (lambda f: rewrite(f, lambda t: t.update(extra=torch.ones(1))), "does not, 1 tensors .extra"),
-    "shape": (lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(3)})), r"is \[3\], .*\[32\]"),
-    "pickled": (to_pickle, "pickled weights only"),
+    "shape": (
+        lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(3)})),
+        r"has shape \[3\], .*\[32\]",
+    ),
+    "scalar": (lambda f: rewrite(f, lambda t: t.update({"lm_head.weight": torch.ones(())})), r"has shape \[\]"),
+    "quantized": (
+        lambda f: rewrite(f, lambda t: t.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)})),
+        "stored as I8: only F32",
+    ),
+    "pickled": (to_pickle, "only pickled weights"),
     "empty": (lambda f: (f / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "torn": (lambda f: (f / "model.safetensors").write_bytes(b"\x10"), "cannot be read"),
     "outside": (escape, "not a file of the folder"),
     "index": (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "is damaged"),
+    "deep-index": (lambda f: (f / "model.safetensors.index.json").write_text("[" * 10**6), "is damaged"),
+    "wrong-file": (mislead, "does not hold model.norm.weight, as"),
 }
 
 

@@ -103,12 +103,21 @@ def meta_with(**changes: Any) -> Callable[[Saved], Saved]:
     return lambda saved: replace(saved, meta={**saved.meta, **changes})
 
 
+def code_in_spec(saved: Saved) -> Saved:
+    spec = saved.meta["spec"]
+    evil = {**spec, "llm": {**spec["llm"], "_attn_implementation": "someone/kernel"}}
+    return replace(saved, meta={**saved.meta, "spec": evil})
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         pytest.param(meta_without("policy"), "incomplete .'policy'", id="no-policy"),
         pytest.param(meta_with(dtype="float8"), "cannot be saved as 'float8'", id="dtype"),
         pytest.param(meta_with(template={"name": "plan"}), "did you mean 'plain'", id="template"),
+        pytest.param(meta_with(image_id="first"), "description is incomplete", id="image-id"),
+        pytest.param(meta_with(eos_ids=[float("inf")]), "description is incomplete", id="eos"),
+        pytest.param(code_in_spec, "the key '_attn_implementation' is refused", id="code"),
         pytest.param(meta_with(tokenizer="gone"), "not a tokenizer folder", id="tokenizer"),
     ],
 )

@@ -7,14 +7,17 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.errors import UserError
+from pipeline.config.schema import RunConfig
 from pipeline.model import export_files
 from pipeline.model.export_files import FILES, check_files, write_file_hashes
+from pipeline.planning.compatibility import check_init_from
 from pipeline.serving.export import export, verify_export
 from pipeline.serving.model import load_model
 from tests.pipeline.serving.helpers import Saved, make_export, make_saved
@@ -142,6 +145,13 @@ def test_a_damaged_export_is_one_line_naming_the_file(case: str, folder: Path) -
     with pytest.raises(UserError, match=words) as caught:
         load_model(folder)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 500
+
+
+def test_a_run_does_not_start_from_a_damaged_export(folder: Path, tmp_path: Path) -> None:
+    config = RunConfig(init_from=str(folder), run_dir=str(tmp_path / "run"))
+    flip(weights(folder), 8 * (weights(folder).stat().st_size // 2))
+    with pytest.raises(UserError, match=rf"{weights(folder).name} is damaged"):
+        check_init_from(config, Mock(), Mock())
 
 
 def spoiled(folder: Path, value: float) -> Saved:

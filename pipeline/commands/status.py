@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.common.errors import UserError, one_line
-from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
+from data_prep.common.events import describe_events
 from pipeline.training.run.state import RunState, format_duration
 
 
@@ -35,7 +35,6 @@ def status_line(run: RunState) -> str:
     if run.last.get("tokens_per_s") is not None and run.state.startswith("running"):
         parts.append(f"{run.last['tokens_per_s']:,.0f} tok/s")
     parts += [run.checkpoint.name if run.checkpoint else "no checkpoint", f"{format_duration(run.age_s)} ago"]
-    ledger = run.path / EVENTS_FILE
-    events = describe_events(EventLedger(ledger).summary()) if ledger.is_file() else ""  # not a link to a device
+    events = describe_events(run.events)
     line = "  ".join([*parts, *filter(None, (events, one_line(run.error)))])
     return "".join(letter if letter.isprintable() else "?" for letter in line)

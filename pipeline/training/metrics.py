@@ -93,8 +93,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, *, resume_step: int) -> None:
         """Open for appending after ``resume_step``."""
+        self.damaged = 0
+        """Lines of earlier starts that could not be read, and were removed."""
         if path.is_file():
-            lines = [line for line in path.read_bytes().splitlines(keepends=True) if _step_of(line) <= resume_step]
+            found = path.read_bytes().splitlines(keepends=True)
+            lines = [line for line in found if _step_of(line) <= resume_step]
+            self.damaged = sum(math.isinf(_step_of(line)) for line in found)
             write_atomic(path, b"".join(lines))
         self._stream = path.open("a", encoding="utf-8")
 
@@ -135,8 +139,8 @@ def forget_events_from(step: int, monitor: Any) -> None:
 def recent_losses(path: Path, step: int, count: int) -> list[float]:
     """Return up to ``count`` losses of a metrics file up to a step; non-finite ones are dropped."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
-    losses = [json.loads(line)["loss"] for line in lines if _step_of(line) <= step]
-    return [loss for loss in losses if loss is not None][-count:]
+    losses = [json.loads(line).get("loss") for line in lines if _step_of(line) <= step]
+    return [float(loss) for loss in losses if type(loss) in (int, float)][-count:]
 
 
 def _is_not_finite(value: object) -> bool:
@@ -144,11 +148,12 @@ def _is_not_finite(value: object) -> bool:
 
 
 def _step_of(line: bytes) -> float:
-    """Return a line's step; infinity for a line torn by a crash."""
+    """Return a line's step; infinity for a line that is damaged, such as one torn by a crash."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = json.loads(line)["step"]
+        return float(step) if type(step) in (int, float) else math.inf
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, OverflowError):
+        return math.inf
 
 
 class Console:

@@ -147,6 +147,8 @@ class Trainer:
         """Train to the last step or until a stop is requested; save; return how it ended."""
         plan, config = self._plan, self._plan.config
         metrics = MetricsFile(self._folder.path / "metrics.jsonl", resume_step=self.step) if self._is_rank0 else None
+        if metrics is not None:
+            self._folder.record("metrics-damaged", metrics.damaged)
         console = Console(steps=plan.steps, first=self.step, every=config.log.every_steps, world=plan.topology.world)
         forget_events_from(self.step + 1, self._stage.engine.monitor)
         state: State = "done"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -48,6 +49,7 @@ from tests.data_prep.raw import (
     write_tar,
     write_world,
 )
+from tests.kills import DATA_PREP_KILLS, SEED
 
 QUIET = Reporter(quiet=True)
 
@@ -409,25 +411,35 @@ def environment() -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_job_continues_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
+def test_a_job_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path: Path) -> None:
     write_world(tmp_path / "raw", tars=12, captions=60)
     prepare(make_recipe(tmp_path))
-    again = tmp_path / "again"
-    killed = write_recipe(tmp_path / "killed.yaml", recipe_dict(tmp_path / "raw", again))
-    rng, kills = random.Random(0), 0
-    for moment, count in (("ingest/*/*/*.json", 3), ("ingest/*/*/*.json", 15), ("packs/*/rows-*", 1)):
-        job = subprocess.Popen(
-            command(killed, "run", "--workers", "2"), env=environment(), start_new_session=True, stdout=subprocess.PIPE
-        )
-        while len(list(again.glob(moment))) < count and job.poll() is None:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.05))  # anywhere after it
-        kills += job.poll() is None
+    rng, left, rounds = random.Random(SEED), DATA_PREP_KILLS, 0
+    while left:  # a job that is done before all kills are used up is compared, and another is begun
+        again = tmp_path / f"again-{rounds}"
+        recipe = write_recipe(tmp_path / f"killed-{rounds}.yaml", recipe_dict(tmp_path / "raw", again))
+        while left and kill_once(recipe, again, rng):
+            left -= 1
+        subprocess.run(command(recipe, "run", "--workers", "2"), env=environment(), check=True, capture_output=True)
+        assert tree_hashes(again) == tree_hashes(tmp_path / "out"), f"{left} kills are left of seed {SEED}"
+        rounds += 1
+
+
+def kill_once(recipe: Path, out: Path, rng: random.Random) -> bool:
+    """Start a job and kill all of its processes after a few more files, or some time; False if it ends before."""
+    pattern = rng.choice(["ingest/*/*/*.json", "ingest/*/*/*.json", "**/.*", "packs/*/rows-*", ""])
+    count = len(list(out.glob(pattern))) + rng.randint(1, 4) if pattern else 0
+    job = subprocess.Popen(
+        command(recipe, "run", "--workers", "2"), env=environment(), start_new_session=True, stdout=subprocess.PIPE
+    )
+    while pattern and len(list(out.glob(pattern))) < count and job.poll() is None:
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.05) if pattern else rng.uniform(0.2, 4.0))
+    killed = job.poll() is None
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(job.pid, signal.SIGKILL)
-        job.communicate()
-    assert kills > 1, "runs ended before their kills: nothing was tested"
-    subprocess.run(command(killed, "run", "--workers", "2"), env=environment(), check=True, capture_output=True)
-    assert tree_hashes(again) == tree_hashes(tmp_path / "out")
+    job.communicate()
+    return killed
 
 
 def mpiexec() -> str:

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 import time
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
-
-from pydantic_core import from_json
 
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS_FILE, EventLedger, describe_events
@@ -34,7 +33,6 @@ from pipeline.config.schema import RunConfig
 from pipeline.training.run.environment import environment
 from pipeline.training.run.redact import redact
 
-_MAX_JSON_BYTES = 1 << 16
 State = Literal["running", "done", "stopped", "failed"]
 
 
@@ -56,15 +54,16 @@ class RunFolder:
         try:
             (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
-                links = [path for path in self.path.iterdir() if path.is_symlink() and not path.is_dir()]
+                odd = [path for path in self.path.iterdir() if not path.is_dir() and not is_regular(path)]
         except OSError as error:
             raise UserError(
                 f"run_dir {self.path} cannot be written ({error.strerror}): choose another --run-dir"
             ) from error
-        if links:
-            raise UserError(
-                f"{links[0]} is a symbolic link, which a run does not write through: replace it by the file"
+        if odd:
+            what = (
+                "a symbolic link, which a run does not write through" if odd[0].is_symlink() else "not a regular file"
             )
+            raise UserError(f"{odd[0]} is {what}: remove it, or replace it by the file")
 
     def claim(self) -> None:
         """Lock the folder for the life of this process; rank 0 only. Raises UserError naming the holder."""
@@ -105,8 +104,11 @@ class RunFolder:
             self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
 
     def status(self) -> dict[str, Any]:
-        """Return status.json, or an empty dictionary before the first start or if it is damaged."""
-        return read_json_object(self.path / "status.json")
+        """Return status.json; an empty dictionary before the first start, or if the file is damaged."""
+        try:
+            return typed_status(json.loads(read_regular(self.path / "status.json")))
+        except (OSError, ValueError, RecursionError):
+            return {}
 
     def log_path(self, rank: int) -> Path:
         """Return the log file of a rank."""
@@ -131,6 +133,36 @@ class RunFolder:
         self.stop_file.unlink(missing_ok=True)
 
 
+def is_regular(path: Path) -> bool:
+    """Whether a path is a regular file: no link, which may lead out of the folder, and no pipe or device."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def read_regular(path: Path, last_bytes: int = 1 << 20) -> bytes:
+    """Return the end of a regular file, up to so many bytes. Raises OSError, also for links, pipes and devices."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        stream.seek(max(0, os.fstat(descriptor).st_size - last_bytes))
+        return stream.read(last_bytes)
+
+
+def typed_status(raw: object) -> dict[str, Any]:
+    """Return the entries of a status whose types are right: others may have written the file."""
+    types: dict[str, type | tuple[type, ...]] = {"state": str, "error": str, "time": str}
+    types |= {"step": int, "steps": int, "start": int}
+    entries = raw.items() if isinstance(raw, dict) else ()
+    return {
+        key: value
+        for key, value in entries
+        if isinstance(value, types.get(key, ())) and not (isinstance(value, int) and not 0 <= value < 1 << 63)
+    }
+
+
 def timestamp() -> str:
     """Return the current time in the format of run folders."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -143,22 +175,3 @@ def lock_of(run_dir: Path | str) -> FolderLock:
         busy="{folder} is being trained by {holder}: stop it first, or choose another --run-dir",
         once="start this run only once",
     )
-
-
-def read_json_object(path: Path, *, last_line: bool = False) -> dict[str, Any]:
-    """Return the JSON object of a file, or of its last complete line; empty if it is missing, damaged or no plain file.
-
-    A run folder may come from anywhere: at most 64 KiB are read, and depth is limited.
-    """
-    try:
-        if not path.is_file():  # such as a link to a device
-            return {}
-        with path.open("rb") as stream:
-            stream.seek(max(0, stream.seek(0, os.SEEK_END) - _MAX_JSON_BYTES) if last_line else 0)
-            data = stream.read(_MAX_JSON_BYTES)
-        if last_line:
-            data = data.rpartition(b"\n")[0].rpartition(b"\n")[2]
-        value = from_json(data)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -114,6 +114,14 @@ def test_a_rank_that_hangs_is_named_and_the_same_command_goes_on_to_the_bit(
     assert same_bits(weights(run_dir), weights(undisturbed(ALL)))
 
 
+def processes_left(job: Job) -> Sequence[int]:
+    """Return the processes of a job that are still there a moment after its end."""
+    deadline = time.monotonic() + 10
+    while session_processes(job.pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return session_processes(job.pid)
+
+
 @pytest.mark.parametrize(("fault", "launcher"), [("stopped", "deepspeed"), ("stuck", "srun")])
 def test_a_hung_rank_0_is_named_in_time_and_killed(
     fault: str, launcher: Launcher, small_demo: Path, tmp_path: Path
@@ -125,7 +133,7 @@ def test_a_hung_rank_0_is_named_in_time_and_killed(
         began = time.monotonic()
         output, _ = job.communicate(timeout=TIMEOUT_S + 60)
         took = time.monotonic() - began
-        left = session_processes(job.pid)
+        left = processes_left(job)
     finally:
         kill(job)
     assert job.returncode != 0

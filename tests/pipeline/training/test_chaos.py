@@ -1,13 +1,12 @@
 """A run that is killed again and again, at any moment, ends with the weights of one that nothing disturbed.
 
-Every start is the same command, some of them on the real launcher. ``KILL_POINTS=200 pytest
-tests/pipeline/training/test_chaos.py`` kills more often than CI does, ``KILL_SEED`` at other moments.
+Every start is the same command, some of them on the real launcher. ``KILLS=100 pytest -k killed_again`` kills more
+often than CI does, here and in data preparation; ``KILL_SEED`` chooses other moments (see `tests.kills`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
 import time
@@ -19,13 +18,12 @@ import pytest
 
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, step_of, unfinished_folders
 from pipeline.training.run.folder import lock_of
+from tests.kills import SEED, TRAINING_KILLS
 from tests.launch import ROOT, Job, Launcher, kill, kill_one, start
 from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200)]
-KILL_POINTS = int(os.environ.get("KILL_POINTS", "20"))
-SEED = int(os.environ.get("KILL_SEED", "0"))
-RANKS, STEPS = 2, 2 * KILL_POINTS
+RANKS, STEPS = 2, 2 * TRAINING_KILLS
 WORDS = [
     "--train.steps", str(STEPS), "--train.global-batch-size", "4", "--checkpoint.every-steps", "1",
     "--checkpoint.keep-last", "3", "--parallel.micro-batches", "1",
@@ -41,7 +39,7 @@ def test_a_run_that_is_killed_again_and_again_is_as_if_undisturbed(small_demo: P
     reference = tmp_path / "undisturbed"
     train(small_demo, reference, *WORDS, ranks=RANKS).check()
     chaos = Chaos(random.Random(SEED))
-    left, rounds = KILL_POINTS, 0
+    left, rounds = TRAINING_KILLS, 0
     while left:  # a run that is done before all kill points are used up is compared, and another is begun
         run_dir = tmp_path / f"run-{rounds}"
         left -= chaos.torment(small_demo, run_dir, left)
@@ -51,7 +49,7 @@ def test_a_run_that_is_killed_again_and_again_is_as_if_undisturbed(small_demo: P
         assert [line["samples"] for line in metrics(run_dir)] == [line["samples"] for line in metrics(reference)]
         assert same_bits(weights(run_dir), weights(reference))
         rounds += 1
-    print(f"{KILL_POINTS} kills, seed {SEED}: {dict(sorted(chaos.met.items()))}")
+    print(f"{TRAINING_KILLS} kills, seed {SEED}: {dict(sorted(chaos.met.items()))}")
 
 
 @dataclass(frozen=True)

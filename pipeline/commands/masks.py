@@ -6,12 +6,12 @@ import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
 from pipeline.commands.arguments import check_output_file
+from pipeline.commands.console import PipeConsole
 from pipeline.masks.layout import EXAMPLE, LEGEND, layout_letters, parse_grid, parse_layout
 from pipeline.masks.picture import draw_png, plain, terminal, terminal_legend
 from pipeline.masks.policies import POLICIES, Policy, get_policy
@@ -50,7 +50,7 @@ def mask_command(argv: Sequence[str]) -> int:
 
 def _print_masks(policies: Sequence[Policy], sidecars: Sidecars, letters: str | None) -> None:
     """Print coloured blocks where stdout can show them, else ASCII signs."""
-    console = Console()
+    console = PipeConsole()
     colours = console.color_system is not None and "utf" in console.encoding
     for policy in policies:
         if colours:
@@ -142,7 +142,7 @@ def _print_proofs(policies: Sequence[Policy], found: Sequence[tuple[str, Proof]]
             _yes_or_no(all(proof.kv_exact for _, proof in proofs)),
             faults[0] if faults else "",
         )
-    Console().print(table)
+    PipeConsole().print(table)
 
 
 def _yes_or_no(holds: bool) -> str:

@@ -64,9 +64,8 @@ def _is_file(name: str) -> bool:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
     from data_prep.packs import PackReader
+    from pipeline.commands.console import PipeConsole
     from pipeline.serving.evaluate import evaluate, save, show
 
     if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
@@ -78,7 +77,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for folder in filter(None, (arguments.model, arguments.compare)):
         model = _load(folder, arguments)
         results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
-    show(results, Console())
+    show(results, PipeConsole())
     save(results, path)
     print(f"scores and answers: {path}")
 

@@ -48,7 +48,9 @@ def test_generate_prints_one_answer(
     [
         pytest.param(["generate", "gone.png", "left", "--model", "MODEL"], "image gone.png is not a file", id="image"),
         pytest.param(["generate", "left", "--model", "gone"], "gone is not an exported model", id="model"),
-        pytest.param(["generate", "left", "--model", "MODEL", "--device", "cuda"], "torch sees 0 GPUs here", id="device"),
+        pytest.param(
+            ["generate", "left", "--model", "MODEL", "--device", "cuda"], "torch sees 0 GPUs here", id="device"
+        ),
         pytest.param(["evaluate", "--model", "MODEL", "--packs", "gone"], "gone is not a pack folder", id="packs"),
         pytest.param(
             ["evaluate", "--model", "MODEL", "--compare", "MODEL", "--packs", "gone"], "name another export", id="same"

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.errors import UserError, did_you_mean, short_repr
 
 _SHOWN_CHARACTERS = 1000
 
@@ -20,7 +20,7 @@ _SHOWN_CHARACTERS = 1000
 def positive_int(text: str) -> int:
     """Parse a whole number above 0; an argparse ``type``."""
     if not text.isdecimal() or len(text) > 18 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{_short(text)!r} is not a whole number above 0")
+        raise argparse.ArgumentTypeError(f"{short_repr(text)} is not a whole number above 0")
     return int(text)
 
 

@@ -46,9 +46,7 @@ class TrainCommand:
         launched = next((int(os.environ[name]) for name in LAUNCHED_BY if os.environ.get(name, "").isdecimal()), 0)
         if launched > 1 or "RANK" in os.environ:
             if options.ranks not in (None, launched):
-                raise UserError(
-                    f"--ranks {options.ranks}: a launcher has already started {launched} ranks: drop --ranks"
-                )
+                raise UserError(f"--ranks {options.ranks}: a launcher has started {launched} ranks: drop --ranks")
             return cls(words, 0)
         ranks = options.ranks or _gpus() or 1
         check_ranks(ranks)
@@ -78,7 +76,7 @@ def start_ranks(command: TrainCommand) -> NoReturn:
     configure_libraries()  # sets DeepSpeed's accelerator for the launcher, too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     port = os.environ.get("MASTER_PORT") or str(free_port())
-    launcher = ["-m", "deepspeed.launcher.runner", "--log_level", "warning"]
+    launcher = ["-m", "deepspeed.launcher.runner", "--quiet"]
     launcher += ["--num_accelerators", str(command.ranks), "--master_port", port]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *launcher, str(TRAINER), *command.words])

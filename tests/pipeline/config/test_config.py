@@ -12,6 +12,7 @@ from data_prep.common.yaml_files import read_mapping
 from pipeline.config.flags import build_parser, flag_name, parse
 from pipeline.config.recipes import RECIPES, load_config, read_recipe, to_yaml
 from pipeline.config.schema import RunConfig, known_keys
+from pipeline.config.shipped import ds_config_path, shipped_folder
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -143,3 +144,31 @@ def test_a_flag_makes_the_variable_it_overrides_unnecessary(monkeypatch: pytest.
         load_config("aki_4b_pt", [("model.vision.source", "/models/v")])
     config = load_config("aki_4b_pt", [("model.vision.source", "/models/v"), ("model.llm.source", "/models/l")])
     assert (config.model.llm.source, config.data.packs) == ("/models/l", "data/aki_pt/packs/pt")
+
+
+def test_a_changed_model_type_names_the_inherited_keys_it_drops(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: qwen3, hidden_size: 32}}}")
+    (note,) = parse(["--recipe", str(path)]).notes
+    assert note.startswith("model.llm.config.model_type changes from llama to qwen3, which drops the inherited ")
+    assert "intermediate_size" in note and "num_hidden_layers" in note and " hidden_size" not in note
+    assert "\n" not in note
+    assert parse(["--recipe", "demo_sft", "--model.llm.config.hidden_size", "48"]).notes == ()
+
+
+def test_shipped_deepspeed_files_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ds_config_path("zero3") == shipped_folder("ds_configs") / "zero3.json"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zero3").mkdir()  # a folder of that name changes nothing
+    assert ds_config_path("zero3").is_file()
+    (tmp_path / "own.json").write_text("{}")
+    assert ds_config_path("own.json") == Path("own.json")
+    for name, words in {
+        "zero33": "did you mean 'zero3'",
+        "ds_configs/zero3.json": "shipped as 'zero3'",
+        "ds_configs/": "no such file",
+        "/dev/zero": "no such file",
+        "": "unknown DeepSpeed file",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            ds_config_path(name)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import OneLineParser
 from data_prep.common.errors import UserError
+from pipeline.commands.bench import add_bench
 from pipeline.commands.model import add_evaluate, add_export, add_generate
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ examples:
   mma generate left.png right.png "Are they alike?" --model models/demo
   mma evaluate --model models/demo --packs data/demo/packs/eval
   mma evaluate --model models/mma --compare models/causal --packs data/demo/packs/eval
+  mma bench all --model models/mma --data benchmark_data
 """
 
 
@@ -153,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     device.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
     add_generate(commands.add_parser("generate", parents=[device], help="ask a model a question about images"))
     add_evaluate(commands.add_parser("evaluate", parents=[device], help="measure accuracy on held-out packs"))
+    add_bench(commands.add_parser("bench", parents=[device], help="run the paper's benchmarks"))
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -78,28 +79,22 @@ def _candidates(arguments: argparse.Namespace) -> list[Candidate]:
     if len(set(outs)) < len(outs):
         raise UserError(f"--out: both models are named {folders[0].name}: leave --out away, or rename one")
     return [
-        Candidate(folder, out, _loader(folder, arguments.device)) for folder, out in zip(folders, outs, strict=True)
+        Candidate(folder, out, partial(_load, folder, arguments.device))
+        for folder, out in zip(folders, outs, strict=True)
     ]
 
 
-class _loader:  # noqa: N801  # a function with arguments
-    """Loads a model when it is first asked."""
+def _load(folder: Path, device: str) -> Model:
+    import torch
 
-    def __init__(self, folder: Path, device: str) -> None:
-        self._folder, self._device = folder, device
+    from pipeline.serving.model import load_model
 
-    def __call__(self) -> Model:
-        import torch
-
-        from pipeline.serving.model import load_model
-
-        device = self._device
-        if device == "auto":
-            rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-            device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-        elif device.startswith("cuda") and not torch.cuda.is_available():
-            raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu")
-        return load_model(self._folder, device=device)
+    if device == "auto":
+        rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu")
+    return load_model(folder, device=device)
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:

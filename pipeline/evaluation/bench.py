@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -157,6 +157,7 @@ def _measure(
         )
         return None
     judge = ApiJudge(settings.judge, folder / "judge.jsonl") if settings.judge and benchmark.metric.judge_role else None
-    result = score(benchmark, survey, answers, conditions, judge, settings.judge)
+    scored = score(benchmark, survey, answers, conditions, judge, settings.judge)
+    result = replace(scored, limit=settings.limit)
     result.save(folder, str(candidate.folder))
     return result

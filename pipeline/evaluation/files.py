@@ -194,7 +194,7 @@ def letters(count: int) -> list[str]:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def _file_hash(path: Path) -> str:
+def _file_hash(path: Path, modified_ns: int) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -208,6 +208,6 @@ def _image_hash(image: ImageRef) -> str:
         return hashlib.sha256(image.data).hexdigest()
     assert image.path is not None
     try:
-        return _file_hash(image.path)
+        return _file_hash(image.path, image.path.stat().st_mtime_ns)
     except OSError as problem:
         raise UserError(f"image {image.path} cannot be read: {problem.strerror}") from None

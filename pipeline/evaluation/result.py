@@ -31,6 +31,8 @@ class Result:
     """Questions that the model could not take; they are scored as empty answers."""
     judge: JudgeSettings | None
     conditions: Conditions
+    limit: int | None = None
+    """Set when only the first questions were asked: no benchmark score."""
 
     @property
     def headline(self) -> float:
@@ -47,6 +49,7 @@ class Result:
             "title": one.title,
             "model": model,
             "questions": len(self.graded),
+            "limit": self.limit,
             "unanswerable": self.unanswerable,
             "scores": self.scores,
             "prompt": one.prompt,

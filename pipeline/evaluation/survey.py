@@ -52,7 +52,8 @@ class Survey:
             facts.update(hash_json([question.id, images, question.facts]).encode())
         if not questions:
             raise UserError(f"{data / benchmark.folder} holds no question: {benchmark.name} needs {benchmark.files}")
-        benchmark.metric.check(list(questions.values()))
+        if limit is None:
+            benchmark.metric.check(list(questions.values()))
         return cls(tuple(questions.values()), tuple(hashes), texts.hexdigest(), facts.hexdigest())
 
 

@@ -57,6 +57,8 @@ def show(lines: Sequence[Line], model: str, other: str | None, skipped: Mapping[
                     f"{line.result.benchmark.name}: {result.unanswerable} of {len(result.graded)} prompts exceed a "
                     "model's positions and are scored as empty answers"
                 )
+    if any(line.result.limit for line in lines):
+        console.print("only the first questions were asked (--limit): these are no benchmark scores")
     for name, reason in skipped.items():
         console.print(f"skipped {name}: {reason}")
 

@@ -10,101 +10,24 @@ _PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 _STOP = re.compile(r"\.(?!\d)")
 _ARTICLES = ("a", "an", "the")
-_NUMBERS = ["none", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-_DIGITS = {word: str(max(0, number - 1)) for number, word in enumerate(_NUMBERS)}
-_NEGATED = [
-    "ai",
-    "are",
-    "ca",
-    "could",
-    "did",
-    "does",
-    "do",
-    "had",
-    "has",
-    "have",
-    "is",
-    "might",
-    "must",
-    "need",
-    "ought",
-    "sha",
-    "should",
-    "was",
-    "were",
-    "wo",
-    "would",
-]
-_FORMS = [
-    *(f"{word}n't" for word in _NEGATED),
-    *(f"{word}n't've" for word in ("could", "had", "might", "should", "would")),
-    *(
-        [
-            "he's",
-            "how's",
-            "somebody's",
-            "someone's",
-            "that's",
-            "there's",
-            "what's",
-            "when's",
-            "where's",
-            "who's",
-            "why's",
-        ]
-    ),
-    *(
-        [
-            "could've",
-            "might've",
-            "must've",
-            "not've",
-            "should've",
-            "they've",
-            "we've",
-            "what've",
-            "where've",
-            "who've",
-            "would've",
-            "you've",
-        ]
-    ),
-    *(["he'd", "how'd", "it'd", "someone'd", "something'd", "there'd", "they'd", "where'd", "who'd", "you'd"]),
-    *(
-        [
-            "how'll",
-            "it'll",
-            "somebody'll",
-            "someone'll",
-            "something'll",
-            "they'll",
-            "what'll",
-            "who'll",
-            "why'll",
-            "y'all",
-            "you'll",
-        ]
-    ),
-    *(["there're", "they're", "what're", "why're", "you're", "ma'am", "o'clock"]),
-    *(
-        f"{word}'d've"
-        for word in [
-            "he",
-            "it",
-            "she",
-            "somebody",
-            "someone",
-            "something",
-            "there",
-            "they",
-            "we",
-            "who",
-            "y'all",
-            "you",
-        ]
-    ),
-    *(["'twas", "'ow's'at", "y'all'll"]),
-]
+_DIGITS = {"none": "0"} | {
+    word: str(number)
+    for number, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"),
+    )
+}
+_ENDINGS = {
+    "n't": "ai are ca could did does do had has have is might must need ought sha should was were wo would",
+    "n't've": "could had might should would",
+    "'s": "he how somebody someone that there what when where who why",
+    "'ve": "could might must not should they we what where who would you",
+    "'d": "he how it someone something there they where who you",
+    "'ll": "how it somebody someone something they what who why you y'all",
+    "'re": "there they what why you",
+    "'d've": "he it she somebody someone something there they we who y'all you",
+    "": "y'all ma'am o'clock 'twas 'ow's'at",
+}
+_FORMS = [word + ending for ending, words in _ENDINGS.items() for word in words.split()]
 _WHOLE_WORDS = ("id've", "were", "hell", "shell", "well", "ill", "wed", "shed", "its")
 """Words that are something else without their apostrophe; the official table leaves them alone.
 

@@ -51,7 +51,7 @@ def judge_text(facts: dict[str, str], answer: str) -> str:
 
 def parse_scores(reply: str) -> tuple[float, float] | None:
     """Return the reference's and the model's score from the first line of a reply; None unless it holds two numbers."""
-    words = reply.split("\n")[0].replace(",", " ").split()
+    words = reply.split("\n")[0].replace(",", " ").split(" ")  # "8, 9" makes three words, as officially
     try:
         reference, own = (float(word) for word in words)
     except ValueError:

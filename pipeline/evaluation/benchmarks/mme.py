@@ -51,9 +51,11 @@ def _tables(files: Sequence[Path]) -> Iterator[_RawQuestion]:
 
 def _release(folder: Path) -> Iterator[_RawQuestion]:
     """Read ``CATEGORY/NAME.txt`` with lines ``question<TAB>answer``; images lie beside it or in ``images/``."""
-    for path in find(folder, "**/questions_answers_YN/*.txt", "*/*.txt", "*/*/*.txt"):
+    for path in find(folder, "**/*.txt"):
         nested = path.parent.name == "questions_answers_YN"
         category = path.parents[1] if nested else path.parent
+        if category.name not in (*PERCEPTION, *COGNITION):  # the release also holds a folder of answers to be scored
+            continue
         images = category / "images" if nested else category
         name = next((path.stem + end for end in IMAGE_SUFFIXES if (images / (path.stem + end)).is_file()), None)
         image = image_file(images, name or path.stem + IMAGE_SUFFIXES[0], str(path))

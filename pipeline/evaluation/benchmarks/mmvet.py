@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeline.evaluation.benchmark import Benchmark, Grade, Graded, Judge, JudgePrompt, Metric, Question, percent
 from pipeline.evaluation.files import as_row, document, python_string
 
-ATTEMPTS, MAX_TOKENS = 6, 3
+ATTEMPTS, MAX_TOKENS = 5, 3
 REPEATED = "\nPredict the correctness of the answer (digit): "
 SCRIPT = "mm-vet_evaluator.py"
 
@@ -48,7 +48,7 @@ class MmVetMetric(Metric):
     """Mean score in percent."""
 
     extractor = (
-        "the number from 0 to 1 at the start of the judge's reply; after six unreadable replies 0, as officially"
+        "the number from 0 to 1 at the start of the judge's reply; after five unreadable replies 0, as officially"
     )
     judge_role = "grades each answer from 0 to 1"
 

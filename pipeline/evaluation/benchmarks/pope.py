@@ -61,13 +61,18 @@ class PopeMetric(AnswerMetric):
 
     def summarize(self, graded: Sequence[Graded]) -> dict[str, float]:
         """Return the mean F1 and accuracy over splits in percent, the share of yes, then F1 and accuracy by split."""
-        splits = {name: [one for one in graded if one.question.facts["split"] == name] for name in SPLITS}
+        present = [name for name in SPLITS if any(one.question.facts["split"] == name for one in graded)]
+        splits = {name: [one for one in graded if one.question.facts["split"] == name] for name in present}
         f1 = {name: 100 * _f1(own) for name, own in splits.items()}
         accuracy = {name: percent(own) for name, own in splits.items()}
         yes = 100 * sum(one.grade.extracted == "yes" for one in graded) / max(1, len(graded))
-        means = {"f1": sum(f1.values()) / len(f1), "accuracy": sum(accuracy.values()) / len(accuracy), "yes ratio": yes}
+        means = {
+            "f1": sum(f1.values()) / max(1, len(f1)),
+            "accuracy": sum(accuracy.values()) / max(1, len(accuracy)),
+            "yes ratio": yes,
+        }
         by_split = {
-            f"{name} {what}": own[name] for name in SPLITS for what, own in (("f1", f1), ("accuracy", accuracy))
+            f"{name} {what}": own[name] for name in present for what, own in (("f1", f1), ("accuracy", accuracy))
         }
         return {**means, **by_split}
 

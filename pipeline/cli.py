@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.common.command_line import OneLineParser, add_version, print_completion, run_command
 from pipeline.commands import parsers
+from pipeline.commands.bench import add_bench
 from pipeline.commands.model import add_evaluate, add_export, add_generate
 
 _OVERVIEW = """\
@@ -37,6 +38,7 @@ examples:
   mma generate left.png right.png "Are they alike?" --model models/demo
   mma evaluate --model models/demo --packs data/demo/packs/eval
   mma evaluate --model models/mma --compare models/causal --packs data/demo/packs/eval
+  mma bench all --model models/mma --data benchmark_data
 """
 
 
@@ -116,6 +118,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "export": ("export a trained run as a model folder", add_export),
     "generate": ("ask a model a question about images", add_generate),
     "evaluate": ("measure accuracy on held-out packs", add_evaluate),
+    "bench": ("run the paper's benchmarks", add_bench),
     "completion": ("print a shell completion script", parsers.add_completion),
 }
 """Help line of each command, and the function that declares its arguments."""
@@ -148,7 +151,7 @@ def build_parser(only: str | None = None) -> OneLineParser:
         own.set_defaults(parser=own)
         if add_arguments is not None and only in (None, name):
             add_arguments(own)
-        if name in ("generate", "evaluate"):
+        if name in ("generate", "evaluate", "bench"):
             own.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
         if name == "completion":
             own.set_defaults(command=_completion)

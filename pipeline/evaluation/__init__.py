@@ -1,0 +1,1 @@
+"""The paper's benchmarks: official files, official prompts, official scoring rules."""

@@ -1,0 +1,1 @@
+"""One file per benchmark: its reader, prompt and scorer."""

@@ -169,9 +169,7 @@ class Subject:
         else:
             logits, loss = output.logits, getattr(output, "loss", None)
         if logits.dtype in (torch.float16, torch.bfloat16):
-            raise UserError(
-                f"the model computes in {logits.dtype}, too coarse to tell a leak from rounding: .float() it"
-            )
+            raise UserError(f"the model computes in {logits.dtype}, too coarse for a leak: call float() on it")
         return Trace(logits, loss=loss)
 
 

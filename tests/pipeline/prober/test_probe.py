@@ -121,7 +121,8 @@ class SeesPromptOnlyInTraining(faults.SmallLM):
 
 def test_a_mask_that_differs_in_training_is_found() -> None:
     report = probe(SeesPromptOnlyInTraining().train(), faults.packed_samples_batches())
-    assert {finding.check for finding in report.findings} == {"training and generation"}
+    assert {finding.check for finding in report.findings} >= {"training and generation"}
+    assert report.result("answer leak") == report.result("cross-sample leak") == "ok"
 
 
 def test_mistakes_of_the_user_are_named() -> None:

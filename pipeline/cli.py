@@ -31,6 +31,7 @@ examples:
   mma inspect data/demo/packs/sft --html rows.html  browse packed rows and their masks
   mma mask --help                                   draw a mask policy
   mma prove --help                                  prove that a mask leaks no answer
+  mma prove --model models/demo --batches data/demo/packs/sft    probe a model for leaks
   mma schedule --pp 4 --micro-batches 8             draw one pipeline step
   mma slurm init                                    copy the Slurm scripts into ./slurm
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
@@ -98,6 +99,10 @@ def _inspect(words: Sequence[str]) -> int:
 
 
 def _prove(words: Sequence[str]) -> int:
+    if any(word.split("=")[0] == "--model" for word in words):
+        from pipeline.commands.probe import probe_command
+
+        return probe_command(words)
     from pipeline.commands.masks import prove_command
 
     return prove_command(words)
@@ -112,7 +117,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "estimate": ("estimate memory and compute of a recipe on any number of ranks", parsers.add_estimate),
     "inspect": ("browse packed rows and their masks in an HTML page", None),
     "mask": ("draw a mask policy", None),
-    "prove": ("prove that a mask leaks no answer", None),
+    "prove": ("prove that a mask leaks no answer; with --model, probe a model", None),
     "schedule": ("draw one step of a pipeline schedule", parsers.add_schedule),
     "slurm": ("copy the Slurm scripts", parsers.add_slurm),
     "export": ("export a trained run as a model folder", add_export),

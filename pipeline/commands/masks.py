@@ -71,6 +71,7 @@ def prove_command(argv: Sequence[str]) -> int:
         "on, and that decoding with a KV cache gives the training states. Exits with 1 when an answer leaks.",
         f"  mma prove packs/sft --rows 100 --layers 32\n  mma prove '{EXAMPLE}' --policy mma --policy mma_unclamped",
     )
+    parser.add_argument("--model", metavar="MODEL", help="probe a model instead; see mma prove --model MODEL --help")
     parser.add_argument("--row", type=int, default=0, metavar="N", help="first row of the pack folder (default 0)")
     parser.add_argument("--rows", type=int, default=1, metavar="K", help="number of rows to prove (default 1)")
     parser.add_argument(

@@ -18,8 +18,9 @@ from typing import Any
 from data_prep.common.errors import UserError, one_line, short_repr
 from data_prep.corpora.base import Malformed
 from data_prep.corpora.fields import find_image
+from data_prep.corpora.json_files import json_lines
 from data_prep.corpora.parquet import ParquetRows, column_names
-from data_prep.corpora.tables import json_lines, load_json
+from data_prep.corpora.tables import load_json
 from data_prep.example import ImageRef
 from data_prep.quarantine import BadSample
 from pipeline.evaluation.benchmark import Question

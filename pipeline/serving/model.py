@@ -63,6 +63,11 @@ class MultimodalModel:
         self._llm = _generator(stage)
 
     @property
+    def stage(self) -> Stage:
+        """The whole model as one stage."""
+        return self._stage
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self._stage.parameters()).device

@@ -26,7 +26,7 @@ SAMPLE_SCHEMA = pa.schema(
         ("generated", pa.list_(pa.uint8())),
         ("images", pa.list_(pa.int32())),  # index into the distinct images of the shard output, in order of instance
         ("prompt_at", pa.int32()),  # position for a prompt, or -1
-        ("alterable", pa.int8()),  # augmentations its text allows (data_prep.images.augment)
+        ("allowed", pa.int8()),  # augmentations its text allows (data_prep.images.augment)
     ]
 )
 """One tokenised sample."""
@@ -150,7 +150,7 @@ def _samples(batch: pa.RecordBatch, wanted: npt.NDArray[np.integer], rows: npt.N
     taken = batch.take(pa.array(wanted))
     ids, generated, images = (_parts(taken.column(name)) for name in ("input_ids", "generated", "images"))
     name, family, prompt_at, allowed = (
-        taken.column(name).to_pylist() for name in ("sample", "family", "prompt_at", "alterable")
+        taken.column(name).to_pylist() for name in ("sample", "family", "prompt_at", "allowed")
     )
     return map(Sample, name, family, ids, generated, (rows[part] for part in images), prompt_at, allowed)
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from data_prep.common.files import read_bounded
+
 Role: TypeAlias = Literal["system", "user", "assistant"]
+MAX_IMAGE_BYTES = 1 << 27
+"""Largest encoded image, 128 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +30,11 @@ class ImageRef:
     """Width and height that boxes refer to; ingest rejects the sample when the upright image has another shape."""
 
     def read(self) -> bytes:
-        """Return the encoded bytes. Raises OSError when the file cannot be read."""
+        """Return the encoded bytes. Raises OSError when the file cannot be read or exceeds ``MAX_IMAGE_BYTES``."""
         if self.data is not None:
             return self.data
         assert self.path is not None, f"image {self.name} has neither bytes nor a path"
-        return self.path.read_bytes()
+        return read_bounded(self.path, MAX_IMAGE_BYTES)
 
 
 Part: TypeAlias = str | ImageRef

@@ -20,8 +20,8 @@ from data_prep.corpora.base import Malformed
 from data_prep.corpora.tables import Rows
 
 CHUNK_BYTES = 1 << 20
-MAX_ROW_BYTES = 1 << 27
-"""Largest row, 128 MiB: a damaged file that never ends a row must not fill the memory."""
+MAX_ROW_BYTES = 1 << 26
+"""Largest row, 64 MiB: a damaged file that never ends a row must not fill the memory."""
 _SNIFFED_LINES = 16
 _SPACE = re.compile(r"(?:[ \t\r\n]|\xef\xbb\xbf)*")  # with byte order marks, as latin-1 reads them
 _BETWEEN = re.compile(r"[ \t\r\n,]*")

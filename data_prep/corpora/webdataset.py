@@ -2,46 +2,27 @@
 
 from __future__ import annotations
 
-import io
 import json
-import lzma
-import math
-import os
-import tarfile
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated
 from urllib.parse import quote
 
 from pydantic import Field
 
-from data_prep.common.errors import UserError, one_line
+from data_prep.common.errors import UserError
 from data_prep.corpora.base import Corpus, Malformed, as_row
 from data_prep.corpora.fields import Pattern, clean_text, matching_files, require_text
-from data_prep.example import Example, ImageRef, Reject, Turn
+from data_prep.corpora.tars import DamagedTarError, TarFile, read_members
+from data_prep.example import MAX_IMAGE_BYTES, Example, ImageRef, Reject, Turn
 from data_prep.quarantine import BadSample
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 TEXT_SUFFIXES = ("txt", "json")
-_DAMAGE = (tarfile.TarError, EOFError, ValueError, OverflowError, zlib.error, lzma.LZMAError)
-"""Raised while a damaged tar is read, besides an OSError without an errno."""
-
-
-class DamagedTarError(Exception):
-    """The file is not a tar, or is damaged from some byte on."""
-
-
-class Member(NamedTuple):
-    """A tar member that belongs to a sample, read into memory."""
-
-    key: str
-    suffix: str
-    data: bytes
-    unsafe: str = ""
-    """Why it must not be used: a link, a device, or a name that leaves its folder."""
+MAX_TEXT_BYTES = 1 << 24
+"""Largest text member, 16 MiB."""
+LIMITS = dict.fromkeys(IMAGE_SUFFIXES, MAX_IMAGE_BYTES) | dict.fromkeys(TEXT_SUFFIXES, MAX_TEXT_BYTES)
 
 
 class WebDataset(Corpus):
@@ -95,24 +76,26 @@ class WebDataset(Corpus):
             try:
                 if key in seen:
                     raise BadSample("duplicate-id", f"key {key} occurs twice in {path.name}")
-                yield self._example(sample, path, members)
+                yield self._example(sample, key, path, members)
             except BadSample as problem:
                 raw = b"\n".join(members[suffix].data for suffix in TEXT_SUFFIXES if suffix in members)
-                yield Reject(sample, problem.code, problem.detail, raw.decode(errors="replace"), _image(path, members))
+                yield Reject(
+                    sample, problem.code, problem.detail, raw.decode(errors="replace"), _image(path, key, members)
+                )
             seen.add(key)
 
-    def _example(self, sample: str, tar: Path, members: dict[str, Member]) -> Example:
-        clean_text(next(iter(members.values())).key, "key")
+    def _example(self, sample: str, key: str, tar: Path, members: dict[str, TarFile]) -> Example:
+        clean_text(key, "key")
         for member in members.values():
-            if member.unsafe:
-                raise BadSample("unsafe-path", member.unsafe)
-        image = _image(tar, members)
+            if member.code:
+                raise BadSample(member.code, member.problem)
+        image = _image(tar, key, members)
         if image is None:
             raise BadSample("missing-image", f"the tar has no member {sample}.{'|'.join(IMAGE_SUFFIXES)}")
         turns = (Turn("user", (image,)), Turn("assistant", (self._caption(members),)))
         return Example(sample, turns, kind="document")
 
-    def _caption(self, members: dict[str, Member]) -> str:
+    def _caption(self, members: dict[str, TarFile]) -> str:
         if self.caption_key is None and self.granularity is None and "txt" in members:
             caption = clean_text(_decode(members["txt"].data), "txt")
             if not caption:
@@ -126,22 +109,23 @@ class WebDataset(Corpus):
         return require_text(about, self.caption_key or "caption")
 
 
-def _image(tar: Path, members: dict[str, Member]) -> ImageRef | None:
-    found = next((members[suffix] for suffix in IMAGE_SUFFIXES if suffix in members), None)
-    if found is None or found.unsafe:
-        return None
-    return ImageRef(f"{tar.name}/{found.key}.{found.suffix}", path=tar, data=found.data)
+def _image(tar: Path, key: str, members: dict[str, TarFile]) -> ImageRef | None:
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in members and not members[suffix].code:
+            return ImageRef(f"{tar.name}/{key}.{suffix}", path=tar, data=members[suffix].data)
+    return None
 
 
 def read_image(path: Path, name: str) -> bytes:
     """Return the member ``KEY.SUFFIX`` of a tar. Raises OSError when it cannot be read, KeyError when it is absent."""
+    if not path.is_file():
+        raise OSError(f"{path} is not a regular file")
     try:
-        with tarfile.open(path) as tar:
-            for info in tar:
-                if info.isreg() and ".".join(_key_and_suffix(info.name)) == name:
-                    return _read(tar, info, "", "").data
-    except _DAMAGE as problem:
-        raise OSError(f"{path}: damaged tar ({one_line(problem)})") from problem
+        for member in read_members(path, LIMITS):
+            if ".".join(_key_and_suffix(member.name)) == name and not member.code:
+                return member.data
+    except (DamagedTarError, UserError) as problem:
+        raise OSError(str(problem)) from problem
     raise KeyError(f"{path} has no member {name}")
 
 
@@ -168,94 +152,23 @@ def _ocr_caption(captions: object, granularity: int) -> str:
     raise BadSample("missing-key", f"no caption of granularity {granularity}")
 
 
-def _samples(path: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+def _samples(path: Path) -> Iterator[tuple[str, dict[str, TarFile]]]:
     """Group consecutive members with the same key, as the format requires."""
-    key, members = "", dict[str, Member]()
-    for member in _members(path):
-        if member.key != key or member.suffix in members:
+    key, members = "", dict[str, TarFile]()
+    for member in read_members(path, LIMITS):
+        own, suffix = _key_and_suffix(member.name)
+        if not own:
+            continue
+        if own != key or suffix in members:
             if members:
                 yield key, members
-            key, members = member.key, {}
-        members[member.suffix] = member
+            key, members = own, {}
+        members[suffix] = member
     if members:
         yield key, members
-
-
-def _members(path: Path) -> Iterator[Member]:
-    """Stream the members of samples. Raises DamagedTarError at the first damage."""
-    try:
-        with _opened(path) as (tar, size):
-            for info in tar:
-                if not info.offset_data <= tar.offset < size + tarfile.BLOCKSIZE:
-                    raise tarfile.ReadError("unexpected end of data")
-                key, suffix = _key_and_suffix(info.name)
-                if not info.isdir() and key and suffix in IMAGE_SUFFIXES + TEXT_SUFFIXES:
-                    yield _read(tar, info, key, suffix)
-                tar.members.clear()  # type: ignore[attr-defined]  # would grow with the tar
-            _check_end(tar)
-    except (OSError, *_DAMAGE) as problem:
-        if isinstance(problem, OSError) and problem.errno:  # from the file system, not about the file's content
-            raise UserError(f"{path}: cannot be read ({one_line(problem)})") from None
-        raise DamagedTarError(f"{path}: {one_line(problem)}; download it again, then run the same command") from None
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[tarfile.TarFile, float]]:
-    """Open a tar for one pass; yield it with its size in bytes, or infinity when it is compressed.
-
-    An uncompressed tar is read with seeks, which is faster than streaming.
-    """
-    with ExitStack() as stack:
-        file = stack.enter_context(_File(path))
-        try:
-            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r:", tarinfo=_Info)), float(file.size)
-        except tarfile.ReadError:
-            file.seek(0)
-            tar, size = stack.enter_context(tarfile.open(fileobj=file, mode="r|*", tarinfo=_Info)), math.inf
-        yield tar, size
-
-
-def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError when anything but zeros follows the end of a tar: a hole, or a second tar."""
-    assert tar.fileobj is not None
-    while block := tar.fileobj.read(1 << 16):
-        if block.strip(b"\0"):
-            raise tarfile.ReadError(f"more data after its end at byte {tar.offset:,}")
-
-
-class _Info(tarfile.TarInfo):
-    """A member with a strictly checked header: ``tarfile`` itself takes a damaged header for the end of the tar."""
-
-    @classmethod
-    def fromtarfile(cls, tar: tarfile.TarFile) -> Self:  # type: ignore[override]  # it is only called by position
-        try:
-            return super().fromtarfile(tar)
-        except (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError) as problem:  # type: ignore[attr-defined]
-            raise tarfile.ReadError(f"{problem} at byte {tar.offset:,}") from None
-
-
-class _File(io.BufferedReader):
-    """A file whose reads never ask for more memory than the file is large, whatever size a damaged header claims."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(io.FileIO(path))
-        self.size = os.fstat(self.fileno()).st_size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return super().read(size if size is None or size < 0 else min(size, max(0, self.size - self.tell())))
 
 
 def _key_and_suffix(name: str) -> tuple[str, str]:
     """Split ``folder/000001.seg.JPG`` into ``folder/000001`` and ``seg.jpg``."""
     key, _, suffix = name.rpartition("/")[2].partition(".")
     return str(PurePosixPath(name).parent / key) if key and "/" in name else key, suffix.lower()
-
-
-def _read(tar: tarfile.TarFile, info: tarfile.TarInfo, key: str, suffix: str) -> Member:
-    name = info.name
-    if name.startswith("/") or ".." in name.split("/"):
-        return Member(key, suffix, b"", f"member name {name!r} leaves its folder")
-    file = tar.extractfile(info) if info.isreg() else None
-    if file is None:
-        return Member(key, suffix, b"", f"member {name!r} is a link or a device, not a regular file")
-    return Member(key, suffix, file.read())

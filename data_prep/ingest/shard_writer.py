@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ from data_prep.common.files import sha256_file, write_atomic
 from data_prep.common.modalities import IMAGE
 from data_prep.corpora import build_corpus
 from data_prep.corpora.base import Input
-from data_prep.example import Example, ImageRef, Reject
+from data_prep.example import MAX_IMAGE_BYTES, Example, ImageRef, Reject
 from data_prep.images.augment import allowed_by
 from data_prep.images.store import IMAGE_SCHEMA, SHARD_BATCH_ROWS, check_image, misnamed
 from data_prep.ingest import image_hashes, sources
@@ -240,7 +241,10 @@ class ShardWriter:
         try:
             data = image.read()
         except OSError as error:
-            raise BadSample("missing-image", f"{image.name}: {error.strerror or error}") from error
+            code = "too-large" if error.errno == errno.EFBIG else "missing-image"
+            raise BadSample(code, f"{image.name}: {error.strerror or error}") from error
+        if len(data) > MAX_IMAGE_BYTES:
+            raise BadSample("too-large", f"{image.name}: {len(data):,} bytes, the limit is {MAX_IMAGE_BYTES:,}")
         key = hashlib.sha256(data).digest()
         size = self._size(key, data, image.name)
         check_annotated_size(image, size)

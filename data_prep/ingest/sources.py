@@ -34,7 +34,14 @@ def watched(folders: Iterable[Path]) -> Iterator[Path]:
     """Yield folders and their direct subfolders."""
     for folder in folders:
         yield folder
-        yield from (Path(entry.path) for entry in os.scandir(folder) if entry.is_dir())
+        yield from (Path(entry.path) for entry in os.scandir(folder) if _is_folder(entry))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def unchanged(outputs: Iterable[ShardOutput], root: Path) -> list[bool]:

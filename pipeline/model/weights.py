@@ -20,6 +20,7 @@ from pipeline.model.spec import ModelSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_MAX_NAME = 255  # no file system has a longer one; Path.is_file would raise
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _UNREAD_TOWER = re.compile(
     r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
@@ -51,7 +52,7 @@ class TensorFolder:
 
     def _inside(self, name: str) -> Path:
         path = self.directory / name
-        if Path(name).name != name or not path.is_file():
+        if len(name) > _MAX_NAME or Path(name).name != name or not path.is_file():
             raise UserError(
                 f"{self.directory / INDEX} lists {name!r}, which is not a file of the folder: copy it again"
             )
@@ -192,5 +193,5 @@ def _weight_map(index: Path) -> dict[str, str]:
         return {
             str(key): str(name) for key, name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
         }
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is damaged ({error}): copy the folder again") from error

@@ -14,6 +14,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 def as_file(data: bytes, name: str) -> Path:
     """Write an input to a file of this name in a folder of this process; each call replaces the one before."""
-    path = Path(_folder().name) / name
+    path = Path(_folder().name) / f"of-{name}" / name  # a folder of its own: no other target's file beside it
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path

@@ -465,14 +465,14 @@ def test_the_nlvr_recipe_holds_out_what_it_never_trains_on() -> None:
     seen: dict[str, set[tuple[str, str]]] = {"train": set(), "held_out": set()}
     counts: Counter[str] = Counter()
     for config in recipe.corpora.values():
-        corpus = build_corpus(config.type, config.options, recipe.root_dir)
+        corpus, part = build_corpus(config.type, config.options, recipe.root_dir), config.options.get("part", "train")
         used = {item.id.rpartition("-")[0] for item in outcomes(corpus) if isinstance(item, Example)}
         for line in (recipe.root_dir / config.options["sentences"]).read_text().splitlines():
             about = json.loads(line)
             if about["identifier"] in used:
                 boxes = sorted(sorted(map(json.dumps, box)) for box in about["structured_rep"])
-                seen[config.options["part"]] |= {("sentence", about["sentence"]), ("scene", json.dumps(boxes))}
-                counts[config.options["part"], config.options.get("task")] += 1
+                seen[part] |= {("sentence", about["sentence"]), ("scene", json.dumps(boxes))}
+                counts[part, config.options.get("task")] += 1
     assert not seen["train"] & seen["held_out"]
     assert counts["train", "verify"] + counts["held_out", "verify"] == 1974 and counts["held_out", "verify"] > 200
 

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check quick slurm-for-tests clean
+.PHONY: setup demo test check quick fuzz slurm-for-tests clean
 
 setup: $(VENV)/.ready
 
@@ -33,6 +33,9 @@ slurm-for-tests:  ## a Slurm for tests/slurm, where root may install it; its tes
 
 quick: setup  ## tests that start no processes
 	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+
+fuzz: setup  ## every reader of untrusted bytes for a minute each; finds are saved as tests/fuzz/corpus/TARGET/find-*
+	$(BIN)/python -m tests.fuzz $(FUZZ_FLAGS)
 
 clean:  ## forget the demo's data and runs
 	rm -rf data/demo runs/demo_*

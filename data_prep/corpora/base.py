@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from enum import Enum
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeAlias
 
@@ -58,6 +59,12 @@ class Corpus(BaseModel, ABC):
     def examples(self, shard: str) -> Iterator[Example | Reject]:
         """Yield the outcome of each raw sample of a shard, in file order."""
 
+    def probe(self, count: int) -> Iterator[Example | Reject]:
+        """Yield the outcomes of ``count`` samples each at the beginning, in the middle and at the end; cheaply."""
+        names = self.shards()
+        for name in dict.fromkeys(names[place] for place in _places(len(names), 1)):
+            yield from islice(self.examples(name), count)
+
     def files(self) -> Sequence[Path]:
         """Return the raw files whose change makes earlier output stale (image folders are not listed)."""
         return [path for kind, path in self.inputs().values() if kind is Input.FILE]
@@ -78,6 +85,11 @@ class Corpus(BaseModel, ABC):
             if kind is not None and value is not None:
                 marked[name] = kind, self.root / value
         return marked
+
+
+def _places(count: int, size: int) -> list[int]:
+    """Return where to look at ``size`` of ``count`` things in the beginning, in the middle and at the end."""
+    return [max(0, min(place, count - size)) for place in (0, count // 2, count)] if count else []
 
 
 class Malformed(NamedTuple):
@@ -129,6 +141,12 @@ class RowCorpus(Corpus):
         for number, row in enumerate(self.rows[first : first + self.rows_per_shard], first):
             yield from self._row_outcome(number, row)
 
+    def probe(self, count: int) -> Iterator[Example | Reject]:
+        """Yield the outcomes of a few rows, without the check for repeated ids, which reads all rows."""
+        numbers = {place + n for place in _places(len(self.rows), count) for n in range(count)}
+        for number in sorted(number for number in numbers if number < len(self.rows)):
+            yield from self._row_outcome(number, self.rows[number], repeats=frozenset())
+
     def rows_with_ids(self) -> Iterable[object]:
         """Return all rows with at least the columns that ``row_id`` reads; a reader may leave out large ones."""
         return self.rows
@@ -138,12 +156,14 @@ class RowCorpus(Corpus):
         """All rows, read on first use and kept for the life of the process."""
         return self.read_rows()
 
-    def _row_outcome(self, number: int, value: object, name: str = "") -> Iterable[Example | Reject]:
+    def _row_outcome(
+        self, number: int, value: object, name: str = "", repeats: frozenset[int] | None = None
+    ) -> Iterable[Example | Reject]:
         sample = name or f"row-{number}"
         try:
             row = as_row(value)
             sample = self.row_id(row) or sample
-            if number in self._repeats:
+            if number in (self._repeats if repeats is None else repeats):
                 raise BadSample("duplicate-id", f"row {number} repeats an id seen before")
             found = list(self.read_row(row, sample))  # a row that turns out bad half-way yields nothing else
         except BadSample as problem:

@@ -56,6 +56,10 @@ class HoldOut(Corpus):
         inputs: dict[str, tuple[Input, Path]] = self.whole.inputs()
         return inputs
 
+    def probe(self, count: int) -> Iterator[Example | Reject]:
+        """Yield the outcomes of a few samples of the whole corpus."""
+        yield from self.whole.probe(count)
+
     def examples(self, shard: str) -> Iterator[Example | Reject]:
         """Yield the samples of this part."""
         for item in self.whole.examples(shard):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import xxhash
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_prep.common.errors import UserError
 from data_prep.corpora.base import RawFile, RawFolder, Row, RowCorpus
@@ -27,7 +27,7 @@ class NLVR(RowCorpus):
     """Lines ``{sentence, label, identifier, directory, structured_rep}``; images ``SPLIT-IDENTIFIER-k.png``.
 
     Every example comes with six pictures that differ only in the order of the boxes. A *presentation* (the first number
-    of the identifier) is one sentence with up to four scenes. To hold out data, use ``part``. ``groups`` are the
+    of the identifier) is one sentence with up to four scenes. To hold out data, use ``hold_out``. ``groups`` are the
     numbered image folders; in dev and train they keep presentations together, in the hidden split they do not.
     """
 
@@ -37,11 +37,11 @@ class NLVR(RowCorpus):
     """Folder that holds the numbered image folders."""
     task: Literal["verify", "caption"] = "verify"
     """``verify``: is the sentence true of the picture? ``caption``: describe the picture, from its structured_rep."""
-    part: Literal["all", "train", "held_out"] = "all"
-    """``train`` or ``held_out``: one side of a split in which presentations that share a sentence or a scene are on the
-    same side. Both sides need the same ``held_out_fraction`` and ``split_with``."""
-    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
-    """Approximate share of the presentations that ``part: held_out`` gets."""
+    hold_out: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Approximate share of the presentations that are kept for evaluation, such as 0.15. Presentations that share a
+    sentence or a scene are on the same side."""
+    part: Literal["train", "held_out"] = "train"
+    """With ``hold_out``: which side this corpus is. Both need the same ``hold_out`` and ``split_with``."""
     split_with: tuple[Path, ...] = ()
     """Sentence files of the other corpora of the recipe: presentations that share a sentence or a scene with them are
     split together. Without it, dev and hidden would leak into each other."""
@@ -55,6 +55,12 @@ class NLVR(RowCorpus):
     """User turn of ``task: verify``. ``{sentence}`` becomes the sentence."""
     answers: tuple[str, str] = ("true", "false")
     """Answers for a true and for a false sentence."""
+
+    @model_validator(mode="after")
+    def _part_of_something(self) -> NLVR:
+        if self.part == "held_out" and self.hold_out is None:
+            raise ValueError("part: held_out needs hold_out, the share of the presentations to keep for evaluation")
+        return self
 
     @property
     def never_augment(self) -> str:
@@ -75,7 +81,7 @@ class NLVR(RowCorpus):
         """Presentations on the held-out side."""
         files = dict.fromkeys((self.sentences, *self.split_with))
         rows = ((file.stem, row) for file in sorted(files) for row in json_rows(self.root / file))
-        return held_out(rows, self.sentences.stem, self.held_out_fraction)
+        return held_out(rows, self.sentences.stem, self.hold_out or 0)
 
     def _uses(self, group: str) -> bool:
         return group not in self.exclude_groups and (self.groups is None or group in self.groups)
@@ -94,7 +100,7 @@ class NLVR(RowCorpus):
 
     def read_row(self, row: Row, sample: str) -> Iterable[Example]:
         """Return one example per picture used; none when the row is in another part or group."""
-        if self.part != "all" and (_presentation(sample) in self._held_out) != (self.part == "held_out"):
+        if self.hold_out and (_presentation(sample) in self._held_out) != (self.part == "held_out"):
             return
         for permutation in range(self.permutations):
             name = f"{self.sentences.stem}-{sample}-{permutation}.png"

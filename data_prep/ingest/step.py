@@ -13,6 +13,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS, EventLedger
 from data_prep.common.files import Hashed, sha256_line, write_atomic
 from data_prep.common.workers import ALONE, Team
+from data_prep.corpora.probe import require_some_images
 from data_prep.ingest import sources
 from data_prep.ingest.changes import record_raw_changes, record_rebuilds
 from data_prep.ingest.image_store_build import build_image_store, forget_damaged
@@ -44,6 +45,7 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     space, events = Workspace(recipe), reporter.events(recipe.out_dir)
     team.serial(lambda: _forget_damaged(space, events))
     team.serial(lambda: record_raw_changes(space, reporter))
+    team.serial(lambda: _probe_images(space))
     tokenizer_sha256 = team.serial(lambda: prepare_tokenizer(space, reporter))
     jobs = [
         ShardJob(output, replace(variant, shards={}))  # keeps the job small: it is sent to a worker
@@ -66,6 +68,13 @@ def ingest(recipe: Recipe, team: Team, reporter: Reporter) -> None:
     )
     counts = f"{done.tally.kept:,} samples kept, {done.tally.rejected:,} rejected{rejected}"
     reporter.say(f"ingest: {counts}; images in {done.images}")
+
+
+def _probe_images(space: Workspace) -> None:
+    """Look for a few images of each corpus that was not ingested before. Raises UserError when there are none."""
+    for name, corpus in space.corpora.items():
+        if not any((space.out / "ingest" / name).glob("*/*.json")):
+            require_some_images(f"corpora.{name}", corpus, space.recipe.max_bad_fraction)
 
 
 def require_ingested(space: Workspace, events: EventLedger, team: Team = ALONE) -> Ingested:

@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = ("F32", "F16", "BF16", "F64")
 """Dtypes of weights that are read; integers and 8-bit floats are quantized, and meaningless without their scales."""
+_MAX_NAME = 255  # no file system has a longer one; Path.is_file would raise
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
 _UNREAD_TOWER = re.compile(
     r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
@@ -54,7 +55,7 @@ class TensorFolder:
 
     def _inside(self, name: str) -> Path:
         path = self.directory / name
-        if Path(name).name != name or not path.is_file():
+        if len(name) > _MAX_NAME or Path(name).name != name or not path.is_file():
             raise UserError(
                 f"{self.directory / INDEX} lists {name!r}, which is not a file of the folder: copy it again"
             )

@@ -26,7 +26,7 @@ from data_prep.corpora.nlvr import held_out
 from data_prep.example import Example, ImageRef, Reject
 from data_prep.quarantine import CODES
 from data_prep.recipe import load_recipe
-from tests.data_prep.raw import png, write_tar
+from tests.data_prep.raw import make_recipe, png, prepare, write_tar
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 GOLDENS = [
@@ -465,13 +465,40 @@ def test_the_nlvr_recipe_holds_out_what_it_never_trains_on() -> None:
     seen: dict[str, set[tuple[str, str]]] = {"train": set(), "held_out": set()}
     counts: Counter[str] = Counter()
     for config in recipe.corpora.values():
-        corpus = build_corpus(config.type, config.options, recipe.root_dir)
+        corpus, part = build_corpus(config.type, config.options, recipe.root_dir), config.options.get("part", "train")
         used = {item.id.rpartition("-")[0] for item in outcomes(corpus) if isinstance(item, Example)}
         for line in (recipe.root_dir / config.options["sentences"]).read_text().splitlines():
             about = json.loads(line)
             if about["identifier"] in used:
                 boxes = sorted(sorted(map(json.dumps, box)) for box in about["structured_rep"])
-                seen[config.options["part"]] |= {("sentence", about["sentence"]), ("scene", json.dumps(boxes))}
-                counts[config.options["part"], config.options.get("task")] += 1
+                seen[part] |= {("sentence", about["sentence"]), ("scene", json.dumps(boxes))}
+                counts[part, config.options.get("task")] += 1
     assert not seen["train"] & seen["held_out"]
     assert counts["train", "verify"] + counts["held_out", "verify"] == 1974 and counts["held_out", "verify"] > 200
+
+
+@pytest.mark.parametrize("kind", ["llava", "captions", "interleaved", "nlvr"])
+def test_a_wrong_image_folder_is_one_error_before_anything_is_read(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "raw" / "images").mkdir(parents=True)
+    rows: list[dict[str, Any]] = [
+        {
+            "image": f"{n}.png", "url": f"https://example.org/{n}.png", "caption": "a", "conversations": SAID,
+            "images": [f"https://example.org/{n}.png", None], "texts": [None, "a"], "identifier": f"{n}-0",
+        }
+        for n in range(1000)
+    ]  # fmt: skip
+    (tmp_path / "raw" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    key = {"llava": "conversations", "nlvr": "sentences"}.get(kind, "data")
+    corpus = {"type": kind, key: "rows.jsonl", "images": "images"}
+    pack = {"corpora": ["rows"], "template": "plain", "seq_len": 64, "epochs": 1}
+    recipe = make_recipe(tmp_path, corpora={"rows": corpus}, packs={"p": pack}, max_bad_fraction=0.1)
+    with pytest.raises(
+        UserError, match=r"^corpora\.rows: none of the 150 probed images found under .*/raw, first: .*0"
+    ) as caught:
+        prepare(recipe)
+    assert "\n" not in str(caught.value) and not list((tmp_path / "out").rglob("*.rejects"))
+    for n in (0, 500, 999):
+        (tmp_path / "raw" / "images" / f"{n}.png").write_bytes(png(n))
+    if kind != "nlvr":  # one image is enough to go on to the quarantine
+        with pytest.raises(UserError, match=r"997 of 1000 samples .* missing-image"):
+            prepare(recipe)

@@ -66,7 +66,7 @@ def render(source: str, settings: Mapping[str, str], requests: Sequence[Request]
         requests: rendered in this order; the result has the same order.
 
     Raises:
-        TemplateError: the template took too much time or memory.
+        TemplateError: the template took too much time or memory, or the child failed.
     """
     job = {"parent": os.getpid(), "source": source, "settings": dict(settings)}
     job["requests"] = [(request.messages, request.prompt) for request in requests]
@@ -77,16 +77,19 @@ def render(source: str, settings: Mapping[str, str], requests: Sequence[Request]
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     with child:
         try:
-            answer, _ = child.communicate(json.dumps(job).encode(), timeout=WALL_S)
+            answer, words = child.communicate(json.dumps(job).encode(), timeout=WALL_S)
         except subprocess.TimeoutExpired:
-            answer = b""
+            answer, words = b"", b""
         finally:
             child.kill()
-    if child.returncode:
+    if child.returncode > 0:
+        last = (words.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise TemplateError(f"cannot be rendered ({last[:200]})")
+    if child.returncode < 0:
         raise TemplateError(f"takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MiB")
     return [Rendering(text, tuple((a, b) for a, b in spans), error) for text, spans, error in json.loads(answer)]
 

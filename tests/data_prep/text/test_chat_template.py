@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.common.errors import UserError
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe
+from data_prep.text import jinja_sandbox
 from data_prep.text.chat_template import chat_format_of
 from data_prep.text.template import OWN, Template, template_of
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, write_llava, write_recipe
@@ -313,6 +314,12 @@ def test_a_hostile_template_ends_in_one_line_within_seconds(source: str, message
     with pytest.raises(UserError, match=message) as caught:
         chat_format_of(tmp_path, "")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+
+
+def test_a_failing_child_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja_sandbox, "_CHILD", "raise SystemExit('no such library')")
+    with pytest.raises(UserError, match=r"its chat template cannot be rendered \(no such library\)"):
+        chat_format_of(tokenizer(tmp_path / "t", "anything"), "")
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"added_tokens": [1]}', '{"added_tokens": {"a": 1}}'])

@@ -66,7 +66,7 @@ def render(source: str, settings: Mapping[str, str], requests: Sequence[Request]
         requests: rendered in this order; the result has the same order.
 
     Raises:
-        TemplateError: the template took too much time or memory.
+        TemplateError: the template took too much time or memory, or the child failed.
     """
     job = {"parent": os.getpid(), "source": source, "settings": dict(settings)}
     job["requests"] = [(request.messages, request.prompt) for request in requests]
@@ -77,43 +77,57 @@ def render(source: str, settings: Mapping[str, str], requests: Sequence[Request]
         env={**os.environ, "PYTHONPATH": path},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     with child:
         try:
-            answer, _ = child.communicate(json.dumps(job).encode(), timeout=WALL_S)
+            answer, words = child.communicate(json.dumps(job).encode(), timeout=WALL_S)
         except subprocess.TimeoutExpired:
-            answer = b""
+            answer, words = b"", b""
         finally:
             child.kill()
-    if child.returncode:
+    if child.returncode > 0:
+        last = (words.decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+        raise TemplateError(f"cannot be rendered ({last[:200]})")
+    if child.returncode < 0:
         raise TemplateError(f"takes more than {CPU_S} s or {MEMORY_BYTES >> 20} MiB")
     return [Rendering(text, tuple((a, b) for a, b in spans), error) for text, spans, error in json.loads(answer)]
 
 
 def serve() -> None:
     """Be the child: read a job from standard input, write the renderings to standard output."""
-    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import: only the child needs it
+    import transformers.utils.chat_template_utils  # noqa: F401 - before the limits count
 
     job = json.load(sys.stdin)
     end_with_parent(job["parent"])
     _limit()
-    found: list[tuple[str, Sequence[Sequence[int]], str]] = []
-    for messages, prompt in job["requests"]:
+    requests = [Request(tuple(map(tuple, messages)), prompt) for messages, prompt in job["requests"]]
+    found = render_here(job["source"], job["settings"], requests)
+    json.dump([(one.text, one.generated, one.error) for one in found], sys.stdout)
+
+
+def render_here(source: str, settings: Mapping[str, str], requests: Sequence[Request]) -> list[Rendering]:
+    """Render in this process, without limits; for templates that are trusted."""
+    from transformers.utils.chat_template_utils import render_jinja_template  # slow to import: only the child needs it
+
+    found = []
+    for request in requests:
         try:
             [text], [spans] = render_jinja_template(
-                [[{"role": role, "content": content} for role, content in messages]],
-                chat_template=job["source"],
-                add_generation_prompt=prompt,
+                [[{"role": role, "content": content} for role, content in request.messages]],
+                chat_template=source,
+                add_generation_prompt=request.prompt,
                 return_assistant_tokens_mask=True,
-                **job["settings"],
+                **settings,
             )
         except Exception as error:  # whatever the program of the template raises
-            found.append(("", (), one_line(error)[:200] or type(error).__name__))
+            found.append(Rendering("", (), one_line(error)[:200] or type(error).__name__))
             continue
-        too_long = f"writes more than {MAX_CHARACTERS:,} characters" if len(text) > MAX_CHARACTERS else ""
-        found.append(("", (), too_long) if too_long else (text, spans, ""))
-    json.dump(found, sys.stdout)
+        if len(text) > MAX_CHARACTERS:
+            found.append(Rendering("", (), f"writes more than {MAX_CHARACTERS:,} characters"))
+        else:
+            found.append(Rendering(text, tuple((start, end) for start, end in spans)))
+    return found
 
 
 def _limit() -> None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from data_prep.common.errors import UserError
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe
+from data_prep.text import chat_template, jinja_sandbox
 from data_prep.text.chat_template import chat_format_of
 from data_prep.text.template import OWN, Template, template_of
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, write_llava, write_recipe
@@ -164,6 +165,13 @@ def tokenizer(
     return made
 
 
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Render in this process, as the child does without its limits: a child takes seconds to start."""
+    monkeypatch.setattr(chat_template, "render", jinja_sandbox.render_here)
+
+
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize("separate", [True, False])
 @pytest.mark.parametrize(("source", "family"), [(LLAMA3, "llama3"), (QWEN, "qwen")])
 def test_the_own_template_of_a_family_gives_the_named_format(
@@ -173,6 +181,7 @@ def test_the_own_template_of_a_family_gives_the_named_format(
     assert spell(Template(OWN, system="be kind", own=own).pieces(TWO_TURNS)) == GOLDEN[family]
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("source", "system", "message"),
     [
@@ -220,6 +229,7 @@ def test_a_template_that_cannot_be_reproduced_is_refused(
         chat_format_of(tokenizer(tmp_path / "t", source), system)
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("source", "bos", "system", "family"),
     [
@@ -243,12 +253,14 @@ def test_real_templates_without_marks_give_the_named_format(
     assert derived.prompt_pieces(TWO_TURNS.turns) == named.prompt_pieces(TWO_TURNS.turns)
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_generated_space_before_an_answer_is_supervised(tmp_path: Path) -> None:
     own = chat_format_of(tokenizer(tmp_path / "t", MISTRAL_V3, bos="<s>", specials=SPECIALS + INST), "")
     written = "<s>[INST] [0]\nwhat is it?[/INST]{ }{a ring}{</s>}[INST] sure?[/INST]{ }{yes}{</s>}"
     assert spell(Template(OWN, own=own).pieces(TWO_TURNS)) == written
 
 
+@pytest.mark.usefixtures("trusted")
 @pytest.mark.parametrize(
     ("source", "system", "message"),
     [
@@ -301,9 +313,7 @@ def test_a_template_without_marks_that_is_not_exact_is_refused(
             "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded", id="recursion"
         ),
         pytest.param("{{ ''.__class__.__mro__ }}", "unsafe", id="escape"),
-        pytest.param("{{ messages.append(1) }}", "unsafe", id="mutation"),
         pytest.param("{% for %}", r"refuses a plain conversation \(", id="syntax"),
-        pytest.param("{{ 1 / 0 }}", "division by zero", id="division"),
         pytest.param("x" * 1_048_577, "is larger than 1,048,576 characters", id="large-template"),
     ],
 )
@@ -315,6 +325,12 @@ def test_a_hostile_template_ends_in_one_line_within_seconds(source: str, message
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+def test_a_failing_child_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jinja_sandbox, "_CHILD", "raise SystemExit('no such library')")
+    with pytest.raises(UserError, match=r"its chat template cannot be rendered \(no such library\)"):
+        chat_format_of(tokenizer(tmp_path / "t", "anything"), "")
+
+
 @pytest.mark.parametrize("content", ["[" * 100_000, "{", "[]", '{"added_tokens": [1]}', '{"added_tokens": {"a": 1}}'])
 def test_a_damaged_tokenizer_is_one_line(content: str, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
@@ -323,6 +339,7 @@ def test_a_damaged_tokenizer_is_one_line(content: str, tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("trusted")
 def test_a_default_system_turn_does_not_matter_if_the_recipe_sets_system(tmp_path: Path) -> None:
     own = chat_format_of(tokenizer(tmp_path / "t", DEFAULT_SYSTEM), "be kind")
     assert spell(Template(OWN, system="be kind", own=own).pieces(TWO_TURNS)) == GOLDEN["qwen"]

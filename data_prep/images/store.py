@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, one_line
 from data_prep.common.files import FileEntry, is_of_size, sha256_file
 from data_prep.common.store_index import StoreIndex
 from data_prep.images.jpeg import surely_decodes
@@ -210,7 +210,7 @@ class ImageStore:
         order = np.lexsort((batches, shards))  # every batch is read once
         changes = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(batches[order]) != 0)) + 1
         for here in np.split(order, changes) if len(order) else ():
-            column = self._shard(int(shards[here[0]])).get_batch(int(batches[here[0]])).column("sha256")
+            column = self._batch(int(shards[here[0]]), int(batches[here[0]])).column("sha256")
             found[here] = np.frombuffer(column.buffers()[1], dtype="S32", count=len(column))[places[here]]
         return found
 
@@ -244,7 +244,16 @@ class ImageStore:
             raise IndexError(f"image {row} of {len(self)} in {self.directory}")
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, place = divmod(row - int(self._starts[which]), SHARD_BATCH_ROWS)
-        return self._shard(which).get_batch(batch).column(column)[place]
+        return self._batch(which, batch).column(column)[place]
+
+    def _batch(self, which: int, number: int) -> pa.RecordBatch:
+        """Return a record batch of a shard, whose offsets are checked: damaged ones would be read out of bounds."""
+        try:
+            batch = self._shard(which).get_batch(number)
+            batch.validate(full=True)
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(self.shards[which], error) from error
+        return batch
 
     def _shard(self, which: int) -> pa.ipc.RecordBatchFileReader:
         reader = self._open_shards.get(which)
@@ -254,6 +263,10 @@ class ImageStore:
             reader = self._open_shards[which] = self._open(self.shards[which])
         return reader
 
+    def _unreadable(self, entry: FileEntry, error: Exception) -> UserError:
+        path = self.directory / entry.name
+        return UserError(f"{path}: cannot be read ({one_line(error)}); delete it and run mma-prep again")
+
     def _open(self, entry: FileEntry) -> pa.ipc.RecordBatchFileReader:
         path = self.directory / entry.name
         try:
@@ -261,8 +274,8 @@ class ImageStore:
                 reader = pa.ipc.open_file(file.read_buffer())  # keeps the map, but no file descriptor
             batches = reader.num_record_batches
             rows = (batches - 1) * SHARD_BATCH_ROWS + reader.get_batch(batches - 1).num_rows if batches else 0
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read ({error}); delete what is there and run mma-prep again") from error
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(entry, error) from error
         if rows != entry.rows or reader.schema != IMAGE_SCHEMA:
             raise UserError(f"{path}: not the images that store.json lists; delete it and run mma-prep again")
         return reader

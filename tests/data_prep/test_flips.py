@@ -15,6 +15,7 @@ import pytest
 
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS_FILE
+from data_prep.images.store import ImageStore
 from data_prep.packs import PackReader
 from data_prep.recipe import Recipe
 from data_prep.verify import verify
@@ -117,3 +118,21 @@ def test_no_flip_is_silent_and_none_is_a_traceback(output: Output, part: int) ->
     output.restore()
     assert not silent
     assert not error_of(lambda: list(verify(output.out)))
+
+
+def test_flipped_image_shards_give_bytes_or_one_error_even_without_hashes(output: Output) -> None:
+    output.restore()
+    rng = random.Random(SEED)
+    path = max(output.out.glob("images/*/images-*.arrow"), key=lambda path: path.stat().st_size)
+    content = path.read_bytes()
+    errors = 0
+    for _ in range(80):
+        damaged = bytearray(content)
+        for _ in range(4):
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        path.unlink()
+        path.write_bytes(damaged)
+        store = ImageStore(path.parent)
+        errors += bool(error_of(lambda store=store: [store.read(row) for row in range(len(store))]))
+    output.restore()
+    assert errors > 0

@@ -1,4 +1,4 @@
-"""The cost of checkpoints: synchronous and asynchronous saves, and a resume, in multiples of a step.
+"""The cost of checkpoints: synchronous and asynchronous saves, a resume, and their checks, in multiples of a step.
 
 Run from the repository root: ``python -m benchmarks.save [--ranks 2] [--width 448] [--layers 4] [--blocks 6]
 [--packs DIR]``. The DeepSpeed launcher starts the trainer on a small demo; blocks of steps without a save, with a
@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +56,49 @@ class Measured:
     trained_again: int
     """Steps between the last save and the step from which the run resumes."""
     blocks: list[Block]
+    checks: Checks
+
+
+@dataclass(frozen=True)
+class Checks:
+    """Seconds that checks take on rank 0; medians."""
+
+    save_s: float
+    """A synchronous save, with its checks."""
+    finite_s: float
+    """Checking that all shards are finite."""
+    hash_s: float
+    """Hashing the file of a rank."""
+    manifest_s: float
+    """Reading a manifest and checking its hash."""
+    step_s: float
+    """Deciding after a step whether to save."""
+
+
+def measure_checks(trainer: Trainer, folder: Path, blocks: Sequence[Block]) -> Checks:
+    """Time the checks by themselves, on the shards of this rank and the newest checkpoint of a run folder."""
+    from pipeline.checkpoints.checkpoint import checkpoint_folders, hash_file
+    from pipeline.checkpoints.manifest import rank_file, read_manifest
+    from pipeline.checkpoints.shards import first_not_finite, shards
+
+    own, newest = dict(shards(trainer._stage)), checkpoint_folders(folder)[0]
+    step, manager = trainer.step + 1, trainer._checkpoints
+    return Checks(
+        save_s=statistics.median(block.still for block in blocks if block.mode == "synchronous"),
+        finite_s=_median_s(lambda: first_not_finite(own)),
+        hash_s=_median_s(lambda: hash_file(newest / rank_file(int(os.environ["RANK"])))),
+        manifest_s=_median_s(lambda: read_manifest(newest)),
+        step_s=_median_s(lambda: manager.after_step(step, healthy=True, stop=False), repeats=101),
+    )
+
+
+def _median_s(work: Callable[[], object], repeats: int = 11) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
 
 
 def measure(words: Sequence[str], blocks: int) -> Measured:
@@ -90,8 +134,9 @@ def measure(words: Sequence[str], blocks: int) -> Measured:
     load(trainer._stage, found)
     took = time.monotonic() - began
     written = sum(path.stat().st_size for path in folder.path.glob(f"checkpoints/step-{last:08d}/*.safetensors"))
+    checks = measure_checks(trainer, folder.path, done)
     stop_processes()
-    return Measured(written / 1e6, took, last - found.manifest.step, done)
+    return Measured(written / 1e6, took, last - found.manifest.step, done, checks)
 
 
 def _with(plan: RunPlan, mode: str) -> RunPlan:
@@ -122,7 +167,11 @@ def _block(trainer: Trainer, saver: CheckpointManager, mode: str, steps: Iterato
 
 def _launch(ranks: int, arguments: Sequence[str]) -> None:
     """Start this file under the launcher."""
-    command = ["deepspeed", "--num_accelerators", str(ranks), str(Path(__file__).resolve()), *arguments]
+    with socket.socket() as probe:  # the launcher's own port may be in use
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launcher = ["deepspeed", "--num_accelerators", str(ranks), "--master_port", port]
+    command = [*launcher, str(Path(__file__).resolve()), *arguments]
     settings = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | dict(os.environ)
     done = subprocess.run(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode:
@@ -164,7 +213,24 @@ def table(measured: Measured) -> str:
         extra = statistics.median(ours - plain for ours, plain in zip(seconds[mode], seconds["none"], strict=True))
         lines.append(f"| {mode} | {still[mode] / step:.2f} steps | {extra / step:.2f} steps |")
     resume = f"{measured.resume_s / step:.2f} steps ({measured.resume_s:.2f} s)"
-    return "\n".join([*lines, "", f"resume: {resume}; steps trained again: {measured.trained_again}"])
+    lines += ["", f"resume: {resume}; steps trained again: {measured.trained_again}", "", *_check_lines(measured, step)]
+    return "\n".join(lines)
+
+
+def _check_lines(measured: Measured, step: float) -> list[str]:
+    checks, load_s = measured.checks, measured.resume_s
+
+    def ratio(whole: float, part: float) -> str:
+        return f"{whole / (whole - part):.4f}"
+
+    return [
+        "| with the check / without it | a save | a load | a step |",
+        "|---|---:|---:|---:|",
+        f"| shards are hashed | {ratio(checks.save_s, checks.hash_s)} | {ratio(load_s, checks.hash_s)} | 1 |",
+        f"| shards are finite | {ratio(checks.save_s, checks.finite_s)} | {ratio(load_s, checks.finite_s)} | 1 |",
+        f"| manifest is hashed and typed | 1 | {ratio(load_s, checks.manifest_s)} | 1 |",
+        f"| steps are healthy | 1 | 1 | {ratio(step, checks.step_s)} |",
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -179,7 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    if options.worker:
+    if options.worker:  # launched as a file: its folder holds a pipeline.py
+        sys.path[0] = str(ROOT)
         measured = measure(_words(options, options.worker), options.blocks)
         if os.environ["RANK"] == "0":
             (options.worker / "measured.json").write_text(json.dumps(asdict(measured)))
@@ -189,7 +256,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sizes = [f"--{name}={getattr(options, name)}" for name in ("ranks", "width", "layers", "blocks", "packs")]
         _launch(options.ranks, ["--worker", scratch, *sizes])
         raw = json.loads(Path(scratch, "measured.json").read_text())
-    print(table(Measured(**{**raw, "blocks": [Block(**block) for block in raw["blocks"]]})))
+    print(
+        table(
+            Measured(
+                **{**raw, "blocks": [Block(**block) for block in raw["blocks"]], "checks": Checks(**raw["checks"])}
+            )
+        )
+    )
     if options.json:
         options.json.write_text(json.dumps(raw, indent=1))
     return 0

@@ -7,6 +7,7 @@ import os
 import pytest
 
 from pipeline.parallel.launch import configure_libraries
+from pipeline.train import main
 
 
 @pytest.mark.parametrize(("given", "loading"), [({}, "EAGER"), ({"CUDA_MODULE_LOADING": "LAZY"}, "LAZY")])
@@ -16,3 +17,19 @@ def test_kernels_are_loaded_at_the_start_unless_the_user_says_otherwise(
     monkeypatch.setattr(os, "environ", dict(given))
     configure_libraries()
     assert os.environ["CUDA_MODULE_LOADING"] == loading
+
+
+@pytest.mark.parametrize(
+    ("rank", "world"),
+    [("-1", "2"), ("x", "2"), ("", "2"), ("2", "2"), ("0", "0"), ("0", "99999999999"), ("1e0", "2"), ("\u00b2", "3")],
+)
+def test_a_rank_that_makes_no_sense_is_refused_in_one_line(
+    rank: str, world: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: RANK={rank!r}, WORLD_SIZE={world!r}, ") and said.count("\n") == 1

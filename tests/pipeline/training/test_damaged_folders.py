@@ -57,7 +57,7 @@ def test_a_healthy_folder_is_read(run_dir: Path, capsys: pytest.CaptureFixture[s
     assert main(["status", str(run_dir)]) == 0
     line = capsys.readouterr().out
     assert "failed" in line and "step 5/9  loss 1.5000  step-00000004" in line and line.count("\n") == 1
-    assert "two lines" in line and "events: 2 step-skipped" in line
+    assert "two lines" in line and "2 step-skipped" in line
 
 
 @pytest.mark.parametrize("content", ODD)

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
+from data_prep.common.events import EVENTS_FILE, EventLedger
+from pipeline.checkpoints.manifest import hashed_json
 from pipeline.cli import main as mma
 from pipeline.train import main
 from tests.launch import ROOT, kill, start
@@ -96,12 +98,28 @@ def test_a_stop_file_ends_the_run_saved_and_the_same_command_resumes(
     assert same_bits(weights(run_dir), weights(undisturbed))
 
 
-def test_a_resume_says_what_was_changed(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
+def test_changes_on_resume_are_refused_or_recorded(
+    small_demo: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(undisturbed, run_dir)
-    output = train(small_demo, run_dir, "--mask.policy", "causal", ranks=1).check().output
-    assert "changed since: mask.policy: 'mma' -> 'causal'" in output
-    assert output.count("changed since") == 1
+    changes = ["--mask.policy", "causal", "--log.every-steps", "2"]
+    assert main(flags(small_demo, run_dir, *changes)) == 2
+    said = capsys.readouterr().err
+    assert "(mask.policy: 'mma' -> 'causal'): restore them" in said and "--allow-change mask.policy" in said
+    output = train(small_demo, run_dir, *changes, "--allow-change", "mask", ranks=1).check().output
+    assert "changed since: mask.policy: 'mma' -> 'causal' (changes the result)" in output
+    assert "changed since: log.every_steps: 1 -> 2\n" in output and output.count("changed since") == 2
+    counts = EventLedger(run_dir / EVENTS_FILE).summary()
+    assert counts["setting-changed"] == 1 == counts["setting-adjusted"]
+
+
+def test_strict_makes_an_event_fatal(small_demo: Path, tmp_path: Path) -> None:
+    ended = train(small_demo, tmp_path / "run", "--strict", "version-untested,file-unverified", ranks=2)
+    assert ended.code == 2 and "Traceback" not in ended.output
+    assert "error: file-unverified: 1 x a file was read without checking its hash (path " in ended.output
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
@@ -243,16 +261,17 @@ def test_other_packs_and_other_tokenizers_are_refused(
     small_demo: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(flags(small_demo, undisturbed, packs="pt")) == 2
-    assert "other packs" in capsys.readouterr().err
+    assert "add --allow-change data.packs" in capsys.readouterr().err
     assert main(flags(small_demo, undisturbed, "--train.global-batch-size", "6")) == 2
-    assert "global_batch_size=12, now 6" in capsys.readouterr().err
+    assert "(train.global_batch_size: 12 -> 6): restore them" in capsys.readouterr().err
     other = tmp_path / "other"
     shutil.copytree(undisturbed / "checkpoints/step-00000006", other)
-    text = (other / "manifest.json").read_text()
-    manifest = json.loads(text)
-    (other / "manifest.json").write_text(text.replace(manifest["model"]["tokenizer_sha256"], "0" * 64))
+    manifest = json.loads((other / "manifest.json").read_text())
+    del manifest["xxh3"]
+    manifest["model"]["tokenizer_sha256"] = "0" * 64
+    (other / "manifest.json").write_text(hashed_json(manifest))
     assert main(flags(small_demo, tmp_path / "new", "--init-from", str(other))) == 2
-    assert "another tokenizer" in capsys.readouterr().err
+    assert "a different tokenizer" in capsys.readouterr().err
 
 
 def test_an_export_starts_a_run(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:

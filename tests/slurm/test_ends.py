@@ -33,6 +33,7 @@ def stage(slurm: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Cluster:
     work = tmp_path_factory.mktemp("stage")
     shutil.copytree(ROOT / "slurm", work / "slurm", ignore=shutil.ignore_patterns("*.log"))
     (work / "pipeline").mkdir()
+    (work / "pipeline/__init__.py").touch()  # python -m pipeline.train finds it before the real one
     shutil.copy(ROOT / "tests/slurm/stand_in.py", work / "pipeline/train.py")
     return dataclasses.replace(slurm, work=work)
 

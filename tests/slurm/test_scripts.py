@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cli import main
 from tests.launch import BIN, ROOT, environment, free_port
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
@@ -184,6 +186,68 @@ case "$*" in *--nodelist=gone*) exit 1 ;; esac
     call = ["bash", "-c", ". slurm/lib.sh && SLURM_JOB_NODELIST=all silent_nodes"]
     done = subprocess.run(call, cwd=ROOT, env=env, text=True, capture_output=True, check=False)
     assert (done.returncode, done.stdout) == (0, "gone ") and (tmp_path / "refused").exists()
+
+
+def test_runs_of_the_same_name_are_compared_in_files_of_their_own(tmp_path: Path) -> None:
+    for run in ("runs/demo_sft", "a b/*/x", "other/x"):
+        (tmp_path / run / "export").mkdir(parents=True)
+        (tmp_path / run / "status.json").write_text(json.dumps({"state": "done", "step": 3}))
+        (tmp_path / run / "export/config.json").write_text(json.dumps({"mma": {"step": 3}}, indent=1))
+    done = in_a_job(tmp_path, "evaluate.sh", "runs/demo_sft", "a b/*/x", "other/x", EVAL_FLAGS="--limit '5 6'")
+    assert done.returncode == 0, done.stderr
+    files = ["a b=*=x", "other=x"]
+    assert [f"runs/demo_sft/evaluation_beside_{name}.json" in done.stdout for name in files] == [True, True]
+    single = in_a_job(tmp_path, "evaluate.sh", "runs/demo_sft", "other/x", EVAL_PACKS="other")
+    assert "runs/demo_sft/evaluation_beside_x.json" in single.stdout
+
+
+def test_paths_with_spaces_and_globs_stay_one_word(tmp_path: Path) -> None:
+    """In options, in recipes and in flags quoted as in a shell; nothing is expanded."""
+    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    for name in ("one.yaml", "two.yaml"):
+        (tmp_path / name).touch()
+    words = ["--data", "my data/*.yaml", "--pt", "none", "--sft", "my runs/a b.yaml,*.yaml", "--eval", "held out"]
+    env = {"PATH": os.defpath, "TRAIN_SBATCH": "--comment='two words' --nodes=2"}
+    done = subprocess.run(
+        ["bash", "slurm/chain.sh", *words, "--dry-run"],
+        cwd=tmp_path,
+        env=env,
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    jobs = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert [word for words in jobs for word in words if word.startswith("RECIPE=")] == [
+        "RECIPE=my data/*.yaml", "RECIPE=my runs/a b.yaml", "RECIPE=*.yaml",
+    ]  # fmt: skip
+    assert "--comment=two words" in jobs[1] and "EVAL_PACKS=held out" in jobs[3]
+    assert jobs[3][-1] == "runs/*" and "RUN_DIR=runs/a b" in jobs[1]
+    call = ['. slurm/lib.sh && split FLAGS && printf "[%s]" "${words[@]}"']
+    for text, shown in (("--a 'b c' *.yaml $HOME", "[--a][b c][*.yaml][$HOME]"), ("", "[]")):
+        done = subprocess.run(
+            ["bash", "-c", *call], cwd=tmp_path, env={**env, "FLAGS": text}, text=True, capture_output=True, check=False
+        )
+        assert done.stdout == shown, done.stderr
+    done = subprocess.run(
+        ["bash", "-c", *call], cwd=tmp_path, env={**env, "FLAGS": "'open"}, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 2 and "a quote is not closed" in done.stderr
+
+
+def test_the_scripts_are_copied_and_site_settings_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["slurm", "init", str(tmp_path)]) == 0
+    copied = {path.name for path in (tmp_path / "slurm").iterdir()}
+    assert copied == {path.name for path in (ROOT / "slurm").iterdir() if path.is_file()} | {"logs"}
+    assert os.access(tmp_path / "slurm/chain.sh", os.X_OK)
+    (tmp_path / "slurm/env.sh").write_text("export SBATCH_ACCOUNT=mine\n")
+    assert main(["slurm", "init", str(tmp_path)]) == 0
+    (tmp_path / "slurm/pt.sh").write_text("# changed\n")
+    assert main(["slurm", "init", str(tmp_path)]) == 2
+    assert "pt.sh differ from the shipped scripts: --force replaces them" in capsys.readouterr().err
+    assert main(["slurm", "init", str(tmp_path), "--force"]) == 0
+    assert (tmp_path / "slurm/env.sh").read_text() == "export SBATCH_ACCOUNT=mine\n"
+    assert (tmp_path / "slurm/pt.sh").read_bytes() == (ROOT / "slurm/pt.sh").read_bytes()
 
 
 @pytest.mark.slow

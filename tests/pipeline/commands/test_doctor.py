@@ -10,11 +10,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from data_prep.common.events import EventLedger
 from pipeline.cli import main
 from pipeline.commands import doctor_checks
 from pipeline.commands.doctor_checks import Finding
 from tests.launch import ROOT, Finished, run
+from tests.pipeline.serving.helpers import make_export
 from tests.pipeline.training.runs import STEPS, flags, train
 
 
@@ -95,7 +98,9 @@ def test_how_a_run_ended_is_printed(run_dir: Path, capsys: pytest.CaptureFixture
     assert "failed at step 6 of 6: rank 3 died; see " in said(doctor_checks.check_checkpoint(run_dir))
     assert main(["status", str(run_dir)]) == 0
     line = capsys.readouterr().out
-    assert line.startswith(f"{run_dir}  failed    step 6/6  loss ") and line.endswith("ago  rank 3 died\n")
+    assert line.startswith(f"{run_dir}  failed    step 6/6  loss ") and line.endswith(
+        "ago  1 file-unverified  rank 3 died\n"
+    )
     assert "step-00000006" in line and line.count("\n") == 1
 
 
@@ -108,6 +113,67 @@ def test_torn_and_missing_checkpoints(run_dir: Path) -> None:
     shutil.rmtree(run_dir / "checkpoints")
     assert "has no complete checkpoint" in said(doctor_checks.check_checkpoint(run_dir))
     assert "is not a run folder" in said(doctor_checks.check_checkpoint(run_dir / "nowhere"))
+
+
+@pytest.mark.slow
+def test_values_that_are_not_finite_are_a_problem(run_dir: Path) -> None:
+    """Intact hashes say nothing about a run that has diverged: the newest checkpoint is one that a start refuses."""
+    folder = run_dir / "checkpoints/step-00000006"
+    shard = folder / "rank-00000.safetensors"
+    tensors = load_file(shard)
+    key = next(name for name in sorted(tensors) if name.startswith("master|"))
+    tensors[key][0] = float("nan")
+    save_file(tensors, shard)
+    findings = list(doctor_checks.check_checkpoint(run_dir))
+    assert f"{shard} is damaged" in said(findings), "its hash is checked first"
+    unhashed = pytest.MonkeyPatch()
+    with unhashed.context() as patch:
+        patch.setattr("pipeline.checkpoints.checkpoint.Checkpoint.faults", lambda self: [])
+        findings = list(doctor_checks.check_checkpoint(run_dir))
+    assert f"{folder}: 1 tensors are not finite, such as {key} in rank-00000.safetensors" in said(findings)
+    assert "the next start resumes from" not in said(findings, "note")
+
+
+def test_an_exported_model_is_checked_whole(tmp_path: Path) -> None:
+    folder = make_export(tmp_path)
+    assert said(doctor_checks.check_model(folder)) == ""
+    assert "all values are finite" in said(doctor_checks.check_model(folder), "fine")
+    weights = next(folder.glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert weights.name in said(doctor_checks.check_model(folder))
+    assert "gone" in said(doctor_checks.check_model(tmp_path / "gone"))
+
+
+def test_damaged_run_folders_are_one_line_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Binary, torn, deep, endless and odd files: the other runs are still shown."""
+    good = b'{"state": "done", "step": 3, "steps": 9}'
+    runs: dict[str, tuple[bytes, bytes]] = {
+        "binary": (bytes(range(256)), b""),
+        "deep": (b"[" * 100_000, b""),
+        "good": (good, b'{"step": 3, "loss": 0.5}\n'),
+        "nan": (good, b'{"step": 3, "loss": NaN}\n'),
+        "odd": (b'{"state": ["x"], "step": "many", "steps": {"a": 1}, "error": "two\\nlines"}', b'{"loss": "low"}\n'),
+        "torn": (b'{"state": "do', b""),
+    }
+    for name, (status, metrics) in runs.items():
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "status.json").write_bytes(status)
+        (tmp_path / "runs" / name / "metrics.jsonl").write_bytes(metrics)
+    (tmp_path / "runs/nan/events.jsonl").symlink_to("/dev/zero")
+    ledger = EventLedger(tmp_path / "runs/good/events.jsonl")
+    ledger.record("step-skipped", 2)
+    ledger.record("restarted")
+    monkeypatch.chdir(tmp_path)
+    assert main(["status"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == [f"runs/{name}" for name in sorted(runs)]
+    assert [line.split()[0] for line in lines if "unreadable" in line] == ["runs/binary", "runs/deep", "runs/torn"]
+    assert "step 3/9  loss 0.5000" in lines[2] and lines[2].endswith("2 step-skipped, 1 restarted")
+    assert "loss nan" in lines[3] and "two lines" in lines[4]
 
 
 def test_damaged_packs(small_demo: Path, tmp_path: Path) -> None:

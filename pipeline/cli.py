@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from data_prep.common.command_line import OneLineParser, add_version, print_completion, run_command
 from pipeline.commands import parsers
-from pipeline.commands.bench import add_bench
+from pipeline.commands.bench import BENCH, add_bench
 from pipeline.commands.model import add_evaluate, add_export, add_generate
 
 _OVERVIEW = """\
@@ -39,7 +39,7 @@ examples:
   mma generate left.png right.png "Are they alike?" --model models/demo
   mma evaluate --model models/demo --packs data/demo/packs/eval
   mma evaluate --model models/mma --compare models/causal --packs data/demo/packs/eval
-  mma bench all --model models/mma --data benchmark_data
+  mma bench all --model models/mma --data bench_data
 """
 
 
@@ -123,7 +123,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "export": ("export a trained run as a model folder", add_export),
     "generate": ("ask a model a question about images", add_generate),
     "evaluate": ("measure accuracy on held-out packs", add_evaluate),
-    "bench": ("run the paper's benchmarks", add_bench),
+    "bench": ("run the paper's benchmarks on a model", add_bench),
     "completion": ("print a shell completion script", parsers.add_completion),
 }
 """Help line of each command, and the function that declares its arguments."""
@@ -134,6 +134,7 @@ _DESCRIPTIONS = {
     "estimate": parsers.ESTIMATE,
     "schedule": parsers.SCHEDULE,
     "slurm": parsers.SLURM,
+    "bench": BENCH,
     "completion": parsers.COMPLETION,
 }
 

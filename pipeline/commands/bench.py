@@ -7,35 +7,36 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from data_prep.common.command_line import positive_int
 from data_prep.common.errors import UserError
 from data_prep.common.workers import parse_share
+from pipeline.commands.arguments import existing_device
+from pipeline.commands.model import add_model
 
 if TYPE_CHECKING:
     from pipeline.evaluation.asking import Model
     from pipeline.evaluation.bench import Candidate, Settings
 
-_NAMES = (
-    *("mme-p", "mme-c", "mmbench", "seed-i", "llava-w", "mmmu", "mathvista", "pope", "mm-vet", "realworldqa"),
-    *("cv-bench-2d", "cv-bench-3d"),
-)
-_EPILOG = f"""\
-The paper's benchmarks: {", ".join(_NAMES)}.
-With your own questions.jsonl: vqa, gqa, boxes, captions. docs/evaluation.md tells where to get the files.
+BENCH = """\
+Run the paper's benchmarks on an exported model: official files, official prompts, official scoring rules.
+docs/evaluation.md tells where to get the files and which rules are followed.
 
-examples:
-  mma bench pope,mme-p --model models/demo --data benchmarks_data
-  mma bench all --model models/mma --compare models/causal --data benchmarks_data
-  mma bench mm-vet --model models/mma --data benchmarks_data --judge-url http://localhost:8000/v1 --judge-model NAME
-  sbatch --array=0-7 ... mma bench all --model M --data D --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
-"""
+  mme-p mme-c mmbench seed-i llava-w mmmu mathvista pope mm-vet realworldqa cv-bench-2d cv-bench-3d
+  vqa gqa boxes captions      your own questions.jsonl with the metrics of VQAv2, GQA, RefCOCO and COCO captions
+
+  mma bench pope,mme-p --model models/demo --data bench_data
+  mma bench all --model models/mma --compare models/causal --data bench_data
+  mma bench mm-vet --model models/mma --data bench_data --judge-url http://localhost:8000/v1 --judge-model NAME
+  mma bench all --model M --data D --shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT
+
+Answers are kept batch by batch: the same command continues an interrupted run. LLaVA-W, MM-Vet and MathVista need a
+judge; without one, `all` skips them."""
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from rich.console import Console
-
+    from pipeline.commands.console import PipeConsole
     from pipeline.evaluation.bench import run
     from pipeline.evaluation.registry import ALL, chosen
     from pipeline.evaluation.table import show
@@ -46,7 +47,7 @@ def _bench(arguments: argparse.Namespace) -> None:
     outcome = run(benchmarks, candidates, settings, _say, skip=arguments.names == ALL)
     if not outcome.lines:
         return
-    show(outcome.lines, arguments.model, arguments.compare, outcome.skipped, Console())
+    show(outcome.lines, arguments.model, arguments.compare, outcome.skipped, PipeConsole())
     print(f"scores and every answer: {' and '.join(str(one.out) for one in candidates)}")
 
 
@@ -79,42 +80,51 @@ def _candidates(arguments: argparse.Namespace) -> list[Candidate]:
     if len(set(outs)) < len(outs):
         raise UserError(f"--out: both models are named {folders[0].name}: leave --out away, or rename one")
     return [
-        Candidate(folder, out, partial(_load, folder, arguments.device))
+        Candidate(folder, out, partial(_load, folder, arguments.device, arguments.verify))
         for folder, out in zip(folders, outs, strict=True)
     ]
 
 
-def _load(folder: Path, device: str) -> Model:
-    import torch
-
+def _load(folder: Path, device: str, verify: Literal["quick", "full"]) -> Model:
     from pipeline.serving.model import load_model
 
-    if device == "auto":
-        rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
-        device = f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
-    elif device.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {device}: torch sees no GPU here; use --device cpu")
-    return load_model(folder, device=device)
+    device = existing_device(device)
+    if device == "cuda":
+        device = f"cuda:{_gpu_of_rank()}"
+    model = load_model(folder, device=device, verify=verify)
+    if model.coverage is not None and not model.coverage.complete:
+        _say(f"{folder}: {model.coverage}; --verify full checks every byte")
+    return model
+
+
+def _gpu_of_rank() -> int:
+    import torch
+
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+    return int(rank) % torch.cuda.device_count()
 
 
 def add_bench(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma bench``."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EPILOG
     parser.add_argument("names", metavar="NAME[,NAME]|all", help="benchmarks; all: the paper's that can be run")
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder made by mma export")
+    add_model(parser)
     parser.add_argument("--data", required=True, metavar="DIR", help="folder with one sub-folder per benchmark")
     parser.add_argument("--compare", metavar="DIR", help="second model folder: paired differences with 95 %% intervals")
-    parser.add_argument("--out", metavar="DIR", help="where answers and scores go; default: bench/ in the model folder")
+    parser.add_argument("--out", metavar="DIR", help="folder for answers and scores (default: MODEL/bench)")
     parser.add_argument(
-        "--shard", metavar="i/n", help="ask the i-th of n shares (0-based); default: torchrun or srun rank"
+        "--shard", metavar="i/n", help="answer share i of n, 0-based (default: the rank under torchrun or srun)"
     )
     parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N questions")
-    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions asked together")
-    parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", help="default: each benchmark's own limit")
-    parser.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible API, e.g. http://localhost:8000/v1")
-    parser.add_argument("--judge-model", metavar="NAME", help="model the judge's API runs")
+    parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions per batch (default: 16)")
     parser.add_argument(
-        "--judge-key-env", default="MMA_JUDGE_KEY", metavar="VARIABLE", help="environment variable that holds the key"
+        "--max-new-tokens", type=positive_int, metavar="N", help="limit of an answer (default: per benchmark)"
+    )
+    parser.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible API, e.g. http://localhost:8000/v1")
+    parser.add_argument("--judge-model", metavar="NAME", help="name of the judge in its API")
+    parser.add_argument(
+        "--judge-key-env",
+        default="MMA_JUDGE_KEY",
+        metavar="VARIABLE",
+        help="environment variable that holds the key (default: MMA_JUDGE_KEY)",
     )
     parser.set_defaults(command=_bench)

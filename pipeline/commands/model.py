@@ -108,7 +108,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma generate``."""
     parser.add_argument("images", metavar="IMAGE", nargs="*", help="image files, in reading order; none for text only")
     parser.add_argument("question", metavar="QUESTION", help="what to ask, in quotes")
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system turn (default: the template's)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="limit of the answer (default: 64)"
@@ -119,7 +119,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma evaluate``."""
-    _add_model(parser)
+    add_model(parser)
     parser.add_argument("--packs", required=True, metavar="DIR", help="held-out pack folder")
     parser.add_argument("--compare", metavar="DIR", help="second model folder, shown beside the first")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N questions")
@@ -128,7 +128,8 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_evaluate)
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--model`` and ``--verify``."""
     parser.add_argument("--model", required=True, metavar="DIR", help="model folder written by mma export")
     parser.add_argument(
         "--verify",

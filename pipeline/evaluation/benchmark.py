@@ -119,7 +119,16 @@ class Metric(ABC):
 
     @abstractmethod
     def summarize(self, graded: Sequence[Graded]) -> dict[str, float]:
-        """Return the scores; the first is the headline. ``graded`` may hold a question several times (bootstrap)."""
+        """Return the scores; the first is the headline. ``graded`` may hold a question several times."""
+
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Return the group of a graded answer and its terms; the bootstrap adds them up by group."""
+        return "", (one.grade.credit, 1.0)
+
+    def headline(self, totals: Mapping[str, Sequence[float]]) -> float:
+        """Return the headline of :meth:`summarize` from the sums of :meth:`terms` by group."""
+        credit, count = totals[""]
+        return 100 * credit / count if count else 0.0
 
     def check(self, questions: Sequence[Question]) -> None:  # noqa: B027  # most benchmarks have nothing to check
         """Raise UserError when the questions are not a complete benchmark, for example half of an MME pair."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from data_prep.common.files import write_atomic
 from pipeline.evaluation.answers import Answer, Conditions
@@ -108,15 +110,25 @@ def compare(one: Result, other: Result, *, resamples: int = RESAMPLES, seed: int
     """Return the paired bootstrap interval of ``one - other``.
 
     Clusters (an image pair of MME, a circular group) are drawn with replacement inside their stratum, the same for
-    both models, and the benchmark's own summary is computed on each draw. Percentile interval; the same seed gives the
-    same interval.
+    both models, and the headline is computed from each draw. Percentile interval; the same seed gives the same
+    interval.
     """
-    random = Random(seed)
+    random = np.random.default_rng(seed)
     strata = _strata(one.graded)
-    summarize = one.benchmark.metric.summarize
-    draws = sorted(_drawn(strata, one, other, summarize, random) for _ in range(resamples))
-    low, high = draws[int(0.025 * resamples)], draws[min(resamples - 1, int(0.975 * resamples))]
-    return Difference(one.headline - other.headline, low, high)
+    sums = [[_cluster_sums(result, clusters) for clusters in strata] for result in (one, other)]
+    draws = np.empty(resamples)
+    for number in range(resamples):
+        sizes = [len(clusters) for clusters in strata]
+        counts = [np.bincount(random.integers(0, size, size), minlength=size) for size in sizes]
+        first, second = (_drawn(result, own, counts) for result, own in zip((one, other), sums, strict=True))
+        draws[number] = first - second
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Difference(one.headline - other.headline, float(low), float(high))
+
+
+Floats: TypeAlias = npt.NDArray[np.float64]
+ClusterSums: TypeAlias = tuple[str, Floats]
+"""Group of a stratum, and the terms of its clusters, [clusters, terms]."""
 
 
 def _strata(graded: Sequence[Graded]) -> list[list[list[int]]]:
@@ -127,13 +139,16 @@ def _strata(graded: Sequence[Graded]) -> list[list[list[int]]]:
     return [list(clusters.values()) for clusters in strata.values()]
 
 
-def _drawn(
-    strata: Sequence[Sequence[Sequence[int]]],
-    one: Result,
-    other: Result,
-    summarize: Callable[[Sequence[Graded]], dict[str, float]],
-    random: Random,
-) -> float:
-    numbers = [n for clusters in strata for cluster in random.choices(clusters, k=len(clusters)) for n in cluster]
-    first, second = ([result.graded[n] for n in numbers] for result in (one, other))
-    return next(iter(summarize(first).values())) - next(iter(summarize(second).values()))
+def _cluster_sums(result: Result, clusters: Sequence[Sequence[int]]) -> ClusterSums:
+    terms = [[result.benchmark.metric.terms(result.graded[number]) for number in cluster] for cluster in clusters]
+    groups = {group for cluster in terms for group, _ in cluster}
+    assert len(groups) == 1, f"a stratum lies in one group, not {groups}"
+    return groups.pop(), np.array([np.sum([values for _, values in cluster], axis=0) for cluster in terms])
+
+
+def _drawn(result: Result, sums: Sequence[ClusterSums], counts: Sequence[npt.NDArray[np.int64]]) -> float:
+    """Return the headline when every cluster counts as often as it was drawn."""
+    totals: dict[str, Floats] = {}
+    for (group, table), drawn in zip(sums, counts, strict=True):
+        totals[group] = totals.get(group, 0.0) + drawn @ table
+    return result.benchmark.metric.headline({group: total.tolist() for group, total in totals.items()})

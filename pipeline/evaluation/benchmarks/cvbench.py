@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +49,14 @@ class CvBenchMetric(AnswerMetric):
         sources = by_fact(graded, "source")
         mean = sum(sources.values()) / max(1, len(sources))
         return {"accuracy": mean, "plain accuracy": percent(graded), **sources, **by_fact(graded, "category")}
+
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Return the source with credit and count."""
+        return one.question.facts["source"], (one.grade.credit, 1.0)
+
+    def headline(self, totals: Mapping[str, Sequence[float]]) -> float:
+        """Return the mean over the sources in percent."""
+        return sum(100 * credit / count for credit, count in totals.values()) / max(1, len(totals))
 
 
 def _benchmark(kind: str) -> Benchmark:

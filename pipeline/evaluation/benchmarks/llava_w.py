@@ -88,6 +88,10 @@ class LlavaWMetric(Metric):
         groups = {name: [one for one in graded if one.question.facts["category"] == name] for name in names}
         return {"all": _ratio(graded), **{name: _ratio(own) for name, own in groups.items()}}
 
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Return the model's and the reference's score."""
+        return "", (one.grade.extra["own"], one.grade.extra["reference"])
+
 
 def _ratio(graded: Sequence[Graded]) -> float:
     reference = sum(one.grade.extra["reference"] for one in graded)

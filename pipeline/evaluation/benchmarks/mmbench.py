@@ -91,6 +91,11 @@ class CircularMetric(Metric):
         circular = [Graded(one.question, one.answer, Grade("", one.grade.extra["circular"])) for one in main]
         return {"circular": percent(circular), "vanilla": percent(main), **by_fact(circular, "category")}
 
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Count the question itself; its rotations add nothing."""
+        main = float(not one.question.facts["rotation"])
+        return "", (main * one.grade.extra["circular"], main)
+
 
 MMBENCH = Benchmark(
     name="mmbench",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -100,6 +100,14 @@ class MmeMetric(Metric):
             for name, grades in categories.items()
         }
         return {"score": sum(scores.values()), **scores}
+
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Return the category with credit and pair together, and the count."""
+        return one.question.facts["category"], (one.grade.credit + one.grade.extra["pair"], 1.0)
+
+    def headline(self, totals: Mapping[str, Sequence[float]]) -> float:
+        """Return the sum of the categories' scores."""
+        return sum(100 * credit / count for credit, count in totals.values())
 
 
 def _pairs(questions: Sequence[Question]) -> dict[str, list[int]]:

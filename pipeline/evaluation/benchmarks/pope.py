@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_prep.common.errors import UserError
@@ -76,10 +76,24 @@ class PopeMetric(AnswerMetric):
         }
         return {**means, **by_split}
 
+    def terms(self, one: Graded) -> tuple[str, tuple[float, ...]]:
+        """Return the split with hits, misses and false alarms."""
+        pair = one.grade.extracted, one.question.facts["answer"]
+        outcomes = (("yes", "yes"), ("no", "yes"), ("yes", "no"))
+        return one.question.facts["split"], tuple(float(pair == outcome) for outcome in outcomes)
+
+    def headline(self, totals: Mapping[str, Sequence[float]]) -> float:
+        """Return the mean F1 of the splits in percent."""
+        return sum(100 * _f1_of(*sums) for sums in totals.values()) / max(1, len(totals))
+
 
 def _f1(graded: Sequence[Graded]) -> float:
     pairs = [(one.grade.extracted, one.question.facts["answer"]) for one in graded]
     hits, misses, false = (pairs.count(pair) for pair in (("yes", "yes"), ("no", "yes"), ("yes", "no")))
+    return _f1_of(hits, misses, false)
+
+
+def _f1_of(hits: float, misses: float, false: float) -> float:
     return 2 * hits / (2 * hits + misses + false) if hits else 0.0
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 
 from data_prep.common.errors import UserError
@@ -15,8 +17,9 @@ from pipeline.cli import main
 from pipeline.evaluation.answers import AnswerStore, Conditions
 from pipeline.evaluation.asking import Asking, rank_shard
 from pipeline.evaluation.bench import Candidate, Settings, run
+from pipeline.evaluation.judge import JudgeSettings
 from pipeline.evaluation.registry import BENCHMARKS, PAPER, chosen
-from pipeline.evaluation.result import Result, compare
+from pipeline.evaluation.result import Result, _cluster_sums, _drawn, _strata, compare
 from pipeline.evaluation.survey import Survey
 from pipeline.evaluation.table import paper_score
 from pipeline.serving.model import load_model
@@ -200,6 +203,28 @@ def test_compare_pairs_questions_and_repeats_its_interval(
     assert compare(line.result, line.result).high == compare(line.result, line.result).low == 0
     assert main(["bench", "pope", "--model", str(exports[0]), "--compare", str(exports[0]), "--data", "x"]) == 2
     assert "is the model itself" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [one.name for one in PAPER])
+def test_the_bootstrap_sums_give_the_headline_of_the_summary(
+    name: str, exports: tuple[Path, Path], official: Path, tmp_path: Path, judge: JudgeServer
+) -> None:
+    """On any draw with repetitions, against the benchmark's own summary of the repeated answers."""
+    settings = {"judge": JudgeSettings(judge.url, "stand-in")}
+    random = Random(name)
+    model = Scripted(lambda _: random.choice(["Yes", "No", "A", "B", "C"]))
+    got = measure(exports[0], tmp_path, official, name, model, **settings)[name]
+    metric, strata = got.benchmark.metric, _strata(got.graded)
+    for _ in range(5):
+        counts = [np.array([random.randint(0, 2) for _ in range(len(own) - 1)] + [1]) for own in strata]
+        repeated = [
+            got.graded[number]
+            for clusters, drawn in zip(strata, counts, strict=True)
+            for cluster, times in zip(clusters, drawn, strict=True)
+            for number in cluster * int(times)
+        ]
+        fast = _drawn(got, [_cluster_sums(got, clusters) for clusters in strata], counts)
+        assert fast == pytest.approx(next(iter(metric.summarize(repeated).values())))
 
 
 def test_compare_prints_both_models_beside_the_paper(

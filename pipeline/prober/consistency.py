@@ -149,12 +149,20 @@ def _generate(subject: Subject, alone: ProbeBatch, report: Report) -> Iterator[F
         return
     prompt = alone.cut(0, 0, answers[0][0])
     given = {k: v for k, v in prompt.inputs.items() if k not in ("labels", "position_ids", "generated", "segment")}
-    options = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": True}
+    options: dict[str, Any] = {
+        "min_new_tokens": NEW_TOKENS,
+        "max_new_tokens": NEW_TOKENS,
+        "do_sample": False,
+        "use_cache": True,
+    }
+    # Placeholders and ends of turns would not be read as answer text in the full forward.
+    banned = {subject.pad_id, subject.image_id, *(int(alone.ids[0, end - 1]) for _, end in answers)}
+    options["suppress_tokens"] = sorted(token for token in banned if token is not None)
     done = model.generate(**given, **options, output_logits=True, return_dict_in_generate=True)
     full = subject.run(_continued(prompt, done.sequences[:, prompt.ids.shape[1] :]))
     report.count("generate", NEW_TOKENS)
-    expected = full.logits[:, -NEW_TOKENS - 1 : -1]
-    if (hit := moved(expected, torch.stack(done.logits, 1).to(expected), EQUAL)).any():
+    expected = full.logits[:, -NEW_TOKENS - 1 : -1].float()  # as generate() returns them
+    if (hit := moved(expected, torch.stack(done.logits, 1), EQUAL)).any():
         text = f"{prompt.place}: generated token {int(hit[0].nonzero()[0])} has other logits in generate()"
         yield Finding("generate", f"{text} than in the full forward")
 

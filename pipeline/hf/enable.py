@@ -1,0 +1,119 @@
+"""``enable_mma``: a stock Hugging Face vision-language model attends under a policy of this project."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from data_prep.common.errors import UserError, did_you_mean
+from pipeline.hf.mask import BACKENDS, CURRENT, Call, register
+from pipeline.hf.rows import AssistantSpans, BatchReader, Media
+from pipeline.masks import Policy, get_policy
+
+_ENABLED: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
+
+
+@dataclass
+class _Enabled:
+    """What an enabled model needs at each call, and how to undo it."""
+
+    policy: Policy
+    reader: BatchReader
+    backend: str
+    previous: str
+    """The language model's attention implementation before."""
+    handles: list[RemovableHandle] = field(default_factory=list)
+    open_prompts: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
+    """Caches, and whether their last call ended within a prompt."""
+
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Read the batch before the model's forward, and take away what only MMA reads."""
+        call = {**inspect.signature(type(model).forward).bind_partial(model, *args).arguments, **kwargs}
+        ids, cache = call.get("input_ids"), call.get("past_key_values")
+        if ids is None or ids.shape[1] > 1:
+            rows = self.reader.read(call, training=model.training and torch.is_grad_enabled())
+            self._check_whole_run(cache)
+            device = ids.device if ids is not None else torch.device("cpu")
+            CURRENT.set(Call(self.policy, rows, self.backend, device))
+        return args, {key: value for key, value in kwargs.items() if key not in self.reader.own}
+
+    def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forget the batch, also after an error; note whether its cache ends within a prompt."""
+        call, cache = CURRENT.get(), getattr(output, "past_key_values", None)
+        CURRENT.set(None)
+        if cache is not None:
+            self.open_prompts[cache] = call is not None and any(not row.generated[-1] for row in call.rows)
+
+    def _check_whole_run(self, cache: Any) -> None:
+        if cache is not None and cache.get_seq_length() and self.open_prompts.get(cache):
+            raise UserError(
+                "a prompt was split over two forward passes, so its images would miss the text of the second: prefill "
+                "it whole (no prefill_chunk_size), and decode at least one token before the next turn"
+            )
+
+
+def enable_mma(
+    model: PreTrainedModel,
+    policy: str = "mma",
+    *,
+    assistant_spans: AssistantSpans | None = None,
+    backend: str = "sdpa",
+    allow_leak: bool = False,
+) -> PreTrainedModel:
+    """Make a stock vision-language model attend under a mask policy, in training and in ``generate``.
+
+    The language model's attention implementation is replaced by a registered one; no code and no weight changes. A
+    batch says which tokens are answers by ``labels``, by ``generated`` (bool[B, T], an extra argument of the call), or
+    by the assistant spans of the chat template. Packed samples are told apart by ``segment`` (extra), by restarts of
+    ``position_ids``, or by an ``attention_mask`` that numbers them.
+
+    Args:
+        model: with an image token in its config, and called itself (not a part of it).
+        policy: a key of ``pipeline.masks.POLICIES`` that needs no grid.
+        assistant_spans: how the chat template marks answers; needed where labels do not (chat history in prompts).
+        backend: ``sdpa``, with a mask of B x T x T bits, or ``runsplit``, with gathered keys (flash on CUDA).
+        allow_leak: accept the ablations whose images see the answers.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: the policy or backend is unknown or cannot be used, or the config names no image token.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"unknown backend '{backend}'{did_you_mean(backend, BACKENDS)}; known: {', '.join(BACKENDS)}")
+    found = get_policy(policy, allow_leak=allow_leak)
+    reader = BatchReader(Media.of(model.config), assistant_spans)
+    disable_mma(model)
+    state = _Enabled(found, reader, backend, model.config.get_text_config()._attn_implementation)
+    _set_attention(model, register())
+    state.handles = [
+        model.register_forward_pre_hook(state.before, with_kwargs=True),
+        model.register_forward_hook(state.after, always_call=True),
+    ]
+    _ENABLED[model] = state
+    return model
+
+
+def disable_mma(model: PreTrainedModel) -> PreTrainedModel:
+    """Restore the model as it was before :func:`enable_mma`; without effect on other models. Returns the model."""
+    state = _ENABLED.pop(model, None)
+    if state is not None:
+        for handle in state.handles:
+            handle.remove()
+        _set_attention(model, state.previous)
+    return model
+
+
+def _set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention implementation of the language model only."""
+    text = model.config.get_text_config()
+    key = next((key for key in model.config.sub_configs if getattr(model.config, key, None) is text), None)
+    model.set_attn_implementation(name if key is None else {key: name})

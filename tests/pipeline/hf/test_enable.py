@@ -1,0 +1,232 @@
+"""MMA on stock vision-language classes: against dense masks, packed against alone, generation against training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data_prep.common.errors import UserError
+from pipeline.hf import AssistantSpans, disable_mma, enable_mma
+from pipeline.hf.mask import BACKENDS
+from pipeline.masks import POLICIES
+from pipeline.prober import assert_no_leak, probe
+from tests.pipeline.hf.models import CLASSES, IMAGE_ID, Rows, tiny
+
+LAYOUTS = ("Q2 V4 Q3 A3 Q2 V4 Q1 A2", "V4 Q2 A3 | Q1 V4 Q2 A2 P3")
+TIGHT = {"rtol": 1e-5, "atol": 1e-5}
+NEW = 5
+HEADER, END = 33, 34
+
+
+@pytest.fixture(scope="module", params=CLASSES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(name: str) -> Any:
+    return tiny(name)
+
+
+@pytest.fixture(autouse=True)
+def off_again(model: Any) -> Any:
+    yield
+    disable_mma(model.eval())
+    model.gradient_checkpointing_disable()
+
+
+def gradients(model: Any, rows: Rows, **inputs: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits of the rows, and the gradients of their loss by every trained parameter."""
+    model.zero_grad()
+    logits = model(**inputs).logits
+    F.cross_entropy(logits[:, :-1].flatten(0, 1), rows.labels[:, 1:].flatten()).backward()
+    return logits.detach(), {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
+
+
+def test_logits_and_gradients_equal_a_dense_mask(model: Any, name: str) -> None:
+    rows = Rows.of(name, *LAYOUTS)
+    real, inputs = rows.segment > 0, rows.inputs(model)
+    logits, exact = gradients(model, rows, **inputs, attention_mask=rows.dense("mma"))
+    causal = model(**inputs, attention_mask=rows.dense("causal")).logits
+    assert (causal - logits)[real].abs().max() > 1e-2
+    for backend in BACKENDS:
+        enable_mma(model, backend=backend)
+        found, own = gradients(model, rows, **inputs, labels=rows.labels)
+        torch.testing.assert_close(found[real], logits[real], **TIGHT)
+        assert own.keys() == exact.keys()
+        for key, gradient in own.items():
+            torch.testing.assert_close(gradient, exact[key], **TIGHT, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def test_packed_samples_equal_samples_alone(model: Any, name: str) -> None:
+    layouts = ("Q1 V4 Q2 A3", "V4 Q1 V4 Q2 A2 Q1 A2")
+    packed = Rows.of(name, " | ".join(layouts))
+    enable_mma(model)
+    inputs = packed.inputs(model)
+    logits = model(**inputs, labels=packed.labels).logits[0]
+    start, first = 0, 0
+    for layout in layouts:
+        alone = Rows.of(name, layout)
+        end, images = start + alone.ids.shape[1], int(alone.sidecars[0].instance.max()) + 1
+        own = {
+            "input_ids": inputs["input_ids"][:, start:end],
+            "position_ids": inputs["position_ids"][..., start:end],
+            "labels": packed.labels[:, start:end],
+            **_images(inputs, first, first + images),
+        }
+        torch.testing.assert_close(model(**own).logits[0], logits[start:end], **TIGHT)
+        start, first = end, first + images
+
+
+def _images(inputs: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+    pixels = inputs["pixel_values"]
+    if "image_grid_thw" in inputs:
+        return {"pixel_values": pixels[first * 16 : last * 16], "image_grid_thw": inputs["image_grid_thw"][first:last]}
+    return {"pixel_values": pixels[:, first:last] if pixels.dim() == 5 else pixels[first:last]}
+
+
+def test_generation_of_a_left_padded_batch_equals_teacher_forcing(model: Any, name: str) -> None:
+    rows = Rows.of(name, "Q2 V4 Q3 A5", "V4 Q2 A8")
+    enable_mma(model)
+    prompts = rows.left_padded([9, 6])
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
+    done = model.generate(**prompts, **options, output_logits=True, return_dict_in_generate=True)
+    new = done.sequences[:, -NEW:]
+    for row, layout in enumerate((f"Q2 V4 Q3 A{NEW}", f"V4 Q2 A{NEW}")):
+        alone = Rows.of(name, layout)
+        length = alone.ids.shape[1] - NEW
+        ids = torch.cat([rows.ids[row, :length], new[row]])[None]
+        inputs = {**alone.inputs(model), "input_ids": ids, **_images(rows.inputs(model), row, row + 1)}
+        if inputs["pixel_values"].dim() == 5:
+            inputs["pixel_values"] = rows.inputs(model)["pixel_values"][row : row + 1]
+        forced = model(**inputs, labels=torch.where(alone.generated, ids, -100)).logits[0, length - 1 : -1]
+        torch.testing.assert_close(torch.stack(done.logits, 1)[row].to(forced), forced, **TIGHT)
+
+
+def test_disabled_models_equal_stock_models_to_the_bit(model: Any, name: str) -> None:
+    rows = Rows.of(name, *LAYOUTS)
+    inputs = rows.inputs(model)
+    before = model(**inputs).logits
+    config = model.config.to_dict()
+    enable_mma(enable_mma(model))
+    assert not model(**inputs, labels=rows.labels).logits.equal(before)
+    disable_mma(disable_mma(model))
+    assert model(**inputs).logits.equal(before)
+    assert model.config.to_dict() == config
+
+
+def test_gradient_checkpointing_recomputes_under_the_same_mask(model: Any, name: str) -> None:
+    rows = Rows.of(name, *LAYOUTS)
+    enable_mma(model)
+    model.train()
+    inputs = {**rows.inputs(model), "labels": rows.labels}
+    logits, plain = gradients(model, rows, **inputs)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, recomputed = gradients(model, rows, **inputs)
+    assert again.equal(logits)
+    for key, gradient in recomputed.items():
+        torch.testing.assert_close(gradient, plain[key], **TIGHT)
+
+
+def test_the_prober_finds_nothing(model: Any, name: str) -> None:
+    rows = Rows.of(name, "Q2 V4 Q3 A3 Q2 A2 | V4 Q2 A3")
+    enable_mma(model, assistant_spans=AssistantSpans(start=(HEADER,), end=(END,)))
+    ids = rows.with_spans(HEADER, END)
+    batch = {**rows.inputs(model), "input_ids": ids, "labels": torch.where(rows.generated, ids, -100)}
+    if name.startswith("qwen"):
+        batch["mm_token_type_ids"] = (rows.ids == IMAGE_ID).long()
+    assert_no_leak(model, batch)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if not policy.needs_grid])
+def test_every_policy_without_a_grid(model: Any, name: str, policy: str) -> None:
+    rows = Rows.of(name, "Q2 V4 V4 Q3 A3 Q2 V4 Q1 A2", "V4 Q2 A3 | Q1 V4 Q2 A2 P7")
+    real, inputs = rows.segment > 0, rows.inputs(model)
+    leaks = POLICIES[policy].leaks
+    oracle = torch.stack([_dense(policy, row) for row in rows.sidecars])[:, None]
+    exact = model(**inputs, attention_mask=oracle).logits
+    for backend in BACKENDS:
+        enable_mma(model, policy, backend=backend, allow_leak=leaks)
+        torch.testing.assert_close(model(**inputs, labels=rows.labels).logits[real], exact[real], **TIGHT)
+    found = {finding.check for finding in probe(model, [{**inputs, "labels": rows.labels}]).findings}
+    assert ("answer leak" in found) == leaks
+
+
+def _dense(policy: str, row: Any) -> torch.Tensor:
+    from pipeline.masks import dense_mask, get_policy
+
+    return dense_mask(get_policy(policy, allow_leak=True), row)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_ways_to_say_what_belongs_together_and_what_is_an_answer(model: Any, name: str) -> None:
+    rows = Rows.of(name, "V4 Q2 A3 | Q1 V4 Q2 A2 P3")
+    real, inputs = rows.segment > 0, rows.inputs(model)
+    enable_mma(model)
+    exact = model(**inputs, labels=rows.labels).logits[real]
+    explicit = model(**inputs, generated=rows.generated, segment=rows.segment).logits[real]
+    numbered = model(**inputs, generated=rows.generated, attention_mask=rows.segment).logits[real]
+    assert explicit.equal(exact)
+    assert numbered.equal(exact)
+    ids = rows.with_spans(HEADER, END)
+    labels = torch.where(rows.generated, ids, -100)
+    spans = AssistantSpans(start=(HEADER,), end=(END,))
+    by_labels = model(**{**inputs, "input_ids": ids}, labels=labels).logits[real]
+    enable_mma(model, assistant_spans=spans)
+    assert model(**{**inputs, "input_ids": ids}).logits[real].equal(by_labels)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_a_chat_continues_on_its_cache(model: Any, name: str) -> None:
+    """The second turn's prompt goes into the cache in one pass; its logits are those of the whole conversation."""
+    rows = Rows.of(name, "V4 Q2 A3 Q1 V4 Q2 A1")
+    enable_mma(model)
+    inputs = {**rows.inputs(model), "labels": rows.labels}
+    exact = model(**inputs).logits
+    cut, pixels = [6, 7, 8, 9, 16, 17], inputs["pixel_values"]
+    cache, found = None, []
+    for start, end in zip([0, *cut], cut, strict=False):
+        image = pixels[:1] if start == 0 else pixels[1:] if end == 16 else None
+        out = model(
+            input_ids=rows.ids[:, start:end], pixel_values=image, past_key_values=cache, use_cache=True,
+            position_ids=inputs["position_ids"][:, start:end],
+        )  # fmt: skip
+        cache = out.past_key_values
+        found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, 1), exact, **TIGHT)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_mistakes_are_named(model: Any, name: str) -> None:
+    rows = Rows.of(name, "V4 Q2 A3")
+    inputs = rows.inputs(model)
+    for policy, options, message in (
+        ("mmma", {}, "unknown mask policy 'mmma'"),
+        ("image_to_answer", {}, "set allow_leak"),
+        ("cca", {}, "patch grid"),
+        ("mma", {"backend": "flash"}, "unknown backend 'flash'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            enable_mma(model, policy, **options)
+    enable_mma(model, assistant_spans=AssistantSpans(start=(39,), end=(2,)))
+    with pytest.raises(UserError, match=r"labels train token 6 of row 0, which counts as given"):
+        model(**inputs, labels=rows.labels)
+    enable_mma(model)
+    with pytest.raises(UserError, match="call the enabled model itself"):
+        model.model(**inputs)
+    with pytest.raises(UserError, match="not inputs_embeds"):
+        model(inputs_embeds=torch.zeros(1, 9, 32, dtype=torch.float64))
+    with pytest.raises(UserError, match="without a static cache"):
+        model.generate(
+            input_ids=rows.ids[:, 4:6], cache_implementation="static", max_new_tokens=2, disable_compile=True
+        )
+    first = model(input_ids=rows.ids[:, :5], pixel_values=inputs["pixel_values"], use_cache=True)
+    with pytest.raises(UserError, match="a prompt was split over two forward passes"):
+        model(input_ids=rows.ids[:, 5:9], past_key_values=first.past_key_values)
+    model.train()
+    with pytest.raises(UserError, match="pass labels"):
+        model(**inputs)

@@ -135,6 +135,16 @@ def test_the_reference_is_what_the_code_says(tmp_path: Path) -> None:
     assert made == (ROOT / "docs/reference.md").read_text(encoding="utf-8"), "run: python docs/make_reference.py"
 
 
+def test_tests_named_in_the_docs_exist() -> None:
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    written = {
+        name
+        for path in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(encoding="utf-8"), re.M)
+    }
+    assert not named - written
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 

@@ -22,7 +22,7 @@ from data_prep.common.command_line import (
 )
 from data_prep.common.errors import UserError
 from data_prep.common.events import parse_strict
-from data_prep.init.flags import add_commands
+from data_prep.init.flags import add_commands, write_recipe
 from data_prep.show.command import add_inspect_arguments, inspect_packs
 
 if TYPE_CHECKING:
@@ -179,7 +179,14 @@ def build_parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
     completion.set_defaults(command=lambda options: print_completion(build_parser(), options.shell))
     add_commands(commands, debug)
+    commands.choices["init"].set_defaults(command=_init)
     return parser
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    recipe = write_recipe(arguments)
+    if arguments.run:
+        sys.exit(main(["run", str(recipe)]))
 
 
 def _load(arguments: argparse.Namespace) -> Recipe:

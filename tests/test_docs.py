@@ -18,6 +18,7 @@ from data_prep.recipe import shipped_recipes
 from pipeline.config.flags import build_parser
 from pipeline.config.recipes import RECIPES
 from pipeline.parallel.ds_config import read_ds_config
+from tests.data_prep.init.own_data import LAYOUTS
 from tests.launch import ROOT, environment
 from tests.pipeline.training.runs import train
 
@@ -29,8 +30,8 @@ NOT_RUN = {
     r"^(\w+=\S+ )*sbatch ": "queues jobs; tests/slurm does so on a real Slurm",
     r"--hostfile": "needs several nodes; tests/slurm/test_ranks.py has two",
     r"^deepspeed .*zero3\.json( --recipe demo_sft)?$": "trains the whole demo; tests/pipeline/training are shorter",
-    r"^mma train .*--run-dir runs/mine$": "trains for minutes; tests/data_prep/init does it for two steps",
-    r"my_data|\bmine\b": "the reader's own files; tests/data_prep/init has such a folder",
+    r"^mma train .*--run-dir runs/mine$": "trains for minutes; docs/your-data.md has shorter ones",
+    r"my_data": "the reader's own files; docs/your-data.md has such folders",
 }
 """Commands that are only checked, and why."""
 
@@ -70,6 +71,9 @@ def place(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).symlink_to(ROOT / name)
     shutil.copytree(small_demo, place / "data/demo", symlinks=True)
     train(small_demo, place / "runs/demo_sft", ranks=1).check()
+    for layout, folder in (("llava", "llava"), ("sharegpt", "sharegpt"), ("save-to-disk", ""), ("parquet-bytes", "")):
+        LAYOUTS[layout][0](place / "mine" / folder)
+    LAYOUTS["image-folder"][0](place / "mine")
     Image.new("RGB", (48, 48), "red").save(place / "scene.png")
     Image.new("RGB", (64, 48), "blue").save(place / "photo.jpg")
     shell("mma export runs/demo_sft models/demo", place)

@@ -30,6 +30,10 @@ _PATTERNS = ("data", "tars")
 """Options that are glob patterns."""
 
 
+IMAGE_TOKENS = 144
+"""Tokens per image by default, as the recipe ``own_sft`` has them."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What the command line asks for."""
@@ -43,7 +47,7 @@ class Request:
     """Existing tokenizer; default: train one."""
     held_out: float | None = None
     """Share of the images to hold out."""
-    image_tokens: int = 144
+    image_tokens: int = IMAGE_TOKENS
     force: bool = False
     """Overwrite the recipe."""
     wishes: Wishes = field(default_factory=Wishes)
@@ -70,8 +74,18 @@ def init(request: Request, say: Callable[[str], None]) -> Path:
     seen = [_introduce(one, corpora[name], root, say) for name, one in zip(names, found, strict=True)]
     draft = _draft(request, recipe, root, dict(zip(names, found, strict=True)), corpora, seen, say)
     _write(recipe, draft)
-    say(f"wrote {recipe}; next:\n  mma-prep run {shlex.quote(str(recipe))}\n  mma-prep verify {shlex.quote(draft.out)}")
+    say("\n".join([f"wrote {recipe}; next:", *(f"  {shlex.join(words)}" for words in next_commands(recipe, draft))]))
     return recipe
+
+
+def next_commands(recipe: Path, draft: Draft) -> list[list[str]]:
+    """Return what to type after a recipe was written: pack, train a small model, ask it."""
+    run_dir = f"runs/{recipe.stem}"
+    train = ["mma", "train", "--recipe", "own_sft", "--data.packs", f"{draft.out}/packs/{draft.pack}"]
+    train += ["--run-dir", run_dir]
+    if draft.image_tokens != IMAGE_TOKENS:
+        train += ["--model.connector.latents", str(draft.image_tokens)]
+    return [["mma-prep", "run", str(recipe)], train, ["mma", "generate", "IMAGE", "QUESTION", "--model", run_dir]]
 
 
 def _unique(names: Sequence[str]) -> list[str]:

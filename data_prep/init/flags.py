@@ -28,6 +28,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
     init.add_argument("paths", type=Path, nargs="+", metavar="FILE_OR_FOLDER", help="your data")
     init.add_argument("--recipe", type=Path, metavar="FILE", help="recipe to write (default: named after the data)")
     init.add_argument("--out", metavar="DIR", help="output folder of the recipe (default: prepared/NAME)")
+    init.add_argument("--run", action="store_true", help="run the recipe at once: all steps, to packs")
     init.add_argument("--force", action="store_true", help="overwrite the recipe")
     init.add_argument("--tokenizer", type=Path, metavar="PATH", help="use this tokenizer (default: train one)")
     init.add_argument("--held-out", type=_share, metavar="SHARE", help="hold out a share of the images, e.g. 5%%")
@@ -38,7 +39,7 @@ def add_commands(commands: Any, debug: argparse.ArgumentParser) -> None:
         init.add_argument(f"--{name}-column", metavar="NAME", help=f"column of the {name}")
     help_of_roles = "what a role in the data means: user, assistant or system; repeatable"
     init.add_argument("--role", type=_role, action="append", default=[], metavar="NAME=ROLE", help=help_of_roles)
-    init.set_defaults(command=_init)
+    init.set_defaults(command=write_recipe)
     text = "list the corpus types, or the options of one"
     types = commands.add_parser("types", parents=[debug], help=text, description=text)
     types.add_argument("type", nargs="?", metavar="TYPE", help="a corpus type")
@@ -63,7 +64,8 @@ def _role(text: str) -> tuple[str, str]:
     return name, role
 
 
-def _init(arguments: argparse.Namespace) -> None:
+def write_recipe(arguments: argparse.Namespace) -> Path:
+    """Run ``mma-prep init``; return the recipe it wrote. Raises UserError."""
     from data_prep.init.command import Request, init
     from data_prep.init.look import Wishes
     from data_prep.init.sniff import Columns
@@ -89,7 +91,7 @@ def _init(arguments: argparse.Namespace) -> None:
         wishes=Wishes(columns, arguments.images, dict(arguments.role)),
         words=sys.argv[1:] if sys.argv[1:2] == ["init"] else ["init", *map(str, arguments.paths)],
     )
-    init(request, lambda line: print(line, flush=True))
+    return init(request, lambda line: print(line, flush=True))
 
 
 def _types(arguments: argparse.Namespace) -> None:

@@ -83,9 +83,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _load(folder: str, arguments: argparse.Namespace) -> MultimodalModel:
+    from pipeline.serving.export import model_folder
     from pipeline.serving.model import load_model
 
-    model = load_model(folder, device=existing_device(arguments.device), verify=arguments.verify)
+    model = load_model(model_folder(folder), device=existing_device(arguments.device), verify=arguments.verify)
     if model.coverage is not None and not model.coverage.complete:
         print(f"{folder}: {model.coverage}; --verify full checks every byte", file=sys.stderr)
     return model
@@ -130,7 +131,12 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Declare ``--model`` and ``--verify``."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="model folder written by mma export")
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="model folder written by mma export, or a run folder (its newest checkpoint)",
+    )
     parser.add_argument(
         "--verify",
         choices=("quick", "full"),

@@ -56,6 +56,28 @@ def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path
     return export(checkpoint, out, dtype=dtype, step=checkpoint.manifest.step)
 
 
+def model_folder(folder: Path | str) -> Path:
+    """Return the model folder that ``folder`` names: itself, or the export of a run's newest checkpoint.
+
+    The latter is ``RUN/export``; it is written first if it is missing or of an earlier step. Raises UserError as
+    :func:`export_run` does.
+    """
+    from pipeline.parallel.launch import configure_libraries
+
+    run = Path(folder)
+    if (run / CONFIG).is_file() or not (run / "checkpoints").is_dir():
+        return run
+    configure_libraries()  # reading checkpoints loads DeepSpeed
+    from pipeline.checkpoints.checkpoint import open_checkpoint
+
+    made = run / "export"
+    if made.exists():
+        if ExportConfig.load(made).step == open_checkpoint(run).manifest.step:
+            return made
+        shutil.rmtree(made)
+    return export_run(run, made)
+
+
 def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int = 0) -> Path:
     """Write a checkpoint's model to the folder ``out``.
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from data_prep.common.command_line import output_problem
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, short_repr
 
 
 def existing_device(name: str) -> str:
@@ -21,7 +21,7 @@ def existing_device(name: str) -> str:
         return "cuda" if gpus else "cpu"
     match = re.fullmatch(r"cpu|cuda(?::(\d{1,4}))?", name, re.ASCII)
     if match is None:
-        raise UserError(f"--device {name!r} is not a device: use cpu, cuda or cuda:N")
+        raise UserError(f"--device {short_repr(name)} is not a device: use cpu, cuda or cuda:N")
     if name != "cpu" and int(match[1] or 0) >= gpus:
         raise UserError(f"--device {name} does not exist, torch sees {gpus} GPUs here: use --device auto")
     return name

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import positive_int
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, short_repr
 from pipeline.commands.arguments import check_output_file, existing_device
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def _check_question(arguments: argparse.Namespace) -> None:
             raise UserError(f"{name} is not valid UTF-8: write it in the terminal's encoding")
     for name in arguments.images:
         if not _is_file(name):
-            raise UserError(f"image {name} is not a file: give image files before the question")
+            raise UserError(f"image {short_repr(name)} is not a file: give image files before the question")
 
 
 def _is_file(name: str) -> bool:

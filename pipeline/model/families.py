@@ -14,9 +14,9 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from data_prep.common.errors import did_you_mean, one_line
+from data_prep.common.errors import did_you_mean, one_line, short_repr
 from pipeline.config.schema import ConfigError, LlmConfig, VisionConfig
-from pipeline.model.limits import check_config_values, read_bounded, shown
+from pipeline.model.limits import check_config_values, read_bounded
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     family = _family("model.llm", raw, LLM_FAMILIES)
     rows = raw.get("vocab_size", 0)
     if not isinstance(rows, int):
-        raise ConfigError(f"model.llm: vocab_size={shown(rows)} is not a whole number: fix vocab_size")
+        raise ConfigError(f"model.llm: vocab_size={short_repr(rows)} is not a whole number: fix vocab_size")
     raw["vocab_size"] = max(rows, vocab_size)
     # Special tokens belong to the tokenizer. If set here, the padding row would never be trained, and Phi-3's padding
     # is also its end-of-text token.
@@ -181,7 +181,7 @@ def _family(key: str, raw: Mapping[str, Any], known: tuple[str, ...]) -> str:
         raise ConfigError(f"{key}: no model_type: set {key}.source to a local folder, or {key}.config.model_type")
     if family not in known:
         guess = did_you_mean(str(family), known)
-        raise ConfigError(f"{key}: model_type '{shown(family)}' is not supported{guess}; known: {', '.join(known)}")
+        raise ConfigError(f"{key}: model_type {short_repr(family)} is not supported{guess}; known: {', '.join(known)}")
     return str(family)
 
 
@@ -191,7 +191,9 @@ def _make(key: str, family: str, raw: Mapping[str, Any], written: Mapping[str, A
     refuse_forbidden(f"{key}.config", written or {}, FORBIDDEN)
     for name in written or {}:
         if name not in known:
-            raise ConfigError(f"{key}.config: unknown key '{shown(name)}' for {family}{did_you_mean(str(name), known)}")
+            raise ConfigError(
+                f"{key}.config: unknown key {short_repr(name)} for {family}{did_you_mean(str(name), known)}"
+            )
     kept = {name: value for name, value in raw.items() if name in known and name != "model_type"}
     check_config_values(key, kept)
     try:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.errors import short_repr
 from pipeline.config.schema import ConfigError, ConnectorConfig
 
 LIMITS: Mapping[str, int] = {
@@ -56,17 +57,17 @@ def check_config_values(where: str, raw: Mapping[str, Any]) -> None:
     for name, limit in LIMITS.items():
         value = raw.get(name)
         if isinstance(value, (int, float)) and not 1 <= value <= limit:
-            raise ConfigError(f"{where}: {name}={shown(value)} is outside 1..{limit}: fix {name}")
+            raise ConfigError(f"{where}: {name}={short_repr(value)} is outside 1..{limit}: fix {name}")
     for name, value in raw.items():
         for problem in _problems(value, MAX_DEPTH):
-            raise ConfigError(f"{where}: {shown(name)} {problem}: fix {shown(name)}")
+            raise ConfigError(f"{where}: {short_repr(name)} {problem}: fix {short_repr(name)}")
 
 
 def check_connector_sizes(connector: ConnectorConfig) -> None:
     """Check the sizes of a connector. Raises ConfigError naming the key, its value and the limit."""
     for name, limit in CONNECTOR_LIMITS.items():
         if (value := getattr(connector, name)) > limit:
-            raise ConfigError(f"model.connector.{name}={shown(value)} is above the limit of {limit}: lower it")
+            raise ConfigError(f"model.connector.{name}={short_repr(value)} is above the limit of {limit}: lower it")
 
 
 def read_bounded(path: Path) -> str:
@@ -78,19 +79,11 @@ def read_bounded(path: Path) -> str:
     return data.decode("utf-8")
 
 
-def shown(value: object) -> str:
-    """Return a value as a message shows it: one line of bounded length, even for a number of thousands of digits."""
-    if isinstance(value, int) and abs(value) >= 1 << 63:
-        return f"a number of {value.bit_length()} bits"
-    text = " ".join(str(value).split())
-    return text if len(text) <= 80 else f"{text[:80]}..."
-
-
 def _problems(value: Any, depth: int) -> Iterator[str]:
     if isinstance(value, float) and not math.isfinite(value):
         yield f"holds {value}, which is not a finite number"
     elif isinstance(value, (int, float)) and abs(value) > MAX_NUMBER:
-        yield f"holds {shown(value)}, above the limit of {MAX_NUMBER}"
+        yield f"holds {short_repr(value)}, above the limit of {MAX_NUMBER}"
     elif isinstance(value, (str, list, tuple, Mapping)):
         limit = MAX_TEXT if isinstance(value, str) else MAX_ITEMS
         if len(value) > limit:

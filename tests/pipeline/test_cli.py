@@ -46,7 +46,7 @@ def test_generate_prints_one_answer(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        pytest.param(["generate", "gone.png", "left", "--model", "MODEL"], "image gone.png is not a file", id="image"),
+        pytest.param(["generate", "gone.png", "left", "--model", "MODEL"], "is not a file", id="image"),
         pytest.param(["generate", "left", "--model", "gone"], "gone is not an exported model", id="model"),
         pytest.param(
             ["generate", "left", "--model", "MODEL", "--device", "cuda"], "torch sees 0 GPUs here", id="device"

@@ -9,7 +9,7 @@ from data_prep.example import Reject
 PROBED = 50
 """Samples looked at in the beginning, in the middle and at the end of a corpus."""
 TOLERANT = 0.9
-"""With a ``max_bad_fraction`` from here on, a corpus may well lack the images of all probed samples."""
+"""From this ``max_bad_fraction`` on nothing is checked: all probed samples of a usable corpus may lack their images."""
 
 
 def require_some_images(place: str, corpus: Corpus, max_bad_fraction: float) -> None:

@@ -108,6 +108,14 @@ def _prove(words: Sequence[str]) -> int:
     return prove_command(words)
 
 
+def _own_parser(name: str) -> OneLineParser:
+    """Return the parser that a command of ``_OWN_PARSERS`` uses; its modules import torch."""
+    from pipeline.commands.inspect import inspect_parser
+    from pipeline.commands.masks import mask_parser, prove_parser
+
+    return {"inspect": inspect_parser, "mask": mask_parser, "prove": prove_parser}[name]()
+
+
 _OWN_PARSERS: Mapping[str, Callable[[Sequence[str]], int]] = {"inspect": _inspect, "mask": _mask, "prove": _prove}
 _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "demo": ("run every step once on a small drawn world", parsers.add_demo),
@@ -150,6 +158,9 @@ def build_parser(only: str | None = None) -> OneLineParser:
             from pipeline.commands.train import add_train  # reads the whole configuration schema
 
             add_train(commands, text)
+            continue
+        if name in _OWN_PARSERS and only is None:
+            commands.add_parser(name, help=text, parents=[_own_parser(name)], add_help=False)
             continue
         description = _DESCRIPTIONS.get(name, f"{text[0].upper()}{text[1:]}.")
         own = commands.add_parser(name, help=text, description=description, formatter_class=raw, allow_abbrev=False)

@@ -25,17 +25,7 @@ def inspect_command(argv: Sequence[str]) -> int:
 
     Raises UserError for a folder or row that does not exist, a grid that does not fit, or an unwritable page.
     """
-    parser = OneLineParser(
-        prog="mma inspect",
-        description="Show packed rows, decoded: in the terminal, or on one HTML page with their images and masks.",
-        epilog="example:\n  mma inspect data/demo/packs/sft --rows 100:140 --html rows.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add_inspect_arguments(parser)
-    parser.add_argument("--policy", default="mma", choices=POLICIES, help="policy of the masks (default: %(default)s)")
-    parser.add_argument("--grid", metavar="RxC", help="patches per image, such as 27x27; required by --policy cca")
-    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
-    options = parser.parse_args(argv)
+    options = inspect_parser().parse_args(argv)
     # Ablations that leak exist to be looked at; only training on them must be allowed explicitly.
     grid = None if options.grid is None else parse_grid(options.grid)
     policy = get_policy(options.policy, allow_leak=True, grid=grid)
@@ -46,3 +36,18 @@ def inspect_command(argv: Sequence[str]) -> int:
     caption = f"{policy.name}: each row of pixels is a token and the tokens it sees; orange: beyond causal"
     inspect_packs(options, Masks(draw, caption))
     return 0
+
+
+def inspect_parser() -> OneLineParser:
+    """Return the parser of ``mma inspect``."""
+    parser = OneLineParser(
+        prog="mma inspect",
+        description="Show packed rows, decoded: in the terminal, or on one HTML page with their images and masks.",
+        epilog="example:\n  mma inspect data/demo/packs/sft --rows 100:140 --html rows.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_inspect_arguments(parser)
+    parser.add_argument("--policy", default="mma", choices=POLICIES, help="policy of the masks (default: %(default)s)")
+    parser.add_argument("--grid", metavar="RxC", help="patches per image, such as 27x27; required by --policy cca")
+    parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
+    return parser

@@ -27,14 +27,7 @@ def mask_command(argv: Sequence[str]) -> int:
 
     Raises UserError for a source, policy, grid or file that cannot be used.
     """
-    parser = _parser(
-        "mma mask",
-        "Show which tokens of a packed row see which, and what each policy unlocks beyond causal attention.",
-        f"  mma mask '{EXAMPLE}'\n  mma mask packs/sft --row 7 --policy causal --policy mma --out mask.png",
-    )
-    parser.add_argument("--row", type=int, default=0, metavar="N", help="row of the pack folder (default 0)")
-    parser.add_argument("--out", metavar="FILE.png", help="write a PNG instead of printing")
-    options = parser.parse_args(argv)
+    options = mask_parser().parse_args(argv)
     policies = _policies(options, default=("causal", "mma"))
     if options.out is not None and Path(check_output_file("--out", options.out)).suffix.lower() != ".png":
         raise UserError(f"--out {options.out}: the picture is a PNG; give a file name that ends in .png")
@@ -46,6 +39,18 @@ def mask_command(argv: Sequence[str]) -> int:
     else:
         _print_masks(policies, sidecars, letters)
     return 0
+
+
+def mask_parser() -> OneLineParser:
+    """Return the parser of ``mma mask``."""
+    parser = _parser(
+        "mma mask",
+        "Show which tokens of a packed row see which, and what each policy unlocks beyond causal attention.",
+        f"  mma mask '{EXAMPLE}'\n  mma mask packs/sft --row 7 --policy causal --policy mma --out mask.png",
+    )
+    parser.add_argument("--row", type=int, default=0, metavar="N", help="row of the pack folder (default 0)")
+    parser.add_argument("--out", metavar="FILE.png", help="write a PNG instead of printing")
+    return parser
 
 
 def _print_masks(policies: Sequence[Policy], sidecars: Sidecars, letters: str | None) -> None:
@@ -65,6 +70,18 @@ def prove_command(argv: Sequence[str]) -> int:
 
     Raises UserError for a source, policy or grid that cannot be used.
     """
+    options = prove_parser().parse_args(argv)
+    if options.rows < 1:
+        raise UserError(f"--rows {options.rows}: give at least one row")
+    policies = _policies(options, default=("mma",))
+    rows = list(_rows(options.source, range(options.row, options.row + options.rows)))
+    found = [(name, prove(policy, sidecars, options.layers)) for name, sidecars in rows for policy in policies]
+    _print_proofs(policies, found, options.layers)
+    return 0 if all(proof.leak_free for _, proof in found) else 1
+
+
+def prove_parser() -> OneLineParser:
+    """Return the parser of ``mma prove``."""
     parser = _parser(
         "mma prove",
         "Prove, on the layered attention graph of packed rows, that no prediction depends on the answer it is trained\n"
@@ -77,17 +94,10 @@ def prove_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--layers", type=int, default=32, metavar="L", help="attention layers of the model (default 32)"
     )
-    options = parser.parse_args(argv)
-    if options.rows < 1:
-        raise UserError(f"--rows {options.rows}: give at least one row")
-    policies = _policies(options, default=("mma",))
-    rows = list(_rows(options.source, range(options.row, options.row + options.rows)))
-    found = [(name, prove(policy, sidecars, options.layers)) for name, sidecars in rows for policy in policies]
-    _print_proofs(policies, found, options.layers)
-    return 0 if all(proof.leak_free for _, proof in found) else 1
+    return parser
 
 
-def _parser(program: str, description: str, examples: str) -> argparse.ArgumentParser:
+def _parser(program: str, description: str, examples: str) -> OneLineParser:
     parser = OneLineParser(
         prog=program,
         description=description,

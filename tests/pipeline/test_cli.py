@@ -131,3 +131,16 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
 def test_an_export_can_be_read_by_people(model: Path) -> None:
     card = json.loads((model / "config.json").read_text())["mma"]
     assert card["policy"] == "mma" and card["template"]["name"] == "plain"
+
+
+def test_the_completion_script_knows_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    flags = {
+        "train": "--parallel.schedule", "mask": "--grid", "prove": "--layers", "inspect": "--html", "doctor": "--model",
+        "estimate": "--seq-len", "generate": "--device", "slurm": "--force",
+    }  # fmt: skip
+    for command, flag in flags.items():
+        (options,) = [line for line in script.splitlines() if line.startswith(f"_shtab_mma_{command}_option_strings=")]
+        assert flag in options.rstrip(")").split()
+    assert "_shtab_mma_train___parallel_schedule_choices=(1f1b gpipe interleaved)" in script

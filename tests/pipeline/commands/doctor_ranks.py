@@ -1,4 +1,4 @@
-"""``mma doctor`` on several ranks, where rank 1 has a run folder that cannot be written: FOLDER."""
+"""``mma doctor`` on several ranks, where rank 1 has a run folder that cannot be written: FOLDER FLAGS."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from pipeline.parallel.launch import fill_rank_variables
 
 if __name__ == "__main__":
     fill_rank_variables()
-    folder = sys.argv[-1] if os.environ["RANK"] == "0" else "/proc/self"
-    sys.exit(main(["doctor", "--run-dir", folder]))
+    folder = sys.argv[1] if os.environ["RANK"] == "0" else "/proc/self"
+    sys.exit(main(["doctor", "--run-dir", folder, *sys.argv[2:]]))

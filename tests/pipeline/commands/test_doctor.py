@@ -224,11 +224,14 @@ def test_wrong_flags_are_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.slow
-def test_under_a_launcher_every_rank_is_checked(tmp_path: Path) -> None:
+def test_under_a_launcher_every_rank_is_checked(small_demo: Path, tmp_path: Path) -> None:
+    """The recipe is planned for the ranks of the launch, with the trainer's flags."""
     script = ROOT / "tests/pipeline/commands/doctor_ranks.py"
-    done = run(2, script, str(tmp_path), env={"PYTHONPATH": str(ROOT)}, launcher="srun")
+    recipe = ["--recipe", "demo_sft", "--parallel.pp", "2", "--data.packs", str(small_demo / "packs/sft")]
+    done = run(2, script, str(tmp_path), *recipe, env={"PYTHONPATH": str(ROOT)}, launcher="srun")
     assert done.code != 0
     assert "rank 1 on " in done.output and "cannot be written" in done.output, done.output
+    assert "recipe demo_sft on 2 ranks" in done.output and "2 stages x 1" in done.output, done.output
     assert "1 problem to fix" in done.output
 
 

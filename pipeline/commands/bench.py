@@ -47,8 +47,9 @@ def _bench(arguments: argparse.Namespace) -> None:
     outcome = run(benchmarks, candidates, settings, _say, skip=arguments.names == ALL)
     if not outcome.lines:
         return
-    show(outcome.lines, arguments.model, arguments.compare, outcome.skipped, PipeConsole())
-    print(f"scores and every answer: {' and '.join(str(one.out) for one in candidates)}")
+    names = [one.folder.name for one in candidates]
+    show(outcome.lines, names, outcome.skipped, PipeConsole())
+    print(f"prompts, rules, scores and every answer: {' and '.join(str(one.out) for one in candidates)}")
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,7 @@ from data_prep.common.errors import UserError
 from pipeline.evaluation.answers import AnswerStore, Conditions
 from pipeline.evaluation.asking import Asking, Model, model_hash
 from pipeline.evaluation.benchmark import Benchmark
-from pipeline.evaluation.judge import MODEL, URL, ApiJudge, JudgeSettings
+from pipeline.evaluation.judge import ApiJudge, JudgeSettings
 from pipeline.evaluation.result import Result, compare, score
 from pipeline.evaluation.survey import Survey
 from pipeline.evaluation.table import Line
@@ -93,10 +93,7 @@ def surveys(
 
 def _obstacle(benchmark: Benchmark, settings: Settings) -> str:
     if benchmark.metric.judge_role and settings.judge is None:
-        return (
-            f"needs a judge, which {benchmark.metric.judge_role}: give --judge-url and --judge-model, or set {URL} "
-            f"and {MODEL}; no score is made up without one"
-        )
+        return f"needs a judge that {benchmark.metric.judge_role}: give --judge-url and --judge-model"
     folder = settings.data / benchmark.folder
     return "" if folder.is_dir() else f"no folder {folder}; it needs {benchmark.files} (docs/evaluation.md)"
 

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef, Part, Turn
@@ -109,8 +109,8 @@ class JudgePrompt:
 class Metric(ABC):
     """Grades answers and summarises the grades. ``extractor`` says in one sentence how an answer is read."""
 
-    extractor: str
-    judge_role: str = ""
+    extractor: ClassVar[str]
+    judge_role: ClassVar[str] = ""
     """What a judge does for this metric; empty when none is needed."""
 
     @abstractmethod

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -21,6 +21,8 @@ _TABLE_1: Mapping[str, Sequence[float]] = {
     "AKI-4B": (1491.9, 362.9, 73.1, 69.4, 74.6, 38.7, 32.1, 86.9, 40.8, 58.9, 62.1, 71.8),
 }
 """Rows of the paper's table, in the order of ``registry.PAPER``."""
+_BESIDE_TWO = ("causal", "MMA", "AKI-4B")
+"""Rows shown beside two models, where the terminal has less room."""
 
 
 def paper_score(row: str, benchmark: str) -> float | None:
@@ -37,42 +39,55 @@ class Line:
     difference: Difference | None = None
 
 
-def show(lines: Sequence[Line], model: str, other: str | None, skipped: Mapping[str, str], console: Console) -> None:
-    """Print the table, what was skipped and why, and what the numbers do not say."""
+def show(lines: Sequence[Line], models: Sequence[str], skipped: Mapping[str, str], console: Console) -> None:
+    """Print the table, what was skipped and why, and what the numbers do not say.
+
+    Args:
+        lines: one per benchmark.
+        models: name of the model, and of the one it is compared with.
+        skipped: the reason for each benchmark left out.
+        console: where to print.
+    """
+    rows = _BESIDE_TWO if len(models) > 1 else tuple(_TABLE_1)
     table = Table(title="benchmark scores", title_justify="left")
-    for name in ("benchmark", "questions"):
-        table.add_column(name, justify="left" if name == "benchmark" else "right")
-    compared = [other, "difference (95 %)"] if other else []
-    for name in (model, *compared, *_TABLE_1):
+    table.add_column("benchmark", no_wrap=True)
+    table.add_column("score", no_wrap=True)
+    table.add_column("n", justify="right", no_wrap=True)
+    for name in models:
         table.add_column(name, justify="right", overflow="fold")
+    if len(models) > 1:
+        table.add_column("difference\n95 % interval", justify="right", no_wrap=True)
+    for name in rows:
+        table.add_column(f"paper\n{name}", justify="right", no_wrap=True)
     for line in lines:
-        table.add_row(*_cells(line))
+        table.add_row(*_cells(line, rows))
     console.print(table)
-    console.print(f"columns {', '.join(_TABLE_1)}: {SOURCE}, whose prompts, judge and toolkit may differ from these")
-    for line in lines:
-        console.print(f"{line.result.benchmark.name}: {_conditions(line.result)}")
-        for result in (line.result, *([line.other] if line.other else [])):
-            if result.unanswerable:
-                console.print(
-                    f"{line.result.benchmark.name}: {result.unanswerable} of {len(result.graded)} prompts exceed a "
-                    "model's positions and are scored as empty answers"
-                )
-    if any(line.result.limit for line in lines):
-        console.print("only the first questions were asked (--limit): these are no benchmark scores")
-    for name, reason in skipped.items():
-        console.print(f"skipped {name}: {reason}")
+    for note in _notes(lines, skipped):
+        console.print(note)
 
 
-def _cells(line: Line) -> list[str]:
-    name = line.result.benchmark.name
-    cells = [name, str(len(line.result.graded)), f"{line.result.headline:.1f}"]
+def _cells(line: Line, rows: Sequence[str]) -> list[str]:
+    result, name = line.result, line.result.benchmark.name
+    cells = [name, next(iter(result.scores)), str(len(result.graded)), f"{result.headline:.1f}"]
     if line.other and line.difference:
         one = line.difference
-        cells += [f"{line.other.headline:.1f}", f"{one.value:+.1f} [{one.low:+.1f}, {one.high:+.1f}]"]
-    return [*cells, *("-" if (paper := paper_score(row, name)) is None else f"{paper:g}" for row in _TABLE_1)]
+        cells += [f"{line.other.headline:.1f}", f"{one.value:+.1f}\n{one.low:+.1f} to {one.high:+.1f}"]
+    return [*cells, *("-" if (paper := paper_score(row, name)) is None else f"{paper:.1f}" for row in rows)]
 
 
-def _conditions(result: Result) -> str:
-    judge = f"; judge: {result.judge.model}" if result.judge else ""
-    one = result.benchmark
-    return f"{next(iter(result.scores))}; prompt: {one.prompt}; answer: {one.metric.extractor}{judge}"
+def _notes(lines: Sequence[Line], skipped: Mapping[str, str]) -> Iterator[str]:
+    if any(line.result.benchmark.in_table for line in lines):
+        yield f"paper: {SOURCE}; its prompts, judge and toolkit may differ from those of this run"
+    for line in lines:
+        name = line.result.benchmark.name
+        if line.result.judge:
+            yield f"{name}: judged by {line.result.judge.model}"
+        for result in filter(None, (line.result, line.other)):
+            if result.unanswerable:
+                yield (
+                    f"{name}: {result.unanswerable} of {len(result.graded)} prompts exceed the model's positions; they "
+                    "are scored as empty answers"
+                )
+    if any(line.result.limit for line in lines):
+        yield "only the first questions were asked (--limit): these are no benchmark scores"
+    yield from (f"skipped {name}: {reason}" for name, reason in skipped.items())

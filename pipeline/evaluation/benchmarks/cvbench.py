@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.common.errors import UserError
 from pipeline.evaluation.benchmark import AnswerMetric, Benchmark, Grade, Graded, Question, by_fact, percent
@@ -34,10 +36,21 @@ def _question(row: Row) -> Question:
     return Question(row.text("idx"), (row.image("image"), text), facts, stratum=source)
 
 
+@dataclass(frozen=True)
 class CvBenchMetric(AnswerMetric):
     """Accuracy, averaged over the sources of the images."""
 
-    extractor = "the first letter if only spaces and ( come before it"
+    sources: tuple[str, ...] = ()
+    """Sources that the mean needs."""
+    extractor: ClassVar[str] = "the first letter if only spaces and ( come before it"
+
+    def check(self, questions: Sequence[Question]) -> None:
+        """Raise UserError when a source is missing."""
+        found = {question.facts["source"] for question in questions}
+        if missing := [name for name in self.sources if name not in found]:
+            raise UserError(
+                f"CV-Bench: no questions of {missing[0]}: the score is the mean of {', '.join(self.sources)}"
+            )
 
     def grade_one(self, question: Question, answer: str) -> Grade:
         """Compare the leading letter with that of the answer."""
@@ -59,7 +72,7 @@ class CvBenchMetric(AnswerMetric):
         return sum(100 * credit / count for credit, count in totals.values()) / max(1, len(totals))
 
 
-def _benchmark(kind: str) -> Benchmark:
+def _benchmark(kind: str, sources: tuple[str, ...]) -> Benchmark:
     return Benchmark(
         name=f"cv-bench-{kind.lower()}",
         title=f"CV-Bench {kind}",
@@ -68,11 +81,11 @@ def _benchmark(kind: str) -> Benchmark:
         prompt="'Note: You only need to respond with A, B, ...', an empty line, then the column prompt",
         rule="CV-Bench: 2D is the mean of ADE20K and COCO, 3D is Omni3D; letters as lmms-eval reads them",
         read=partial(read, kind=kind),
-        metric=CvBenchMetric(),
+        metric=CvBenchMetric(sources),
         max_new_tokens=64,
         column=f"CV-{kind}",
     )
 
 
-CV_BENCH_2D = _benchmark("2D")
-CV_BENCH_3D = _benchmark("3D")
+CV_BENCH_2D = _benchmark("2D", ("ADE20K", "COCO"))
+CV_BENCH_3D = _benchmark("3D", ("Omni3D",))

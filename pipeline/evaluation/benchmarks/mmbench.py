@@ -13,7 +13,7 @@ from pipeline.evaluation.files import Row, find, table
 
 ROTATION = 1_000_000
 """Rotation k of question i has the index ``i + k * ROTATION``."""
-LETTER = "\nAnswer with the option's letter from the given choices directly."
+LETTER = "\n\nAnswer with the option's letter from the given choices directly."
 OPTIONS = ("A", "B", "C", "D", "E")
 _BASE64_AT_LEAST = 64
 """Shorter image cells hold the index of the row with the image."""
@@ -102,7 +102,7 @@ MMBENCH = Benchmark(
     title="MMBench EN dev",
     folder="mmbench",
     files="MMBench_DEV_EN.tsv, or its Parquet files",
-    prompt="hint, question, 'There are several options:', lines 'A. ...', then a line: " + LETTER.strip(),
+    prompt="hint, question, 'There are several options:', lines 'A. ...', an empty line, " + LETTER.strip(),
     rule="CircularEval with VLMEvalKit's exact matching: all rotations right; no letter or text found is wrong",
     read=read,
     metric=CircularMetric(),

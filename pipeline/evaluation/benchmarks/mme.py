@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef
@@ -66,19 +68,25 @@ def _release(folder: Path) -> Iterator[_RawQuestion]:
             yield category.name, image.name, text, answer, image
 
 
+@dataclass(frozen=True)
 class MmeMetric(Metric):
     """Sum over categories of accuracy and accuracy+ in percent; accuracy+ counts images with both answers right."""
 
-    extractor = "yes or no in the first four characters, lower case; anything else is wrong"
+    categories: tuple[str, ...] = ()
+    """Categories that the sum needs."""
+    extractor: ClassVar[str] = "yes or no in the first four characters, lower case; anything else is wrong"
 
     def check(self, questions: Sequence[Question]) -> None:
-        """Raise UserError unless every image has two questions with yes and no as answers."""
+        """Raise UserError unless all categories are there and every image has two questions, answered yes or no."""
         for question in questions:
             if question.facts["answer"] not in ("yes", "no"):
                 raise UserError(f"MME {question.id}: the answer is {question.facts['answer']!r}, not yes or no")
         for pair, members in _pairs(questions).items():
             if len(members) != 2:
                 raise UserError(f"MME image {pair} has {len(members)} questions, not 2: the files are incomplete")
+        found = {question.facts["category"] for question in questions}
+        if missing := [name for name in self.categories if name not in found]:
+            raise UserError(f"MME: no questions of the category {missing[0]}: the score is a sum over all categories")
 
     def grade(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None) -> list[Grade]:
         """Grade each answer; ``extra["pair"]`` tells whether both answers about the image are right."""
@@ -117,7 +125,7 @@ def _pairs(questions: Sequence[Question]) -> dict[str, list[int]]:
     return pairs
 
 
-def _benchmark(name: str, title: str, categories: Sequence[str]) -> Benchmark:
+def _benchmark(name: str, title: str, categories: tuple[str, ...]) -> Benchmark:
     return Benchmark(
         name=name,
         title=title,
@@ -126,7 +134,7 @@ def _benchmark(name: str, title: str, categories: Sequence[str]) -> Benchmark:
         prompt="the question without 'Please answer yes or no.', then a line: " + SHORT.strip(),
         rule="MME eval_tool/calculation.py: per category 100 * accuracy + 100 * accuracy+, summed",
         read=partial(read, categories=categories),
-        metric=MmeMetric(),
+        metric=MmeMetric(categories),
         max_new_tokens=16,
         column=title,
         clustered=True,

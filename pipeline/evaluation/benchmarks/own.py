@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from data_prep.common.errors import UserError
 from pipeline.evaluation.benchmark import AnswerMetric, Benchmark, Grade, Graded, Judge, Metric, Question, by_fact
@@ -58,7 +59,7 @@ class BoxMetric(AnswerMetric):
     """Share of boxes whose intersection over union with the reference exceeds 0.5 (RefCOCO)."""
 
     threshold: float = 0.5
-    extractor = "the first four numbers of the answer as x1, y1, x2, y2, in the unit of the reference"
+    extractor: ClassVar[str] = "the first four numbers of the answer as x1, y1, x2, y2, in the unit of the reference"
 
     def check(self, questions: Sequence[Question]) -> None:
         """Raise UserError when a reference is no box."""

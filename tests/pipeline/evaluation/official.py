@@ -53,17 +53,17 @@ def images(folder: Path, names: Sequence[str]) -> None:
 
 
 def write_mme(data: Path) -> None:
-    """The release folder: one perception and one cognition category in each of its two layouts, plus Parquet below."""
-    flat, nested = data / "mme" / "existence", data / "mme" / "code_reasoning"
-    images(flat, ["0001.jpg", "0002.jpg"])
-    images(nested / "images", ["0001.png"])
-    (nested / "questions_answers_YN").mkdir()
-    ask = "Is there a {} in this image? Please answer yes or no."
-    for name, things in (("0001", ("cat", "dog")), ("0002", ("bus", "car"))):
-        (flat / f"{name}.txt").write_text(f"{ask.format(things[0])}\tYes\n{ask.format(things[1])}\tNo\n")
-    (nested / "questions_answers_YN" / "0001.txt").write_text(
-        "Does it print 1? Please answer yes or no.\tYes\nDoes it print 2? Please answer yes or no.\tNo\n"
-    )
+    """The release folder: all categories, in its two layouts, and the folder of answers that it comes with."""
+    for category in (*PERCEPTION, *COGNITION):
+        nested, folder = category == "code_reasoning", data / "mme" / category
+        images(folder / "images" if nested else folder, ["0001.png" if nested else "0001.jpg"])
+        path = folder / ("questions_answers_YN/0001.txt" if nested else "0001.txt")
+        path.parent.mkdir(exist_ok=True)
+        ask = "Does it print a {}? " if nested else "Is there a {} in this image? "
+        answers = (("cat", "Yes"), ("dog", "No"))
+        path.write_text("".join(f"{ask.format(word)}Please answer yes or no.\t{answer}\n" for word, answer in answers))
+    (data / "mme/eval_tool/Your_Results").mkdir(parents=True)
+    (data / "mme/eval_tool/Your_Results/existence.txt").write_text("0001.jpg\tIs it?\tYes\tno\n")
 
 
 def write_mme_parquet(data: Path, category: str) -> None:
@@ -251,7 +251,6 @@ WRITERS: tuple[Callable[[Path], None], ...] = (
     *(write_mme, write_mmbench, write_seed, write_llava_w, write_mmmu, write_mathvista, write_pope, write_mm_vet),
     *(write_realworldqa, write_cv_bench),
 )
-assert "existence" in PERCEPTION and "code_reasoning" in COGNITION
 
 
 def write_all(data: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,9 @@ BREAKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "not base64": ("mmbench", lambda d: rewrite(d / "mmbench/MMBench_DEV_EN.tsv", "iVBOR", "i*BOR"), "no image bytes"),
     "no rotations": ("mmbench", lambda d: keep_lines(d / "mmbench/MMBench_DEV_EN.tsv", 3), "no rotated questions"),
     "half a pair": ("mme-p", lambda d: keep_lines(d / "mme/existence/0001.txt", 1), "has 1 questions, not 2"),
-    "no tab": ("mme-c", lambda d: rewrite(next((d / "mme").rglob("0001.txt")), "\tYes", " Yes"), "question<TAB>answer"),
+    "no tab": ("mme-c", lambda d: rewrite(d / "mme/text_translation/0001.txt", "\tYes", " Yes"), "question<TAB>answer"),
+    "missing category": ("mme-p", lambda d: shutil.rmtree(d / "mme/OCR"), "no questions of the category OCR"),
+    "missing source": ("cv-bench-2d", lambda d: cv(d, answer="(A)"), "no questions of ADE20K"),
     "no rule": ("llava-w", lambda d: (d / "llava-bench-in-the-wild/rule.json").write_text("{}"), "llava_bench_conv"),
     "no reference": (
         "llava-w",

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from data_prep.common.errors import UserError
-from pipeline.hf import AssistantSpans, disable_mma, enable_mma
+from pipeline.hf import AssistantSpans, MMACallback, disable_mma, enable_mma
 from pipeline.hf.mask import BACKENDS
 from pipeline.masks import POLICIES
 from pipeline.prober import assert_no_leak, probe
@@ -230,3 +230,13 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
     model.train()
     with pytest.raises(UserError, match="pass labels"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_the_callback_enables_the_trainers_model(model: Any, name: str) -> None:
+    rows = Rows.of(name, *LAYOUTS)
+    inputs = {**rows.inputs(model), "labels": rows.labels}
+    expected = enable_mma(model, "mixed")(**inputs).logits
+    disable_mma(model)
+    MMACallback("mixed", backend="sdpa").on_train_begin(None, None, None, model=model)
+    assert model(**inputs).logits.equal(expected)

@@ -16,7 +16,8 @@ import transformers
 
 from benchmarks.rows import IMAGE_TOKENS, KINDS, make_row
 from pipeline.hf import disable_mma, enable_mma
-from pipeline.masks import position_ids
+from pipeline.hf.mask import BACKENDS
+from pipeline.masks import dense_mask, position_ids
 
 IMAGE_ID, VOCAB, SIDE = 3, 512, 96
 WAYS = ("stock causal", "mma sdpa", "mma runsplit")
@@ -48,6 +49,17 @@ def make_batch(kind: str, tokens: int) -> dict[str, torch.Tensor]:
     labels = torch.where(row.generated == 1, ids, -100)
     columns = {"input_ids": ids, "labels": labels, "position_ids": position_ids(row)}
     return {**{key: value[None] for key, value in columns.items()}, "pixel_values": pixels}
+
+
+def check(width: int, layers: int) -> None:
+    """Compare both backends with a dense mask in float64."""
+    model, batch = make_model(width, layers).double(), make_batch("short VQA", 512)
+    batch["pixel_values"] = batch["pixel_values"].double()
+    mask = dense_mask("mma", make_row("short VQA", 512))[None, None]
+    exact = model(**batch, attention_mask=mask).loss
+    for backend in BACKENDS:
+        loss = enable_mma(model, backend=backend)(**batch).loss
+        assert abs(float(loss - exact)) < 1e-6, f"{backend}: {float(loss)} instead of {float(exact)}"
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], way: str) -> float:
@@ -85,6 +97,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    check(options.width, options.layers)
     model = make_model(options.width, options.layers)
     for line in lines(options.kinds, options.tokens, options.rounds, model):
         print(line, flush=True)

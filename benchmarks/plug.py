@@ -59,7 +59,7 @@ def check(width: int, layers: int) -> None:
     exact = model(**batch, attention_mask=mask).loss
     for backend in BACKENDS:
         loss = enable_mma(model, backend=backend)(**batch).loss
-        assert abs(float(loss - exact)) < 1e-6, f"{backend}: {float(loss)} instead of {float(exact)}"
+        assert abs(loss.item() - exact.item()) < 1e-6, f"{backend}: {loss.item()} instead of {exact.item()}"
 
 
 def step(model: Any, batch: dict[str, torch.Tensor], way: str) -> float:

@@ -67,7 +67,7 @@ RUN = [each for each in COMMANDS if not each.reason]
 def place(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which a reader has followed the pages so far: the demo's data, a short run, two exports, a photo."""
     place = tmp_path_factory.mktemp("reader")
-    for name in ("pipeline", "ds_configs", "slurm", "benchmarks", "data_prep"):
+    for name in ("pipeline", "ds_configs", "slurm", "benchmarks", "data_prep", "tests"):
         (place / name).symlink_to(ROOT / name)
     shutil.copytree(small_demo, place / "data/demo", symlinks=True)
     train(small_demo, place / "runs/demo_sft", ranks=1).check()

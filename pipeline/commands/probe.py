@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data_prep.common.command_line import OneLineParser, positive_int
@@ -51,10 +52,10 @@ def probe_command(argv: Sequence[str]) -> int:
 
 
 def _print(report: Report, model: str, seconds: float) -> None:
-    table = Table(title=f"{model}, probed in {seconds:.1f} s", title_justify="left")
+    table = Table(title=f"{escape(model)}, probed in {seconds:.1f} s", title_justify="left")
     for column in ("check", "result", "details"):
         table.add_column(column, no_wrap=column != "details")
     for check in CHECKS:
         result = report.result(check)
-        table.add_row(check, f"[{_COLOURS[result]}]{result}[/]", report.details(check))
+        table.add_row(check, f"[{_COLOURS[result]}]{result}[/]", escape(report.details(check)))
     Console().print(table)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from data_prep.common.errors import UserError, did_you_mean
 from pipeline.hf.mask import BACKENDS, CURRENT, Call, register
 from pipeline.hf.rows import AssistantSpans, BatchReader, Media
-from pipeline.masks import Policy, get_policy
+from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 
 _ENABLED: WeakKeyDictionary[nn.Module, _Enabled] = WeakKeyDictionary()
 
@@ -32,6 +32,8 @@ class _Enabled:
     handles: list[RemovableHandle] = field(default_factory=list)
     open_prompts: WeakKeyDictionary[Any, bool] = field(default_factory=WeakKeyDictionary)
     """Caches, and whether their last call ended within a prompt."""
+    shifts: WeakKeyDictionary[Any, torch.Tensor] = field(default_factory=WeakKeyDictionary)
+    """Caches, and how far behind its index the next position of each row lies; int64[B]. Policies with a grid only."""
 
     def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Read the batch before the model's forward, and take away what only MMA reads."""
@@ -42,7 +44,8 @@ class _Enabled:
             self._check_whole_run(cache)
             device = ids.device if ids is not None else torch.device("cpu")
             CURRENT.set(Call(self.policy, rows, self.backend, device))
-        return args, {key: value for key, value in kwargs.items() if key not in self.reader.own}
+        own = {} if self.policy.grid is None else {"position_ids": self._positions(call)}
+        return args, {**{key: value for key, value in kwargs.items() if key not in self.reader.own}, **own}
 
     def after(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forget the batch, also after an error; note whether its cache ends within a prompt."""
@@ -50,6 +53,27 @@ class _Enabled:
         CURRENT.set(None)
         if cache is not None:
             self.open_prompts[cache] = call is not None and any(not row.generated[-1] for row in call.rows)
+            if call is not None and self.policy.grid is not None:
+                shift = torch.tensor([_shift(row, self.policy) for row in call.rows])
+                self.shifts[cache] = self.shifts.get(cache, torch.zeros_like(shift)) + shift
+
+    def _positions(self, arguments: dict[str, Any]) -> torch.Tensor:
+        """Return the positions of a call, int64[B, T]: image tokens take those of their rings, later ones follow."""
+        ids, mask, cache = (arguments.get(name) for name in ("input_ids", "attention_mask", "past_key_values"))
+        assert isinstance(ids, torch.Tensor)
+        seen = 0 if cache is None else cache.get_seq_length()
+        before = torch.full((len(ids),), seen) if mask is None else mask[:, :seen].sum(1).cpu()
+        if seen and cache not in self.shifts:
+            raise UserError("the cache was filled before MMA was enabled: prefill it with the enabled model")
+        if seen:
+            before = before - self.shifts[cache]
+        call = CURRENT.get()
+        rows = (
+            torch.zeros_like(ids.cpu())
+            if call is None
+            else torch.stack([position_ids(row, self.policy.grid) for row in call.rows])
+        )
+        return (rows + before[:, None]).to(ids.device)
 
     def _check_whole_run(self, cache: Any) -> None:
         if cache is not None and cache.get_seq_length() and self.open_prompts.get(cache):
@@ -65,6 +89,7 @@ def enable_mma(
     *,
     assistant_spans: AssistantSpans | None = None,
     backend: str = "sdpa",
+    grid: tuple[int, int] | None = None,
     allow_leak: bool = False,
 ) -> PreTrainedModel:
     """Make a stock vision-language model attend under a mask policy, in training and in ``generate``.
@@ -76,9 +101,11 @@ def enable_mma(
 
     Args:
         model: with an image token in its config, and called itself (not a part of it).
-        policy: a key of ``pipeline.masks.POLICIES`` that needs no grid.
+        policy: a key of ``pipeline.masks.POLICIES``.
         assistant_spans: how the chat template marks answers; needed where labels do not (chat history in prompts).
         backend: ``sdpa``, with a mask of B x T x T bits, or ``runsplit``, with gathered keys (flash on CUDA).
+        grid: tokens of an image as (rows, columns), for a policy that needs them; every image has one token per cell.
+            Positions are then counted by ring.
         allow_leak: accept the ablations whose images see the answers.
 
     Returns:
@@ -89,7 +116,9 @@ def enable_mma(
     """
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'{did_you_mean(backend, BACKENDS)}; known: {', '.join(BACKENDS)}")
-    found = get_policy(policy, allow_leak=allow_leak)
+    found = get_policy(policy, allow_leak=allow_leak, grid=grid)
+    if found.grid is not None and hasattr(getattr(model, "model", None), "get_rope_index"):
+        raise UserError(f"policy '{policy}' counts positions by ring, which mRoPE cannot express: use another policy")
     reader = BatchReader(Media.of(model.config), assistant_spans)
     disable_mma(model)
     state = _Enabled(found, reader, backend, model.config.get_text_config()._attn_implementation)
@@ -110,6 +139,11 @@ def disable_mma(model: PreTrainedModel) -> PreTrainedModel:
             handle.remove()
         _set_attention(model, state.previous)
     return model
+
+
+def _shift(row: Sidecars, policy: Policy) -> int:
+    """Return how far the position after the row's last token lies behind the number of its tokens."""
+    return int((row.segment > 0).sum()) - 1 - int(position_ids(row, policy.grid)[-1])
 
 
 def _set_attention(model: PreTrainedModel, name: str) -> None:

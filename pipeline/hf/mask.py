@@ -148,6 +148,10 @@ def _mask_on(policy: Policy, sidecars: Sidecars, device: torch.device) -> torch.
 
     segment, index = column(table.segment), torch.arange(len(table), device=device)
     allowed = index[None] <= index[:, None]
+    if policy.grid is not None:  # inside an image the order is by ring, not by index
+        instance, ring = column(table.instance), column(table.ring)
+        inside = (instance[:, None] == instance[None]) & (instance >= 0)[:, None]
+        allowed = torch.where(inside, ring[None] <= ring[:, None], allowed)
     if policy.unlock is not None:
         # Predicates only compare and combine, so they also work on tensors.
         tokens: Any = SpanColumns(*(column(values) for values in table.span_columns))  # type: ignore[arg-type]

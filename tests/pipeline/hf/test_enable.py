@@ -9,9 +9,9 @@ import torch
 from torch.nn import functional as F
 
 from data_prep.common.errors import UserError
-from pipeline.hf import AssistantSpans, disable_mma, enable_mma
+from pipeline.hf import AssistantSpans, MMACallback, disable_mma, enable_mma
 from pipeline.hf.mask import BACKENDS
-from pipeline.masks import POLICIES
+from pipeline.masks import POLICIES, dense_mask, get_policy, position_ids
 from pipeline.prober import assert_no_leak, probe
 from tests.pipeline.hf.models import CLASSES, IMAGE_ID, Rows, tiny
 
@@ -157,8 +157,6 @@ def test_every_policy_without_a_grid(model: Any, name: str, policy: str) -> None
 
 
 def _dense(policy: str, row: Any) -> torch.Tensor:
-    from pipeline.masks import dense_mask, get_policy
-
     return dense_mask(get_policy(policy, allow_leak=True), row)
 
 
@@ -230,3 +228,42 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
     model.train()
     with pytest.raises(UserError, match="pass labels"):
         model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_the_callback_enables_the_trainers_model(model: Any, name: str) -> None:
+    rows = Rows.of(name, *LAYOUTS)
+    inputs = {**rows.inputs(model), "labels": rows.labels}
+    expected = enable_mma(model, "mixed")(**inputs).logits
+    disable_mma(model)
+    MMACallback("mixed", backend="sdpa").on_train_begin(None, None, None, model=model)
+    assert model(**inputs).logits.equal(expected)
+
+
+@pytest.mark.parametrize("name", ["llava"], indirect=True)
+def test_concentric_attention_keeps_its_positions_in_training_and_decoding(model: Any, name: str) -> None:
+    grid = (2, 2)
+    policy = get_policy("cca", grid=grid)
+    rows = Rows.of(name, "Q2 V4 V4 Q3 A3 Q2 V4 Q1 A2", "V4 Q2 A3 | Q1 V4 Q2 A2 P7")
+    oracle = {
+        "attention_mask": torch.stack([dense_mask(policy, row) for row in rows.sidecars])[:, None],
+        "position_ids": torch.stack([position_ids(row, grid) for row in rows.sidecars]),
+    }
+    exact = model(**{**rows.inputs(model), **oracle}).logits
+    for backend in BACKENDS:
+        enable_mma(model, "cca", grid=grid, backend=backend)
+        found = model(**rows.inputs(model), labels=rows.labels).logits
+        torch.testing.assert_close(found[rows.segment > 0], exact[rows.segment > 0], **TIGHT)
+    prompts = Rows.of(name, "Q2 V4 Q3 A5", "V4 Q2 A8")
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "use_cache": True}
+    given = prompts.left_padded([9, 6])
+    options |= {"suppress_tokens": [IMAGE_ID], "output_logits": True, "return_dict_in_generate": True}
+    done = model.generate(**given, **options)
+    ids = done.sequences
+    mask = F.pad(given["attention_mask"], (0, NEW), value=1)
+    labels = torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - NEW, ids, -100)
+    forced = model(input_ids=ids, attention_mask=mask, pixel_values=given["pixel_values"], labels=labels).logits
+    torch.testing.assert_close(torch.stack(done.logits, 1).to(forced), forced[:, -NEW - 1 : -1], **TIGHT)
+    disable_mma(model)
+    causal = model(input_ids=ids, attention_mask=mask, pixel_values=given["pixel_values"]).logits
+    assert (causal - forced)[:, -NEW:].abs().max() > 1e-2

@@ -21,7 +21,7 @@ def run(data: bytes) -> None:
     folder = TensorFolder(as_file(data, "model.safetensors").parent)
     try:
         for key in folder.files:
-            assert tuple(folder.read(key).shape) == folder.shape(key)
+            folder.read(key)
     finally:
         folder.close()
 

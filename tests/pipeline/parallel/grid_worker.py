@@ -1,4 +1,4 @@
-"""One rank of the grid tests: takes three clipped AdamW steps per case, on engines made anew, and saves what it saw.
+"""One rank of the grid tests: takes three clipped AdamW steps per case, on new engines, and saves what it saw.
 
 Every case trains the same global micro-batches, so all of them share one reference that knows no ranks.
 """

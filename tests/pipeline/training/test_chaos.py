@@ -57,7 +57,7 @@ class Before:
     """What a run folder held before a start, to tell it from what this start makes."""
 
     metrics_file: int
-    """Its inode: a start writes it anew."""
+    """Its inode: a start rewrites the file."""
     steps: int
     torn: frozenset[Path]
 

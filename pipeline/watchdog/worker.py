@@ -127,14 +127,23 @@ class Worker:
 def kill_hung(theirs: str, ours: str) -> None:
     """Kill a rank of this host that a launcher could not end by SIGTERM, after it has written its stacks.
 
-    A place ends in ``host NAME, pid NUMBER``. A stopped process is killed at once: its stacks tell nothing.
+    A place ends in ``host NAME, pid NUMBER``. A stopped process is killed at once: its stacks tell nothing. Nothing is
+    killed that was not started by the command of this process: hosts of containers may share a name.
     """
     (host, pid), (own_host, _) = (place.rpartition("host ")[2].rpartition(", pid ")[::2] for place in (theirs, ours))
     if host != own_host or not pid.isdecimal():
         return
     with suppress(OSError):
+        if _command(pid) != _command("self"):
+            return
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][:1]
         if state not in "tT":
             os.kill(int(pid), signal.SIGUSR2)  # see Watchdog.start
             time.sleep(STACKS_S)
         os.kill(int(pid), signal.SIGKILL)
+
+
+def _command(pid: str) -> list[str]:
+    """Return the command line of a process, without the argument in which the ranks of a node differ."""
+    words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    return [word for word in words if not word.startswith(("--local_rank=", "--local-rank="))]

@@ -199,14 +199,16 @@ def test_a_rank_blocked_by_a_collective_or_a_gpu_waits(
 def test_processes_end_together_and_say_why(
     faults: list[str], said: list[str], codes: list[int], tmp_path: Path
 ) -> None:
-    worker, world = ROOT / "tests/pipeline/watchdog/watch_worker.py", str(len(faults))
+    shared = {"PYTHONPATH": str(ROOT), "WORLD_SIZE": str(len(faults)), "PORT_FILE": str(tmp_path / "port")}
+    own = [
+        {"RANK": str(rank), "FAULT": fault, "LOG": str(tmp_path / f"{rank}.log")} for rank, fault in enumerate(faults)
+    ]
     ranks = [
         subprocess.Popen(
-            [sys.executable, worker, str(rank), world, tmp_path / "port", tmp_path / f"{rank}.log", fault],
-            env=environment({"PYTHONPATH": str(ROOT)}), cwd=ROOT, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            [sys.executable, ROOT / "tests/pipeline/watchdog/watch_worker.py"], env=environment({**shared, **variables}),
+            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         )
-        for rank, fault in enumerate(faults)
+        for variables in own
     ]  # fmt: skip
     output = "".join(rank.communicate(timeout=50)[0] for rank in ranks)
     assert [rank.returncode for rank in ranks] == codes, output

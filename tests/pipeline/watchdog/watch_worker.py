@@ -1,4 +1,4 @@
-"""One rank that only has a watchdog: RANK WORLD PORT_FILE LOG FAULT; all do as their faults say once all are there."""
+"""One rank that only has a watchdog; the ranks do as their variable FAULT says once all are there."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def work(watch: Watchdog, fault: str) -> int:
 
 
 def main() -> int:
-    rank, world, place, log, fault = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+    rank, world, place = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Path(os.environ["PORT_FILE"])
+    log, fault = os.environ["LOG"], os.environ["FAULT"]
     with Path(log).open("a", encoding="utf-8") as stream:
         watch = Watchdog(
             rank=rank, world=world, place=f"host h, pid {os.getpid()}", timeout_s=TIMEOUT_S, log=stream, report=report,

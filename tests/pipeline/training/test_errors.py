@@ -60,7 +60,7 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             ["--train.global-batch-size", "999999"],
             ["rows, fewer than", "global_batch_size=999999"],
             id="fewer rows than a step",
-        ),  # fmt: skip
+        ),
         pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
         pytest.param(manifest_edit(image_store_sha256="0" * 64), [], ["other images", "mma-prep"], id="other images"),
         pytest.param(

@@ -24,7 +24,7 @@ GRID = ["--train.global-batch-size", "16", "--parallel.micro-batches", "0"]
 
 def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> WorkloadEstimate:
     config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
-    sharding = Sharding.of(read_ds_config(f"ds_configs/{zero}.json"), config.parallel)
+    sharding = Sharding.of(read_ds_config(zero), config.parallel)
     spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
     return build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=length, shares=SHARES)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.common.files import sha256_file, sha256_line
 from pipeline.train import main
 from tests.launch import ROOT
 from tests.pipeline.training.runs import flags
@@ -16,10 +17,14 @@ from tests.pipeline.training.runs import flags
 Edit = Callable[[Path], None]
 
 
-def manifest_edit(**changes: object) -> Edit:
+def manifest_edit(*, signed: bool = True, **changes: object) -> Edit:
+    """Return an edit of the packs' manifest; ``signed``: its sums are rewritten, too."""
+
     def edit(demo: Path) -> None:
         path = demo / "packs/sft/manifest.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+        if signed:
+            path.with_suffix(".sha256").write_bytes(sha256_line(sha256_file(path), path.name))
 
     return edit
 
@@ -38,7 +43,7 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.param(None, ["--train.lrr", "1"], ["--train.lrr", "--train.lr'"], id="unknown flag"),
         pytest.param(None, ["--data.packs", "nowhere"], ["nowhere", "manifest.json", "mma-prep"], id="missing packs"),
         pytest.param(None, ["--data.packs", ""], ["data.packs", "--data.packs"], id="no packs named"),
-        pytest.param(None, ["--deepspeed", "none.json"], ["none.json", "ds_configs/"], id="missing DeepSpeed file"),
+        pytest.param(None, ["--deepspeed", "none.json"], ["none.json", "zero3_offload"], id="missing DeepSpeed file"),
         pytest.param(None, ["--mask.policy", "mmaa"], ["mmaa", "mma"], id="unknown policy"),
         pytest.param(None, ["--mask.policy", "mma_unclamped"], ["mma_unclamped", "allow_leak"], id="leaking policy"),
         pytest.param(None, ["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
@@ -50,11 +55,19 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
             None, ["--model.llm.config.max_position_embeddings", "20"], ["sample of", "20"], id="positions too short"
         ),
         pytest.param(manifest_edit(targets=0), [], ["no supervised tokens"], id="nothing supervised"),
-        pytest.param(manifest_edit(rows=3), [], ["3 rows", "global_batch_size=12"], id="fewer rows than a step"),
-        pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
-        pytest.param(manifest_edit(image_store_sha256="0"), [], ["other images", "mma-prep"], id="other images"),
         pytest.param(
-            manifest_edit(seed=9), ["--data.verify", "true"], ["manifest.json", "differs"], id="an edited manifest"
+            None,
+            ["--train.global-batch-size", "999999"],
+            ["rows, fewer than", "global_batch_size=999999"],
+            id="fewer rows than a step",
+        ),
+        pytest.param(manifest_edit(image_store="nowhere"), [], ["nowhere", "no image store"], id="images are gone"),
+        pytest.param(manifest_edit(image_store_sha256="0" * 64), [], ["other images", "mma-prep"], id="other images"),
+        pytest.param(
+            manifest_edit(signed=False, seed=9),
+            ["--data.verify", "true"],
+            ["manifest.json", "differs"],
+            id="an edited manifest",
         ),
         pytest.param(manifest_edit(format="zip"), [], ["manifest", "mma-pack"], id="foreign folder"),
     ],
@@ -64,13 +77,14 @@ def test_errors_are_one_line_and_exit_2(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     path = own_demo / "packs/sft/manifest.json"
-    original = path.read_text()
+    original, sums = path.read_text(), path.with_suffix(".sha256").read_bytes()
     try:
         if edit is not None:
             edit(own_demo)
         code = main([*flags(own_demo, tmp_path / "run"), *more])
     finally:
         path.write_text(original)
+        path.with_suffix(".sha256").write_bytes(sums)
     said = capsys.readouterr().err.strip().replace(str(own_demo), "data/demo")
     assert code == 2
     assert "\n" not in said
@@ -152,7 +166,7 @@ def test_a_dry_run_shows_the_plan_of_any_number_of_ranks(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        pytest.param(["--deepspeed", "none.json"], ["none.json", "ds_configs/"], id="missing DeepSpeed file"),
+        pytest.param(["--deepspeed", "none.json"], ["none.json", "zero3_offload"], id="missing DeepSpeed file"),
         pytest.param(["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
         pytest.param(["--dry-run"], ["demo/packs/pt does not exist yet", "mma-prep demo"], id="a dry run"),
     ],

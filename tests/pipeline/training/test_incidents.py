@@ -16,6 +16,7 @@ import pytest
 from data_prep.cli import main as mma_prep
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS_FILE
+from data_prep.common.files import sha256_file, sha256_line
 from data_prep.packs import PackReader, PackRow, Source, write_rows
 from pipeline.data.order import BatchOrder
 from pipeline.parallel.zero3 import StepResult
@@ -109,7 +110,9 @@ def tampered(demo: Path, out: Path) -> int:
     entry = write_rows(out / "rows-00000.arrow", rows, packs.manifest.seq_len)
     store = (packs.directory / packs.manifest.image_store).resolve()
     manifest = replace(packs.manifest, rows=ROWS, files=(entry,), tokenizer="tokenizer", image_store=str(store))
-    (out / "manifest.json").write_text(manifest.to_json())
+    path = out / "manifest.json"
+    path.write_text(manifest.to_json())
+    path.with_suffix(".sha256").write_bytes(sha256_line(sha256_file(path), path.name))
     return token
 
 

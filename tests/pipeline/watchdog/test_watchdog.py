@@ -205,8 +205,9 @@ def test_processes_end_together_and_say_why(
     ]
     ranks = [
         subprocess.Popen(
-            [sys.executable, ROOT / "tests/pipeline/watchdog/watch_worker.py"], env=environment({**shared, **variables}),
-            cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, ROOT / "tests/pipeline/watchdog/watch_worker.py"],
+            env=environment({**shared, **variables}), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         for variables in own
     ]  # fmt: skip

@@ -52,11 +52,13 @@ class ProbeBatch:
         ``segment`` comes from the key of that name, from restarts of ``position_ids`` (of their first plane), or from
         a 2-D ``attention_mask``, in this order; ``generated`` from its key or from ``labels``.
 
-        Raises UserError when a batch has no ``input_ids``, or neither ``generated`` nor ``labels``.
+        Raises UserError when a batch has no ``input_ids``, neither ``generated`` nor ``labels``, or is not on the CPU.
         """
         ids = inputs.get("input_ids")
         if not isinstance(ids, torch.Tensor) or ids.dim() != 2:
             raise UserError("a batch for the prober needs input_ids, an integer tensor of shape [rows, tokens]")
+        if ids.device.type != "cpu":
+            raise UserError("the prober compares runs on the CPU: move the model and the batch there")
         if "generated" in inputs:
             generated = inputs["generated"].bool()
         elif "labels" in inputs:

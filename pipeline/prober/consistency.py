@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -188,7 +189,7 @@ def _continued(prompt: ProbeBatch, new: torch.Tensor) -> ProbeBatch:
 def loss(subject: Subject, batch: ProbeBatch, report: Report) -> Iterator[Finding]:
     """The loss may depend only on logits whose next token belongs to the same document."""
     with torch.enable_grad():
-        trace = subject._trace(subject.call(batch.inputs))
+        trace = subject.trace_of(subject.call(batch.inputs))
     if trace.loss is None or not trace.loss.requires_grad or not trace.logits.requires_grad:
         report.skip("loss", "the model returns no loss that depends on its logits")
         return
@@ -241,20 +242,17 @@ def _first(findings: Iterator[Finding]) -> Iterator[Finding]:
     return islice(findings, 1)
 
 
-class _inference:  # noqa: N801
-    """Evaluation mode within a block, as at inference."""
-
-    def __init__(self, subject: Subject) -> None:
-        self._module = subject.module
-
-    def __enter__(self) -> None:
-        if self._module is not None:
-            self._was = self._module.training
-            self._module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self._module is not None:
-            self._module.train(self._was)
+@contextmanager
+def _inference(subject: Subject) -> Iterator[None]:
+    """Put the model into evaluation mode within a block, as at inference."""
+    training = subject.module is not None and subject.module.training
+    if subject.module is not None:
+        subject.module.eval()
+    try:
+        yield
+    finally:
+        if subject.module is not None:
+            subject.module.train(training)
 
 
 def _name(dtype: torch.dtype) -> str:

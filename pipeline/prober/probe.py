@@ -43,8 +43,10 @@ def probe(model: Callable[..., Any], batches: Iterable[Mapping[str, Any] | Probe
         report.findings += _leaks(subject, batch, report)
         for check in _CHECKS:
             report.findings += check(subject, batch, report)
-    if not report.checked and not report.findings:
-        raise UserError("no batches to probe: give at least one")
+    if not report.checked.get("answer leak"):
+        raise UserError(
+            "no batch holds an answer token with a token before it, so no leak could be seen: give real batches"
+        )
     report.findings = list({(finding.check, finding.message): finding for finding in report.findings}.values())
     return report
 
@@ -68,7 +70,7 @@ def _leaks(subject: Subject, batch: ProbeBatch, report: Report) -> Iterator[Find
 def _answer_cause(subject: Subject, batch: ProbeBatch) -> str:
     """Return why an answer leaks if another form of the attention mask removes the leak; else an empty string."""
     mask = batch.inputs.get("attention_mask")
-    if not isinstance(mask, torch.Tensor):
+    if not isinstance(mask, torch.Tensor) or not ((mask == 0) | (mask == 1)).all():
         return ""
     forms: dict[str, torch.Tensor | None] = {
         "a 0/1 float mask is added to the logits and hides nothing: pass a bool mask": mask.bool()

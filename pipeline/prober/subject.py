@@ -87,7 +87,7 @@ class Subject:
     def run(self, batch: ProbeBatch) -> Trace:
         """Run without gradients and without hooks."""
         with torch.no_grad():
-            return self._trace(self.call(batch.inputs))
+            return self.trace_of(self.call(batch.inputs))
 
     def run_replaced(self, batch: ProbeBatch, where: torch.Tensor, *, record: bool = False) -> Trace:
         """Run with the tokens marked in ``where`` (bool[B, T]) replaced by others.
@@ -96,15 +96,15 @@ class Subject:
         """
         if not self.layers(batch):
             with torch.no_grad():
-                return self._trace(self.call({**batch.inputs, "input_ids": _swapped(batch, where)}))
+                return self.trace_of(self.call({**batch.inputs, "input_ids": _swapped(batch, where)}))
         with torch.no_grad(), self._hooked(batch, _noise(where)) as states:
-            trace = self._trace(self.call(batch.inputs))
+            trace = self.trace_of(self.call(batch.inputs))
         return Trace(trace.logits, tuple(states) if record else (), trace.loss)
 
     def run_recorded(self, batch: ProbeBatch, *, gradients: bool) -> Trace:
         """Run with all states recorded; with ``gradients`` they belong to a graph that starts at ``states[0]``."""
         with torch.set_grad_enabled(gradients), self._hooked(batch, _leaf if gradients else None) as states:
-            trace = self._trace(self.call(batch.inputs))
+            trace = self.trace_of(self.call(batch.inputs))
         return Trace(trace.logits, tuple(states), trace.loss)
 
     def layers(self, batch: ProbeBatch) -> list[nn.Module]:
@@ -161,7 +161,8 @@ class Subject:
                 handle.remove()
 
     @staticmethod
-    def _trace(output: Any) -> Trace:
+    def trace_of(output: Any) -> Trace:
+        """Read logits and loss from what the model returned. Raises UserError for half precision."""
         if isinstance(output, torch.Tensor):
             logits, loss = output, None
         elif isinstance(output, tuple):

@@ -129,6 +129,11 @@ def test_mistakes_of_the_user_are_named() -> None:
     row = faults.packed_row()
     with pytest.raises(UserError, match=r"needs labels"):
         probe(faults.SmallLM(), [{"input_ids": row["input_ids"]}])
+    for batches in ([], [{**row, "labels": torch.full_like(row["labels"], -100)}]):
+        with pytest.raises(UserError, match=r"no batch holds an answer token"):
+            probe(faults.SmallLM(), batches)
+    with pytest.raises(UserError, match=r"on the CPU"):
+        probe(faults.SmallLM(), [{key: value.to("meta") for key, value in row.items()}])
     with pytest.raises(UserError, match=r"call float\(\)"):
         probe(faults.SmallLM().bfloat16(), [row])
     model = faults.SmallLM()

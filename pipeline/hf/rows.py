@@ -88,7 +88,8 @@ class BatchReader:
             call: the arguments of forward. ``segment`` int[B, T] and ``generated`` bool[B, T] are optional; otherwise
                 samples come from restarts of ``position_ids`` and from a 2-D ``attention_mask`` (0 = padding; values
                 above 1 number the packed samples), and generated tokens from the assistant spans or ``labels``.
-            training: refuse batches that do not say which tokens are generated; else all of them count as a prompt.
+            training: refuse batches that do not say which tokens are generated. At inference all of them count as a
+                prompt, but ``use_cache=False`` is refused: ``generate`` would pass its own tokens as a prompt.
 
         Raises:
             UserError: ids are missing, a batch does not say what is generated, or labels train a given token.
@@ -114,9 +115,10 @@ class BatchReader:
             found = torch.tensor([self.spans.generated(row) for row in ids.tolist()])
         elif trained is not None:
             return trained
-        elif training:
+        elif training or call.get("use_cache") is False:  # without a cache, generate() mixes prompt and answer
             raise UserError(
-                "cannot tell answers from prompts: pass labels (-100 = prompt) or generated, or set assistant_spans"
+                "cannot tell answers from prompts: pass labels (-100 = prompt) or generated, set assistant_spans, or "
+                "generate with a cache"
             )
         else:
             found = torch.zeros_like(ids, dtype=torch.bool)

@@ -222,6 +222,8 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
         model.generate(
             input_ids=rows.ids[:, 4:6], cache_implementation="static", max_new_tokens=2, disable_compile=True
         )
+    with pytest.raises(UserError, match="or generate with a cache"):
+        model.generate(input_ids=rows.ids[:, 4:6], max_new_tokens=2, use_cache=False)
     first = model(input_ids=rows.ids[:, :5], pixel_values=inputs["pixel_values"], use_cache=True)
     with pytest.raises(UserError, match="a prompt was split over two forward passes"):
         model(input_ids=rows.ids[:, 5:9], past_key_values=first.past_key_values)

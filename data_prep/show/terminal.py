@@ -6,18 +6,14 @@ import re
 
 from rich.console import Console
 
+from data_prep.common.console import PipeConsole
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Leave the end of a pipe to the command line; rich would exit with code 1."""
-        raise BrokenPipeError
 
 
 def plain_console() -> Console:
     """Return a console on stdout that prints text as it is; styles come from ``Text`` and ``style=``."""
-    return _Console(highlight=False, markup=False, emoji=False)
+    return PipeConsole(highlight=False, markup=False, emoji=False)
 
 
 def printable(text: str) -> str:

@@ -36,7 +36,7 @@ judge; without one, `all` skips them."""
 
 
 def _bench(arguments: argparse.Namespace) -> None:
-    from pipeline.commands.console import PipeConsole
+    from data_prep.common.console import PipeConsole
     from pipeline.evaluation.bench import run
     from pipeline.evaluation.registry import ALL, chosen
     from pipeline.evaluation.table import show

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from pipeline.commands.console import PipeConsole
+from data_prep.common.console import PipeConsole
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.families import vision_config

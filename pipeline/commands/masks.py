@@ -9,9 +9,9 @@ from pathlib import Path
 from rich.table import Table
 
 from data_prep.common.command_line import OneLineParser
+from data_prep.common.console import PipeConsole
 from data_prep.common.errors import UserError
 from pipeline.commands.arguments import check_output_file
-from pipeline.commands.console import PipeConsole
 from pipeline.masks.layout import EXAMPLE, LEGEND, layout_letters, parse_grid, parse_layout
 from pipeline.masks.picture import draw_png, plain, terminal, terminal_legend
 from pipeline.masks.policies import POLICIES, Policy, get_policy

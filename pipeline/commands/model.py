@@ -64,8 +64,8 @@ def _is_file(name: str) -> bool:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from data_prep.common.console import PipeConsole
     from data_prep.packs import PackReader
-    from pipeline.commands.console import PipeConsole
     from pipeline.serving.evaluate import evaluate, save, show
 
     if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():

@@ -6,7 +6,7 @@ import argparse
 
 from rich.text import Text
 
-from pipeline.commands.console import PipeConsole
+from data_prep.common.console import PipeConsole
 from pipeline.config.schema import ConfigError, build_config
 from pipeline.parallel.schedule import Action, bubble
 from pipeline.parallel.simulation import Simulation, orders, peak_in_flight, simulate, unit_cost

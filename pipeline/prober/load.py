@@ -88,12 +88,10 @@ def _export(folder: str, batches: str | None, rows: range) -> tuple[StageSubject
 def _pretrained(folder: str) -> Any:
     """Load a transformers model in fp32, in training mode, without a cache in its forward: as Trainer runs it."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         multimodal = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
         auto = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model = auto.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
+        model = auto.from_pretrained(folder, dtype=torch.float32, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"--model {folder}: {one_line(error)}") from error
     model.config.get_text_config().use_cache = False

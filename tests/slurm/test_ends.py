@@ -161,7 +161,7 @@ def checked(stage: Cluster, small_disk: Path | None, tmp_path_factory: pytest.Te
     [
         ("python", "python slurm/check_nodes.py exits with code 127"),
         ("gpus", "the job has 2 GPUs on the first node, but 1 on this one"),
-        ("disk", "0.00 GiB left"),
+        ("disk", "has 0.00 GiB free"),
     ],
 )
 def test_an_unfit_node_is_named(stage: Cluster, checked: dict[str, str], fault: str, words: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import pytest
 
 from pipeline.cli import main
+from pipeline.commands.schedule import timeline
 from pipeline.parallel.groups import neighbours
 from pipeline.parallel.schedule import SCHEDULES, Action, bubble, downstream, upstream
-from pipeline.parallel.simulation import orders, peak_in_flight, receives, simulate
+from pipeline.parallel.simulation import orders, peak_in_flight, receives, simulate, unit_cost
 
 SHAPES = [
     (name, stages, microbatches, virtual_stages)
@@ -217,7 +218,13 @@ def test_unequal_stages_wait_for_the_slowest() -> None:
 def test_a_step_is_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["schedule", "--pp", "2", "--micro-batches", "3"]) == 0
     *lines, costs = capsys.readouterr().out.splitlines()
-    assert lines == ["stage 0  01··0-21-·2-", "stage 1  ·00-11-22-··"]
+    assert lines == [  # no terminal: no colours, a bar starts each action
+        "stage 0  |F0|F1......|B0---|F2|B1---...|B2---",
+        "stage 1  ...|F0|B0---|F1|B1---|F2|B2---......",
+    ]
+    step = simulate(orders("1f1b", 2, 3), unit_cost)
+    coloured = ["stage 0  01··0-21-·2-", "stage 1  ·00-11-22-··"]
+    assert [line.plain for line in timeline(step, digits=1)] == coloured
     assert "bubble 25.0% of the step (theory 25.0%)" in costs and "at most 2, 1 micro-batches" in costs
 
 
@@ -226,8 +233,8 @@ def test_a_step_is_drawn_to_scale(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--virtual-stages", "2"], "virtual_stages=2 needs schedule=interleaved"),
         (["--schedule", "interleaved", "--virtual-stages", "2", "--pp", "1"], "set pp to 2 or more"),
-        (["--pp", "0"], "parallel.pp: Input should be greater than 0"),
-        (["--micro-batches", "0"], "a step has at least 1"),
+        (["--pp", "0"], "argument --pp: '0' is not a whole number above 0"),
+        (["--micro-batches", "0"], "argument --micro-batches: '0' is not a whole number above 0"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

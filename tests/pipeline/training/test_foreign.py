@@ -216,7 +216,6 @@ PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/checkpoint_manager.py", "all_gather_object"),
-    ("pipeline/commands/doctor.py", "broadcast_object_list"),
     ("pipeline/commands/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "all_gather_object"),

@@ -109,7 +109,13 @@ def tampered(demo: Path, out: Path) -> int:
     rows[SHUFFLED] = with_other_answers(rows[SHUFFLED], np.array(sorted(used - {packs.manifest.image_id})))
     entry = write_rows(out / "rows-00000.arrow", rows, packs.manifest.seq_len)
     store = (packs.directory / packs.manifest.image_store).resolve()
-    manifest = replace(packs.manifest, rows=ROWS, files=(entry,), tokenizer="tokenizer", image_store=str(store))
+    counts = {
+        "rows": ROWS,
+        "tokens": sum(int((row.segment > 0).sum()) for row in rows),
+        "targets": sum(row.n_target for row in rows),
+        "images": sum(len(row.image_row) for row in rows),
+    }
+    manifest = replace(packs.manifest, **counts, files=(entry,), tokenizer="tokenizer", image_store=str(store))
     path = out / "manifest.json"
     path.write_text(manifest.to_json())
     path.with_suffix(".sha256").write_bytes(sha256_line(sha256_file(path), path.name))

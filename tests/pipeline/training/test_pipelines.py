@@ -76,4 +76,4 @@ def test_both_models_give_the_same_answers(small_demo: Path, plain: Path, wander
     ]
     assert answers[0] == answers[1]
     assert same_answers(models[1], models[0]).endswith("24 of 24 (100.0%)")
-    assert "is not there to compare with" in same_answers(models[1], tmp_path / "nowhere")
+    assert "does not exist, so there is nothing to compare" in same_answers(models[1], tmp_path / "nowhere")

@@ -11,11 +11,25 @@ from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 
 def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device."""
+    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device, padding set to 0."""
     for name, param in stage.trainable():
-        yield f"master|{name}", stage.master_shard(param)
-        yield from ((f"{state}|{name}", stage.master_shard(param, state)) for state in STATES)
-    yield from ((f"frozen|{name}", stage.compute_shard(param)) for name, param in stage.frozen())
+        yield f"master|{name}", _without_padding(stage, param, stage.master_shard(param))
+        for state in STATES:
+            yield f"{state}|{name}", _without_padding(stage, param, stage.master_shard(param, state))
+    for name, param in stage.frozen():
+        yield f"frozen|{name}", _without_padding(stage, param, stage.compute_shard(param))
+
+
+def _without_padding(stage: Zero3Stage, param: torch.nn.Parameter, shard: torch.Tensor) -> torch.Tensor:
+    """Clear what lies past the end of a parameter whose size the data-parallel ranks do not divide.
+
+    DeepSpeed leaves that memory uninitialized. Nothing reads it, but it would make files of equal runs differ, and it
+    may hold values that are not finite.
+    """
+    own = stage.full_shape(param).numel() - stage.topology.dp_rank * shard.numel()
+    if own < shard.numel():
+        shard[max(own, 0) :].zero_()
+    return shard
 
 
 def first_not_finite(shards: Mapping[str, torch.Tensor]) -> str | None:

@@ -14,7 +14,7 @@ import torch
 
 from data_prep.common.events import EVENTS_FILE, EventLedger
 from pipeline.checkpoints.checkpoint import checkpoint_folders, set_aside_unproven
-from pipeline.checkpoints.shards import first_not_finite
+from pipeline.checkpoints.shards import first_not_finite, shards
 from pipeline.train import main
 from pipeline.training.checkpoint_manager import CheckpointManager
 from tests.pipeline.training.runs import curve, flags, same_bits, train, weights
@@ -25,10 +25,24 @@ from tests.pipeline.training.runs import curve, flags, same_bits, train, weights
     [(math.nan, 0), (math.inf, 6), (-math.inf, 3), (1e30, 2)],
 )
 def test_one_value_that_is_not_finite_is_found(value: float, place: int) -> None:
-    shards = {"master|v": torch.ones(4), "frozen|w": torch.ones(7, dtype=torch.bfloat16), "exp_avg|e": torch.ones(0)}
-    assert first_not_finite(shards) is None
-    shards["frozen|w"][place] = value
-    assert first_not_finite(shards) == "frozen|w"
+    saved = {"master|v": torch.ones(4), "frozen|w": torch.ones(7, dtype=torch.bfloat16), "exp_avg|e": torch.ones(0)}
+    assert first_not_finite(saved) is None
+    saved["frozen|w"][place] = value
+    assert first_not_finite(saved) == "frozen|w"
+
+
+@pytest.mark.parametrize(("dp_rank", "kept"), [(0, 3), (1, 3), (2, 1), (3, 0)])
+def test_padding_of_a_shard_is_cleared_before_it_is_judged(dp_rank: int, kept: int) -> None:
+    """DeepSpeed pads 7 elements to 4 shards of 3 and leaves the rest uninitialized: it may hold anything."""
+    shard = torch.full((3,), math.nan)
+    shard[:kept] = 1.0
+    stage = SimpleNamespace(
+        topology=SimpleNamespace(dp_rank=dp_rank), trainable=lambda: (), frozen=lambda: [("w", None)],
+        full_shape=lambda param: torch.Size([7]), compute_shard=lambda param: shard,
+    )  # fmt: skip
+    found = dict(shards(cast("Any", stage)))
+    assert first_not_finite(found) is None
+    assert found["frozen|w"].tolist() == [1.0] * kept + [0.0] * (3 - kept)
 
 
 @pytest.mark.parametrize(

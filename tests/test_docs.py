@@ -72,6 +72,7 @@ def place(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (place / name).symlink_to(ROOT / name)
     shutil.copytree(small_demo, place / "data/demo", symlinks=True)
     train(small_demo, place / "runs/demo_sft", ranks=1).check()
+    shutil.copytree(place / "runs/demo_sft", place / "runs/mine")
     for layout, folder in (("llava", "llava"), ("sharegpt", "sharegpt"), ("save-to-disk", ""), ("parquet-bytes", "")):
         LAYOUTS[layout][0](place / "mine" / folder)
     LAYOUTS["image-folder"][0](place / "mine")

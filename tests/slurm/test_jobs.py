@@ -147,6 +147,7 @@ def test_a_lost_node_is_survived(slurm: Cluster, undisturbed: Path) -> None:
     with slurm.missing_nodes_after(4):
         slurm.kill_node(NODES[1])
         slurm.until(lambda: slurm.state(job) == "PENDING", 90, "the job to be requeued")
+        slurm.until(lambda: "ended by Slurm" in slurm.log(job), 30, "the job script to see why")
     slurm.start_node(NODES[1])
     assert slurm.wait(job) == "COMPLETED", slurm.logs()
     assert f"ended by Slurm: lost {NODES[1]}" in slurm.log(job)

@@ -21,6 +21,7 @@ from pipeline.serving import export as export_module
 from pipeline.serving.export import export
 from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.model import load_model
+from tests.launch import ROOT
 from tests.pipeline.model.helpers import plain_llm, whole_stage
 from tests.pipeline.serving.helpers import CONVERSATIONS, Saved, make_export, make_saved
 
@@ -38,7 +39,8 @@ torch.save([model.logits(model.prompt(turns)) for turns in CONVERSATIONS], sys.a
 def test_a_new_process_computes_the_same_logits(dtype: str, tmp_path: Path) -> None:
     folder = export(make_saved(tmp_path, tie_word_embeddings=True), tmp_path / "export", dtype=dtype)
     model = load_model(folder)
-    subprocess.run([sys.executable, "-c", SCORE, folder, tmp_path / "logits"], check=True, timeout=120)
+    command = [sys.executable, "-c", SCORE, str(folder), str(tmp_path / "logits")]
+    subprocess.run(command, check=True, timeout=120, cwd=ROOT)
     theirs = torch.load(tmp_path / "logits", weights_only=True)
     assert all(torch.equal(model.logits(model.prompt(t)), x) for t, x in zip(CONVERSATIONS, theirs, strict=True))
 

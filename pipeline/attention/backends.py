@@ -156,10 +156,25 @@ def _lse(
     return out_THD.transpose(0, 1)[None]
 
 
+def slow_path_reason(device: str, dtype: torch.dtype, head_size: int, softcap: float | None = None) -> str | None:
+    """Return why attention on this device cannot use flash kernels and falls back to slower ones; None if it need not.
+
+    Only CUDA has flash kernels to fall back from.
+    """
+    if device != "cuda":
+        return None
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"flash attention needs fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
+    if head_size > varlen.MAX_HEAD_SIZE or head_size % 8:
+        return (
+            f"flash attention needs a head size that is a multiple of 8 up to {varlen.MAX_HEAD_SIZE}, not {head_size}"
+        )
+    return None if softcap is None else "flash attention cannot soft-cap logits"
+
+
 def _flash_fits(q: torch.Tensor) -> bool:
     """Return whether torch's variable-length flash attention supports queries [..., D]; it does not pad heads."""
-    size = q.shape[-1]
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= varlen.MAX_HEAD_SIZE and size % 8 == 0
+    return q.is_cuda and slow_path_reason("cuda", q.dtype, q.shape[-1]) is None
 
 
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}
@@ -177,7 +192,7 @@ def choose_backend(plan: AttentionPlan, device: str, softcap: float | None = Non
     mergeable = softcap is None and plan.order is None and not plan.bidirectional and (flash_fits or device != "cuda")
     if mergeable and (plan.run_split is None or (device == "cuda" and plan.gather_ratio > LSE_GATHER_RATIO)):
         name, reason = "lse", "samples hold so many media that gathering keys would cost more"
-    elif device == "cuda":
+    elif device == "cuda" and flash_fits and softcap is None:
         name, reason = "runsplit", "one variable-length flash call over gathered keys"
     else:
         name, reason = "runsplit", "one fused attention per run"

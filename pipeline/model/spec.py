@@ -114,6 +114,11 @@ class ModelSpec:
         return int(self.llm.hidden_size)
 
     @property
+    def head_size(self) -> int:
+        """Width of one attention head of the language model."""
+        return int(getattr(self.llm, "head_dim", None) or self.llm.hidden_size // self.llm.num_attention_heads)
+
+    @property
     def layers(self) -> int:
         """Number of decoder layers."""
         return int(self.llm.num_hidden_layers)

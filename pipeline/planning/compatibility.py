@@ -76,6 +76,16 @@ def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> N
         )
 
 
+def initial_policy(config: RunConfig) -> str | None:
+    """Return the mask policy that the weights of ``init_from`` were trained under; None for a run that resumes."""
+    source = config.init_from
+    if not source or checkpoint_folders(Path(config.run_dir)):
+        return None
+    if not is_export(source):
+        return str(open_checkpoint(source).meta["policy"])
+    return str(json.loads((Path(source) / "config.json").read_text(encoding="utf-8"))["mma"]["policy"])
+
+
 def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
     """Compare the vocabulary of ``model.llm.source`` with the packs' tokenizer. Raises ConfigError where ids differ.
 

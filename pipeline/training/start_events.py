@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.attention import slow_path_reason
+from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.zero3 import check_version
+from pipeline.planning.compatibility import initial_policy
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.run.folder import RunFolder
 
@@ -20,5 +23,11 @@ def record_start_events(plan: RunPlan, folder: RunFolder, *, watched: bool, over
         folder.record("watchdog-unavailable")
     for problem in oversubscribed:
         folder.record("memory-oversubscribed", reason=problem)
+    softcap = getattr(plan.spec.llm, "attn_logit_softcapping", None)
+    if reason := slow_path_reason(device_of_rank().type, plan.dtype, plan.spec.head_size, softcap):
+        folder.record("attention-fallback", reason=reason)
+    before = initial_policy(config)
+    if before not in (None, config.mask.policy):
+        folder.record("mask-changed", init_from=config.init_from, old=before, new=config.mask.policy)
     if not config.train.steps:
         folder.record("rows-dropped", count=manifest.rows % config.train.global_batch_size, path=config.data.packs)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.common.errors import UserError
 from pipeline.attention import attend, build_plan
-from pipeline.attention.backends import _flash_fits, choose_backend
+from pipeline.attention.backends import _flash_fits, choose_backend, slow_path_reason
 from pipeline.masks import POLICIES, Sidecars, dense_mask, get_policy, parse_layout
 from tests.pipeline.attention.tensors import Inputs, errors
 from tests.pipeline.masks.rows import GRID, rows
@@ -155,6 +155,21 @@ def test_flash_is_chosen_only_for_head_sizes_it_supports(size: int, dtype: str, 
     with FakeTensorMode(allow_non_fake_inputs=True):
         q = torch.empty(1, 2, 3, size, dtype=getattr(torch, dtype), device="cuda")
     assert _flash_fits(q) == fits
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (("cpu", torch.float32, 20, 50.0), None),
+        (("cuda", torch.bfloat16, 64), None),
+        (("cuda", torch.float32, 64), "flash attention needs fp16 or bf16, not float32"),
+        (("cuda", torch.bfloat16, 20), "multiple of 8 up to 256, not 20"),
+        (("cuda", torch.bfloat16, 256, 50.0), "cannot soft-cap"),
+    ],
+)
+def test_why_flash_kernels_cannot_run(call: tuple[str, torch.dtype, int], reason: str | None) -> None:
+    found = slow_path_reason(*call)
+    assert found is None if reason is None else reason in (found or "")
 
 
 def test_a_row_with_too_many_gathered_keys_is_refused_or_merged() -> None:

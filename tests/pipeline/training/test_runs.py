@@ -140,8 +140,10 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_taken(
 
 def test_a_stage_starts_from_the_weights_of_another_run(small_demo: Path, undisturbed: Path, tmp_path: Path) -> None:
     more = ["--init-from", str(undisturbed), "--train.steps", "1", "--train.lr", "1e-30", "--train.min-lr", "0"]
+    more += ["--mask.policy", "causal"]
     output = train(small_demo, tmp_path / "run", *more, recipe="demo_pt", packs="pt").check().output
     assert f"starting from the weights of {undisturbed}" in output
+    assert EventLedger(tmp_path / "run" / EVENTS_FILE).summary()["mask-changed"] == 1
     assert same_bits(weights(tmp_path / "run"), weights(undisturbed))
 
 
@@ -278,5 +280,10 @@ def test_an_export_starts_a_run(small_demo: Path, undisturbed: Path, tmp_path: P
     export = tmp_path / "export"
     assert mma(["export", str(undisturbed), str(export)]) == 0
     more = ["--init-from", str(export), "--train.steps", "1", "--train.lr", "1e-30", "--train.min-lr", "0"]
+    causal = main(
+        [*flags(small_demo, tmp_path / "strict", *more), "--mask.policy", "causal", "--strict", "mask-changed"]
+    )
+    assert causal == 2
     train(small_demo, tmp_path / "run", *more, ranks=2).check()
+    assert "mask-changed" not in EventLedger(tmp_path / "run" / EVENTS_FILE).summary()
     assert same_bits(weights(tmp_path / "run"), weights(undisturbed))

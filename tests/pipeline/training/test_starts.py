@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from data_prep.common.errors import UserError
@@ -14,7 +15,8 @@ from pipeline.config.flags import parse
 from pipeline.config.schema import ModelConfig
 from pipeline.model.spec import ModelSpec
 from pipeline.planning.compatibility import check_same_model
-from pipeline.training import supervise
+from pipeline.planning.run_plan import RunPlan
+from pipeline.training import start_events, supervise
 from pipeline.training.run.folder import RunFolder
 
 
@@ -74,3 +76,17 @@ def test_a_run_folder_of_one_rank_alone_is_refused(
     monkeypatch.setattr(dist, "broadcast_object_list", of_another)
     assert not supervise.all_ranks_share(folder)
     assert "is not rank 0's run folder: give --run-dir a path on a disk shared by all nodes" in capsys.readouterr().err
+
+
+def test_attention_without_flash_kernels_is_recorded(
+    small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a GPU would have it; only the device is made up."""
+    packs = str(small_demo / "packs/sft")
+    plan = RunPlan.build(parse(["--recipe", "demo_sft", "--data.packs", packs]), rank=0, world=1)
+    for device, events in (("cpu", 0), ("cuda", 1)):
+        monkeypatch.setattr(start_events, "device_of_rank", lambda device=device: torch.device(device))
+        folder = RunFolder(str(tmp_path / device))
+        start_events.record_start_events(plan, folder, watched=True, oversubscribed=[])
+        assert folder.events.summary().get("attention-fallback", 0) == events
+    assert "not float32" in folder.events.path.read_text()

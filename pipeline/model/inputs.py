@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -32,3 +33,10 @@ class StageInputs:
     """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
+
+    def to(self, device: torch.device | str) -> StageInputs:
+        """Return the inputs on another device."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device) for field in fields(self) if (value := getattr(self, field.name)) is not None
+        }
+        return StageInputs(**moved)

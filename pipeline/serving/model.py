@@ -68,6 +68,11 @@ class MultimodalModel:
         return self._stage
 
     @property
+    def llm(self) -> PreTrainedModel:
+        """The family's own causal language model around the stage's modules, with a head; for ``generate``."""
+        return self._llm
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(self._stage.parameters()).device
@@ -85,7 +90,7 @@ class MultimodalModel:
     @torch.inference_mode()
     def logits(self, prompt: Prompt) -> torch.Tensor:
         """Return the logits at every token, [T, V], at least fp32: one full forward pass under the training mask."""
-        inputs = self._inputs(prompt)
+        inputs = self.inputs(prompt)
         hidden = self._stage.decode(self._stage.embed(inputs), inputs)
         return self._stage.lm_head.logits(self._stage.model.norm(hidden))[0]
 
@@ -105,8 +110,8 @@ class MultimodalModel:
             UserError: a prompt exceeds the model's positions or its sliding window.
         """
         for prompt in prompts:
-            self._check_length(len(prompt.encoded), max_new_tokens)
-        embeds = [(prompt.sidecars, self._stage.embed(self._inputs(prompt))[0]) for prompt in prompts]
+            self.check_length(len(prompt.encoded), max_new_tokens)
+        embeds = [(prompt.sidecars, self._stage.embed(self.inputs(prompt))[0]) for prompt in prompts]
         batch = PromptBatch.of(self.policy, embeds)
         options = {"do_sample": False, "eos_token_id": list(self.export_config.eos_ids), **options}
         return self._llm.generate(
@@ -131,8 +136,9 @@ class MultimodalModel:
         ends = [place for place, index in enumerate(ids) if index in self.export_config.eos_ids]
         return self.tokenizer.decode(ids[: ends[0]] if ends else ids).strip()
 
-    def _inputs(self, prompt: Prompt) -> StageInputs:
-        sidecars, device = prompt.sidecars, self.device
+    def inputs(self, prompt: Prompt, device: torch.device | str | None = None) -> StageInputs:
+        """Return a prompt as inputs of the stage, on the model's device or another one."""
+        sidecars, device = prompt.sidecars, self.device if device is None else device
         ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
         pixels = self.spec.preprocess.batch(prompt.images).to(device) if prompt.images else None
         return StageInputs(
@@ -144,7 +150,8 @@ class MultimodalModel:
             pixels=pixels,
         )
 
-    def _check_length(self, tokens: int, new: int) -> None:
+    def check_length(self, tokens: int, new: int) -> None:
+        """Raise UserError when a prompt is empty, or with its answer exceeds the model's positions or its window."""
         if not tokens:
             raise UserError("the conversation is empty: give a question or an image")
         limit, window = self.spec.longest_segment, getattr(self.spec.llm, "sliding_window", None)

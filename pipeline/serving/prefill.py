@@ -42,8 +42,22 @@ class PrefillMask:
         if past is not None:  # a static cache has its full length from the start
             keys = past.get_mask_sizes(prefill_mask.shape[-2], 0)[0]
         mask = F.pad(prefill_mask, (0, keys - prefill_mask.shape[-1]))
-        kinds = getattr(self.config, "layer_types", None)
-        return {**inputs, "attention_mask": dict.fromkeys(kinds, mask) if kinds else mask}
+        return {**inputs, "attention_mask": by_layer_type(self.config, mask)}
+
+
+def by_layer_type(config: Any, mask: torch.Tensor, sliding: torch.Tensor | None = None) -> Any:
+    """Return a 4-D mask as the family's forward pass takes it: by layer type, or one mask for all layers.
+
+    Args:
+        config: of the language model.
+        mask: bool, True where a query sees a key.
+        sliding: instead of ``mask`` in layers with a sliding window.
+    """
+    sliding = mask if sliding is None else sliding
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return {kind: sliding if kind == "sliding_attention" else mask for kind in kinds}
+    return mask if getattr(config, "sliding_window", None) is None else sliding
 
 
 def generating_class(config_class: type) -> type[PreTrainedModel]:

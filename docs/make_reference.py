@@ -6,7 +6,7 @@ import argparse
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from pydantic_core import PydanticUndefined
 from data_prep.corpora import CORPORA
 from data_prep.recipe import Recipe
 from pipeline.config.schema import RunConfig
+from pipeline.model.connectors import CONNECTORS
 
 TARGET = ROOT / "docs/reference.md"
 
@@ -33,6 +34,7 @@ def reference() -> str:
             "Generated from the code by `python docs/make_reference.py`; a test compares the two.",
             "",
             "- [Training recipes](#training-recipes): every key is a flag as well (`train.lr` is `--train.lr`)",
+            "- [Connectors](#connectors): further keys of `model.connector`, by `kind`",
             "- [Data recipes](#data-recipes)",
             "- [Corpus types](#corpus-types)",
             "- [Commands](#commands)",
@@ -41,13 +43,16 @@ def reference() -> str:
             "",
             *table(keys(RunConfig)),
             "",
+            "## Connectors",
+            "",
+            *sections(CONNECTORS, prefix="model.connector."),
             "## Data recipes",
             "",
             *table(keys(Recipe)),
             "",
             "## Corpus types",
             "",
-            *corpora(),
+            *sections(CORPORA, hidden="root"),
             "## Commands",
             "",
             *commands(),
@@ -134,15 +139,16 @@ def table(rows: Iterator[Row]) -> Iterator[str]:
         yield f"| `{key}` | {kind} | {default} | {meaning} |"
 
 
-def corpora() -> Iterator[str]:
-    """Yield a section for each corpus type."""
-    for name, reader in CORPORA.items():
+def sections(registry: Mapping[str, type[BaseModel]], *, prefix: str = "", hidden: str = "") -> Iterator[str]:
+    """Yield a section for each kind of a registry: the first paragraph of its docstring, and its options."""
+    for name, kind in registry.items():
         yield f"### `{name}`"
         yield ""
-        yield " ".join((reader.__doc__ or "").split("\n\n")[0].split())
+        yield " ".join((kind.__doc__ or "").split("\n\n")[0].split())
         yield ""
-        yield from table(row for row in keys(reader) if row[0] != "root")
-        yield ""
+        if rows := [row for row in keys(kind, prefix) if row[0] != hidden]:
+            yield from table(iter(rows))
+            yield ""
 
 
 def commands() -> Iterator[str]:

@@ -10,7 +10,6 @@ from rich.table import Table
 from data_prep.common.console import PipeConsole
 from pipeline.config.flags import parse
 from pipeline.config.schema import ConfigError, RunConfig
-from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.parallel.topology import Topology, micro_batches
@@ -25,7 +24,7 @@ def estimate(options: argparse.Namespace) -> int:
     invocation = parse(["--recipe", options.recipe, *options.flags], known=flags)
     config = invocation.config
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
-    spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=image_tokens(config))
+    spec = ModelSpec.resolve(config.model, vocab_size=options.vocab, image_tokens=None)
     shares = options.images / options.seq_len, options.targets
     console = PipeConsole()
     for note in invocation.notes:
@@ -34,14 +33,6 @@ def estimate(options: argparse.Namespace) -> int:
         load = build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=options.seq_len, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))
     return 0
-
-
-def image_tokens(config: RunConfig) -> int:
-    """Return the tokens per image that the connector outputs."""
-    if config.model.connector.kind == "perceiver":
-        return config.model.connector.latents
-    vision = vision_config(config.model.vision)
-    return int((vision.image_size // vision.patch_size) ** 2)
 
 
 def build_workload_estimate(

@@ -31,7 +31,8 @@ The same command resumes a run. To save and stop after the current step, create 
 
 USAGE = "pipeline/train.py [--recipe NAME] [--deepspeed NAME] [--run-dir DIR] [--section.key VALUE ...]"
 DEFAULT_DS_CONFIG = "zero3"
-_FREE = ("--model.llm.config.", "--model.vision.config.")  # followed by any key of a Hugging Face config
+# Followed by any key of a Hugging Face config, or any option of a connector; checked when the model is resolved.
+_FREE = ("--model.llm.config.", "--model.vision.config.", "--model.connector.")
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def _dashed(word: str) -> str:
 
 
 def _free_overrides(rest: Sequence[str], known: Iterable[str]) -> list[tuple[str, Any]]:
-    """Collect ``--model.llm.config.KEY VALUE`` flags. Raises UserError for any other leftover word."""
+    """Collect ``--model.llm.config.KEY VALUE`` flags and their like. Raises UserError for any other leftover word."""
     pairs = []
     words = iter(rest)
     for word in words:

@@ -10,7 +10,7 @@ import yaml
 
 from data_prep.common.errors import did_you_mean
 from data_prep.common.yaml_files import expand, read_mapping
-from pipeline.config.schema import ConfigError, RunConfig, build_config
+from pipeline.config.schema import ConfigError, ConnectorConfig, RunConfig, build_config
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 YAML = (".yaml", ".yml")
@@ -30,9 +30,7 @@ def load_config(recipe: str, overrides: Iterable[tuple[str, Any]] = (), notes: l
     """
     notes = [] if notes is None else notes
     raw = read_recipe(recipe, notes)
-    for key, value in overrides:
-        raw = merge(raw, _nest(key, value), notes)
-    whole = expand(raw, recipe)
+    whole = expand(merge(raw, _tree(overrides), notes), recipe)
     return build_config({**whole, "run_dir": whole.get("run_dir") or f"runs/{Path(recipe).stem}"}, origin=recipe)
 
 
@@ -75,7 +73,8 @@ def to_yaml(config: RunConfig) -> str:
 def merge(
     base: dict[str, Any], over: dict[str, Any], notes: list[str] | None = None, place: str = ""
 ) -> dict[str, Any]:
-    """Merge ``over`` into ``base``; a model ``config`` with a different ``model_type`` replaces the inherited one.
+    """Merge ``over`` into ``base``; a model ``config`` of a different ``model_type`` replaces the inherited one, and so
+    does a connector of a different ``kind``.
 
     Each replacement adds a line with the dropped keys to ``notes``: a key that the new model shares, such as
     ``hidden_size``, would otherwise silently have the library's default. ``place`` is the dotted key of both.
@@ -84,20 +83,30 @@ def merge(
     for key, value in over.items():
         old, here = merged.get(key), f"{place}{key}"
         if isinstance(old, dict) and isinstance(value, dict):
-            if _same_model(old, value):
+            name = _changed(old, value, here)
+            if not name:
                 value = merge(old, value, notes, f"{here}.")
-            elif notes is not None and (dropped := sorted(map(str, old.keys() - value.keys()))):
-                change = f"{here}.model_type changes from {old.get('model_type')} to {value['model_type']}"
+            elif notes is not None and (dropped := sorted(map(str, old.keys() - value.keys() - {name}))):
+                change = f"{here}.{name} changes from {old.get(name)} to {value[name]}"
                 notes.append(f"{change}, which drops the inherited {', '.join(dropped)}: set those you want to keep")
         merged[key] = value
     return merged
 
 
-def _same_model(old: dict[str, Any], new: dict[str, Any]) -> bool:
-    return bool(new.get("model_type", old.get("model_type")) == old.get("model_type"))
+def _changed(old: dict[str, Any], new: dict[str, Any], place: str) -> str:
+    """Return the key that turns a section into another model's, if ``new`` changes it; else an empty string."""
+    name, default = ("kind", ConnectorConfig().kind) if place == "model.connector" else ("model_type", None)
+    before = old.get(name, default)
+    return name if new.get(name, before) != before else ""
 
 
-def _nest(key: str, value: Any) -> dict[str, Any]:
-    for name in reversed(key.split(".")):
-        value = {name: value}
-    return dict(value)
+def _tree(overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Nest dotted keys. All flags are merged at once, so their order does not matter."""
+    tree: dict[str, Any] = {}
+    for key, value in overrides:
+        *sections, name = key.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = value
+    return tree

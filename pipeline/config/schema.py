@@ -54,18 +54,11 @@ class VisionConfig(Section):
 class ConnectorConfig(Section):
     """The connector, which projects patch features to image tokens of the language model."""
 
-    kind: Literal["perceiver", "mlp"] = "perceiver"
-    """perceiver: `latents` tokens per image, as in the paper; mlp: one token per patch, as in LLaVA."""
-    latents: Positive = 144
-    """Tokens per image from the perceiver resampler; must equal image_tokens of the packs."""
-    depth: Positive = 6
-    """Number of perceiver blocks."""
-    heads: Positive = 8
-    """Attention heads of the perceiver."""
-    head_dim: Positive = 64
-    """Dimension of each perceiver attention head."""
-    ff_mult: Positive = 4
-    """Feed-forward width of the perceiver, as a multiple of the feature width."""
+    model_config = ConfigDict(extra="allow")  # the options of the kind, which `pipeline.model.connectors` checks
+
+    kind: str = "perceiver"
+    """Kind of connector. Its options are further keys of this section, such as `latents` of the perceiver:
+    docs/reference.md, section Connectors, lists kinds and options."""
 
 
 class ModelConfig(Section):

@@ -143,7 +143,7 @@ def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | N
     Args:
         name: a key of ``POLICIES``.
         allow_leak: accept the ablations whose images see the answers.
-        grid: patches per image as (rows, columns); None when image tokens come from a resampler.
+        grid: image tokens as (rows, columns); None when the connector keeps no grid.
 
     Raises:
         UserError: the name is unknown, the policy leaks and ``allow_leak`` is not set, or it needs a grid.
@@ -158,8 +158,9 @@ def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | N
         )
     if policy.needs_grid and grid is None:
         raise UserError(
-            f"mask policy '{name}' orders image tokens by their place on the patch grid, which a resampler does not "
-            "keep: set model.connector.kind to mlp (in mma mask and mma prove: give --grid), or use policy 'mma'"
+            f"mask policy '{name}' orders image tokens by their place in the image, which this connector does not "
+            "keep: choose a model.connector.kind that keeps it, such as mlp or cabstractor (in mma mask and mma prove: "
+            "give --grid), or use policy 'mma'"
         )
     return replace(policy, grid=grid) if policy.needs_grid else policy
 

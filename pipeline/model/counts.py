@@ -24,6 +24,8 @@ class ParamCounts:
 
     vision: int
     connector: int
+    connector_flops: float
+    """FLOPs of the connector's forward pass of one image."""
     embed: int
     layers: tuple[int, ...]
     """One count per decoder layer."""
@@ -32,8 +34,6 @@ class ParamCounts:
     """0 where the head shares the embedding's weight."""
     patches: int
     """Patch features of one image."""
-    image_tokens: int
-    """Language-model tokens of one image."""
     vision_frozen: bool
 
     @classmethod
@@ -43,12 +43,12 @@ class ParamCounts:
         return cls(
             vision=_size(spec.meta_vision()),
             connector=_size(spec.meta_connector()),
+            connector_flops=spec.connector.flops(spec.features, spec.width),
             embed=_size(llm.model.embed_tokens),
             layers=tuple(_size(layer) for layer in llm.model.layers),
             norm=_size(llm.model.norm),
             head=0 if spec.tied else _size(llm.lm_head),
             patches=spec.patches,
-            image_tokens=spec.image_tokens,
             vision_frozen=spec.vision_frozen,
         )
 
@@ -69,12 +69,12 @@ class ParamCounts:
     def step_flops(self, *, tokens: int, targets: int, images: int) -> float:
         """Return the FLOPs of a step: 6 per parameter and token (2 forward, 4 backward), 2 for frozen parameters.
 
-        Attention scores and recomputation are excluded, so an MFU based on this is a lower bound. The head counts
-        supervised tokens only, the connector image tokens only.
+        Attention scores of decoder and tower and recomputation are excluded, so an MFU based on this is a lower bound.
+        The head counts supervised tokens only; the connector's FLOPs are counted from its own forward pass.
         """
         decoder = 6.0 * sum(self.layers) * tokens + 6.0 * (self.head or self.embed) * targets
         vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * images
-        return decoder + vision + 6.0 * self.connector * self.image_tokens * images
+        return decoder + vision + 3.0 * self.connector_flops * images
 
     def part_costs(self, *, image_share: float, target_share: float, recomputed: bool) -> Sequence[Cost]:
         """Return the FLOPs per packed token: before the decoder layers, of each layer, after them.
@@ -85,7 +85,7 @@ class ParamCounts:
             recomputed: decoder layers are recomputed in the backward pass.
         """
         vision = self.vision * self.patches * image_share
-        before = vision + self.connector * self.image_tokens * image_share
+        before = vision + self.connector_flops / 2.0 * image_share
         trained = before - (vision if self.vision_frozen else 0.0)
         layers = [Cost(2.0 * count, (6.0 if recomputed else 4.0) * count) for count in self.layers]
         after = (self.head or self.embed) * target_share

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import short_repr
-from pipeline.config.schema import ConfigError, ConnectorConfig
+from pipeline.config.schema import ConfigError
 
 LIMITS: Mapping[str, int] = {
     "num_hidden_layers": 1_024,
@@ -28,14 +28,6 @@ LIMITS: Mapping[str, int] = {
     "projection_dim": 65_536,
 }
 """Largest value of each size in a Hugging Face config; the smallest is 1."""
-CONNECTOR_LIMITS: Mapping[str, int] = {
-    "latents": 65_536,
-    "depth": 256,
-    "heads": 1_024,
-    "head_dim": 4_096,
-    "ff_mult": 256,
-}
-"""Largest value of each size of a connector."""
 MAX_NUMBER = 1 << 31
 """Largest absolute value of any other number in a config."""
 MAX_CONFIG_BYTES = 16 << 20
@@ -61,13 +53,6 @@ def check_config_values(where: str, raw: Mapping[str, Any]) -> None:
     for name, value in raw.items():
         for problem in _problems(value, MAX_DEPTH):
             raise ConfigError(f"{where}: {short_repr(name)} {problem}: fix {short_repr(name)}")
-
-
-def check_connector_sizes(connector: ConnectorConfig) -> None:
-    """Check the sizes of a connector. Raises ConfigError naming the key, its value and the limit."""
-    for name, limit in CONNECTOR_LIMITS.items():
-        if (value := getattr(connector, name)) > limit:
-            raise ConfigError(f"model.connector.{name}={short_repr(value)} is above the limit of {limit}: lower it")
 
 
 def read_bounded(path: Path) -> str:

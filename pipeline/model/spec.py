@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.common.errors import one_line
-from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
-from pipeline.model.connector import build_connector
+from pipeline.config.schema import ConfigError, ModelConfig
+from pipeline.model.connectors import Connector, Features, Grid, read_connector, read_saved_connector
 from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
-from pipeline.model.limits import check_connector_sizes, read_bounded
+from pipeline.model.limits import read_bounded
 from pipeline.model.preprocess import Preprocess
 
 
@@ -30,7 +30,7 @@ class ModelSpec:
 
     llm: PreTrainedConfig
     vision: PreTrainedConfig
-    connector: ConnectorConfig
+    connector: Connector
     preprocess: Preprocess
     image_tokens: int
     """Tokens of one image after the connector."""
@@ -42,13 +42,13 @@ class ModelSpec:
     """Folder with the vision tower's weights; empty = from scratch."""
 
     @classmethod
-    def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int) -> ModelSpec:
+    def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None) -> ModelSpec:
         """Check a recipe's model section against the packs it will be trained on.
 
         Args:
             config: the recipe's ``model`` section.
             vocab_size: embedding rows that the packs' token ids need.
-            image_tokens: tokens of one image in the packs.
+            image_tokens: tokens of one image in the packs; None = as many as the connector makes.
 
         Raises:
             ConfigError: naming the key and the fix.
@@ -56,31 +56,28 @@ class ModelSpec:
         spec = cls(
             llm=llm_config(config.llm, vocab_size=vocab_size),
             vision=(vision := vision_config(config.vision)),
-            connector=config.connector,
+            connector=read_connector(config.connector),
             preprocess=_preprocess(config.vision.source, vision),
-            image_tokens=image_tokens,
+            image_tokens=image_tokens or 0,
             vision_frozen=config.vision.frozen,
             llm_source=config.llm.source,
             vision_source=config.vision.source,
         )
-        check_connector_sizes(spec.connector)
+        spec.connector.check(spec.features)
+        if image_tokens is None:
+            return replace(spec, image_tokens=spec.connector_tokens)
         spec._check_image_tokens()
         return spec
 
     def _check_image_tokens(self) -> None:
         made = self.connector_tokens
-        if made == self.image_tokens:
-            return
-        if self.connector.kind == "perceiver":
+        if made != self.image_tokens:
+            rows, columns = self.grid
             raise ConfigError(
-                f"model.connector.latents={made}, but an image takes {self.image_tokens} tokens in the packs: "
-                f"set it to {self.image_tokens}, or rebuild the packs with image_tokens {made}"
+                f"model.connector.kind={self.connector.kind} makes {made} tokens of {rows} x {columns} patches, but an "
+                f"image takes {self.image_tokens} tokens in the packs: {self.connector.fix_for(self.image_tokens)}, "
+                f"or rebuild the packs with image_tokens {made}"
             )
-        raise ConfigError(
-            f"model.connector.kind=mlp gives one token per patch, {made}, but an image takes {self.image_tokens} "
-            f"tokens in the packs: use kind=perceiver with latents={self.image_tokens}, or rebuild the packs with "
-            f"image_tokens {made}"
-        )
 
     def check_segments(self, longest: int) -> None:
         """Check that the longest packed sample, of ``longest`` tokens, fits the model's positions.
@@ -134,7 +131,7 @@ class ModelSpec:
         return bool(self.llm.tie_word_embeddings)
 
     @property
-    def grid(self) -> tuple[int, int]:
+    def grid(self) -> Grid:
         """Patches of the tower as (rows, columns)."""
         side = self.vision.image_size // self.vision.patch_size
         return side, side
@@ -142,17 +139,22 @@ class ModelSpec:
     @property
     def patches(self) -> int:
         """Patch features of one image."""
-        return self.grid[0] * self.grid[1]
+        return self.features.patches
+
+    @property
+    def features(self) -> Features:
+        """Width and grid of the tower's patch features."""
+        return Features(int(self.vision.hidden_size), self.grid)
 
     @property
     def connector_tokens(self) -> int:
         """Tokens the connector produces for one image; equals ``image_tokens`` in a checked spec."""
-        return self.patches if self.connector.kind == "mlp" else self.connector.latents
+        return self.connector.tokens(self.grid)
 
     @property
-    def mask_grid(self) -> tuple[int, int] | None:
-        """Grid of the image tokens for mask policies that need one; None for a resampler."""
-        return self.grid if self.connector.kind == "mlp" else None
+    def mask_grid(self) -> Grid | None:
+        """Grid of the image tokens for mask policies that need one; None when the connector keeps none."""
+        return self.connector.grid(self.grid)
 
     def meta_llm(self) -> PreTrainedModel:
         """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
@@ -173,14 +175,14 @@ class ModelSpec:
     def meta_connector(self) -> nn.Module:
         """Return the connector on the meta device."""
         with torch.device("meta"):
-            return build_connector(self.connector, width=int(self.vision.hidden_size), out_width=self.width)
+            return self.connector.build(self.features, self.width)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready description from which the model can be rebuilt; source folders are omitted."""
         return {
             "llm": json.loads(self.llm.to_json_string(use_diff=False)),
             "vision": json.loads(self.vision.to_json_string(use_diff=False)),
-            "connector": self.connector.model_dump(),
+            "connector": self.connector.to_dict(),
             "preprocess": self.preprocess.to_dict(),
             "image_tokens": self.image_tokens,
             "vision_frozen": self.vision_frozen,
@@ -193,12 +195,12 @@ class ModelSpec:
             spec = cls(
                 llm=config_from_dict(raw["llm"], LLM_FAMILIES),
                 vision=config_from_dict(raw["vision"], VISION_FAMILIES),
-                connector=ConnectorConfig.model_validate(raw["connector"]),
+                connector=read_saved_connector(raw["connector"]),
                 preprocess=Preprocess.from_dict(raw["preprocess"]),
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
             )
-            check_connector_sizes(spec.connector)
+            spec.connector.check(spec.features)
             if spec.preprocess.size_px != spec.vision.image_size:
                 raise ValueError(f"preprocess.size_px {spec.preprocess.size_px}, image_size {spec.vision.image_size}")
             if spec.connector_tokens != spec.image_tokens:

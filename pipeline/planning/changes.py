@@ -17,6 +17,8 @@ CHANGES_RESULT = frozenset({
 """Keys that may only change on resume with ``--allow-change``. All others concern logging, saving, ranks and timeouts;
 the function of the model is compared by `check_same_model`."""
 _NO_CHANGE = frozenset({"run_dir", "init_from"})
+_FREE = ("model.llm.config.", "model.vision.config.", "model.connector.")
+"""Sections whose keys the schema does not list."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def settings_changed(
     changes = [
         Change(key, old.get(key), new.get(key), key in CHANGES_RESULT and not same.get(key, False))
         for key in sorted((old | new).keys() - _NO_CHANGE)
-        if old.get(key) != new.get(key) and (key in old or key.startswith("model."))  # other keys are newer
+        if old.get(key) != new.get(key) and _comparable(key, old, new)
     ]
     found = {change.key for change in changes}
     if not same["data.packs"] and "data.packs" not in found:
@@ -57,6 +59,13 @@ def settings_changed(
     if not same["train.dtype"] and "train.dtype" not in found:
         changes.append(Change("train.dtype", saved.model["dtype"], dtype, True))
     return changes
+
+
+def _comparable(key: str, old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    """Whether both sides state a key. A key that only the new side states is newer, unless it is of a free section."""
+    if key.startswith("model.connector."):  # an option that one side leaves out has its default
+        return key in old and key in new
+    return key in old or key.startswith("model.")
 
 
 def is_allowed(key: str, allowed: Sequence[str]) -> bool:
@@ -68,7 +77,7 @@ def check_allowed_keys(allowed: Sequence[str]) -> None:
     """Refuse an ``--allow-change`` that has no effect. Raises ConfigError."""
     known = known_keys()
     for name in allowed:
-        if name not in known and not name.startswith(("model.llm.config.", "model.vision.config.")):
+        if name not in known and not name.startswith(_FREE):
             raise ConfigError(f"--allow-change {name}: there is no such key; --print-config lists all")
 
 

@@ -53,7 +53,7 @@ def test_help_teaches_policies_and_layouts(command: Command, capsys: pytest.Capt
         pytest.param(mask_command, ["{packs}", "--row", "9"], r"has rows 0\.\.1, not 9", id="row"),
         pytest.param(mask_command, ["V4", "--out", "mask.jpg"], r"ends in \.png", id="format"),
         pytest.param(mask_command, ["V4 Q1", "--policy", "mna"], "did you mean 'mma'", id="policy"),
-        pytest.param(mask_command, ["V4", "--policy", "cca"], "patch grid.*--grid", id="no-grid"),
+        pytest.param(mask_command, ["V4", "--policy", "cca"], "place in the image.*--grid", id="no-grid"),
         pytest.param(mask_command, ["V4", "--policy", "cca", "--grid", "2by2"], "such as 27x27", id="grid"),
         pytest.param(prove_command, ["{packs}", "--rows", "3"], r"has rows 0\.\.1, not 2", id="rows"),
         pytest.param(prove_command, ["V4", "--rows", "0"], "at least one row", id="no-rows"),

@@ -13,6 +13,7 @@ from pipeline.config.flags import build_parser, flag_name, parse
 from pipeline.config.recipes import RECIPES, load_config, read_recipe, to_yaml
 from pipeline.config.schema import RunConfig, known_keys
 from pipeline.config.shipped import ds_config_path, shipped_folder
+from pipeline.model.connectors import read_connector
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
@@ -23,6 +24,7 @@ def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(variable, "/models/x")
     config = load_config(name)
     assert config.run_dir == f"runs/{name}"
+    read_connector(config.model.connector)
     assert yaml.safe_load(to_yaml(config)) == config.model_dump(mode="json")
 
 
@@ -154,6 +156,25 @@ def test_a_changed_model_type_names_the_inherited_keys_it_drops(tmp_path: Path) 
     assert "intermediate_size" in note and "num_hidden_layers" in note and " hidden_size" not in note
     assert "\n" not in note
     assert parse(["--recipe", "demo_sft", "--model.llm.config.hidden_size", "48"]).notes == ()
+
+
+def test_another_connector_replaces_the_parents_options(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("extends: cc12m_pt\nmodel: {connector: {kind: mlp}}")
+    invocation = parse(["--recipe", str(path)])
+    assert invocation.config.model.connector.model_dump() == {"kind": "mlp"}
+    (note,) = invocation.notes
+    assert note.startswith(
+        "model.connector.kind changes from perceiver to mlp, which drops the inherited depth, head_dim"
+    )
+    flags = ["--model.connector.latents", "16", "--model.connector.head-dim=8", "--model.connector.kind", "perceiver"]
+    wanted = {"kind": "perceiver", "latents": 16, "head_dim": 8}
+    assert parse(["--recipe", "demo_pt", *flags]).config.model.connector.model_dump() == wanted, "in any order"
+    assert parse(["--recipe", "cc12m_pt", *flags]).config.model.connector.model_dump() == {
+        **wanted,
+        "depth": 2,
+        "heads": 4,
+    }
 
 
 def test_shipped_deepspeed_files_are_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_an_unknown_policy_is_refused_with_a_suggestion() -> None:
 
 
 def test_cca_needs_a_matching_grid() -> None:
-    with pytest.raises(UserError, match="resampler"):
+    with pytest.raises(UserError, match="connector does not keep"):
         get_policy("cca")
     with pytest.raises(UserError, match="image 0 at token 1 has 5 tokens, but its grid is 3 x 4"):
         dense_mask(get_policy("cca", grid=GRID), parse_layout("Q1 V5 Q2"))

@@ -14,9 +14,10 @@ import pytest
 from transformers import PreTrainedConfig
 
 from data_prep.common.errors import UserError
-from pipeline.config.schema import ConfigError, ModelConfig
+from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
+from pipeline.model.connectors import read_connector
 from pipeline.model.families import FORBIDDEN, LLM_FAMILIES, VISION_FAMILIES, config_keys
-from pipeline.model.limits import CONNECTOR_LIMITS, LIMITS, MAX_CONFIG_BYTES
+from pipeline.model.limits import LIMITS, MAX_CONFIG_BYTES
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import IMAGE_TOKENS, VOCAB, model_config, tiny_spec
 
@@ -155,4 +156,4 @@ def test_limits_leave_room_for_published_models() -> None:
         "image_size": 1_024,
     }
     assert all(LIMITS[name] >= 4 * size for name, size in largest.items())
-    assert CONNECTOR_LIMITS["latents"] >= 4 * 729
+    read_connector(ConnectorConfig(kind="perceiver", latents=4 * 729))

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.schema import ConfigError, ModelConfig
+from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.counts import ParamCounts
 from pipeline.model.families import vision_config
 from pipeline.model.spec import ModelSpec
@@ -25,6 +25,11 @@ def edited(**sections: dict[str, Any]) -> ModelConfig:
         for key in [key for key, value in changes.items() if value is None]:
             del into[key]
     return ModelConfig.model_validate(raw)
+
+
+def replaced(**connector: Any) -> ModelConfig:
+    """The tiny recipe with another connector."""
+    return ModelConfig.model_validate({**model_config().model_dump(), "connector": connector})
 
 
 def folder(name: str, content: str | None) -> Callable[[Path], ModelConfig]:
@@ -48,8 +53,15 @@ CASES: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
     "no-vision-type": (lambda _: edited(vision={"model_type": None}), "model.vision: no model_type"),
     "vision-family": (lambda _: edited(vision={"model_type": "vit"}), "model.vision: model_type 'vit'"),
     "patch": (lambda _: edited(vision={"patch_size": 99}), "image_size 16 is smaller than patch_size 99"),
-    "latents": (lambda _: edited(connector={"latents": 6}), "model.connector.latents=6.*takes 5 tokens.*set it to 5"),
-    "patches": (lambda _: edited(connector={"kind": "mlp"}), "one token per patch, 4.*takes 5 tokens"),
+    "latents": (lambda _: edited(connector={"latents": 6}), "makes 6 tokens.*takes 5 tokens.*set model.connector.latents to 5"),
+    "patches": (
+        lambda _: replaced(kind="mlp"),
+        "kind=mlp makes 4 tokens of 2 x 2 patches.*takes 5 tokens.*kind=perceiver with model.connector.latents=5",
+    ),
+    "kind": (lambda _: replaced(kind="perciever"), "model.connector.kind 'perciever'.*did you mean 'perceiver'.*mlp"),
+    "option": (lambda _: replaced(latens=5), "kind=perceiver has no option 'latens'.*did you mean 'latents'.*depth"),
+    "foreign": (lambda _: replaced(kind="mlp", latents=5), "kind=mlp has no option 'latents'"),
+    "type": (lambda _: replaced(latents="many"), "model: connector.latents: .*integer.*'many'"),
     "no-folder": (folder("llm", None), "holds no config.json: give a local"),
     "no-vision-folder": (folder("vision", None), "model.vision.source=.*holds no config.json"),
     "not-json": (folder("llm", "{"), "is not JSON"),
@@ -87,13 +99,22 @@ def test_a_spec_survives_json(family: str, vision: str) -> None:
     assert type(again.llm) is type(spec.llm)
 
 
+def test_a_model_saved_when_all_connectors_shared_their_options_is_read() -> None:
+    config = model_config().model_copy(update={"connector": ConnectorConfig(kind="mlp")})
+    spec = ModelSpec.resolve(config, vocab_size=VOCAB, image_tokens=4)
+    shared = {"kind": "mlp", "latents": 144, "depth": 6, "heads": 8, "head_dim": 64, "ff_mult": 4}
+    assert ModelSpec.from_dict({**spec.to_dict(), "connector": shared}) == ModelSpec.from_dict(spec.to_dict())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         pytest.param({"vision": None}, "description is damaged", id="no-vision"),
         pytest.param({"llm": {"model_type": "t5"}}, "'t5' is not supported", id="family"),
         pytest.param({"image_tokens": "many"}, "description is damaged", id="image-tokens"),
-        pytest.param({"connector": {"kind": "conv"}}, "description is damaged", id="connector"),
+        pytest.param({"connector": {"kind": "conv"}}, "kind 'conv' is not known.*known: perceiver", id="connector"),
+        pytest.param({"connector": ["mlp"]}, "description is damaged", id="connector-list"),
+        pytest.param({"connector": {"kind": ["mlp"]}}, "description is damaged", id="connector-kind"),
     ],
 )
 def test_a_damaged_description_is_refused(change: dict[str, Any], words: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pipeline.cli import main
-from pipeline.commands.estimate import build_workload_estimate, image_tokens, work_shares
+from pipeline.commands.estimate import build_workload_estimate, work_shares
 from pipeline.config.flags import parse
 from pipeline.model.counts import Cost
 from pipeline.model.spec import ModelSpec
@@ -25,7 +25,7 @@ GRID = ["--train.global-batch-size", "16", "--parallel.micro-batches", "0"]
 def load_of(*flags: str, ranks: int = 4, length: int = 512, zero: str = "zero3") -> WorkloadEstimate:
     config = parse(["--recipe", "demo_sft", *GRID, *flags]).config
     sharding = Sharding.of(read_ds_config(zero), config.parallel)
-    spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=image_tokens(config))
+    spec = ModelSpec.resolve(config.model, vocab_size=500, image_tokens=None)
     return build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=length, shares=SHARES)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.commands.estimate import image_tokens
 from pipeline.config.flags import parse
 from pipeline.model.build import build_stage
 from pipeline.model.spec import ModelSpec
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 def save_llm(demo: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Save the demo's language model, drawn with another seed, as a Hugging Face folder."""
     config = parse(flags(demo, folder)).config
-    spec = ModelSpec.resolve(config.model, vocab_size=512, image_tokens=image_tokens(config))
+    spec = ModelSpec.resolve(config.model, vocab_size=512, image_tokens=None)
     stage = build_stage(
         spec, layers=range(spec.layers), first=True, last=True, dtype=torch.float32, device="cpu", seed=77
     )

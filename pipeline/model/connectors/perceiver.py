@@ -1,15 +1,18 @@
-"""Connectors: from patch features of the vision tower to image tokens of the language model's width.
+"""The Perceiver resampler of Flamingo (arXiv 2204.14198), as in AKI.
 
-B images, P patches, N image tokens, D feature width, H heads.
+B images, P patches, N latents, D feature width, H heads.
 """
 
 from __future__ import annotations
 
+from typing import Annotated, Any, ClassVar
+
 import torch
+from pydantic import Field
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.config.schema import ConnectorConfig
+from pipeline.model.connectors.base import Connector, Count, Features, Grid, Heads, Width
 
 
 class PerceiverAttention(nn.Module):
@@ -39,10 +42,10 @@ class PerceiverAttention(nn.Module):
 class PerceiverBlock(nn.Module):
     """Attention and feed-forward, each with a residual connection."""
 
-    def __init__(self, width: int, config: ConnectorConfig) -> None:
+    def __init__(self, width: int, heads: int, head_dim: int, ff_mult: int) -> None:
         super().__init__()
-        hidden = config.ff_mult * width
-        self.attention = PerceiverAttention(width, config.heads, config.head_dim)
+        hidden = ff_mult * width
+        self.attention = PerceiverAttention(width, heads, head_dim)
         self.feed_forward = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, hidden, bias=False), nn.GELU(), nn.Linear(hidden, width, bias=False)
         )
@@ -56,10 +59,12 @@ class PerceiverBlock(nn.Module):
 class PerceiverResampler(nn.Module):
     """Learned queries condense any number of patches into a fixed number of tokens (arXiv 2204.14198; as in AKI)."""
 
-    def __init__(self, width: int, out_width: int, config: ConnectorConfig) -> None:
+    def __init__(
+        self, width: int, out_width: int, *, latents: int, depth: int, heads: int, head_dim: int, ff_mult: int
+    ) -> None:
         super().__init__()
-        self.latents = nn.Parameter(torch.empty(config.latents, width))
-        self.blocks = nn.ModuleList(PerceiverBlock(width, config) for _ in range(config.depth))
+        self.latents = nn.Parameter(torch.empty(latents, width))
+        self.blocks = nn.ModuleList(PerceiverBlock(width, heads, head_dim, ff_mult) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.projection = nn.Linear(width, out_width)
         self.reset_parameters()
@@ -76,15 +81,32 @@ class PerceiverResampler(nn.Module):
         return self.projection(self.norm(latents_BND))  # type: ignore[no-any-return]
 
 
-class MlpConnector(nn.Sequential):
-    """Two linear layers, one token per patch (LLaVA-1.5, arXiv 2310.03744): [B, P, width] -> [B, P, out_width]."""
+class Perceiver(Connector):
+    """A Perceiver resampler (arXiv 2204.14198), the connector of AKI. Its tokens have no place in the image."""
 
-    def __init__(self, width: int, out_width: int) -> None:
-        super().__init__(nn.Linear(width, out_width), nn.GELU(), nn.Linear(out_width, out_width))
+    kind: ClassVar[str] = "perceiver"
+    module: ClassVar[type[nn.Module]] = PerceiverResampler
 
+    latents: Width = 144
+    """Tokens per image; must equal image_tokens of the packs."""
+    depth: Count = 6
+    """Number of blocks."""
+    heads: Heads = 8
+    """Attention heads."""
+    head_dim: Annotated[int, Field(gt=0, le=4_096)] = 64
+    """Dimension of each attention head."""
+    ff_mult: Count = 4
+    """Feed-forward width, as a multiple of the feature width."""
 
-def build_connector(config: ConnectorConfig, *, width: int, out_width: int) -> nn.Module:
-    """Build the connector from features of ``width`` to tokens of ``out_width``."""
-    if config.kind == "mlp":
-        return MlpConnector(width, out_width)
-    return PerceiverResampler(width, out_width, config)
+    def tokens(self, grid: Grid) -> int:
+        """Return the number of latents."""
+        return self.latents
+
+    def fix_for(self, tokens: int) -> str:
+        """Return the number of latents to set."""
+        return f"set model.connector.latents to {tokens}"
+
+    def arguments(self, features: Features, out_width: int) -> dict[str, Any]:
+        """Return the arguments of `PerceiverResampler`."""
+        options = {name: getattr(self, name) for name in ("latents", "depth", "heads", "head_dim", "ff_mult")}
+        return {"width": features.width, "out_width": out_width, **options}

@@ -25,6 +25,8 @@ from pipeline.attention.plan import AttentionPlan
 from pipeline.attention.sdpa_runs import sdpa
 
 NAME = "mma"
+MASK_INDEX = "mma_mask_index"
+"""Attribute of a layer's attention: which of the masks [B, N, Q, K] of a prompt is its own."""
 
 
 def register() -> str:
@@ -55,6 +57,7 @@ def mma_attention(
         UserError: a plan is combined with attention dropout, or with a sliding window shorter than its longest segment.
     """
     if not isinstance(attention_mask, AttentionPlan):
+        attention_mask = _own_mask(module, attention_mask)
         if softcap is not None:
             return _capped(query, key, value, attention_mask, scaling, softcap), None
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
@@ -71,6 +74,12 @@ def mma_attention(
             f"{plan.longest_segment}: pack shorter samples, or use a model with full attention"
         )
     return attend(query, key, value, plan, scaling=scaling, softcap=softcap).transpose(1, 2), None
+
+
+def _own_mask(module: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the layer's own mask, [B, 1, Q, K], where a prompt has one per policy: [B, N, Q, K]."""
+    index: int | None = getattr(module, MASK_INDEX, None)
+    return mask if mask is None or index is None or mask.shape[1] == 1 else mask[:, index : index + 1]
 
 
 def _capped(

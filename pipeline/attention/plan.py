@@ -39,12 +39,20 @@ class AttentionPlan:
     run_split: RunSplit | None
     """See :attr:`runs`; None where too many keys would be gathered."""
     device: torch.device
+    others: tuple[AttentionPlan, ...] = ()
+    """Plans of the policy's other parts, where it changes with the layer; see :meth:`at`."""
+    layers: tuple[tuple[range, int], ...] = ()
+    """Decoder layers in which a plan of ``others`` holds, by its index."""
 
     def __len__(self) -> int:
         return len(self.sidecars)
 
     def __repr__(self) -> str:
         return f"AttentionPlan({self.policy.name}, {len(self)} tokens, {self.device})"
+
+    def at(self, layer: int) -> AttentionPlan:
+        """Return the plan of one decoder layer, counted from 0."""
+        return next((self.others[other] for layers, other in self.layers if layer in layers), self)
 
     @cached_property
     def longest_segment(self) -> int:
@@ -103,14 +111,16 @@ class AttentionPlan:
     def to(self, device: torch.device | str) -> AttentionPlan:
         """Return the plan with its tables on ``device``."""
         moved = None if self.run_split is None else self.run_split.to(device)
-        return replace(self, run_split=moved, device=torch.device(device))
+        others = tuple(plan.to(device) for plan in self.others)
+        return replace(self, run_split=moved, device=torch.device(device), others=others)
 
 
 def build_plan(policy: Policy | str, sidecars: Sidecars) -> AttentionPlan:
     """Build the plan of one row (or of a micro-batch joined by ``Sidecars.concat``) on the CPU.
 
     Args:
-        policy: a policy, or the name of one that neither leaks nor needs a grid.
+        policy: a policy, or the name of one that neither leaks nor needs a grid. The plan itself is that of the base of
+            a policy that changes with the layer; :meth:`AttentionPlan.at` returns the others.
         sidecars: of T tokens; the plan is valid for exactly these T tokens.
 
     Raises:
@@ -118,6 +128,14 @@ def build_plan(policy: Policy | str, sidecars: Sidecars) -> AttentionPlan:
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
     local = Sidecars(*(getattr(sidecars, name).cpu() for name in Sidecars.__dataclass_fields__))
+    names = [part.name for part in policy.parts]
+    base, *others = (_build_part(part, local) for part in policy.parts)
+    layers = tuple((where, names.index(part.name) - 1) for where, part in policy.layers if part.name != names[0])
+    return replace(base, others=tuple(others), layers=layers)
+
+
+def _build_part(policy: Policy, local: Sidecars) -> AttentionPlan:
+    """Build the plan of a policy that is the same in all layers."""
     table = policy.table(local)
     order = causal_order(policy, table)
     runs = query_runs(policy, table if order is None else table[order])

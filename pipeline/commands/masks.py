@@ -28,7 +28,7 @@ def mask_command(argv: Sequence[str]) -> int:
     Raises UserError for a source, policy, grid or file that cannot be used.
     """
     options = mask_parser().parse_args(argv)
-    policies = _policies(options, default=("causal", "mma"))
+    policies = [part for policy in _policies(options, default=("causal", "mma")) for part in policy.parts]
     if options.out is not None and Path(check_output_file("--out", options.out)).suffix.lower() != ".png":
         raise UserError(f"--out {options.out}: the picture is a PNG; give a file name that ends in .png")
     [(_, sidecars)] = _rows(options.source, range(options.row, options.row + 1))
@@ -105,7 +105,12 @@ def _parser(program: str, description: str, examples: str) -> OneLineParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help=_SOURCE_HELP)
-    parser.add_argument("--policy", action="append", metavar="NAME", help="a policy; may be repeated")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        metavar="NAME",
+        help="a policy, or one that changes with the layer (mma+0:8=mixed); may be repeated",
+    )
     parser.add_argument("--grid", metavar="RxC", help="patches per image, such as 27x27, for policies that need a grid")
     parser.add_argument("--debug", action="store_true", help="print a traceback for errors")
     return parser

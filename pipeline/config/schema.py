@@ -77,10 +77,18 @@ class MaskConfig(Section):
 
     policy: str = "mma"
     """Mask policy; `mma mask --help` lists them."""
+    layers: str = ""
+    """Other policies for ranges of decoder layers, e.g. "0:8=mixed,24:32=causal" (first:end, counted from 0)."""
     allow_leak: bool = False
     """Allow ablation policies under which a supervised token can attend to itself."""
     prove_rows: NonNegative = 4
     """Rows on which the mask is proved leak-free before training starts."""
+
+    @property
+    def name(self) -> str:
+        """`policy` and `layers` as one name for `pipeline.masks.get_policy`."""
+        parts = [part.strip() for part in self.layers.split(",") if part.strip()]
+        return "+".join([self.policy, *parts])
 
 
 class DataConfig(Section):

@@ -117,6 +117,8 @@ def enable_mma(
     if backend not in BACKENDS:
         raise UserError(f"unknown backend '{backend}'{did_you_mean(backend, BACKENDS)}; known: {', '.join(BACKENDS)}")
     found = get_policy(policy, allow_leak=allow_leak, grid=grid)
+    if found.layers:
+        raise UserError(f"policy '{policy}' changes with the layer, which works with this project's own models only")
     if found.grid is not None and hasattr(getattr(model, "model", None), "get_rope_index"):
         raise UserError(f"policy '{policy}' counts positions by ring, which mRoPE cannot express: use another policy")
     reader = BatchReader(Media.of(model.config), assistant_spans)

@@ -1,14 +1,18 @@
 """Attention policies: one-line predicates over sidecars, made safe by the commit index.
 
 Token i sees token j of the same segment if ``j <= i``, or if the policy's predicate unlocks the pair and j is within
-the clamp, ``j <= c(i)`` (c: the commit index). The two ablations have no clamp and leak answers; they exist to
+the clamp, ``j <= c(i)`` (c: the commit index). The ablations have no clamp and leak answers; they exist to
 demonstrate the leak and must be enabled explicitly. The base rule is Modality-Mutual Attention (arXiv 2503.02597).
+
+A policy may hold in some decoder layers only: ``mma+0:8=mixed`` is ``mixed`` in layers 0 to 7 and ``mma`` in the rest.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
@@ -46,10 +50,31 @@ class Policy:
     """Image tokens must lie on a 2-D grid (not come from a resampler)."""
     grid: tuple[int, int] | None = None
     """Patches per image as (rows, columns), for policies that need it."""
+    layers: tuple[tuple[range, Policy], ...] = ()
+    """Decoder layers, counted from 0, in which another policy holds; the ranges do not overlap."""
 
     def __post_init__(self) -> None:
         if self.unlock is not None:
             _check_predicate(self.name, self.unlock)
+
+    def at(self, layer: int) -> Policy:
+        """Return the policy of one decoder layer, itself the same in all layers."""
+        return next((policy for layers, policy in self.layers if layer in layers), self.base)
+
+    @property
+    def base(self) -> Policy:
+        """The policy of the layers that no range names."""
+        return replace(self, name=self.name.partition("+")[0], layers=()) if self.layers else self
+
+    @property
+    def parts(self) -> tuple[Policy, ...]:
+        """The different policies of the layers, each the same in all layers; the base first."""
+        return tuple({policy.name: policy for policy in (self.base, *(policy for _, policy in self.layers))}.values())
+
+    @property
+    def may_leak(self) -> bool:
+        """Whether a layer has no clamp."""
+        return any(policy.leaks for policy in self.parts)
 
     def table(self, sidecars: Sidecars) -> TokenTable:
         """Return the row's columns, with rings if the policy has a grid.
@@ -116,6 +141,16 @@ _POLICIES = (
         lambda i, j: (i.generated == 0) & (j.generated == 0),
     ),
     Policy(
+        "future_v2v",
+        "media of a turn see each other both ways, across images (arXiv 2505.18605, clamped)",
+        lambda i, j: (i.modality != TEXT) & (j.modality != TEXT),
+    ),
+    Policy(
+        "future_full",
+        "media see everything given that follows in their turn (arXiv 2505.18605, clamped)",
+        lambda i, j: (i.modality != TEXT) & (j.generated == 0),
+    ),
+    Policy(
         "cca",
         "concentric: within an image, outer rings come before inner rings (arXiv 2410.15926)",
         lambda i, j: (i.modality == IMAGE) & (i.instance == j.instance) & (i.ring == j.ring),
@@ -133,21 +168,56 @@ _POLICIES = (
         lambda i, j: (i.modality != TEXT) & (j.modality == TEXT),
         leaks=True,
     ),
+    Policy(
+        "image_tokens",
+        "ablation, leaks over turns: all media of the segment see each other both ways, as in Molmo2",
+        lambda i, j: (i.modality != TEXT) & (j.modality != TEXT),
+        leaks=True,
+    ),
 )
 POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _POLICIES}
+_DENOISING = (
+    "attends both ways between all tokens, answers too. Its models are trained by denoising masked tokens, not by "
+    "predicting the next one, which would leak every answer here: use 'prefix', which does so for given tokens"
+)
+_ELSEWHERE = {
+    "bidirectional": _DENOISING,
+    "full": _DENOISING,
+    "llada_v": _DENOISING,
+    "mmada": _DENOISING,
+    "future_v2t": "is the rule of 'mma' once it stops at the commit index; 'image_to_answer' does not stop there",
+    "within_image": "of Molmo2 is the rule of 'mixed'",
+}
+"""Masks of other projects that have no entry of their own, and why."""
+_RANGE = re.compile(r"(\d{1,4}):(\d{1,4})=([^+]+)", re.ASCII)
 
 
 def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | None = None) -> Policy:
     """Return a policy by name.
 
     Args:
-        name: a key of ``POLICIES``.
+        name: a key of ``POLICIES``, or one that changes with the layer, such as ``mma+0:8=mixed+24:32=causal``.
         allow_leak: accept the ablations whose images see the answers.
         grid: image tokens as (rows, columns); None when the connector keeps no grid.
 
     Raises:
-        UserError: the name is unknown, the policy leaks and ``allow_leak`` is not set, or it needs a grid.
+        UserError: the name is unknown, the policy leaks and ``allow_leak`` is not set, it needs a grid, or its ranges
+            of layers cannot be read, overlap or mix a policy that needs a grid with others.
     """
+    base, *ranges = name.split("+")
+    policy = _one_policy(base, allow_leak, grid)
+    if not ranges:
+        return policy
+    layers = tuple((_layers_of(text), _one_policy(text.partition("=")[2], allow_leak, grid)) for text in ranges)
+    _check_layers(name, policy, layers)
+    summary = f"{policy.name}; " + ", ".join(f"{part.name} in layers {x.start} to {x.stop - 1}" for x, part in layers)
+    return replace(policy, name=name, summary=summary, layers=layers)
+
+
+def _one_policy(name: str, allow_leak: bool, grid: tuple[int, int] | None) -> Policy:
+    """Return a policy that is the same in all layers. Raises UserError as :func:`get_policy` does."""
+    if name in _ELSEWHERE:
+        raise UserError(f"mask policy '{name}' {_ELSEWHERE[name]}")
     if name not in POLICIES:
         raise UserError(f"unknown mask policy '{name}'{did_you_mean(name, POLICIES)}; known: {', '.join(POLICIES)}")
     policy = POLICIES[name]
@@ -165,14 +235,40 @@ def get_policy(name: str, *, allow_leak: bool = False, grid: tuple[int, int] | N
     return replace(policy, grid=grid) if policy.needs_grid else policy
 
 
+def _layers_of(text: str) -> range:
+    """Read the layers of ``0:8=mixed``. Raises UserError for anything else."""
+    match = _RANGE.fullmatch(text)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(
+            f"mask layers '{text}': write first:end=policy, such as 0:8=mixed for layers 0 to 7; layers count from 0"
+        )
+    return range(int(match[1]), int(match[2]))
+
+
+def _check_layers(name: str, policy: Policy, layers: tuple[tuple[range, Policy], ...]) -> None:
+    """Refuse ranges that overlap, and policies that need their own positions or order. Raises UserError."""
+    ordered = sorted((one for one, _ in layers), key=lambda one: one.start)
+    for before, after in pairwise(ordered):
+        if after.start < before.stop:
+            raise UserError(f"mask policy '{name}': layer {after.start} has two policies: let the ranges not overlap")
+    for part in (policy, *(part for _, part in layers)):
+        if part.needs_grid:
+            raise UserError(
+                f"mask policy '{name}': '{part.name}' also sets the positions of image tokens, which all layers share: "
+                "use it in all layers, or another policy"
+            )
+
+
 def dense_mask(policy: Policy | str, sidecars: Sidecars) -> torch.Tensor:
     """Return bool[T, T], True where token i (row) sees token j (column); O(T^2) memory.
 
     This is the oracle for every fast backend. Padding tokens see only themselves, so no softmax is empty.
 
-    Raises UserError for an unknown policy, or an image that does not fit the policy's grid.
+    Raises UserError for an unknown policy, one that changes with the layer, or an image that does not fit its grid.
     """
     policy = get_policy(policy) if isinstance(policy, str) else policy
+    if policy.layers:
+        raise UserError(f"mask policy '{policy.name}' has a mask per layer: ask for one layer's with policy.at(layer)")
     table = policy.table(sidecars)
     index = np.arange(len(table))
     i, j = table[:, None], table[None, :]

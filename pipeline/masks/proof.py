@@ -7,7 +7,7 @@ becomes the maximum over the tokens seen. This is exact and costs O(T + unlocked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -65,7 +65,7 @@ def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
     """Examine every token of a row under ``layers`` layers of attention.
 
     Args:
-        policy: a policy, or the name of one that neither leaks nor needs a grid.
+        policy: a policy, or the name of one that neither leaks nor needs a grid; each layer is proved with its own.
         sidecars: the row.
         layers: attention layers of the model, at least 1.
 
@@ -75,8 +75,9 @@ def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
     if layers < 1:
         raise UserError(f"a proof needs at least one layer of attention, got {layers}")
     policy = get_policy(policy) if isinstance(policy, str) else policy
-    graph = _Graph.build(policy, sidecars)
-    table = graph.table
+    graphs = {part.name: _Graph.build(part, sidecars) for part in policy.parts}
+    stack = [graphs[policy.at(layer).name] for layer in range(layers)]
+    table = stack[0].table
     index = np.arange(len(table))
     predicts = predicts_target(table.segment, table.generated)
     answers = np.where((table.generated == 1) & (table.segment > 0), index, -1)
@@ -84,8 +85,8 @@ def prove(policy: Policy | str, sidecars: Sidecars, layers: int) -> Proof:
         policy=policy.name,
         layers=layers,
         targets=int(predicts.sum()),
-        leak=graph.first(answers, lambda reach: predicts & (reach > index), layers),
-        inexact=graph.first(index, lambda reach: reach > table.commit, layers),
+        leak=_first(stack, answers, lambda reach: predicts & (reach > index)),
+        inexact=_first(stack, index, lambda reach: reach > table.commit),
     )
 
 
@@ -143,29 +144,32 @@ class _Graph:
         latest: IntArray = np.maximum(past, later[self.span])
         return latest
 
-    def first(self, reach: IntArray, forbidden: Callable[[IntArray], BoolArray], layers: int) -> Path | None:
-        """Propagate until a token reaches a forbidden one, nothing changes, or all layers are done."""
-        history = [reach]
-        for layer in range(1, layers + 1):
-            history.append(self.step(history[-1]))
-            if (found := forbidden(history[-1])).any():
-                return Path(layer, self._trace(int(found.argmax()), history))
-            if np.array_equal(history[-1], history[-2]):
-                return None
-        return None
-
-    def _trace(self, token: int, history: list[IntArray]) -> tuple[int, ...]:
-        """Walk back from a token to the one whose index reached it."""
-        tokens, wanted = [token], history[-1][token]
-        for reach in reversed(history[:-1]):
-            token = int(np.flatnonzero(self._sees(token) & (reach == wanted))[0])
-            tokens.append(token)
-        return tuple(int(self.order[token]) for token in tokens)
-
-    def _sees(self, token: int) -> BoolArray:
+    def sees(self, token: int) -> BoolArray:
+        """Mark the tokens that a token sees; bool[T]."""
         spans, span = self.spans, self.span[token]
         seen = np.zeros(len(self.table), dtype=np.bool_)
         seen[spans.first_key[span] : spans.end[span] if spans.bidirectional[span] else token + 1] = True
         for other in spans.right[spans.left == span]:
             seen[spans.start[other] : spans.end[other]] = True
         return seen
+
+
+def _first(stack: Sequence[_Graph], reach: IntArray, forbidden: Callable[[IntArray], BoolArray]) -> Path | None:
+    """Propagate layer by layer until a token reaches a forbidden one, nothing can change, or all layers are done."""
+    history = [reach]
+    for layer, graph in enumerate(stack, start=1):
+        history.append(graph.step(history[-1]))
+        if (found := forbidden(history[-1])).any():
+            return Path(layer, _trace(stack, int(found.argmax()), history))
+        if np.array_equal(history[-1], history[-2]) and all(later is graph for later in stack[layer:]):
+            return None
+    return None
+
+
+def _trace(stack: Sequence[_Graph], token: int, history: list[IntArray]) -> tuple[int, ...]:
+    """Walk back from a token to the one whose index reached it."""
+    tokens, wanted = [token], history[-1][token]
+    for layer in reversed(range(len(history) - 1)):
+        token = int(np.flatnonzero(stack[layer].sees(token) & (history[layer] == wanted))[0])
+        tokens.append(token)
+    return tuple(int(stack[0].order[token]) for token in tokens)

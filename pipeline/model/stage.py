@@ -179,7 +179,7 @@ class Stage(nn.Module):
         rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
         for index, layer in run:
             options = {
-                "attention_mask": inputs.plan,
+                "attention_mask": inputs.plan.at(index),
                 "position_ids": positions_1T,
                 "position_embeddings": rotary[self._layer_type(index)],
             }

@@ -10,9 +10,9 @@ from pipeline.checkpoints.manifest import CheckpointManifest
 from pipeline.config.schema import ConfigError, RunConfig, known_keys
 
 CHANGES_RESULT = frozenset({
-    "model.vision.frozen", "mask.policy", "data.packs", "train.global_batch_size", "train.steps", "train.lr",
-    "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2", "train.eps",
-    "train.clip_norm", "train.dtype",
+    "model.vision.frozen", "mask.policy", "mask.layers", "data.packs", "train.global_batch_size", "train.steps",
+    "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2",
+    "train.eps", "train.clip_norm", "train.dtype",
 })  # fmt: skip
 """Keys that may only change on resume with ``--allow-change``. All others concern logging, saving, ranks and timeouts;
 the function of the model is compared by `check_same_model`."""
@@ -47,7 +47,9 @@ def settings_changed(
             None = not known, as in a dry run on another machine.
     """
     same = {"data.packs": saved.plan_sha256 == plan_sha256, "train.dtype": dtype in (None, saved.model.get("dtype"))}
-    old, new = dict(leaves(saved.config)), dict(leaves(config.model_dump()))
+    new = dict(leaves(config.model_dump()))
+    defaults = {key: value for key, value in leaves(RunConfig().model_dump()) if key in CHANGES_RESULT}
+    old = defaults | dict(leaves(saved.config))  # a checkpoint older than a key was trained with its default
     changes = [
         Change(key, old.get(key), new.get(key), key in CHANGES_RESULT and not same.get(key, False))
         for key in sorted((old | new).keys() - _NO_CHANGE)

@@ -22,7 +22,7 @@ def _model_lines(plan: RunPlan) -> Iterator[str]:
     trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
     yield f"model    {parts}: {millions(plan.split.counts.total)} parameters, {trained}"
     proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
-    yield f"mask     {plan.policy.name}: {'LEAKS answers (mask.allow_leak)' if plan.policy.leaks else proof}"
+    yield f"mask     {plan.policy.name}: {'LEAKS answers (mask.allow_leak)' if plan.policy.may_leak else proof}"
 
 
 def _data_lines(plan: RunPlan) -> Iterator[str]:

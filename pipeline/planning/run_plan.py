@@ -84,7 +84,8 @@ class RunPlan(ParallelSettings):
         manifest = packs.manifest
         spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
         spec.check_segments(manifest.max_segment_tokens)
-        policy = get_policy(config.mask.policy, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
+        policy = get_policy(config.mask.name, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
+        _check_layers(policy, spec)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
         check_init_from(config, manifest, spec)
         check_resume(
@@ -92,7 +93,7 @@ class RunPlan(ParallelSettings):
             dtype=None if invocation.dry_run else settings.dtype_name, allowed=invocation.allowed_changes,
         )  # fmt: skip
         steps = _count_steps(config, manifest)
-        if not policy.leaks:  # ablations that leak on purpose need mask.allow_leak
+        if not policy.may_leak:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         split = StageSplit.of(
             spec, config,
@@ -122,6 +123,16 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
     if packs.manifest.targets == 0:
         raise ConfigError(f"{config.data.packs} has no supervised tokens to learn from: see mma-prep stats")
     return packs
+
+
+def _check_layers(policy: Policy, spec: ModelSpec) -> None:
+    """Refuse ranges of ``mask.layers`` beyond the model's layers. Raises ConfigError."""
+    for layers, part in policy.layers:
+        if layers.stop > spec.layers:
+            raise ConfigError(
+                f"mask.layers: {layers.start}:{layers.stop}={part.name} ends after the model's {spec.layers} layers: "
+                f"end it at {spec.layers} or before"
+            )
 
 
 def _count_steps(config: RunConfig, manifest: Manifest) -> int:

@@ -28,7 +28,7 @@ from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 from pipeline.serving.export import verify_export
 from pipeline.serving.export_config import ExportConfig
-from pipeline.serving.prefill import PromptBatch, generating_class
+from pipeline.serving.prefill import PromptBatch, assign_masks, generating_class
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class MultimodalModel:
         self.policy: Policy = get_policy(export_config.policy, allow_leak=True, grid=self.spec.mask_grid)
         self._stage = stage.eval()
         self._llm = _generator(stage)
+        assign_masks(self._llm.model.layers, self.policy)
 
     @property
     def stage(self) -> Stage:

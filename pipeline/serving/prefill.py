@@ -6,20 +6,25 @@ sees every earlier token, and no given token sees past the end of its own given 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pipeline.attention.hf import MASK_INDEX
 from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
 
 
 class PrefillMask:
-    """Mixin for a causal language model: ``generate(..., prefill_mask=bool[B, 1, P, P])`` masks the prompt."""
+    """Mixin for a causal language model: ``generate(..., prefill_mask=bool[B, N, P, P])`` masks the prompt.
+
+    N is 1, or the number of parts of a policy that changes with the layer; see :func:`assign_masks`.
+    """
 
     config: Any
 
@@ -66,6 +71,13 @@ def generating_class(config_class: type) -> type[PreTrainedModel]:
     return type(family.__name__, (PrefillMask, family), {})
 
 
+def assign_masks(layers: Iterable[nn.Module], policy: Policy) -> None:
+    """Tell each decoder layer's attention which of the masks of a prompt is its own."""
+    names = [part.name for part in policy.parts]
+    for index, layer in enumerate(layers):
+        setattr(layer.self_attn, MASK_INDEX, names.index(policy.at(index).name))
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts of different lengths, left-padded to P tokens."""
@@ -77,7 +89,7 @@ class PromptBatch:
     position_ids: torch.Tensor
     """int64[B, P]; 0 in padding."""
     prefill_mask: torch.Tensor
-    """bool[B, 1, P, P]; a padding token sees itself, so no softmax is empty."""
+    """bool[B, parts of the policy, P, P]; a padding token sees itself, so no softmax is empty."""
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[tuple[Sidecars, torch.Tensor]]) -> PromptBatch:
@@ -89,6 +101,6 @@ class PromptBatch:
             embeds.append(F.pad(embeds_TD, (0, 0, gap, 0)))
             real.append(F.pad(torch.ones(len(sidecars), dtype=torch.long, device=device), (gap, 0)))
             positions.append(F.pad(position_ids(sidecars, policy.grid).to(device), (gap, 0)))
-            allowed = F.pad(dense_mask(policy, sidecars).to(device), (gap, 0, gap, 0))
-            masks.append(allowed | torch.eye(longest, dtype=torch.bool, device=device))
-        return cls(torch.stack(embeds), torch.stack(real), torch.stack(positions), torch.stack(masks)[:, None])
+            allowed = torch.stack([dense_mask(part, sidecars).to(device) for part in policy.parts])
+            masks.append(F.pad(allowed, (gap, 0, gap, 0)) | torch.eye(longest, dtype=torch.bool, device=device))
+        return cls(torch.stack(embeds), torch.stack(real), torch.stack(positions), torch.stack(masks))

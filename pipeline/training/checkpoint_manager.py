@@ -190,7 +190,7 @@ def describe_model(plan: RunPlan) -> dict[str, object]:
     manifest = plan.packs.manifest
     return {
         "spec": plan.spec.to_dict(),
-        "policy": plan.config.mask.policy,
+        "policy": plan.config.mask.name,
         "template": asdict(template_of(manifest)),
         "image_id": manifest.image_id,
         "pad_id": manifest.pad_id,

@@ -11,7 +11,17 @@ import transformers
 
 from data_prep.common.errors import UserError
 from pipeline.attention import AttentionPlan, build_plan, register
-from pipeline.masks import Policy, Sidecars, commit_index, dense_mask, get_policy, parse_layout, position_ids, prove
+from pipeline.masks import (
+    POLICIES,
+    Policy,
+    Sidecars,
+    commit_index,
+    dense_mask,
+    get_policy,
+    parse_layout,
+    position_ids,
+    prove,
+)
 
 LAYOUT = "S2 V9 Q5 A4 Q3 A2 | V9 V9 Q2 A3 | Q4 A5 P6"
 SIZES = {
@@ -86,7 +96,7 @@ def test_layers_under_a_plan_equal_layers_under_a_dense_mask(family: str, policy
     assert (causal - found)[:, real].abs().max() > 1e-2
 
 
-SAFE = ["causal", "mma", "mma_general", "mma_general_instance", "mma_aki", "mixed", "mma_mixed", "prefix", "cca"]
+SAFE = [name for name, policy in POLICIES.items() if not policy.leaks]
 
 
 @pytest.mark.parametrize("policy", SAFE)

@@ -58,6 +58,7 @@ def test_help_teaches_policies_and_layouts(command: Command, capsys: pytest.Capt
         pytest.param(prove_command, ["{packs}", "--rows", "3"], r"has rows 0\.\.1, not 2", id="rows"),
         pytest.param(prove_command, ["V4", "--rows", "0"], "at least one row", id="no-rows"),
         pytest.param(prove_command, ["V4", "--layers", "0"], "at least one layer", id="no-layers"),
+        pytest.param(prove_command, ["V4 Q2 A2", "--policy", "mma+0:4=mixde"], "did you mean 'mixed'", id="layer"),
     ],
 )
 def test_user_errors_are_one_line(command: Command, arguments: list[str], message: str, packs: PackReader) -> None:

@@ -204,6 +204,7 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
     inputs = rows.inputs(model)
     for policy, options, message in (
         ("mmma", {}, "unknown mask policy 'mmma'"),
+        ("mma+0:1=mixed", {}, "changes with the layer"),
         ("image_to_answer", {}, "set allow_leak"),
         ("cca", {}, "patch grid"),
         ("mma", {"backend": "flash"}, "unknown backend 'flash'"),

@@ -84,6 +84,10 @@ class PlainRow:
                 return media_sees_text or same_medium
             case "prefix":
                 return not a.generated and not b.generated
+            case "future_v2v" | "image_tokens":
+                return a.modality != 0 and b.modality != 0
+            case "future_full":
+                return a.modality != 0 and not b.generated
         raise AssertionError(name)
 
     def allows(self, name: str, i: int, j: int) -> bool:
@@ -93,7 +97,7 @@ class PlainRow:
         if name == "cca":
             inside = a.modality == 1 and a.instance == b.instance
             return self.ring(j) <= self.ring(i) if inside else j <= i
-        leaks = name in ("mma_unclamped", "image_to_answer")
+        leaks = name in ("mma_unclamped", "image_to_answer", "image_tokens")
         return j <= i or (self.unlocks(name, i, j) and (leaks or j <= self.commit(i)))
 
     def mask(self, name: str) -> list[list[bool]]:

@@ -49,6 +49,11 @@ def test_safe_policies_respect_the_commit_index(name: str, row: Sidecars) -> Non
         pytest.param("mixed", "V2 Q1 U2 A1", {(0, 1), (3, 4)}, id="inside-one-medium"),
         pytest.param("mma_mixed", "V2 Q1 A1", {(0, 1), (0, 2), (1, 2)}, id="union"),
         pytest.param("prefix", "V1 Q2 A2", {(0, 1), (0, 2), (1, 2)}, id="prefix"),
+        pytest.param(
+            "future_v2v", "V1 V2 Q1 V1 Q1", {(0, 1), (0, 2), (1, 2), (0, 4), (1, 4), (2, 4)}, id="all-media-of-a-turn"
+        ),
+        pytest.param("future_v2v", "V1 Q1 A1 V1 Q1", set(), id="not-those-of-the-next"),
+        pytest.param("future_full", "V1 Q1 V1 A1 Q1", {(0, 1), (0, 2)}, id="everything-given-of-the-turn"),
         pytest.param("mma", "V1 Q1 | V1 Q1", {(0, 1), (2, 3)}, id="segments-stay-apart"),
     ],
 )
@@ -68,6 +73,53 @@ def test_ablations_need_allow_leak(name: str) -> None:
 def test_an_unknown_policy_is_refused_with_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"unknown mask policy 'mma_mixd'.*did you mean 'mma_mixed'"):
         get_policy("mma_mixd")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("mmada", r"'mmada' attends both ways between all tokens, answers too.*use 'prefix'", id="mmada"),
+        pytest.param("llada_v", "denoising", id="llada"),
+        pytest.param("within_image", "'within_image' of Molmo2 is the rule of 'mixed'", id="molmo2"),
+        pytest.param("future_v2t", "the rule of 'mma'", id="future-v2t"),
+    ],
+)
+def test_masks_of_other_projects_are_named(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        get_policy(name)
+
+
+def test_a_policy_may_change_with_the_layer() -> None:
+    policy = get_policy("mma+0:2=mixed+4:5=causal+6:7=mixed")
+    assert [policy.at(layer).name for layer in range(8)] == [
+        "mixed", "mixed", "mma", "mma", "causal", "mma", "mixed", "mma",
+    ]  # fmt: skip
+    assert [part.name for part in policy.parts] == ["mma", "mixed", "causal"]
+    assert not policy.may_leak and policy.summary == (
+        "mma; mixed in layers 0 to 1, causal in layers 4 to 4, mixed in layers 6 to 6"
+    )
+    row = parse_layout("V2 Q1 A1")
+    with pytest.raises(UserError, match="a mask per layer"):
+        dense_mask(policy, row)
+    assert torch.equal(dense_mask(policy.at(0), row), dense_mask("mixed", row))
+    assert get_policy("causal+0:1=image_tokens", allow_leak=True).may_leak
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        pytest.param("mma+0:8", "write first:end=policy", id="no-policy"),
+        pytest.param("mma+8:8=mixed", "write first:end=policy", id="empty"),
+        pytest.param("mma+0:4=mixed+3:5=causal", "layer 3 has two policies", id="overlap"),
+        pytest.param("mma+0:4=mixde", "did you mean 'mixed'", id="unknown"),
+        pytest.param("mma+0:4=image_tokens", "allow_leak", id="leaks"),
+        pytest.param("mma+0:4=cca", "sets the positions of image tokens", id="grid"),
+        pytest.param("cca+0:4=mma", "sets the positions of image tokens", id="grid-base"),
+    ],
+)
+def test_ranges_of_layers_are_checked(name: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        get_policy(name, grid=GRID)
 
 
 def test_cca_needs_a_matching_grid() -> None:

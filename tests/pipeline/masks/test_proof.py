@@ -26,8 +26,8 @@ from tests.pipeline.masks.rows import GRID, rows
 
 
 def closure(policy: Policy, row: Sidecars, layers: int) -> tuple[int | None, int | None]:
-    """First layers of a leak and of a read beyond the commit index, by repeated multiplication of the dense mask."""
-    mask, index = dense_mask(policy, row), torch.arange(len(row))
+    """First layers of a leak and of a read beyond the commit index, by multiplication of the layers' dense masks."""
+    index = torch.arange(len(row))
     follows = (row.segment[1:] == row.segment[:-1]) & (row.segment[1:] > 0) & (row.generated[1:] == 1)
     predicts = torch.cat([follows, torch.tensor([False])])
     answers = (row.generated == 1) & (row.segment > 0)
@@ -35,7 +35,7 @@ def closure(policy: Policy, row: Sidecars, layers: int) -> tuple[int | None, int
     beyond = index[None, :] > commit_index(row)[:, None]
     reach, firsts = torch.eye(len(row)), [None, None]
     for layer in range(1, layers + 1):
-        reach = ((mask.float() @ reach) > 0).float()
+        reach = ((dense_mask(policy.at(layer - 1), row).float() @ reach) > 0).float()
         for n, forbidden in enumerate((leaks, beyond)):
             if firsts[n] is None and bool((reach.bool() & forbidden).any()):
                 firsts[n] = layer
@@ -55,6 +55,24 @@ def test_a_proof_is_the_closure_of_the_mask(name: str, row: Sidecars, layers: in
         assert all(mask[i, j] for i, j in zip(path.tokens, path.tokens[1:], strict=False))
 
 
+LAYERED = ["mma+0:1=mixed+2:4=prefix", "causal+1:2=image_tokens", "mixed+0:2=mma_unclamped", "image_tokens+0:3=mma"]
+
+
+@pytest.mark.parametrize("name", LAYERED)
+@given(row=rows, layers=st.integers(1, 5))
+@settings(max_examples=15, deadline=None)
+def test_a_proof_follows_the_policy_of_each_layer(name: str, row: Sidecars, layers: int) -> None:
+    policy = get_policy(name, allow_leak=True)
+    proof = prove(policy, row, layers)
+    paths = (proof.leak, proof.inexact)
+    assert tuple(path and path.layer for path in paths) == closure(policy, row, layers)
+    for path in filter(None, paths):
+        assert len(path.tokens) == path.layer + 1
+        steps = zip(path.tokens, path.tokens[1:], strict=False)
+        depths = reversed(range(path.layer))
+        assert all(dense_mask(policy.at(depth), row)[i, j] for depth, (i, j) in zip(depths, steps, strict=True))
+
+
 @pytest.mark.parametrize("name", [name for name, policy in POLICIES.items() if not policy.leaks])
 @given(row=rows)
 @settings(max_examples=15, deadline=None)
@@ -69,6 +87,7 @@ def test_safe_policies_are_proved_at_any_depth(name: str, row: Sidecars) -> None
         pytest.param("mma_unclamped", "V1 Q1 A1", 2, (1, 0, 2), id="one-turn-in-two-layers"),
         pytest.param("mma_unclamped", "V1 A1", 1, (0, 1), id="a-caption-in-one"),
         pytest.param("image_to_answer", "V1 Q1 A1", 2, (1, 0, 2), id="image-sees-answer"),
+        pytest.param("image_tokens", "V1 Q1 A2 V1 Q1 A1", 3, (1, 0, 4, 3), id="images-of-all-turns-in-three"),
     ],
 )
 def test_leaks_of_the_literal_forms(name: str, layout: str, layers: int, tokens: tuple[int, ...]) -> None:

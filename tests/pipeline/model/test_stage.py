@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from pipeline.attention import build_plan
 from pipeline.masks import POLICIES, Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE
@@ -94,6 +95,16 @@ def test_every_policy_reaches_the_layers(policy: str) -> None:
     stage = whole_stage(tiny_spec(), dtype=F64)
     inputs = stage_inputs(random_sidecars(8, 3, padding=2), policy=policy, dtype=F64)
     assert torch.allclose(stage(None, inputs), slow_loss(stage, plain_llm(stage), inputs, policy=policy), rtol=1e-9)
+
+
+def test_each_layer_attends_under_its_own_policy() -> None:
+    stage, sidecars = whole_stage(tiny_spec(), dtype=F64), random_sidecars(8, 3, padding=2)
+    inputs = stage_inputs(sidecars, policy="mma+0:1=mixed+2:3=causal", dtype=F64)
+    hidden = stage.embed(inputs)
+    found = stage.decode(hidden, inputs)
+    for layer, policy in enumerate(("mixed", "mma", "causal")):
+        hidden = stage.decode(hidden, replace(inputs, plan=build_plan(policy, sidecars)), range(layer, layer + 1))
+    assert torch.equal(found, hidden)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

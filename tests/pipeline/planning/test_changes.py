@@ -36,6 +36,15 @@ def changed(old: dict[str, Any], new: dict[str, Any], *, plan: str = "0", dtype:
     return [f"{change}{'!' if change.changes_result else ''}" for change in changes]
 
 
+def test_a_key_newer_than_the_checkpoint_had_its_default() -> None:
+    old = RunConfig().model_dump()
+    del old["mask"]["layers"]
+    for layers, wanted in (("", []), ("0:1=causal", ["mask.layers"])):
+        new = RunConfig.model_validate({"mask": {"layers": layers}})
+        changes = settings_changed(manifest(old), new, plan_sha256="0", dtype="float32")
+        assert [change.key for change in changes if change.changes_result] == wanted
+
+
 def test_every_key_is_classified() -> None:
     """A new key of the schema must be put into one class or the other."""
     keys = {key for key, section in known_keys().items() if section is None}

@@ -78,9 +78,10 @@ def test_the_leaking_ablations_are_found_along_a_path_of_the_mask(name: str, sta
     policy = get_policy(name, allow_leak=True)
     first = probe(StageSubject(stage, policy, IMAGE_ID), [own_batch()]).findings[0]
     assert first.check == "answer leak"
-    proof = prove(policy, ROW, layers=3).leak
-    assert proof is not None
-    assert proof.layer <= (first.layer or 0) == len(first.path) - 1
+    proof = prove(policy, ROW, layers=3)
+    assert proof.leak is not None and proof.inexact is not None
+    # The prober counts every later token that a prediction reads, also a given one of a later turn.
+    assert proof.inexact.layer <= (first.layer or 0) == len(first.path) - 1
     mask = dense_mask(policy, ROW)
     assert all(mask[i, j] for i, j in zip(first.path, first.path[1:], strict=False))
     assert first.path[-1] > first.path[0]

@@ -57,7 +57,9 @@ def test_prefill_with_a_static_cache_equals_it_too(tmp_path: Path) -> None:
     assert_cached_equals_full(load_model(make_export(tmp_path, "llama")), **options)
 
 
-@pytest.mark.parametrize("policy", ["causal", "mma_general", "mma_aki", "mixed", "mma_mixed", "prefix"])
+@pytest.mark.parametrize(
+    "policy", ["causal", "mma_general", "mma_aki", "mixed", "future_full", "mma+0:1=mixed+2:3=causal"]
+)
 def test_every_policy_prefills_with_its_own_mask(policy: str, tmp_path: Path) -> None:
     assert_cached_equals_full(load_model(make_export(tmp_path, policy=policy)))
 

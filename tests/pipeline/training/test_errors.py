@@ -46,6 +46,7 @@ def own_demo(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         pytest.param(None, ["--deepspeed", "none.json"], ["none.json", "zero3_offload"], id="missing DeepSpeed file"),
         pytest.param(None, ["--mask.policy", "mmaa"], ["mmaa", "mma"], id="unknown policy"),
         pytest.param(None, ["--mask.policy", "mma_unclamped"], ["mma_unclamped", "allow_leak"], id="leaking policy"),
+        pytest.param(None, ["--mask.layers", "2:99=mixed"], ["2:99=mixed", "layers"], id="layers beyond the model"),
         pytest.param(None, ["--parallel.pp", "2"], ["parallel.pp=2", "1 ranks"], id="ranks do not divide"),
         pytest.param(None, ["--parallel.micro-batches", "5"], ["micro_batches=5", "12 rows"], id="rows do not divide"),
         pytest.param(None, ["--train.steps", "99999"], ["99999", "data/demo", "mma-prep"], id="more steps than packs"),

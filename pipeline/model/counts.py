@@ -39,15 +39,15 @@ class ParamCounts:
     @classmethod
     def of(cls, spec: ModelSpec) -> ParamCounts:
         """Count a model's parameters without allocating them."""
-        llm = spec.meta_llm()
+        parts = spec.llm_family.parts(spec.meta_llm())
         return cls(
             vision=_size(spec.meta_vision()),
             connector=_size(spec.meta_connector()),
             connector_flops=spec.connector.flops(spec.features, spec.width),
-            embed=_size(llm.model.embed_tokens),
-            layers=tuple(_size(layer) for layer in llm.model.layers),
-            norm=_size(llm.model.norm),
-            head=0 if spec.tied else _size(llm.lm_head),
+            embed=_size(parts.embed_tokens),
+            layers=tuple(_size(layer) for layer in parts.layers),
+            norm=_size(parts.norm),
+            head=0 if spec.tied else _size(parts.lm_head),
             patches=spec.patches,
             vision_frozen=spec.vision_frozen,
         )

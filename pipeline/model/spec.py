@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
-from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.common.errors import one_line
 from pipeline.config.schema import ConfigError, ModelConfig
 from pipeline.model.connectors import Connector, Features, Grid, read_connector, read_saved_connector
-from pipeline.model.families import LLM_FAMILIES, VISION_FAMILIES, config_from_dict, llm_config, vision_config
+from pipeline.model.families.configs import config_from_dict, llm_config, vision_config
+from pipeline.model.families.llm import LlmFamily
+from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
+from pipeline.model.families.vision import VisionFamily
 from pipeline.model.limits import read_bounded
 from pipeline.model.preprocess import Preprocess
 
@@ -93,17 +94,18 @@ class ModelSpec:
 
     @cached_property
     def longest_segment(self) -> int | None:
-        """Longest sample in tokens: ``max_position_embeddings``, or the short regime of longrope models; None: any.
+        """Longest sample in tokens; None: any."""
+        return self.llm_family.longest_segment(self.llm)
 
-        Longrope (arXiv 2402.13753) switches its frequencies for the whole row when one position passes the short limit,
-        so a long sample would change its neighbours.
-        """
-        limit: int | None = getattr(self.llm, "max_position_embeddings", None)
-        rope = getattr(self.llm, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":
-            short = rope.get("original_max_position_embeddings") or limit
-            return min(x for x in (limit, short) if x is not None)
-        return limit
+    @property
+    def llm_family(self) -> LlmFamily:
+        """All that is special about the language model's family."""
+        return LLM_FAMILIES[self.llm.model_type]
+
+    @property
+    def vision_family(self) -> VisionFamily:
+        """All that is special about the tower's family."""
+        return VISION_FAMILIES[self.vision.model_type]
 
     @property
     def width(self) -> int:
@@ -133,8 +135,7 @@ class ModelSpec:
     @property
     def grid(self) -> Grid:
         """Patches of the tower as (rows, columns)."""
-        side = self.vision.image_size // self.vision.patch_size
-        return side, side
+        return self.vision_family.grid(self.vision, self.preprocess.size_px)
 
     @property
     def patches(self) -> int:
@@ -159,7 +160,7 @@ class ModelSpec:
     def meta_llm(self) -> PreTrainedModel:
         """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
         with torch.device("meta"), _config_errors("model.llm"):
-            return MODEL_FOR_CAUSAL_LM_MAPPING[type(self.llm)](self.llm)
+            return self.llm_family.build(self.llm)
 
     def meta_vision(self) -> PreTrainedModel:
         """Return the vision tower on the meta device, without the parts whose output is unused.
@@ -167,10 +168,7 @@ class ModelSpec:
         Raises ConfigError when its config cannot be built.
         """
         with torch.device("meta"), _config_errors("model.vision"):
-            tower = MODEL_MAPPING[type(self.vision)](self.vision)
-        if self.vision.model_type == "clip_vision_model":
-            tower.post_layernorm = nn.Identity()  # CLIP uses it only for its pooled output
-        return tower
+            return self.vision_family.build(self.vision)
 
     def meta_connector(self) -> nn.Module:
         """Return the connector on the meta device."""
@@ -201,8 +199,8 @@ class ModelSpec:
                 vision_frozen=bool(raw["vision_frozen"]),
             )
             spec.connector.check(spec.features)
-            if spec.preprocess.size_px != spec.vision.image_size:
-                raise ValueError(f"preprocess.size_px {spec.preprocess.size_px}, image_size {spec.vision.image_size}")
+            if spec.preprocess.size_px != (side := spec.vision_family.size_px(spec.vision)):
+                raise ValueError(f"preprocess.size_px {spec.preprocess.size_px}, image_size {side}")
             if spec.connector_tokens != spec.image_tokens:
                 raise ValueError(f"image_tokens {spec.image_tokens}, but its connector gives {spec.connector_tokens}")
             return spec
@@ -226,12 +224,12 @@ def _config_errors(key: str) -> Iterator[None]:
 def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
     """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
     path = Path(source) / "preprocessor_config.json"
-    clip = vision.model_type == "clip_vision_model"
+    family = VISION_FAMILIES[vision.model_type]
     try:
         saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
-        mean = saved.get("image_mean", OPENAI_CLIP_MEAN if clip else (0.5, 0.5, 0.5))
-        std = saved.get("image_std", OPENAI_CLIP_STD if clip else (0.5, 0.5, 0.5))
-        return Preprocess(int(vision.image_size), _channels(mean), _channels(std))
+        mean = saved.get("image_mean", family.mean)
+        std = saved.get("image_std", family.std)
+        return Preprocess(family.size_px(vision), _channels(mean), _channels(std))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
 

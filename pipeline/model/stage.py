@@ -7,7 +7,6 @@ T packed tokens of one micro-batch, D hidden width. Parameter names are global a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -66,28 +65,24 @@ class Stage(nn.Module):
         self.spec, self.first, self.last = spec, first, last
         self.gradient_checkpointing = gradient_checkpointing
         llm.config._attn_implementation = register()
-        self.model = Decoder({index: llm.model.layers[index] for index in layers})
+        parts = spec.llm_family.parts(llm)
+        self.model = Decoder({index: parts.layers[index] for index in layers})
         if first:
             assert vision is not None
             self.vision = vision
             self.connector = spec.meta_connector()
-            self.model.embed_tokens = llm.model.embed_tokens
+            self.model.embed_tokens = parts.embed_tokens
         if last:
-            self.model.norm = llm.model.norm
+            self.model.norm = parts.norm
             with torch.device("meta"):
                 self.lm_head = _head(spec)
         # Kept in a tuple, outside the module tree: casting the stage to bf16 must not round the rotary frequencies.
-        self._rotary = (type(llm.model.rotary_emb)(config=spec.llm),)
-        self._per_type = "layer_type" in inspect.signature(self._rotary[0].forward).parameters
+        self._rotary = (spec.llm_family.rotary(llm, spec.llm),)
 
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (global name, module) of each module that is built, filled and sharded as one unit."""
         if self.first:
-            for name, module in self.vision.named_children():
-                if name == "encoder":
-                    yield from ((f"vision.encoder.layers.{i}", layer) for i, layer in enumerate(module.layers))
-                else:
-                    yield f"vision.{name}", module
+            yield from ((f"vision.{name}", unit) for name, unit in self.spec.vision_family.units(self.vision))
             yield "connector", self.connector
             yield "model.embed_tokens", self.model.embed_tokens
         yield from ((f"model.layers.{index}", layer) for index, layer in self.model.layers.items())
@@ -98,7 +93,9 @@ class Stage(nn.Module):
 
     def blocks(self) -> Iterator[nn.Module]:
         """Yield the vision tower's encoder blocks and the decoder layers."""
-        yield from (unit for name, unit in self.units() if ".layers." in name)
+        if self.first:
+            yield from self.spec.vision_family.blocks(self.vision)
+        yield from self.model.layers.values()
 
     @property
     def rotary(self) -> nn.Module:
@@ -165,23 +162,22 @@ class Stage(nn.Module):
             side = self.spec.preprocess.size_px
             pixels = torch.zeros(1, 3, side, side, device=like.device)
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.vision_frozen):
-            features_BPD = self.vision(pixel_values=pixels.to(like.dtype)).last_hidden_state
-        patches_BPD = features_BPD[:, -self.spec.patches :]  # CLIP's first feature is its class token
+            patches_BPD = self.spec.vision_family.features(self.vision, self.spec.vision, pixels.to(like.dtype))
         return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
 
     def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
         """Run decoder layers, by default all of the stage's: [1, T, D] -> [1, T, D]."""
         run = [(int(name), layer) for name, layer in self.model.layers.items() if not layers or int(name) in layers]
-        multiplier: float | None = getattr(self.spec.llm, "embedding_multiplier", None)
-        if run[0][0] == 0 and multiplier is not None:  # Granite scales all inputs of its layers, image tokens too
-            hidden_1TD = hidden_1TD * multiplier
+        scale = self.spec.llm_family.input_scale(self.spec.llm)
+        if run[0][0] == 0 and scale is not None:
+            hidden_1TD = hidden_1TD * scale
         positions_1T = inputs.position_ids[None]
         rotary = self._rotary_embeddings(hidden_1TD, positions_1T)
         for index, layer in run:
             options = {
                 "attention_mask": inputs.plan.at(index),
                 "position_ids": positions_1T,
-                "position_embeddings": rotary[self._layer_type(index)],
+                "position_embeddings": rotary[self._rotary_kind(index)],
             }
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 hidden_1TD = checkpoint(layer, hidden_1TD, use_reentrant=False, preserve_rng_state=False, **options)
@@ -189,22 +185,20 @@ class Stage(nn.Module):
                 hidden_1TD = layer(hidden_1TD, **options)
         return hidden_1TD
 
-    def _layer_type(self, index: int) -> str:
-        return str(self.spec.llm.layer_types[index]) if self._per_type else ""
+    def _rotary_kind(self, index: int) -> str:
+        return self.spec.llm_family.rotary_kind(self.spec.llm, index)
 
     def _rotary_embeddings(self, hidden_1TD: torch.Tensor, positions_1T: torch.Tensor) -> dict[str, Any]:
-        """Return (cos, sin) by layer type; families with a single rotary embedding use the type ""."""
-        rotary = self.rotary.to(hidden_1TD.device)
-        kinds = {self._layer_type(int(index)) for index in self.model.layers}
-        if not self._per_type:
-            return {kind: rotary(hidden_1TD, positions_1T) for kind in kinds}
-        return {kind: rotary(hidden_1TD, positions_1T, kind) for kind in kinds}
+        """Return (cos, sin) by kind of layer; families with a single rotary embedding have the kind ""."""
+        rotary, family = self.rotary.to(hidden_1TD.device), self.spec.llm_family
+        kinds = {self._rotary_kind(int(index)) for index in self.model.layers}
+        return {kind: family.position_embeddings(rotary, hidden_1TD, positions_1T, kind) for kind in kinds}
 
 
 def _head(spec: ModelSpec) -> LMHead:
     return LMHead(
         spec.width,
         spec.vocab_rows,
-        scale=1.0 / float(getattr(spec.llm, "logits_scaling", 1.0)),
-        softcap=getattr(spec.llm, "final_logit_softcapping", None),
+        scale=spec.llm_family.logit_scale(spec.llm),
+        softcap=spec.llm_family.logit_softcap(spec.llm),
     )

@@ -7,7 +7,6 @@ project, which holds every part. Names and shapes are checked when the source is
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError, one_line
+from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
 from pipeline.model.spec import ModelSpec
 
@@ -25,9 +25,6 @@ DTYPES = ("F32", "F16", "BF16", "F64")
 """Dtypes of weights that are read; integers and 8-bit floats are quantized, and meaningless without their scales."""
 _MAX_NAME = 255  # no file system has a longer one; Path.is_file would raise
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
-_UNREAD_TOWER = re.compile(
-    r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
-)
 
 
 class TensorFolder:
@@ -95,7 +92,7 @@ class WeightSource:
 
     def __init__(self) -> None:
         """Start empty; see :meth:`open` and :meth:`open_export`."""
-        self._where: dict[str, tuple[TensorFolder, str]] = {}
+        self._where: dict[str, tuple[TensorFolder, Piece]] = {}
 
     @classmethod
     def open(cls, spec: ModelSpec) -> WeightSource | None:
@@ -115,7 +112,7 @@ class WeightSource:
         """Open an export of this project as the source of every part. Raises UserError as :meth:`open` does."""
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
-        source._add(folder, shapes, {name: name for name in shapes}, folder.files)
+        source._add(folder, shapes, {name: Piece(name) for name in shapes}, folder.files)
         source._share_head(spec)
         return source
 
@@ -124,8 +121,9 @@ class WeightSource:
 
     def fill(self, name: str, into: torch.Tensor) -> None:
         """Copy a parameter into ``into``; vocabulary rows that the folder lacks are set to the mean of its rows."""
-        folder, key = self._where[name]
+        folder, (key, part, parts) = self._where[name]
         values = folder.read(key)
+        values = values.chunk(parts)[part] if parts > 1 else values
         into[: len(values)].copy_(values) if values.dim() else into.copy_(values)
         if name in _VOCABULARY and len(values) < len(into):
             into[len(values) :] = values.mean(dim=0, dtype=torch.float32).to(into.dtype)
@@ -136,10 +134,13 @@ class WeightSource:
             folder.close()
 
     def _add_llm(self, spec: ModelSpec, folder: TensorFolder) -> None:
+        family = spec.llm_family
+        home = next((home for home in family.homes() if any(key.startswith(home) for key in folder.files)), "model.")
         shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith(("model.", "lm_head."))}
-        spare = ("lm_head.weight",) if spec.tied else ()
-        found = [key for key in folder.files if not key.endswith("inv_freq") and key not in spare]
-        self._add(folder, shapes, {name: name for name in shapes}, found)
+        pieces = {name: _first(family.pieces(name, home), folder) for name in shapes}
+        spare = [piece.key for piece in family.pieces("lm_head.weight", home)] if spec.tied else []
+        found = [key for key in folder.files if not family.unread(key, home) and key not in spare]
+        self._add(folder, shapes, pieces, found)
         self._share_head(spec)
 
     def _share_head(self, spec: ModelSpec) -> None:
@@ -147,29 +148,27 @@ class WeightSource:
             self._where["lm_head.weight"] = self._where["model.embed_tokens.weight"]
 
     def _add_tower(self, spec: ModelSpec, folder: TensorFolder) -> None:
+        family = spec.vision_family
         shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith("vision.")}
-        prefix = "vision_model." if any(key.startswith("vision_model.") for key in folder.files) else ""
-        keys = {name: prefix + name.removeprefix("vision.") for name in shapes}
-        found = [key for key in folder.files if not self._unread(key, prefix, spec) or key in keys.values()]
-        self._add(folder, shapes, keys, found)
-
-    @staticmethod
-    def _unread(key: str, prefix: str, spec: ModelSpec) -> bool:
-        """Return whether a tower's tensor is unused: text half, pooling, layers past ``num_hidden_layers``."""
-        layer = re.match(r"encoder\.layers\.(\d+)\.", key.removeprefix(prefix))
-        if layer:
-            return int(layer[1]) >= int(spec.vision.num_hidden_layers)
-        return bool(_UNREAD_TOWER.match(key.removeprefix(prefix)))
+        prefix = next((own for own in family.prefixes if any(key.startswith(own) for key in folder.files)), "")
+        pieces = {}
+        for name in shapes:
+            own = (piece._replace(key=prefix + piece.key) for piece in family.pieces(name.removeprefix("vision.")))
+            pieces[name] = _first(own, folder)
+        used = {piece.key for piece in pieces.values()}
+        found = [key for key in folder.files if key in used or not family.unread(key.removeprefix(prefix), spec.vision)]
+        self._add(folder, shapes, pieces, found)
 
     def _add(
         self,
         folder: TensorFolder,
         shapes: Mapping[str, tuple[int, ...]],
-        keys: Mapping[str, str],
+        pieces: Mapping[str, Piece],
         found: Iterable[str],
     ) -> None:
-        missing = sorted(set(keys.values()) - set(folder.files))
-        unexpected = sorted(set(found) - set(keys.values()))
+        keys = {piece.key for piece in pieces.values()}
+        missing = sorted(keys - set(folder.files))
+        unexpected = sorted(set(found) - keys)
         for fault, names in (("lacks", missing), ("has, but the config does not,", unexpected)):
             if names:
                 listed = ", ".join(names[:3] + ["..."] * (len(names) > 3))
@@ -178,29 +177,42 @@ class WeightSource:
                     "its weights and its config.json belong to different models"
                 )
         for name, shape in shapes.items():
-            saved, dtype = folder.describe(keys[name])
-            if dtype not in DTYPES:
-                raise UserError(
-                    f"{folder.directory}: {keys[name]} is stored as {dtype}: only {', '.join(DTYPES)} can be read, "
-                    "give weights that are not quantized"
-                )
-            shorter = name in _VOCABULARY and saved[:1] <= shape[:1] and saved[1:] == shape[1:]
-            if saved != shape and not shorter:
-                raise UserError(
-                    f"{folder.directory}: {keys[name]} has shape {list(saved)}, but the config asks for {list(shape)}"
-                )
-            self._where[name] = (folder, keys[name])
+            self._check(folder, name, shape, pieces[name])
+            self._where[name] = (folder, pieces[name])
+
+    @staticmethod
+    def _check(folder: TensorFolder, name: str, shape: tuple[int, ...], piece: Piece) -> None:
+        """Refuse a tensor whose dtype or shape is not the model's."""
+        saved, dtype = folder.describe(piece.key)
+        if dtype not in DTYPES:
+            raise UserError(
+                f"{folder.directory}: {piece.key} is stored as {dtype}: only {', '.join(DTYPES)} can be read, "
+                "give weights that are not quantized"
+            )
+        whole = (shape[0] * piece.parts, *shape[1:]) if shape else shape
+        shorter = name in _VOCABULARY and saved[:1] <= whole[:1] and saved[1:] == whole[1:]
+        if saved != whole and not shorter:
+            raise UserError(
+                f"{folder.directory}: {piece.key} has shape {list(saved)}, but the config asks for {list(whole)}"
+            )
+
+
+def _first(pieces: Iterable[Piece], folder: TensorFolder) -> Piece:
+    """Return the first piece whose tensor the folder has; without any, the likeliest, which will be named missing."""
+    listed = list(pieces)
+    return next((piece for piece in listed if piece.key in folder.files), listed[0])
 
 
 def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (global name, shape) of every parameter of the whole model; a tied head is omitted."""
+    decoder = spec.llm_family.parts(spec.meta_llm()).named()
     parts: tuple[tuple[str, Any], ...] = (
-        ("vision.", spec.meta_vision()),
-        ("connector.", spec.meta_connector()),
-        ("", spec.meta_llm()),
+        ("vision", spec.meta_vision()),
+        ("connector", spec.meta_connector()),
+        *((name, module) for name, module in decoder if not (spec.tied and name == "lm_head")),
     )
     for prefix, module in parts:
-        yield from ((prefix + name, tuple(param.shape)) for name, param in module.named_parameters())
+        yield from ((f"{prefix}.{name}", tuple(param.shape)) for name, param in module.named_parameters())
 
 
 def _weight_map(index: Path) -> dict[str, str]:

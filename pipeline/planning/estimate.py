@@ -110,7 +110,7 @@ class WorkloadEstimate:
     def _activations(self, stage: int, size: int) -> float:
         """With checkpointing one saved input a layer, else about 16 + 3 feed-forward widths per layer and token."""
         width = self.spec.width
-        feed_forward = int(getattr(self.spec.llm, "intermediate_size", 4 * width))
+        feed_forward = self.spec.llm_family.feed_forward_width(self.spec.llm)
         one_layer = float(self.microbatch_tokens * (16 * width + 3 * feed_forward) * size)
         layers = peak_in_flight(
             self.orders[stage], [len(virtual_stage) for virtual_stage in self.split.stage_layers[stage]]

@@ -22,6 +22,7 @@ from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 from pipeline.model.build import build_stage
 from pipeline.model.export_files import Coverage
+from pipeline.model.families.llm import DecoderParts
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
@@ -155,7 +156,7 @@ class MultimodalModel:
         """Raise UserError when a prompt is empty, or with its answer exceeds the model's positions or its window."""
         if not tokens:
             raise UserError("the conversation is empty: give a question or an image")
-        limit, window = self.spec.longest_segment, getattr(self.spec.llm, "sliding_window", None)
+        limit, window = self.spec.longest_segment, self.spec.llm_family.sliding_window(self.spec.llm)
         if limit is not None and tokens + new > limit:
             raise UserError(
                 f"the conversation takes {tokens} tokens and the answer up to {new}, more than the model's {limit}: "
@@ -224,10 +225,10 @@ def decode_image(name: str, data: bytes) -> Image.Image:
 
 def _generator(stage: Stage) -> PreTrainedModel:
     """Return the family's own language model, extended by mask prefill, around the stage's modules."""
+    family = stage.spec.llm_family
     with torch.device("meta"):
-        llm = generating_class(type(stage.spec.llm))(stage.spec.llm)
-    llm.model.embed_tokens, llm.model.norm = stage.model.embed_tokens, stage.model.norm
-    llm.model.layers = nn.ModuleList(stage.model.layers.values())
-    llm.model.rotary_emb = stage.rotary.to(stage.lm_head.weight.device)
-    llm.lm_head.weight = stage.lm_head.weight
+        llm = generating_class(family.model_class)(stage.spec.llm)
+    rotary = stage.rotary.to(stage.lm_head.weight.device)
+    layers = nn.ModuleList(stage.model.layers.values())
+    family.assemble(llm, DecoderParts(stage.model.embed_tokens, layers, stage.model.norm, rotary, stage.lm_head))
     return llm.eval()

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from pipeline.attention.hf import MASK_INDEX
 from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
@@ -65,10 +64,9 @@ def by_layer_type(config: Any, mask: torch.Tensor, sliding: torch.Tensor | None 
     return mask if getattr(config, "sliding_window", None) is None else sliding
 
 
-def generating_class(config_class: type) -> type[PreTrainedModel]:
-    """Return the family's own causal language model with :class:`PrefillMask` mixed in."""
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[config_class]
-    return type(family.__name__, (PrefillMask, family), {})
+def generating_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return a family's own causal language model with :class:`PrefillMask` mixed in."""
+    return type(model_class.__name__, (PrefillMask, model_class), {})
 
 
 def assign_masks(layers: Iterable[nn.Module], policy: Policy) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import fields
@@ -16,7 +17,8 @@ from transformers import PreTrainedConfig
 from data_prep.common.errors import UserError
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.connectors import read_connector
-from pipeline.model.families import FORBIDDEN, LLM_FAMILIES, VISION_FAMILIES, config_keys
+from pipeline.model.families.configs import FORBIDDEN, Family, config_keys
+from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.limits import LIMITS, MAX_CONFIG_BYTES
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import IMAGE_TOKENS, VOCAB, model_config, tiny_spec
@@ -53,8 +55,8 @@ def from_folder(part: str, folder: Path, **changes: Any) -> ModelConfig:
     return ModelConfig.model_validate(raw)
 
 
-@pytest.mark.parametrize("family", [*LLM_FAMILIES, *VISION_FAMILIES])
-def test_a_family_sets_only_its_own_keys(family: str) -> None:
+@pytest.mark.parametrize("family", [*LLM_FAMILIES.values(), *VISION_FAMILIES.values()], ids=repr)
+def test_a_family_sets_only_its_own_keys(family: Family) -> None:
     keys = config_keys(family)
     assert {"hidden_size", "num_hidden_layers", "model_type"} <= keys
     assert not keys & (set(FORBIDDEN) | {field.name for field in fields(PreTrainedConfig)})
@@ -157,3 +159,15 @@ def test_limits_leave_room_for_published_models() -> None:
     }
     assert all(LIMITS[name] >= 4 * size for name, size in largest.items())
     read_connector(ConnectorConfig(kind="perceiver", latents=4 * 729))
+
+
+ROOT = Path(__file__).parents[3]
+ASKS = re.compile(r"(model_type|family)\s*(==|!=|in \(|in \{|in \[|\.startswith)")
+
+
+def test_no_code_outside_a_family_asks_which_family_it_is() -> None:
+    """What is special about a family is in its descriptor, so that a new family is one file."""
+    others = ("pipeline/model/families", "pipeline/serving/evaluate.py")  # evaluate.py has families of questions
+    sources = [path for path in ROOT.glob("pipeline/**/*.py") if not str(path.relative_to(ROOT)).startswith(others)]
+    asking = [f"{path}: {line.strip()}" for path in sources for line in path.open() if ASKS.search(line)]
+    assert len(sources) > 100 and not asking

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.counts import ParamCounts
-from pipeline.model.families import vision_config
+from pipeline.model.families.configs import vision_config
 from pipeline.model.spec import ModelSpec
 from tests.pipeline.model.helpers import FAMILY_KEYS, IMAGE_TOKENS, SIDE, VOCAB, model_config, tiny_spec, whole_stage
 
@@ -53,7 +53,10 @@ CASES: dict[str, tuple[Callable[[Path], ModelConfig], str]] = {
     "no-vision-type": (lambda _: edited(vision={"model_type": None}), "model.vision: no model_type"),
     "vision-family": (lambda _: edited(vision={"model_type": "vit"}), "model.vision: model_type 'vit'"),
     "patch": (lambda _: edited(vision={"patch_size": 99}), "image_size 16 is smaller than patch_size 99"),
-    "latents": (lambda _: edited(connector={"latents": 6}), "makes 6 tokens.*takes 5 tokens.*set model.connector.latents to 5"),
+    "latents": (
+        lambda _: edited(connector={"latents": 6}),
+        "makes 6 tokens.*takes 5 tokens.*set model.connector.latents to 5",
+    ),
     "patches": (
         lambda _: replaced(kind="mlp"),
         "kind=mlp makes 4 tokens of 2 x 2 patches.*takes 5 tokens.*kind=perceiver with model.connector.latents=5",

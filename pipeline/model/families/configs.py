@@ -8,34 +8,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PreTrainedConfig
 
 from data_prep.common.errors import did_you_mean, one_line, short_repr
 from pipeline.config.schema import ConfigError, LlmConfig, VisionConfig
+from pipeline.model.families.llm import LlmFamily
+from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
+from pipeline.model.families.vision import VisionFamily
 from pipeline.model.limits import check_config_values, read_bounded
 
 log = logging.getLogger(__name__)
 
-LLM_FAMILIES = (
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "granite",
-    "llama",
-    "mistral",
-    "olmo2",
-    "phi3",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)
-"""Decoder families whose layers, rotary embedding and head are called exactly as in transformers."""
-VISION_FAMILIES = ("clip_vision_model", "siglip_vision_model")
-_COMPOSITE = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}
+Family: TypeAlias = LlmFamily | VisionFamily
+F = TypeVar("F", bound=LlmFamily | VisionFamily)
 LEGACY_KEYS = frozenset(
     {
         "head_dim",
@@ -80,15 +68,13 @@ def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     Raises ConfigError naming the key for a missing folder, an unsupported family, or a value it refuses.
     """
     raw = _merged("model.llm", config.source, config.config)
+    raw = {**_nested("model.llm", raw, "text_config", LLM_FAMILIES), **config.config}
     family = _family("model.llm", raw, LLM_FAMILIES)
     rows = raw.get("vocab_size", 0)
     if not isinstance(rows, int):
         raise ConfigError(f"model.llm: vocab_size={short_repr(rows)} is not a whole number: fix vocab_size")
     raw["vocab_size"] = max(rows, vocab_size)
-    # Special tokens belong to the tokenizer. If set here, the padding row would never be trained, and Phi-3's padding
-    # is also its end-of-text token.
-    raw |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-    return _without_dropout(_make("model.llm", family, raw, config.config))
+    return _without_dropout(_make("model.llm", family, family.prepared(raw), config.config))
 
 
 def vision_config(config: VisionConfig) -> PreTrainedConfig:
@@ -97,26 +83,12 @@ def vision_config(config: VisionConfig) -> PreTrainedConfig:
     Raises ConfigError as :func:`llm_config` does, and for an image size smaller than a patch.
     """
     raw = _merged("model.vision", config.source, config.config)
-    if raw.get("model_type") in _COMPOSITE:
-        nested = raw.get("vision_config") or {}
-        if not isinstance(nested, dict):
-            raise ConfigError("model.vision: vision_config of its config.json is not a mapping: copy the folder again")
-        raw = {"model_type": _COMPOSITE[raw["model_type"]], **nested, **config.config}
-        raw["model_type"] = _COMPOSITE.get(raw["model_type"], raw["model_type"])
+    raw = {**_nested("model.vision", raw, "vision_config", VISION_FAMILIES), **config.config}
     family = _family("model.vision", raw, VISION_FAMILIES)
-    if family == "siglip_vision_model":
-        raw["vision_use_head"] = False
-    made = _without_dropout(_make("model.vision", family, raw, config.config))
-    if not isinstance(made.image_size, int) or not isinstance(made.patch_size, int):
-        raise ConfigError("model.vision.config: image_size and patch_size must be whole numbers (square images)")
-    if made.image_size < made.patch_size:
-        raise ConfigError(
-            f"model.vision.config: image_size {made.image_size} is smaller than patch_size {made.patch_size}"
-        )
-    return made
+    return _without_dropout(_make("model.vision", family, family.prepared(raw), config.config))
 
 
-def config_from_dict(raw: Mapping[str, Any], known: tuple[str, ...]) -> PreTrainedConfig:
+def config_from_dict(raw: Mapping[str, Any], known: Mapping[str, Family]) -> PreTrainedConfig:
     """Rebuild a config saved in a checkpoint or an export. Raises ConfigError as :func:`llm_config` does."""
     if not isinstance(raw, Mapping):
         raise ConfigError("the saved model description is damaged (a config is not a mapping): save the model again")
@@ -124,14 +96,14 @@ def config_from_dict(raw: Mapping[str, Any], known: tuple[str, ...]) -> PreTrain
     return _make("saved model", _family("saved model", raw, known), raw)
 
 
-def config_keys(family: str) -> frozenset[str]:
+def config_keys(family: Family) -> frozenset[str]:
     """Return the keys that a config of this family may set.
 
     The rule: the fields that the family's own transformers config class declares, plus ``LEGACY_KEYS``. Everything the
     common base class or its keyword arguments would accept (attention implementations, remote code, quantization,
     label maps, ...) is not among them.
     """
-    own = {field.name for field in fields(CONFIG_MAPPING[family])} - {field.name for field in fields(PreTrainedConfig)}
+    own = {field.name for field in fields(family.config_class)} - {field.name for field in fields(PreTrainedConfig)}
     return frozenset(own | LEGACY_KEYS | {"model_type"})
 
 
@@ -175,28 +147,43 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _family(key: str, raw: Mapping[str, Any], known: tuple[str, ...]) -> str:
-    family = raw.get("model_type")
-    if family is None:
+def _nested(key: str, raw: dict[str, Any], inner: str, known: Mapping[str, Family]) -> dict[str, Any]:
+    """Return the part's own config where ``raw`` describes a composite model that holds it under the key ``inner``."""
+    owners = {name: family.model_type for family in known.values() for name in family.composites}
+    if raw.get("model_type") not in owners:
+        return raw
+    nested = raw.get(inner) or {}
+    if not isinstance(nested, dict):
+        raise ConfigError(f"{key}: {inner} of its config.json is not a mapping: copy the folder again")
+    own = {"model_type": owners[raw["model_type"]], **nested}
+    return {**own, "model_type": owners.get(own["model_type"], own["model_type"])}
+
+
+def _family(key: str, raw: Mapping[str, Any], known: Mapping[str, F]) -> F:
+    name = raw.get("model_type")
+    if name is None:
         raise ConfigError(f"{key}: no model_type: set {key}.source to a local folder, or {key}.config.model_type")
-    if family not in known:
-        guess = did_you_mean(str(family), known)
-        raise ConfigError(f"{key}: model_type {short_repr(family)} is not supported{guess}; known: {', '.join(known)}")
-    return str(family)
+    if not isinstance(name, str) or name not in known:
+        guess = did_you_mean(str(name), known)
+        raise ConfigError(f"{key}: model_type {short_repr(name)} is not supported{guess}; known: {', '.join(known)}")
+    return known[name]
 
 
-def _make(key: str, family: str, raw: Mapping[str, Any], written: Mapping[str, Any] | None = None) -> PreTrainedConfig:
+def _make(key: str, family: Family, raw: Mapping[str, Any], written: Mapping[str, Any] | None = None) -> Any:
     """Build the family's config from the keys it may set; ``written`` are the recipe's own, which must all be known."""
     known = config_keys(family)
     refuse_forbidden(f"{key}.config", written or {}, FORBIDDEN)
     for name in written or {}:
         if name not in known:
             raise ConfigError(
-                f"{key}.config: unknown key {short_repr(name)} for {family}{did_you_mean(str(name), known)}"
+                f"{key}.config: unknown key {short_repr(name)} for {family.model_type}{did_you_mean(str(name), known)}"
             )
     kept = {name: value for name, value in raw.items() if name in known and name != "model_type"}
     check_config_values(key, kept)
     try:
-        return AutoConfig.for_model(family, **kept)
+        made = family.config_class(**kept)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{key}: {family} refuses its config: {one_line(error)}") from error
+        raise ConfigError(f"{key}: {family.model_type} refuses its config: {one_line(error)}") from error
+    if problem := family.problem(made):
+        raise ConfigError(f"{key}.config: {problem}")
+    return made

@@ -1,0 +1,31 @@
+"""Decoders shaped like Llama, and the few that differ in one number."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedConfig
+
+from pipeline.model.families.llm import LlmFamily
+
+
+class Granite(LlmFamily):
+    """Granite scales what enters its layers, image tokens too, and divides its logits (arXiv 2412.15480, muP)."""
+
+    def input_scale(self, config: PreTrainedConfig) -> float | None:
+        """Return ``embedding_multiplier``."""
+        return float(config.embedding_multiplier)
+
+    def logit_scale(self, config: PreTrainedConfig) -> float:
+        """Return 1 / ``logits_scaling``."""
+        return 1.0 / float(config.logits_scaling)
+
+
+DECODERS = (
+    Granite("granite"),
+    LlmFamily("llama"),
+    LlmFamily("mistral"),
+    LlmFamily("olmo2"),
+    LlmFamily("phi3"),
+    LlmFamily("qwen2"),
+    LlmFamily("qwen3"),
+    LlmFamily("smollm3"),
+)

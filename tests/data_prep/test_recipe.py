@@ -19,7 +19,7 @@ from data_prep.recipe import (
 from data_prep.text.template import Template
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
 
-VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")
+VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR", "SMOLLM2_DIR")
 
 
 def edited(tmp_path: Path, path: str, value: Any) -> str:

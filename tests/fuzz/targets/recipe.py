@@ -23,6 +23,6 @@ def seeds() -> Iterator[bytes]:
     """Yield the shipped recipes, with their variables set."""
     for path in sorted(SHIPPED.glob("*.yaml")):
         text = path.read_text(encoding="utf-8")
-        for name in ("PT_DIR", "SFT_DIR", "LLM_DIR", "CC12M_DIR", "NLVR_DIR", "OBELICS_DIR"):
+        for name in ("PT_DIR", "SFT_DIR", "LLM_DIR", "CC12M_DIR", "NLVR_DIR", "OBELICS_DIR", "SMOLLM2_DIR"):
             text = text.replace(f"${{{name}}}", "raw")
         yield text.encode()

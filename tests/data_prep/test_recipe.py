@@ -18,8 +18,9 @@ from data_prep.recipe import (
 )
 from data_prep.text.template import Template
 from tests.data_prep.raw import recipe_dict, write_recipe, write_world
+from tests.data_prep.text.test_chat_template import DEFAULT_SYSTEM, tokenizer
 
-VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR", "SMOLLM2_DIR")
+VARIABLES = ("NLVR_DIR", "CC12M_DIR", "PT_DIR", "SFT_DIR", "OBELICS_DIR", "LLM_DIR")
 
 
 def edited(tmp_path: Path, path: str, value: Any) -> str:
@@ -37,9 +38,10 @@ def edited(tmp_path: Path, path: str, value: Any) -> str:
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
-def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for variable in VARIABLES:
         monkeypatch.setenv(variable, "/somewhere")
+    monkeypatch.setenv("SMOLLM2_DIR", str(tokenizer(tmp_path, DEFAULT_SYSTEM)))  # its chat template is read
     recipe = load_recipe(name)
     assert recipe.packs and recipe.specials()
 

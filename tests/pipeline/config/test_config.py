@@ -20,7 +20,7 @@ SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("LLM_DIR", "VISION_DIR"):
+    for variable in ("LLM_DIR", "VISION_DIR", "SMOLLM2_DIR"):
         monkeypatch.setenv(variable, "/models/x")
     config = load_config(name)
     assert config.run_dir == f"runs/{name}"
@@ -140,7 +140,7 @@ def test_a_folder_is_not_a_recipe(tmp_path: Path) -> None:
 
 
 def test_a_flag_makes_the_variable_it_overrides_unnecessary(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable in ("LLM_DIR", "VISION_DIR"):
+    for variable in ("LLM_DIR", "VISION_DIR", "SMOLLM2_DIR"):
         monkeypatch.delenv(variable, raising=False)
     with pytest.raises(UserError, match="LLM_DIR"):
         load_config("aki_4b_pt", [("model.vision.source", "/models/v")])

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.model.connectors.base import NormedConnector
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 
 INITIALISED = "_is_hf_initialized"
+_ROWS_AT_ONCE = 4_096
 
 
 def build_stage(
@@ -67,6 +71,8 @@ def build_stage(
             _cast(unit, dtype)
         unit.to_empty(device="cpu")
         _fill(name, unit, family, seed=seed, source=source, reads=reads)
+        if reads and isinstance(unit, NormedConnector) and not _in_source(name, unit, source):
+            nn.init.constant_(unit.norm.weight, _text_scale(stage.model.embed_tokens, llm, seed=seed, source=source))
         _cast(unit, dtype)
         unit.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
         unit.to(device)
@@ -77,6 +83,18 @@ def build_stage(
     if stage.shares_head:
         stage.lm_head.register_parameter("weight", stage.model.embed_tokens.get_parameter("weight"))
     return stage.train()
+
+
+@torch.no_grad()
+def _text_scale(embedding: nn.Module, llm: PreTrainedModel, *, seed: int, source: WeightSource | None) -> float:
+    """Return the root mean square of the text embeddings with which the model starts, from a copy that is dropped."""
+    name, copied = "model.embed_tokens", copy.deepcopy(embedding).to_empty(device="cpu")
+    _fill(name, copied, llm, seed=seed, source=source, reads=True)
+    weight = copied.get_parameter("weight")
+    squares = 0.0
+    for ids in torch.split(torch.arange(len(weight)), _ROWS_AT_ONCE):
+        squares += float(copied(ids).double().square().sum())
+    return math.sqrt(squares / weight.numel())
 
 
 def _in_source(name: str, unit: nn.Module, source: WeightSource | None) -> bool:

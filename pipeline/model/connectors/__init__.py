@@ -14,9 +14,14 @@ from pydantic import ValidationError
 from data_prep.common.errors import did_you_mean, short_repr
 from data_prep.common.validation import problems, report
 from pipeline.config.schema import ConfigError, ConnectorConfig
+from pipeline.model.connectors.attention_pool import AttentionPooling
 from pipeline.model.connectors.base import Connector, Features, Grid
+from pipeline.model.connectors.cabstractor import CAbstractor
+from pipeline.model.connectors.dabstractor import DAbstractor
 from pipeline.model.connectors.mlp import Mlp
 from pipeline.model.connectors.perceiver import Perceiver
+from pipeline.model.connectors.pixel_shuffle import PixelShuffle
+from pipeline.model.connectors.sva import Sva
 
 __all__ = ["CONNECTORS", "Connector", "Features", "Grid", "read_connector", "read_saved_connector", "register"]
 
@@ -33,7 +38,7 @@ def register(connector: type[Connector]) -> type[Connector]:
     return connector
 
 
-for _connector in (Perceiver, Mlp):
+for _connector in (Perceiver, Mlp, CAbstractor, DAbstractor, PixelShuffle, AttentionPooling, Sva):
     register(_connector)
 
 

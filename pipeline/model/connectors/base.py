@@ -5,14 +5,16 @@ B images, P patches, N image tokens, C feature width of the vision tower, D hidd
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.config.schema import Section
+from pipeline.config.schema import ConfigError, Section
 
 Count = Annotated[int, Field(gt=0, le=256)]
 """A number of layers, or a factor. Limits reject typos and hostile files; each is far above any published model."""
@@ -26,15 +28,29 @@ Grid = tuple[int, int]
 
 
 class Features(NamedTuple):
-    """The patch features of one vision tower."""
+    """The patch features of the vision tower, and of further towers where a connector reads several."""
 
     width: int
     grid: Grid
+    others: tuple[Features, ...] = ()
 
     @property
     def patches(self) -> int:
         """Patches of one image."""
         return self.grid[0] * self.grid[1]
+
+
+class NormedConnector(nn.Module):
+    """A connector and a LayerNorm of its tokens (arXiv 2512.08374)."""
+
+    def __init__(self, connector: nn.Module, width: int) -> None:
+        super().__init__()
+        self.connector = connector
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, *features: torch.Tensor) -> torch.Tensor:
+        """Return the normalised tokens [B, N, D]."""
+        return self.norm(self.connector(*features))  # type: ignore[no-any-return]
 
 
 class Connector(Section):
@@ -48,7 +64,13 @@ class Connector(Section):
     kind: ClassVar[str]
     """Value of ``model.connector.kind``."""
     module: ClassVar[type[nn.Module]]
-    """Maps features [B, P, C] to image tokens [B, N, D]. Parameters of its own are set in ``reset_parameters``."""
+    """Maps features [B, P, C] to image tokens [B, N, D]; several towers are several arguments. A module sets its own
+    parameters in ``reset_parameters``, and uses them in its own ``forward`` only, as ZeRO-3 requires."""
+    several_towers: ClassVar[bool] = False
+    """Whether it reads the features of `model.extra_vision` as well."""
+
+    norm: bool = False
+    """Normalise the image tokens (LayerNorm), starting at the scale of the text embeddings (arXiv 2512.08374)."""
 
     def tokens(self, grid: Grid) -> int:
         """Return the tokens of one image whose patches form ``grid``."""
@@ -72,17 +94,38 @@ class Connector(Section):
     def build(self, features: Features, out_width: int) -> nn.Module:
         """Build the module from features to tokens of ``out_width``. Raises ConfigError as `check` does."""
         self.check(features)
-        return self.module(**self.arguments(features, out_width))
+        module = self.module(**self.arguments(features, out_width))
+        return NormedConnector(module, out_width) if self.norm else module
 
     def flops(self, features: Features, out_width: int) -> float:
         """Return the FLOPs of a forward pass of one image, counted on the meta device: every product counts 2."""
         with torch.device("meta"):
             module = self.build(features, out_width).requires_grad_(False)
-            inputs = torch.empty(1, features.patches, features.width)
+            inputs = [torch.empty(1, own.patches, own.width) for own in (features, *features.others)]
         with FlopCounterMode(display=False) as counter:
-            module(inputs)
+            module(*inputs)
         return float(counter.get_total_flops())
 
     def to_dict(self) -> dict[str, Any]:
         """Return kind and options as JSON-ready values."""
         return {"kind": self.kind, **self.model_dump(mode="json")}
+
+
+def side_of(option: str, tokens: int) -> int:
+    """Return the side of a square of ``tokens``. Raises ConfigError naming the option."""
+    side = math.isqrt(tokens)
+    if side**2 != tokens:
+        raise ConfigError(
+            f"model.connector.{option}={tokens} is not a square number: set it to {side**2} or {(side + 1) ** 2}"
+        )
+    return side
+
+
+def resized(features_BPC: torch.Tensor, grid: Grid, to: Grid) -> torch.Tensor:
+    """Interpolate features bilinearly from one grid to another, in fp32 at least."""
+    if tuple(grid) == tuple(to):
+        return features_BPC
+    map_BCHW = torch.unflatten(features_BPC.transpose(1, 2), 2, grid)
+    wide = map_BCHW.to(torch.promote_types(map_BCHW.dtype, torch.float32))
+    map_BCHW = F.interpolate(wide, to, mode="bilinear", align_corners=False)
+    return map_BCHW.flatten(2).transpose(1, 2).to(features_BPC.dtype)

@@ -85,7 +85,9 @@ def plain_llm(stage: Stage) -> PreTrainedModel:
     return model.to(next(stage.parameters()).dtype).train()
 
 
-def random_sidecars(seed: int, samples: int, *, padding: int, text_only: bool = False) -> Sidecars:
+def random_sidecars(
+    seed: int, samples: int, *, padding: int, text_only: bool = False, image_tokens: int = IMAGE_TOKENS
+) -> Sidecars:
     """Draw a row of chats: one to three turns, each with up to two images before or after its text."""
     rng = random.Random(seed)
     segment: list[int] = []
@@ -97,7 +99,7 @@ def random_sidecars(seed: int, samples: int, *, padding: int, text_only: bool = 
         for _ in range(rng.randint(1, 3)):
             pieces: list[list[int]] = [[-1] * rng.randint(1, 6)]
             for _ in range(0 if text_only else rng.randint(0, 2)):
-                pieces.insert(rng.randint(0, len(pieces)), [images] * IMAGE_TOKENS)
+                pieces.insert(rng.randint(0, len(pieces)), [images] * image_tokens)
                 images += 1
             given = [index for piece in pieces for index in piece]
             answer = rng.randint(1, 5)
@@ -109,7 +111,9 @@ def random_sidecars(seed: int, samples: int, *, padding: int, text_only: bool = 
     return Sidecars(segment=seg, modality=(inst >= 0).long(), instance=inst, generated=gen)
 
 
-def stage_inputs(sidecars: Sidecars, *, policy: str = "mma", seed: int = 0, dtype: torch.dtype) -> StageInputs:
+def stage_inputs(
+    sidecars: Sidecars, *, policy: str = "mma", seed: int = 0, dtype: torch.dtype, side: int = SIDE
+) -> StageInputs:
     """Draw token ids and pixels for a row."""
     generator = torch.Generator().manual_seed(seed)
     length = len(sidecars)
@@ -119,7 +123,7 @@ def stage_inputs(sidecars: Sidecars, *, policy: str = "mma", seed: int = 0, dtyp
     predicts = same & (sidecars.generated[1:] == 1)
     labels[:-1][predicts] = ids[1:][predicts]
     images = int(sidecars.instance.max()) + 1
-    pixels = torch.randn(images, 3, SIDE, SIDE, generator=generator).to(dtype) if images else None
+    pixels = torch.randn(images, 3, side, side, generator=generator).to(dtype) if images else None
     positions = (sidecars.instance >= 0).nonzero().squeeze(1)
     plan = build_plan(policy, sidecars)
     return StageInputs(ids, position_ids(sidecars), plan, labels, positions, pixels)

@@ -14,6 +14,7 @@ setup(
     package_dir=SHIPPED,
     package_data={
         "pipeline": ["recipes/*.yaml"],
+        "pipeline.server": ["page.html"],
         "data_prep": ["recipes/*.yaml", "recipes/*.txt"],
         "pipeline.shipped.ds_configs": ["*.json"],
         "pipeline.shipped.slurm": ["*.sh", "*.py"],

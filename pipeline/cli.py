@@ -13,11 +13,12 @@ from data_prep.common.command_line import OneLineParser, add_version, print_comp
 from pipeline.commands import parsers
 from pipeline.commands.bench import BENCH, add_bench
 from pipeline.commands.model import add_evaluate, add_export, add_generate
+from pipeline.commands.serve import CHAT, SERVE, add_chat, add_serve
 
 _OVERVIEW = """\
 Train, inspect and serve multimodal LLMs with Modality-Mutual Attention.
 
-  packs --train--> run folder --export--> model folder --generate, evaluate--> answers
+  packs --train--> run folder --export--> model folder --generate, serve, evaluate--> answers
 
 Data preparation is `mma-prep`.
 """
@@ -37,6 +38,8 @@ examples:
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
   mma generate scene.png "How many circles are there?" --model models/demo
   mma generate left.png right.png "Are they alike?" --model models/demo
+  mma chat models/demo                              talk to a model in the terminal
+  mma serve models/demo                             OpenAI-compatible API, and a web page
   mma evaluate --model models/demo --packs data/demo/packs/eval
   mma evaluate --model models/mma --compare models/causal --packs data/demo/packs/eval
   mma bench all --model models/mma --data bench_data
@@ -131,6 +134,8 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "smollm2": ("write a small language model with real weights", parsers.add_smollm2),
     "export": ("export a trained run as a model folder", add_export),
     "generate": ("ask a model a question about images", add_generate),
+    "chat": ("talk to a model in the terminal", add_chat),
+    "serve": ("serve a model over HTTP: OpenAI's API and a web page", add_serve),
     "evaluate": ("measure accuracy on held-out packs", add_evaluate),
     "bench": ("run the paper's benchmarks on a model", add_bench),
     "completion": ("print a shell completion script", parsers.add_completion),
@@ -144,6 +149,8 @@ _DESCRIPTIONS = {
     "schedule": parsers.SCHEDULE,
     "slurm": parsers.SLURM,
     "smollm2": parsers.SMOLLM2,
+    "chat": CHAT,
+    "serve": SERVE,
     "bench": BENCH,
     "completion": parsers.COMPLETION,
 }
@@ -170,7 +177,7 @@ def build_parser(only: str | None = None) -> OneLineParser:
         own.set_defaults(parser=own)
         if add_arguments is not None and only in (None, name):
             add_arguments(own)
-        if name in ("generate", "evaluate", "bench"):
+        if name in ("generate", "chat", "serve", "evaluate", "bench"):
             own.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
         if name == "completion":
             own.set_defaults(command=_completion)

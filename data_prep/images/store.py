@@ -89,6 +89,13 @@ def check_image(data: bytes) -> tuple[int, int]:
         return image.size
 
 
+def declared_pixels(data: bytes) -> int:
+    """Return the number of pixels that an image's header declares, without decoding it. Raises BadImage."""
+    with _refusals(data):
+        width, height = _open(data).size
+        return int(width * height)
+
+
 @contextmanager
 def _refusals(data: bytes) -> Iterator[None]:
     """Turn exceptions of Pillow into BadImage."""

@@ -26,7 +26,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from data_prep.example import ImageRef, Turn
 
     _check_question(arguments)
-    model = _load(arguments.model, arguments)
+    model = load(arguments.model, arguments)
     images = [ImageRef(name, path=Path(name)) for name in arguments.images]
     turns = [Turn("user", (*images, arguments.question))]
     if arguments.system:
@@ -75,14 +75,15 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     packs = PackReader(arguments.packs)
     results: dict[str, list[Answer]] = {}
     for folder in filter(None, (arguments.model, arguments.compare)):
-        model = _load(folder, arguments)
+        model = load(folder, arguments)
         results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
     show(results, PipeConsole())
     save(results, path)
     print(f"scores and answers: {path}")
 
 
-def _load(folder: str, arguments: argparse.Namespace) -> MultimodalModel:
+def load(folder: str, arguments: argparse.Namespace) -> MultimodalModel:
+    """Load an export, or the export of a run, as ``--device`` and ``--verify`` say. Raises UserError."""
     from pipeline.serving.export import model_folder
     from pipeline.serving.model import load_model
 
@@ -137,6 +138,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="model folder written by mma export, or a run folder (its newest checkpoint)",
     )
+    add_verify(parser)
+
+
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--verify``."""
     parser.add_argument(
         "--verify",
         choices=("quick", "full"),

@@ -16,11 +16,13 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from data_prep.common.errors import UserError
 from pipeline.masks import Sidecars
 from pipeline.model.inputs import StageInputs
 from pipeline.serving.model import MultimodalModel, Prompt
 from pipeline.serving.prefill import PromptBatch, by_layer_type
 
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 GROWTH_TOKENS = 64
 """The cache grows in multiples of so many tokens per row."""
 
@@ -164,10 +166,16 @@ class StepModel:
     """A model, one step at a time. ``prepare`` may be called from any thread, the rest from one thread only."""
 
     def __init__(self, model: MultimodalModel) -> None:
-        """Wrap a loaded model."""
+        """Wrap a loaded model. Raises UserError for a family whose layers keep something else than keys and values."""
         self.model = model
         self._llm = model.llm
-        self._window: int | None = getattr(self._llm.config, "sliding_window", None)
+        self._window = model.spec.llm_family.sliding_window(model.spec.llm)
+        other = {*(getattr(self._llm.config, "layer_types", None) or ())} - LAYER_TYPES
+        if other:
+            raise UserError(
+                f"{model.spec.llm.model_type} has layers of type {', '.join(sorted(other))}, which cannot be batched "
+                "continuously: use mma generate"
+            )
 
     def cache(self) -> BatchCache:
         """Return an empty cache."""

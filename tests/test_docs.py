@@ -32,6 +32,7 @@ NOT_RUN = {
     r"^deepspeed .*zero3\.json( --recipe demo_sft)?$": "trains the whole demo; tests/pipeline/training are shorter",
     r"^mma train .*--run-dir runs/mine$": "trains for minutes; docs/your-data.md has shorter ones",
     r"mma bench|bench_data": "needs the benchmarks' files; tests/pipeline/evaluation run it on small ones",
+    r"^mma serve ": "serves until it is stopped; tests/pipeline/server starts it and asks it",
     r"smollm2": "needs the wheel and raw corpora; tests/pipeline/commands/test_smollm2.py runs it on drawn pictures",
     r"my_data": "the reader's own files; docs/your-data.md has such folders",
 }

@@ -76,7 +76,8 @@ def _check_installed() -> None:
         try:
             importlib.import_module(module)
         except ImportError as error:
-            raise UserError(f"mma serve needs {package}: pip install 'mma-pipeline[serve]'") from error
+            needed = " ".join(_SERVER_NEEDS.values())
+            raise UserError(f"mma serve needs {package}, which is not installed: pip install {needed}") from error
 
 
 def _engine(model: MultimodalModel, arguments: argparse.Namespace) -> Engine:

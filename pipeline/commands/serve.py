@@ -40,8 +40,8 @@ Talk to a model in the terminal; answers are streamed.
 
   photo.jpg What is shown?    image files first, then the question
   /image FILE                 add an image to the next question
-  /system TEXT                set the system message, and start anew
-  /reset                      start anew
+  /system TEXT                set the system message and begin a new chat
+  /reset                      begin a new chat
   /help, /quit                Ctrl-C stops an answer, Ctrl-D leaves"""
 _SERVER_NEEDS = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
 _GPU_FRACTION, _RAM_FRACTION = 0.8, 0.5

@@ -21,8 +21,8 @@ from pipeline.server.text import AnswerText
 HELP = """\
   photo.jpg What is shown?    image files first, then the question
   /image FILE                 add an image to the next question
-  /system TEXT                set the system message, and start anew
-  /reset                      start anew
+  /system TEXT                set the system message and begin a new chat
+  /reset                      begin a new chat
   /quit                       leave (or Ctrl-D); Ctrl-C stops an answer"""
 _COMMANDS = ("image", "system", "reset", "help", "quit")
 _FIRST_WORD = re.compile(r"\s*('[^']*'|\"[^\"]*\"|(?:\\.|\S)+)")

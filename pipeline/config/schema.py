@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_prep.common.errors import UserError
 from data_prep.common.validation import Place, problems, report
@@ -17,6 +17,26 @@ from data_prep.common.validation import Place, problems, report
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 31)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Rate = Annotated[float, Field(gt=0)]
+
+
+def _split_names(value: Any) -> Any:
+    """Split ``a,b`` of the command line into a list."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _split_pairs(value: Any) -> Any:
+    """Split ``a=1,b=2`` of the command line into a mapping."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in _split_names(value)]
+    if any(not given for _, given, _ in pairs):
+        raise ValueError(f"'{value}' is not a list of PATTERN=RATE pairs such as connector=1e-3,llm=2e-5")
+    return {pattern.strip(): rate for pattern, _, rate in pairs}
+
+
+Names = Annotated[list[str], BeforeValidator(_split_names)]
+Rates = Annotated[dict[str, Rate], BeforeValidator(_split_pairs)]
 
 
 class ConfigError(UserError):
@@ -112,13 +132,26 @@ class TrainSection(Section):
     global_batch_size: Positive = 8
     """Packed rows per optimizer step, over all ranks and micro-batches."""
     steps: NonNegative = 0
-    """Optimizer steps of the run; 0 = one epoch (every row once)."""
-    lr: Annotated[float, Field(gt=0)] = 2e-5
+    """Optimizer steps of the run; 0 = as many as `epochs`, by default one epoch (every row once)."""
+    epochs: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    """Passes over the rows, instead of `steps`; fractions are allowed. Every pass has the rows in the same order."""
+    freeze: Names = Field(default_factory=list)
+    """What is not trained: `vision`, `connector`, `llm`, a module, or a pattern of parameter names with `*`;
+    on the command line separated by commas. `model.vision.frozen` freezes the tower on top of it."""
+    lr: Rate = 2e-5
     """Peak learning rate."""
+    lr_of: Rates = Field(default_factory=dict)
+    """Other peak learning rates, by part, module or pattern as in `freeze`; the last that matches counts. Warm-up and
+    decay are those of `lr`, in proportion. On the command line: connector=1e-3,llm=2e-5."""
     min_lr: Annotated[float, Field(ge=0)] = 1e-6
-    """Floor of the cosine decay."""
+    """Learning rate at the end of the decay."""
     warmup_steps: NonNegative = 150
     """Linear warm-up from 0, in optimizer steps."""
+    schedule: Literal["cosine", "constant", "linear", "wsd"] = "cosine"
+    """After the warm-up: cosine or linear decay to `min_lr`, constant, or wsd: constant, then a linear decay over the
+    last `decay_steps`."""
+    decay_steps: NonNegative = 0
+    """Length of the decay of schedule wsd, in optimizer steps."""
     weight_decay: Annotated[float, Field(ge=0, le=100)] = 1e-4
     """AdamW weight decay for matrices; vectors (norms, biases) are not decayed."""
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
@@ -144,6 +177,20 @@ class TrainSection(Section):
     def _floor_is_below_peak(self) -> TrainSection:
         if self.min_lr > self.lr:
             raise ValueError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}: lower min_lr too")
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainSection:
+        if self.steps and self.epochs:
+            raise ValueError(f"steps={self.steps} and epochs={self.epochs:g} are both set: set one of them to 0")
+        return self
+
+    @model_validator(mode="after")
+    def _only_wsd_has_decay_steps(self) -> TrainSection:
+        if self.schedule == "wsd" and not self.decay_steps:
+            raise ValueError("schedule=wsd needs decay_steps: set it, a tenth of the steps is usual")
+        if self.schedule != "wsd" and self.decay_steps:
+            raise ValueError(f"decay_steps={self.decay_steps} needs schedule=wsd: set it, or decay_steps to 0")
         return self
 
 

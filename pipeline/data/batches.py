@@ -142,7 +142,8 @@ class BatchSource:
 
     def read(self, step: int) -> StepBatch:
         """Build the micro-batches of one step. Raises UserError naming the image that cannot be decoded."""
-        consumed = step * self._order.global_batch_size
+        size = self._order.global_batch_size
+        consumed = step % (len(self._packs) // size) * size  # another pass begins again at the first row
         microbatches, tokens, images = [], 0, 0
         for number in range(self._order.microbatches):
             rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._dp_rank, number)]

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pipeline.model.connectors.base import NormedConnector
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
+from pipeline.model.trainable import Trainable
 from pipeline.model.weights import WeightSource
 
 INITIALISED = "_is_hf_initialized"
@@ -32,6 +33,7 @@ def build_stage(
     source: WeightSource | None = None,
     reads: bool = True,
     shard: Callable[[nn.Module], None] | None = None,
+    trains: Callable[[str], bool] | None = None,
     gradient_checkpointing: bool = False,
 ) -> Stage:
     """Build the stage of decoder layers ``layers``.
@@ -52,6 +54,7 @@ def build_stage(
         source: pretrained weights; parts it lacks start from scratch.
         reads: whether this rank fills the units; if False they are zeros, to be overwritten by a broadcast.
         shard: called with each finished unit (ZeRO-3 partitions it there).
+        trains: whether the parameter of a global name is trained; default: everything but a frozen tower.
         gradient_checkpointing: recompute decoder layers in the backward pass.
 
     Returns:
@@ -60,6 +63,7 @@ def build_stage(
     Raises:
         UserError: a weight file cannot be read.
     """
+    trains = trains or Trainable.everything_of(spec).trains
     llm = spec.meta_llm()
     vision = spec.meta_vision() if first else None
     stage = Stage(
@@ -74,7 +78,8 @@ def build_stage(
         if reads and isinstance(unit, NormedConnector) and not _in_source(name, unit, source):
             nn.init.constant_(unit.norm.weight, _text_scale(stage.model.embed_tokens, llm, seed=seed, source=source))
         _cast(unit, dtype)
-        unit.requires_grad_(not (spec.vision_frozen and name.startswith("vision.")))
+        for own, param in unit.named_parameters():
+            param.requires_grad_(trains(f"{name}.{own}"))
         unit.to(device)
         if source is not None:
             source.close()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
-from torch import nn
-
 from pipeline.model.spec import ModelSpec
+from pipeline.model.trainable import Trainable
+from pipeline.model.weights import parameter_shapes
 
 
 class Cost(NamedTuple):
@@ -19,78 +20,128 @@ class Cost(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ParamCounts:
-    """Parameter counts by part of the model."""
+class Sizes:
+    """Parameters of each part of the model."""
 
     vision: int
     connector: int
-    connector_flops: float
-    """FLOPs of the connector's forward pass of one image."""
     embed: int
     layers: tuple[int, ...]
     """One count per decoder layer."""
     norm: int
     head: int
     """0 where the head shares the embedding's weight."""
-    patches: int
-    """Patch features of one image."""
-    vision_frozen: bool
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> ParamCounts:
-        """Count a model's parameters without allocating them."""
-        parts = spec.llm_family.parts(spec.meta_llm())
+    def add_up(cls, sizes: Mapping[str, int], layers: int) -> Sizes:
+        """Add up the sizes of parameters by global name, in a model of so many decoder layers."""
+
+        def under(prefix: str) -> int:
+            return sum(size for name, size in sizes.items() if name.startswith(prefix))
+
+        by_layer = [0] * layers
+        for name, size in sizes.items():
+            if name.startswith("model.layers."):
+                by_layer[int(name.split(".")[2])] += size
         return cls(
-            vision=_size(spec.meta_vision()),
-            connector=_size(spec.meta_connector()),
-            connector_flops=spec.connector.flops(spec.features, spec.width),
-            embed=_size(parts.embed_tokens),
-            layers=tuple(_size(layer) for layer in parts.layers),
-            norm=_size(parts.norm),
-            head=0 if spec.tied else _size(parts.lm_head),
-            patches=spec.patches,
-            vision_frozen=spec.vision_frozen,
-        )
+            vision=under("vision."), connector=under("connector."), embed=under("model.embed_tokens."),
+            layers=tuple(by_layer), norm=under("model.norm."), head=under("lm_head."),
+        )  # fmt: skip
 
     @property
     def total(self) -> int:
         """All parameters."""
         return self.vision + self.connector + self.embed + sum(self.layers) + self.norm + self.head
 
+    def in_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> int:
+        """Return the parameters of a stage; a tied head counts again if the embedding is elsewhere."""
+        size = sum(self.layers[layer] for layer in layers)
+        if first:
+            size += self.vision + self.connector + self.embed
+        if last:
+            size += self.norm + (self.head or (0 if first else self.embed))
+        return size
+
+
+@dataclass(frozen=True)
+class ParamCounts(Sizes):
+    """Parameters of each part, and how many of them are trained."""
+
+    trained: Sizes
+    connector_flops: float
+    """FLOPs of the connector's forward pass of one image."""
+    patches: int
+    """Patch features of one image."""
+
+    @classmethod
+    def of(
+        cls,
+        spec: ModelSpec,
+        trains: Callable[[str], bool] | None = None,
+        shapes: Iterable[tuple[str, tuple[int, ...]]] = (),
+    ) -> ParamCounts:
+        """Count a model's parameters without allocating them.
+
+        Args:
+            spec: the model.
+            trains: whether the parameter of a global name is trained; default: everything but a frozen tower.
+            shapes: of all parameters by global name; default: as the spec has them.
+        """
+        trains = trains or Trainable.everything_of(spec).trains
+        sizes = {name: prod(shape) for name, shape in shapes or parameter_shapes(spec)}
+        trained = {name: size for name, size in sizes.items() if trains(name)}
+        return cls(
+            **vars(Sizes.add_up(sizes, spec.layers)),
+            trained=Sizes.add_up(trained, spec.layers),
+            connector_flops=spec.connector.flops(spec.features, spec.width),
+            patches=spec.patches,
+        )
+
     def of_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> tuple[int, int]:
         """Return (trained, frozen) parameters of a stage; a tied head counts again if the embedding is elsewhere."""
-        trained = sum(self.layers[layer] for layer in layers)
-        if first:
-            trained += self.connector + self.embed + (0 if self.vision_frozen else self.vision)
-        if last:
-            trained += self.norm + (self.head or (0 if first else self.embed))
-        return trained, self.vision if first and self.vision_frozen else 0
+        trained = self.trained.in_stage(layers, first=first, last=last)
+        return trained, self.in_stage(layers, first=first, last=last) - trained
 
     def step_flops(self, *, tokens: int, targets: int, images: int) -> float:
-        """Return the FLOPs of a step: 6 per parameter and token (2 forward, 4 backward), 2 for frozen parameters.
+        """Return the FLOPs of a step: 6 per parameter and token (2 forward, 4 backward), see :meth:`part_costs`.
 
         Attention scores of decoder and tower and recomputation are excluded, so an MFU based on this is a lower bound.
         The head counts supervised tokens only; the connector's FLOPs are counted from its own forward pass.
         """
-        decoder = 6.0 * sum(self.layers) * tokens + 6.0 * (self.head or self.embed) * targets
-        vision = (2.0 if self.vision_frozen else 6.0) * self.vision * self.patches * images
-        return decoder + vision + 3.0 * self.connector_flops * images
+        costs = self.part_costs(image_share=images / tokens, target_share=targets / tokens, recomputed=False)
+        return tokens * sum(map(sum, costs))
 
     def part_costs(self, *, image_share: float, target_share: float, recomputed: bool) -> Sequence[Cost]:
         """Return the FLOPs per packed token: before the decoder layers, of each layer, after them.
+
+        Per parameter and token: 2 forward; 2 backward for its gradient if it is trained; 2 backward for the gradient of
+        its module's input if anything at or before the module is trained.
 
         Args:
             image_share: images per packed token.
             target_share: supervised tokens per packed token.
             recomputed: decoder layers are recomputed in the backward pass.
         """
-        vision = self.vision * self.patches * image_share
-        before = vision + self.connector_flops / 2.0 * image_share
-        trained = before - (vision if self.vision_frozen else 0.0)
-        layers = [Cost(2.0 * count, (6.0 if recomputed else 4.0) * count) for count in self.layers]
-        after = (self.head or self.embed) * target_share
-        return [Cost(2.0 * before, 4.0 * trained), *layers, Cost(2.0 * after, 4.0 * after)]
+        flows = False  # whether a gradient passes through
+
+        def cost(forward: float, share: float) -> Cost:
+            """Return the cost of the next part, a ``share`` of whose weights is trained."""
+            nonlocal flows
+            flows |= share > 0
+            return Cost(forward, forward * (share + flows))
+
+        trained = self.trained
+        vision = cost(2.0 * self.vision * self.patches * image_share, _ratio(trained.vision, self.vision))
+        connector = cost(self.connector_flops * image_share, _ratio(trained.connector, self.connector))
+        flows |= trained.embed > 0
+        layers = [cost(2.0 * size, _ratio(own, size)) for size, own in zip(self.layers, trained.layers, strict=True)]
+        if recomputed:
+            layers = [Cost(each.forward, each.backward + (each.forward if each.backward else 0.0)) for each in layers]
+        head = (self.head, trained.head) if self.head else (self.embed, trained.embed)
+        after = cost(2.0 * head[0] * target_share, _ratio(head[1], head[0]))
+        before = Cost(vision.forward + connector.forward, vision.backward + connector.backward)
+        return [before, *layers, after]
 
 
-def _size(module: nn.Module) -> int:
-    return sum(param.numel() for param in module.parameters())
+def _ratio(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

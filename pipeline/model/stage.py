@@ -110,16 +110,21 @@ class Stage(nn.Module):
 
     @property
     def tied_copy(self) -> nn.Parameter | None:
-        """This stage's copy of the weight shared by embedding and head when they are on different stages; else None."""
+        """This stage's copy of the trained weight shared by embedding and head on different stages; else None."""
         if not self.spec.tied or self.first == self.last:
             return None
-        owner = self.model.embed_tokens if self.first else self.lm_head
-        return owner.get_parameter("weight")
+        weight = (self.model.embed_tokens if self.first else self.lm_head).get_parameter("weight")
+        return weight if weight.requires_grad else None
+
+    @property
+    def trains_vision(self) -> bool:
+        """Whether anything in the vision tower is trained; first stage only."""
+        return any(param.requires_grad for param in self.vision.parameters())
 
     def train(self, mode: bool = True) -> Stage:
         """Set training mode; a frozen tower stays in evaluation mode."""
         super().train(mode)
-        if self.first and self.spec.vision_frozen:
+        if self.first and not self.trains_vision:
             self.vision.eval()
         return self
 
@@ -161,7 +166,7 @@ class Stage(nn.Module):
         if pixels is None:
             side = self.spec.preprocess.size_px
             pixels = torch.zeros(1, 3, side, side, device=like.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.spec.vision_frozen):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
             patches_BPD = self.spec.vision_family.features(self.vision, self.spec.vision, pixels.to(like.dtype))
         return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
 

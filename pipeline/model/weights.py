@@ -215,6 +215,11 @@ def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"{prefix}.{name}", tuple(param.shape)) for name, param in module.named_parameters())
 
 
+def parameter_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield (global name, shape) of every parameter that a run has, those of adapters too."""
+    yield from global_shapes(spec)
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         return {str(key): str(name) for key, name in json.loads(read_bounded(index))["weight_map"].items()}

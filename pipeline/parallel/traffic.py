@@ -45,5 +45,6 @@ class StepTraffic:
     @classmethod
     def of(cls, counted: Traffic, *, trained: int, frozen: int, size: int) -> StepTraffic:
         """Relate counts to a stage of ``trained`` and ``frozen`` parameters of ``size`` bytes each."""
-        gathered, reduced = counted.gathered / (size * (trained + frozen)), counted.reduced / (size * trained)
+        gathered = counted.gathered / (size * (trained + frozen))
+        reduced = counted.reduced / (size * trained) if trained else 0.0
         return cls(gathered, reduced, counted.sent, counted.gathers, counted.reductions)

@@ -16,12 +16,16 @@ works with any external schedule, given these corrections:
    recomputed layer; it is truncated after each step.
 7. *Sums in fp32*: gradients reduced once a step stay on the parameters until then, where autograd would accumulate them
    in bf16. (Gradients reduced each micro-batch are added to a shard of ``grad_accum_dtype``.)
+8. *Stages that train nothing*: DeepSpeed's engine can only run a backward with an optimizer. A stage whose parameters
+   are all frozen has none: its module, with the hooks that gather and release weights, is called directly. Building an
+   optimizer waits for all ranks of the world; here for those of the stage.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +197,17 @@ def _leave_muon_uncompiled() -> None:
 
 
 @contextlib.contextmanager
+def _barriers_within(group: Any) -> Iterator[None]:
+    """Correction 8: let DeepSpeed's ZeRO-3 optimizer wait for the ranks of a group instead of the world."""
+    world = stage3.dist.barrier
+    stage3.dist.barrier = functools.partial(world, group=group)
+    try:
+        yield
+    finally:
+        stage3.dist.barrier = world
+
+
+@contextlib.contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Let torch use ``count`` threads on the host."""
     before = torch.get_num_threads()
@@ -259,7 +274,7 @@ class Zero3Stage:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         *,
         topology: Topology,
         groups: Groups,
@@ -274,13 +289,14 @@ class Zero3Stage:
 
         Args:
             module: The stage; forward takes (hidden | None, StageInputs).
-            optimizer: A torch optimizer over the module's trainable parameters.
+            optimizer: A torch optimizer over the module's trainable parameters; None if there are none. A group's
+                ``lr_scale`` multiplies the learning rate of each step.
             topology: Place of this rank.
             groups: Its process groups.
             ds_config: Completed DeepSpeed configuration.
             gathered_fraction: Share of the stage's parameters kept gathered within a step.
             reduce_once: Reduce-scatter gradients once a step instead of once a micro-batch.
-            tied: This stage's copy of a weight that the first and the last stage share across ranks.
+            tied: This stage's copy of a trained weight that the first and the last stage share across ranks.
             leaves: Modules whose parameters are gathered together, not one sub-module at a time.
             progress_callback: Called with each activity as it begins, for the report on a rank that hangs.
         """
@@ -292,20 +308,25 @@ class Zero3Stage:
             numel = sum(param.ds_numel for param in _params(module))
             ds_config = _limit_prefetch(ds_config, numel, gathered_fraction)
         _leave_muon_uncompiled()
-        self.engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_disable_reuse_search(ds_config), mpu=_Mpu(topology, groups)
-        )
+        with _barriers_within(groups.data):
+            self.engine, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=_disable_reuse_search(ds_config), mpu=_Mpu(topology, groups)
+            )
+        # Without an optimizer, DeepSpeed has only the part that gathers and releases weights (correction 8).
+        self._trains = optimizer is not None
         self._zero = self.engine.optimizer
+        self._offload = self._zero.parameter_offload if self._trains else self._zero
         self._check_internals()
-        self._zero.parameter_offload.fwd_pre_hook.remove()  # one parameter trace per optimizer step, not per forward
-        self._zero._get_norm_groups = self._global_norm  # correction 3
-        _release_each_call(self._zero.parameter_offload, self.module)
+        self._offload.fwd_pre_hook.remove()  # one parameter trace per optimizer step, not per forward
+        _release_each_call(self._offload, self.module)
+        if self._trains:
+            self._zero._get_norm_groups = self._global_norm  # correction 3
         if reduce_once:
             _add_up_in_fp32(param for _, param in self.trainable())
         # A rank runs one thread, which is enough to feed a GPU; an update on the host uses all of its cores.
-        on_host = self._zero.offload_optimizer and self.engine.device.type == "cuda"
+        on_host = self._trains and self._zero.offload_optimizer and self.engine.device.type == "cuda"
         self._threads = share_of_cores() if on_host else torch.get_num_threads()
-        self._norm = 0.0
+        self._norm, self._frozen_steps = 0.0, 0
         self._running = len(parameter_offload.FWD_MODULE_STACK)
         self.traffic = Traffic()
         _count_collectives(self.traffic)
@@ -315,8 +336,8 @@ class Zero3Stage:
         needed = ("parameter_offload", "fp16_groups", "averaged_gradients", "fp32_partitioned_groups_flat",
                   "grad_position", "grad_partitions_flat_buffer", "clear_backward_seen_flag", "_get_norm_groups",
                   "_reassign_or_swap_out_partitioned_parameters")  # fmt: skip
-        missing = [name for name in needed if not hasattr(self._zero, name)]
-        if missing or not hasattr(self._zero.parameter_offload, "fwd_pre_hook"):
+        missing = [name for name in needed if self._trains and not hasattr(self._zero, name)]
+        if missing or not hasattr(self._offload, "fwd_pre_hook"):
             raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks {missing or 'fwd_pre_hook'}: see zero3.py")
 
     @property
@@ -328,11 +349,13 @@ class Zero3Stage:
     def accumulate(self) -> Iterator[None]:
         """Surround all forwards and backwards of one optimizer step."""
         self._hold()
-        self._zero.parameter_offload.get_param_coordinator().reset_step()
+        self._offload.get_param_coordinator().reset_step()
         # A step's first backward overwrites the last step's gradients, but only of its own virtual stage: clear all.
-        with _threads(self._threads):
-            self._zero.grad_partitions_flat_buffer.zero_()
-        with self.engine.coalesce_grad_reduction() if self._reduce_once else contextlib.nullcontext():
+        if self._trains:
+            with _threads(self._threads):
+                self._zero.grad_partitions_flat_buffer.zero_()
+        once = self._trains and self._reduce_once
+        with self.engine.coalesce_grad_reduction() if once else contextlib.nullcontext():
             yield
         del parameter_offload.FWD_MODULE_STACK[self._running :]  # correction 6
         if self._tied is not None:
@@ -355,21 +378,35 @@ class Zero3Stage:
 
     def forward(self, hidden: torch.Tensor | None, inputs: Any, layers: range | None = None) -> torch.Tensor:
         """Run one micro-batch forward, through one virtual stage or all layers of the stage."""
-        return self.engine(hidden, inputs, layers)  # type: ignore[no-any-return]
+        run = self.engine if self._trains else self.module  # correction 8
+        return run(hidden, inputs, layers)  # type: ignore[no-any-return]
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:
         """Run one micro-batch backward, from a loss or from the next stage's gradient of the hidden states."""
-        self._zero.clear_backward_seen_flag()  # correction 2
-        torch.autograd.backward(output, grad)
+        if self._trains:
+            self._zero.clear_backward_seen_flag()  # correction 2
+        if output.requires_grad:  # not that of a first stage that trains nothing
+            torch.autograd.backward(output, grad)
 
     def step(self, lr: float) -> StepResult:
         """Clip, update and re-shard; skipped on all ranks alike when the gradient norm is not finite."""
+        if not self._trains:
+            return self._frozen_step()
         for group in self._zero.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         self._progress_callback("adding up the gradient norm")
         with _threads(self._threads):
             self.engine.step()
         return StepResult(self._norm, bool(self.engine.was_step_applied()))
+
+    def _frozen_step(self) -> StepResult:
+        """Take part in the other stages' step, and release what was held."""
+        self._global_norm()
+        self._offload.partition_all_parameters()
+        self.refresh_persistent()
+        applied = math.isfinite(self._norm)
+        self._frozen_steps += applied
+        return StepResult(self._norm, applied)
 
     def gradient_shard(self, param: nn.Parameter) -> torch.Tensor:
         """Return this rank's flat shard of a gradient accumulated in this step, before clipping; writing is allowed."""
@@ -380,7 +417,8 @@ class Zero3Stage:
         return self._zero.averaged_gradients[group][place]  # type: ignore[no-any-return]
 
     def _grad_shards(self) -> Iterator[torch.Tensor]:
-        for group, params in enumerate(self._zero.fp16_groups):
+        """Yield this rank's shards of all gradients; none on a stage that trains nothing."""
+        for group, params in enumerate(self._zero.fp16_groups if self._trains else ()):
             if self._zero.offload_optimizer:
                 yield from (self.gradient_shard(param) for param in params if not self._second_copy(param))
             else:
@@ -393,14 +431,15 @@ class Zero3Stage:
 
     def _global_norm(self) -> list[torch.Tensor]:
         """Correction 3: the norm over all shards of all stages; -1 makes DeepSpeed skip the step."""
-        norms = torch._foreach_norm(list(self._grad_shards()), 2, torch.float32)  # half-precision shards: no copies
+        shards = list(self._grad_shards()) or [torch.zeros(1, device=self.engine.device)]
+        norms = torch._foreach_norm(shards, 2, torch.float32)  # half-precision shards: no copies
         total = torch.stack(norms).double().square().sum(0, keepdim=True).to(self.engine.device)
         self._progress_callback(
             "waiting for all ranks: the gradient norm"
         )  # on GPUs, the host runs ahead of the device up to here
         dist.all_reduce(total)
         norm = total.sqrt()[0]
-        if self._zero.offload_optimizer:
+        if self._trains and self._zero.offload_optimizer:
             norm = norm.cpu()  # the gradients it clips are on the host
         self._norm = float(norm)
         self._progress_callback("optimizer step")
@@ -434,18 +473,21 @@ class Zero3Stage:
     @property
     def optimizer_steps(self) -> int:
         """Updates AdamW has counted (skipped steps are not)."""
+        if not self._trains:
+            return self._frozen_steps
         return int(self._optimizer_state(self._zero.fp32_partitioned_groups_flat[0])["step"])
 
     def finish_load(self, optimizer_steps: int) -> None:
         """Copy fp32 shards that were written through `master_shard` to the compute-type shards."""
-        for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+        self._frozen_steps = optimizer_steps
+        for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat if self._trains else ()):
             self._optimizer_state(flat)["step"].fill_(optimizer_steps)
             self._zero._reassign_or_swap_out_partitioned_parameters(group)
         self.refresh_persistent()
 
     def refresh_persistent(self) -> None:
         """Gather the parameters that DeepSpeed keeps whole again, after their shards were written."""
-        persistent: Sequence[Any] = self._zero.persistent_parameters
+        persistent: Sequence[Any] = self._offload.persistent_parameters
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +11,14 @@ from pipeline.config.schema import ConfigError, RunConfig, known_keys
 
 CHANGES_RESULT = frozenset({
     "model.vision.frozen", "mask.policy", "mask.layers", "data.packs", "train.global_batch_size", "train.steps",
-    "train.lr", "train.min_lr", "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2",
-    "train.eps", "train.clip_norm", "train.dtype",
+    "train.epochs", "train.freeze", "train.lr", "train.lr_of", "train.schedule", "train.decay_steps", "train.min_lr",
+    "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2", "train.eps", "train.clip_norm",
+    "train.dtype",
 })  # fmt: skip
 """Keys that may only change on resume with ``--allow-change``. All others concern logging, saving, ranks and timeouts;
 the function of the model is compared by `check_same_model`."""
+_WHOLE = frozenset({"train.lr_of"})
+"""Mappings that are compared as a whole: their keys are the user's."""
 _NO_CHANGE = frozenset({"run_dir", "init_from"})
 _FREE = ("model.llm.config.", "model.vision.config.", "model.connector.")
 """Sections whose keys the schema does not list."""
@@ -47,9 +50,11 @@ def settings_changed(
             None = not known, as in a dry run on another machine.
     """
     same = {"data.packs": saved.plan_sha256 == plan_sha256, "train.dtype": dtype in (None, saved.model.get("dtype"))}
-    new = dict(leaves(config.model_dump()))
-    defaults = {key: value for key, value in leaves(RunConfig().model_dump()) if key in CHANGES_RESULT}
-    old = defaults | dict(leaves(saved.config))  # a checkpoint older than a key was trained with its default
+    new, standard, before = (
+        dict(leaves(tree, whole=_WHOLE)) for tree in (config.model_dump(), RunConfig().model_dump(), saved.config)
+    )
+    defaults = {key: value for key, value in standard.items() if key in CHANGES_RESULT}
+    old = defaults | before  # a checkpoint older than a key was trained with its default
     changes = [
         Change(key, old.get(key), new.get(key), key in CHANGES_RESULT and not same.get(key, False))
         for key in sorted((old | new).keys() - _NO_CHANGE)
@@ -95,10 +100,10 @@ def refuse_changes(origin: str, changes: Sequence[Change], allowed: Sequence[str
         )
 
 
-def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield (dotted key, value) of a nested mapping."""
+def leaves(tree: Mapping[str, Any], prefix: str = "", whole: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of a nested mapping; mappings under the keys of ``whole`` are values."""
     for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from leaves(value, f"{prefix}{key}.")
+        if isinstance(value, Mapping) and prefix + key not in whole:
+            yield from leaves(value, f"{prefix}{key}.", whole)
         else:
             yield prefix + key, value

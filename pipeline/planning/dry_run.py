@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from pipeline.config.schema import TrainSection
 from pipeline.parallel.partition import VirtualStages
 from pipeline.parallel.schedule import bubble
 from pipeline.planning.estimate import GIB, WorkloadEstimate
@@ -19,8 +20,8 @@ def _model_lines(plan: RunPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
     parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
-    trained = "vision frozen" if plan.config.model.vision.frozen else "all trained"
-    yield f"model    {parts}: {millions(plan.split.counts.total)} parameters, {trained}"
+    counts = plan.split.counts
+    yield f"model    {parts}: {millions(counts.total)} parameters, {millions(counts.trained.total)} trained"
     proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"
     yield f"mask     {plan.policy.name}: {'LEAKS answers (mask.allow_leak)' if plan.policy.may_leak else proof}"
 
@@ -44,9 +45,23 @@ def _batch_lines(plan: RunPlan) -> Iterator[str]:
         f"{order.microbatch_rows} rows = {tokens:,} tokens a step"
     )
     yield (
-        f"steps    {plan.steps:,}: lr {train.lr:.1e} after {train.warmup_steps} steps of warm-up, "
-        f"cosine to {train.min_lr:.1e}; clip {train.clip_norm}, weight decay {train.weight_decay}"
+        f"steps    {plan.steps:,}: lr {_rates(plan)} after {train.warmup_steps} steps of warm-up, "
+        f"{_decay(train)}; clip {train.clip_norm}, weight decay {train.weight_decay}"
     )
+
+
+def _rates(plan: RunPlan) -> str:
+    """Return the peak learning rates of what trains."""
+    scales, lr = plan.split.scales, plan.config.train.lr
+    each = ", ".join(f"{label} {lr * scale:.1e}" for label, scale in scales.items())
+    return each if len(set(scales.values())) > 1 else f"{lr * next(iter(scales.values())):.1e} ({', '.join(scales)})"
+
+
+def _decay(train: TrainSection) -> str:
+    if train.schedule == "constant":
+        return "then constant"
+    last = f" over the last {train.decay_steps} steps" if train.schedule == "wsd" else ""
+    return f"{train.schedule} to {train.min_lr:.1e}{last}"
 
 
 def _stage_lines(plan: RunPlan) -> Iterator[str]:

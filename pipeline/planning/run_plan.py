@@ -136,14 +136,19 @@ def _check_layers(policy: Policy, spec: ModelSpec) -> None:
 
 
 def _count_steps(config: RunConfig, manifest: Manifest) -> int:
-    """Return the run's optimizer steps: as configured, or one pass over the rows (whose plan covers all epochs)."""
-    batch, folder = config.train.global_batch_size, Path(config.data.packs)
+    """Return the run's optimizer steps: as configured, or passes over the rows (whose plan may cover many epochs)."""
+    train, folder = config.train, Path(config.data.packs)
+    batch = train.global_batch_size
     available = manifest.rows // batch
     if available == 0:
         raise ConfigError(f"{folder} has {manifest.rows} rows, fewer than train.global_batch_size={batch}")
-    if config.train.steps > available:
+    if train.steps > available:
         raise ConfigError(
-            f"train.steps={config.train.steps} needs {config.train.steps * batch} rows, {folder} has {manifest.rows} "
-            f"({available} steps): plan more epochs with mma-prep, or lower train.steps"
+            f"train.steps={train.steps} needs {train.steps * batch} rows, {folder} has {manifest.rows} "
+            f"({available} steps): plan more epochs with mma-prep, repeat the rows with train.epochs, or lower "
+            "train.steps"
         )
-    return config.train.steps or available
+    steps = train.steps or max(1, round((train.epochs or 1.0) * available))
+    if train.decay_steps > steps:
+        raise ConfigError(f"train.decay_steps={train.decay_steps} is longer than the run of {steps} steps: lower it")
+    return steps

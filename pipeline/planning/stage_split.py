@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.config.schema import RunConfig
 from pipeline.model.counts import Cost, ParamCounts
 from pipeline.model.spec import ModelSpec
+from pipeline.model.trainable import Trainable
+from pipeline.model.weights import parameter_shapes
 from pipeline.parallel.partition import VirtualStages, joined, split_stages
 
 
@@ -16,6 +18,10 @@ class StageSplit:
     """The stages of a model; the same for a run and for an estimate without packs."""
 
     counts: ParamCounts
+    trainable: Trainable
+    """What of the model is trained."""
+    scales: Mapping[str, float]
+    """Learning rates as multiples of ``train.lr``, see `Trainable.scales`."""
     costs: Sequence[Cost]
     """FLOPs of the model's parts per packed token, see `ParamCounts.part_costs`."""
     stage_layers: tuple[VirtualStages, ...]
@@ -32,9 +38,12 @@ class StageSplit:
             target_share: Supervised tokens per packed token.
 
         Raises:
-            ConfigError: There are more stages than layers, or ``layers_per_stage`` does not fit.
+            ConfigError: There are more stages than layers, ``layers_per_stage`` does not fit, or ``train.freeze`` or
+                ``train.lr_of`` names nothing.
         """
-        counts, parallel = ParamCounts.of(spec), config.parallel
+        shapes, parallel = dict(parameter_shapes(spec)), config.parallel
+        trainable = Trainable.of(spec, config.train, shapes)
+        counts = ParamCounts.of(spec, trainable.trains, shapes.items())
         costs = counts.part_costs(
             image_share=image_share, target_share=target_share, recomputed=config.train.gradient_checkpointing
         )
@@ -42,7 +51,7 @@ class StageSplit:
             spec.layers, parallel.pp, parallel.virtual_stages,
             layers_per_stage=parallel.layers_per_stage, costs=[*map(sum, costs)],
         )  # fmt: skip
-        return cls(counts, costs, stage_layers)
+        return cls(counts, trainable, trainable.scales(shapes), costs, stage_layers)
 
     def parameters(self, stage: int) -> tuple[int, int]:
         """Return (trained, frozen) parameters of one stage."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 
 from pipeline.config.schema import TrainSection
 from pipeline.model.build import build_stage
+from pipeline.model.trainable import Trainable
 from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups
 from pipeline.parallel.partition import joined
@@ -15,13 +18,21 @@ from pipeline.planning.run_plan import RunPlan
 from pipeline.watchdog.heartbeat import Heartbeat
 
 
-def parameter_groups(stage: torch.nn.Module, config: TrainSection) -> list[dict[str, object]]:
-    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not."""
-    trained = [param for param in stage.parameters() if param.requires_grad]
-    matrices = [param for param in trained if len(Zero3Stage.full_shape(param)) > 1]
-    vectors = [param for param in trained if len(Zero3Stage.full_shape(param)) <= 1]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    stage: torch.nn.Module, config: TrainSection, trainable: Trainable | None = None
+) -> list[dict[str, object]]:
+    """Return AdamW's groups by learning rate and decay: matrices decay, vectors (norms, biases) do not.
+
+    ``lr_scale`` of a group is its learning rate as a multiple of ``train.lr``.
+    """
+    groups: dict[tuple[float, bool], dict[str, object]] = {}
+    trained = [(name, param) for name, param in stage.named_parameters() if param.requires_grad]
+    scales = {name: trainable.scale(trainable.label(name)) if trainable else 1.0 for name, _ in trained}
+    for scale, is_matrix in product(dict.fromkeys(scales.values()), (True, False)):
+        own = [p for name, p in trained if scales[name] == scale and (len(Zero3Stage.full_shape(p)) > 1) == is_matrix]
+        decay = config.weight_decay if is_matrix else 0.0
+        groups[scale, is_matrix] = {"params": own, "weight_decay": decay, "lr_scale": scale}
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_engine(
@@ -42,20 +53,21 @@ def build_engine(
         plan.spec, layers=joined(plan.virtual_stages),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
         seed=config.train.seed, source=None if empty else _pretrained(plan),
-        reads=topology.dp_rank == 0 and not empty, shard=shard,
+        reads=topology.dp_rank == 0 and not empty, shard=shard, trains=plan.split.trainable.trains,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
-    train = config.train
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, train), lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps,
-        fused=device.type == "cuda",
-    )  # fmt: skip
+    param_groups = parameter_groups(module, config.train, plan.split.trainable)
+    optimizer = _adamw(param_groups, config.train, fused=device.type == "cuda") if param_groups else None
     return Zero3Stage(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         gathered_fraction=plan.sharding.gathered_fraction, reduce_once=plan.sharding.reduce_once,
         tied=module.tied_copy,
         leaves=module.blocks() if config.parallel.leaf_layers else (), progress_callback=heartbeat.report,
     )  # fmt: skip
+
+
+def _adamw(groups: list[dict[str, object]], train: TrainSection, *, fused: bool) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=fused)
 
 
 def _pretrained(plan: RunPlan) -> WeightSource | None:

@@ -7,7 +7,7 @@ import math
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,8 @@ class StepStats:
     mfu: float | None
     memory_gib: float | None
     """Peak device memory of this process; None on CPUs."""
+    lr_of: Mapping[str, float] = field(default_factory=dict)
+    """Learning rate of each part that trains (vision, connector, llm) and of each pattern of train.lr_of."""
     samples: str = ""
     """Digest of the step's samples, in order: equal in two runs exactly if the samples are (see `samples_digest`)."""
     save_s: float = 0.0
@@ -201,11 +203,12 @@ class Console:
 
 def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:
     """Return a step's events for DeepSpeed's monitor."""
-    shown = {
+    shown: dict[str, float | None] = {
         "loss": stats.loss,
         "lr": stats.lr,
         "grad_norm": stats.grad_norm,
         "tokens_per_s": stats.tokens_per_s,
         "mfu": stats.mfu,
     }
+    shown |= {f"lr/{label}": rate for label, rate in stats.lr_of.items()} if len(set(stats.lr_of.values())) > 1 else {}
     return [(f"train/{name}", value, stats.step) for name, value in shown.items() if value is not None]

@@ -281,8 +281,10 @@ class Trainer:
         norm = result.grad_norm if result.applied else None
         return StepStats(
             step=self.step, loss=sum(totals.losses) / max(1, batch.targets), lr=rate, grad_norm=norm,
+            lr_of={label: rate * scale for label, scale in self._plan.split.scales.items()},
             applied=result.applied, targets=batch.targets, tokens=totals.tokens, images=totals.images,
-            consumed_packs=batch.rows.stop, step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
+            consumed_packs=self.step * self._plan.order.global_batch_size,
+            step_s=step_s, data_s=data_s, tokens_per_s=per_second, mfu=mfu,
             memory_gib=memory, traffic=self._traffic(), save_s=self._checkpoints.take_waited(),
             bubble=self._timer.end(), expected_bubble=self._timer.expected,
             samples=samples_digest(self._plan.packs, batch.rows) if self._is_rank0 else "",

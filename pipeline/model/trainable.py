@@ -65,7 +65,9 @@ class Trainable:
             _check_matches("train.lr_of", pattern, every)
             if not any(matches(pattern, name) for name in trained):
                 hint = ": set model.vision.frozen to false" if pattern == "vision" and rule.vision_frozen else ""
-                raise ConfigError(f"train.lr_of: everything that '{pattern}' names is frozen{hint}, or remove it")
+                raise ConfigError(
+                    f"train.lr_of: everything that '{pattern}' names is frozen{hint or ': unfreeze it'}, or remove it"
+                )
         if not trained:
             raise ConfigError(
                 f"train.freeze={', '.join(rule.freeze)} leaves nothing to train: remove one of them"

@@ -61,6 +61,14 @@ def test_changes_are_named_with_both_values() -> None:
     ]  # fmt: skip
 
 
+def test_what_is_trained_and_at_which_rate_is_part_of_the_result() -> None:
+    new = {"train": {"freeze": ["llm"], "lr_of": {"connector": 1e-3}, "schedule": "linear", "epochs": 2.0}}
+    assert changed({}, new) == [
+        "train.epochs: 0.0 -> 2.0!", "train.freeze: [] -> ['llm']!", "train.lr_of: {} -> {'connector': 0.001}!",
+        "train.schedule: 'cosine' -> 'linear'!",
+    ]  # fmt: skip
+
+
 def test_packs_may_move_and_the_type_may_be_spelled_otherwise_but_neither_may_change() -> None:
     old, new = {"data": {"packs": "a"}}, {"data": {"packs": "b"}, "train": {"dtype": "fp32"}}
     assert changed(old, new) == ["data.packs: 'a' -> 'b'", "train.dtype: 'auto' -> 'fp32'"]

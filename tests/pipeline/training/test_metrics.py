@@ -8,6 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -94,6 +95,22 @@ def test_the_rate_warms_up_to_the_peak_and_falls_to_the_floor() -> None:
     assert rates[0] == pytest.approx(1e-4) and rates[9] == rates[10] == 1e-3
     assert rates[55] == pytest.approx((1e-3 + 1e-5) / 2) and rates[100] == pytest.approx(1e-5)
     assert all(later <= earlier for earlier, later in pairwise(rates[10:]))
+
+
+def rates_of(steps: int = 100, **options: Any) -> list[float]:
+    config = TrainSection.model_validate({"lr": 1e-3, "min_lr": 1e-5, "warmup_steps": 10, **options})
+    return [learning_rate(config, step, steps) for step in range(steps + 1)]
+
+
+def test_other_schedules_share_the_warm_up_and_end_at_the_floor() -> None:
+    cosine, constant = rates_of(), rates_of(schedule="constant")
+    linear, wsd = rates_of(schedule="linear"), rates_of(schedule="wsd", decay_steps=20)
+    assert cosine[:10] == constant[:10] == linear[:10] == wsd[:10]
+    assert constant[9:] == [1e-3] * 92
+    assert linear[55] == pytest.approx((1e-3 + 1e-5) / 2) and linear[100] == pytest.approx(1e-5)
+    assert linear[10:] == pytest.approx([1e-5 + (1e-3 - 1e-5) * (100 - step) / 90 for step in range(10, 101)])
+    assert wsd[9:81] == [1e-3] * 72
+    assert wsd[80:] == pytest.approx([1e-5 + (1e-3 - 1e-5) * (100 - step) / 20 for step in range(80, 101)])
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(41.6, "42s"), (187, "3m07s"), (18_720, "5h12m")])

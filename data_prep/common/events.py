@@ -40,6 +40,7 @@ EVENTS: Mapping[str, str] = {
     "lock-unavailable": "the file system knows no locks; nothing keeps two writers apart",
     "mpi-unavailable": "MPI cannot be loaded; rank 0 worked alone with local processes",
     # both
+    "plugin-used": "code of another package takes part in the result",
     "file-unverified": "a file was read without checking its hash",
     _DAMAGED: "a line of the event ledger cannot be read",
     # training

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from pydantic import ValidationError
 
 from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.plugins import Registry, must_subclass
 from data_prep.common.validation import problems
 from data_prep.corpora.aokvqa import AOKVQA
 from data_prep.corpora.base import Corpus, Input
@@ -32,7 +32,9 @@ from data_prep.corpora.webdataset import WebDataset
 
 __all__ = ["COMMON_OPTIONS", "CORPORA", "Corpus", "HoldOut", "build_corpus", "corpus_problems", "with_parity"]
 
-CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
+CORPORA: Registry[type[Corpus]] = Registry(
+    "mma.corpora",
+    "corpus type",
     {
         "aokvqa": AOKVQA,
         "captions": Captions,
@@ -50,7 +52,8 @@ CORPORA: Mapping[str, type[Corpus]] = MappingProxyType(
         "vqav2": VQAv2,
         "vsr": VSR,
         "webdataset": WebDataset,
-    }
+    },
+    must_subclass(Corpus),  # type: ignore[type-abstract]  # its subclasses are not
 )
 """Corpus ``type`` of a recipe -> its reader."""
 

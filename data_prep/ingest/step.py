@@ -12,6 +12,7 @@ from data_prep.common.arrow_files import atomic_path
 from data_prep.common.errors import UserError
 from data_prep.common.events import EVENTS, EventLedger
 from data_prep.common.files import Hashed, sha256_line, write_atomic
+from data_prep.common.plugins import plugins_in_use
 from data_prep.common.workers import ALONE, Team
 from data_prep.corpora.probe import require_some_images
 from data_prep.ingest import sources
@@ -114,7 +115,9 @@ def _check_outputs(space: Workspace, events: EventLedger) -> tuple[str, Tally]:
 
 
 def _record(variants: Iterable[CorpusVariant], tallies: Mapping[ShardOutput, Tally], events: EventLedger) -> None:
-    """Record the rejected and repaired samples of each corpus variant."""
+    """Record the plug-ins, and the rejected and repaired samples of each corpus variant."""
+    for plugin in plugins_in_use():
+        events.record_once("plugin-used", **plugin)
     for variant in variants:
         tally = add_tallies(tallies[output] for output in variant.outputs)
         place = {"corpus": variant.corpus, "variant": variant.folder.name}

@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from data_prep.common.errors import UserError
 from data_prep.common.files import FileEntry, hash_json, is_of_size, read_hashed, with_hash, write_atomic
 from data_prep.common.folder_lock import FolderLock
-from data_prep.corpora import build_corpus, with_parity
+from data_prep.corpora import CORPORA, build_corpus, with_parity
 from data_prep.ingest.pins import pin_datasets
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
@@ -292,7 +292,7 @@ class Workspace:
         Counting the rows of a large file takes as long as reading it.
         """
         config = self.recipe.corpora[name]
-        key = hash_json([INGEST_VERSION, config.type, config.options, raw])[:12]
+        key = hash_json([INGEST_VERSION, CORPORA.identity(config.type), config.options, raw])[:12]
         path = self.out / "ingest" / name / f"shards-{key}.json"
         listed: list[str] | None = read_hashed(path)
         if listed is None:
@@ -305,7 +305,9 @@ class Workspace:
         config = self.recipe.corpora[corpus]
         options = with_parity(config.type, config.options) if pack.aki_parity else config.options
         encoding = EncodingConfig.of(pack, self.recipe.image_tokens)
-        key = hash_json([INGEST_VERSION, config.type, options, asdict(encoding), tokenizer_sha256])[:12]
+        key = hash_json([INGEST_VERSION, CORPORA.identity(config.type), options, asdict(encoding), tokenizer_sha256])[
+            :12
+        ]
         folder = self.out / "ingest" / corpus / key
         return CorpusVariant(
             corpus=corpus,

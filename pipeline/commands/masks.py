@@ -19,7 +19,6 @@ from pipeline.masks.proof import Proof, prove
 from pipeline.masks.sidecars import Sidecars
 
 _SOURCE_HELP = f"a pack folder, or a layout such as '{EXAMPLE}': {LEGEND}"
-_POLICIES_HELP = "\n".join(f"  {name:<22}{policy.summary}" for name, policy in POLICIES.items())
 
 
 def mask_command(argv: Sequence[str]) -> int:
@@ -98,10 +97,11 @@ def prove_parser() -> OneLineParser:
 
 
 def _parser(program: str, description: str, examples: str) -> OneLineParser:
+    listed = "\n".join(f"  {name:<22}{policy.summary}" for name, policy in POLICIES.items())
     parser = OneLineParser(
         prog=program,
         description=description,
-        epilog=f"policies:\n{_POLICIES_HELP}\n\nexamples:\n{examples}",
+        epilog=f"policies:\n{listed}\n\nexamples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", help=_SOURCE_HELP)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from data_prep.common.errors import UserError, did_you_mean
+from data_prep.common.plugins import Registry, must_be
 from pipeline.evaluation.benchmark import Benchmark
 from pipeline.evaluation.benchmarks.cvbench import CV_BENCH_2D, CV_BENCH_3D
 from pipeline.evaluation.benchmarks.llava_w import LLAVA_W
@@ -22,7 +21,10 @@ PAPER: tuple[Benchmark, ...] = (
     *(MME_P, MME_C, MMBENCH, SEED_I, LLAVA_W, MMMU, MATHVISTA, POPE, MM_VET, REALWORLDQA, CV_BENCH_2D, CV_BENCH_3D),
 )
 """The columns of the paper's Table 1, in its order."""
-BENCHMARKS: Mapping[str, Benchmark] = {one.name: one for one in (*PAPER, *OWN)}
+BENCHMARKS: Registry[Benchmark] = Registry(
+    "mma.metrics", "benchmark", {one.name: one for one in (*PAPER, *OWN)}, must_be(Benchmark)
+)
+"""Benchmarks, each with its metric, by name."""
 ALL = "all"
 
 

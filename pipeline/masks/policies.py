@@ -10,7 +10,7 @@ A policy may hold in some decoder layers only: ``mma+0:8=mixed`` is ``mixed`` in
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeAlias
@@ -20,6 +20,7 @@ import torch
 
 from data_prep.common.errors import UserError, did_you_mean
 from data_prep.common.modalities import IMAGE, TEXT
+from data_prep.common.plugins import Registry, same_name
 from pipeline.masks.sidecars import BoolArray, Sidecars, SpanColumns, TokenTable, token_table
 
 _PROBES = 64
@@ -175,7 +176,19 @@ _POLICIES = (
         leaks=True,
     ),
 )
-POLICIES: Mapping[str, Policy] = {policy.name: policy for policy in _POLICIES}
+
+
+def _accept(name: str, found: object) -> Policy:
+    """Return the policy of a plug-in, checked as the project's own are. Raises UserError."""
+    if type(found) is not Policy:  # a subclass could go around the clamp
+        raise UserError(f"it is a {type(found).__name__}, not a Policy")
+    return same_name(name, replace(found), "name")
+
+
+POLICIES: Registry[Policy] = Registry(
+    "mma.policies", "mask policy", {policy.name: policy for policy in _POLICIES}, _accept
+)
+"""Policies by name."""
 _DENOISING = (
     "attends both ways between all tokens, answers too. Its models are trained by denoising masked tokens, not by "
     "predicting the next one, which would leak every answer here: use 'prefix', which does so for given tokens"

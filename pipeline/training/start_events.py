@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from data_prep.common.plugins import plugins_in_use
 from pipeline.attention import slow_path_reason
 from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.zero3 import check_version
@@ -15,6 +16,8 @@ from pipeline.training.run.folder import RunFolder
 def record_start_events(plan: RunPlan, folder: RunFolder, *, watched: bool, oversubscribed: Sequence[str]) -> None:
     """Record the events of a start; rank 0 only. Raises StrictEvent if ``--strict`` makes one fatal."""
     config, manifest = plan.config, plan.packs.manifest
+    for plugin in plugins_in_use():
+        folder.record("plugin-used", **plugin)
     if not config.data.verify:
         folder.record("file-unverified", path=config.data.packs, reason="data.verify is false")
     if warning := check_version():

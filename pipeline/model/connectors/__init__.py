@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from data_prep.common.errors import did_you_mean, short_repr
+from data_prep.common.plugins import Registry, must_subclass
 from data_prep.common.validation import problems, report
 from pipeline.config.schema import ConfigError, ConnectorConfig
 from pipeline.model.connectors.attention_pool import AttentionPooling
@@ -23,23 +24,18 @@ from pipeline.model.connectors.perceiver import Perceiver
 from pipeline.model.connectors.pixel_shuffle import PixelShuffle
 from pipeline.model.connectors.sva import Sva
 
-__all__ = ["CONNECTORS", "Connector", "Features", "Grid", "read_connector", "read_saved_connector", "register"]
+__all__ = ["CONNECTORS", "Connector", "Features", "Grid", "read_connector", "read_saved_connector"]
 
-CONNECTORS: dict[str, type[Connector]] = {}
+_KINDS = (Perceiver, Mlp, CAbstractor, DAbstractor, PixelShuffle, AttentionPooling, Sva)
+CONNECTORS: Registry[type[Connector]] = Registry(
+    "mma.connectors",
+    "connector kind",
+    {connector.kind: connector for connector in _KINDS},
+    must_subclass(Connector, "kind"),
+)
 """Connectors by kind."""
 _ONCE_SHARED = frozenset({"latents", "depth", "heads", "head_dim", "ff_mult"})
 """Options that models saved by earlier versions hold for every kind."""
-
-
-def register(connector: type[Connector]) -> type[Connector]:
-    """Add a connector under its kind. Raises ConfigError when another one has that kind."""
-    if CONNECTORS.setdefault(connector.kind, connector) is not connector:
-        raise ConfigError(f"connector kind {connector.kind!r} exists already: give {connector.__name__} another kind")
-    return connector
-
-
-for _connector in (Perceiver, Mlp, CAbstractor, DAbstractor, PixelShuffle, AttentionPooling, Sva):
-    register(_connector)
 
 
 def read_connector(config: ConnectorConfig) -> Connector:

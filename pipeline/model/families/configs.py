@@ -59,7 +59,6 @@ They are refused in recipes, checkpoints and exports. In the ``config.json`` of 
 carry some of them, those about code are ignored and named in a warning; those about weights are refused.
 """
 _REFUSED_IN_FOLDERS = tuple(name for name, reason in FORBIDDEN.items() if reason is _WEIGHTS)
-_DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
 
 
 def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
@@ -115,10 +114,10 @@ def refuse_forbidden(where: str, raw: Mapping[str, Any], forbidden: Iterable[str
 
 
 def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
-    """Set dropout to 0: no step is random, so a resumed run equals an uninterrupted one."""
-    for key in _DROPOUTS:
-        if hasattr(config, key):
-            setattr(config, key, 0.0)
+    """Set every kind of dropout to 0: no step is random, so a resumed run equals an uninterrupted one."""
+    for field in fields(config):
+        if "drop" in field.name and isinstance(getattr(config, field.name), (int, float)):
+            setattr(config, field.name, 0.0)
     return config
 
 

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import TypeVar
 
+from data_prep.common.errors import UserError
+from data_prep.common.plugins import NotOurs, Registry, same_name
 from pipeline.model.families.decoders import DECODERS
 from pipeline.model.families.gemma import GEMMAS
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.towers import TOWERS
 from pipeline.model.families.vision import VisionFamily
 
-LLM_FAMILIES: Mapping[str, LlmFamily] = {
-    family.model_type: family for family in sorted((*DECODERS, *GEMMAS), key=lambda family: family.model_type)
-}
-"""Decoder families."""
-VISION_FAMILIES: Mapping[str, VisionFamily] = {family.model_type: family for family in TOWERS}
-"""Vision towers."""
+F = TypeVar("F", LlmFamily, VisionFamily)
+
+
+def _accept(kind: type[F]) -> Callable[[str, object], F]:
+    """Return the check for a descriptor of one kind; the group holds both kinds."""
+
+    def accept(name: str, found: object) -> F:
+        if isinstance(found, kind):
+            return same_name(name, found, "model_type")
+        if isinstance(found, (LlmFamily, VisionFamily)):
+            raise NotOurs
+        raise UserError(f"it is a {type(found).__name__}, not an LlmFamily or a VisionFamily")
+
+    return accept
+
+
+LLM_FAMILIES: Registry[LlmFamily] = Registry(
+    "mma.families",
+    "decoder family",
+    {family.model_type: family for family in sorted((*DECODERS, *GEMMAS), key=lambda family: family.model_type)},
+    _accept(LlmFamily),
+)
+"""Decoders by ``model_type``."""
+VISION_FAMILIES: Registry[VisionFamily] = Registry(
+    "mma.families", "vision tower", {family.model_type: family for family in TOWERS}, _accept(VisionFamily)
+)
+"""Vision towers by ``model_type``."""

@@ -1,4 +1,4 @@
-"""The record of a run's environment: versions, git state, and variables that affect results or speed.
+"""The record of a run's environment: versions, plug-ins, git state, and variables that affect results or speed.
 
 Variables are listed by name or by a library's prefix, so no secret is among them.
 """
@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_prep.common.plugins import plugins_in_use
 from pipeline.training.run.redact import is_secret_name, redact, redact_words
 
 PACKAGES = ("torch", "deepspeed", "transformers", "safetensors", "pyarrow", "numpy")
@@ -29,6 +30,7 @@ def environment(world: int) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "packages": versions(),
+        "plugins": plugins_in_use(),
         "git": git_state(),
         "host": socket.gethostname(),
         "ranks": world,

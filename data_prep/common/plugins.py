@@ -86,7 +86,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def __contains__(self, name: object) -> bool:
         try:
-            self[str(name)]
+            self[name]  # type: ignore[index]  # anything else is not in, or not hashable, as in a dictionary
         except KeyError:
             return False
         return True

@@ -30,7 +30,8 @@ from data_prep.ingest.workspace import CorpusVariant, ShardReport, Workspace
 from data_prep.packs import PackReader
 from data_prep.progress import Reporter
 from data_prep.recipe import Recipe, load_recipe
-from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.encoding import Encoded
+from data_prep.text.tokenizer import Tokenizer
 
 QUIET = Reporter(quiet=True)
 _Bare = Callable[[Path, Path], tuple[list[str], dict[str, float]]]

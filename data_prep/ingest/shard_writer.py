@@ -29,7 +29,8 @@ from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
 from data_prep.ingest.workspace import CorpusVariant, EncodingConfig, ShardOutput, ShardReport
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.text.documents import Limits, Size, split_to_fit, without_images
-from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.encoding import Encoded
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.text.turns import Excerpt, excerpts
 
 if TYPE_CHECKING:

@@ -11,23 +11,20 @@ import hashlib
 import io
 import json
 import os
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import TypeAdapter
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import RERUN, write_atomic
-from data_prep.common.modalities import IMAGE, TEXT
 from data_prep.common.typed_json import Count, check_typed, parse_object, read_bytes
-from data_prep.text.template import EOS, Image, Piece, Special, Text
+from data_prep.text.encoding import Encoded, Ids, Markers, PieceEncoder
+from data_prep.text.template import EOS, Piece
 
 if TYPE_CHECKING:
     import tokenizers
@@ -37,30 +34,6 @@ IMAGE_TOKEN = "<image>"
 META = "mma_tokenizer.json"
 COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Files copied beside a Hugging Face tokenizer so that other libraries can load the saved folder."""
-Ids: TypeAlias = npt.NDArray[np.int32]
-_NO_IDS = np.empty(0, dtype=np.int32)
-_SHORT_CHARACTERS = 256
-_SHORT_TEXTS, _LONG_TEXTS = 1 << 14, 1 << 8
-"""Cached encodings. Short texts (system prompts, role names, answers) repeat all the time; long ones repeat only within
-a document or conversation, and thousands of them would fill memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one sample with their sidecars; arrays of one length."""
-
-    ids: Ids
-    modality: npt.NDArray[np.int8]
-    instance: npt.NDArray[np.int16]
-    """Image index at image positions, -1 at text."""
-    generated: npt.NDArray[np.uint8]
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def cut(self, length: int) -> Encoded:
-        """Return the first ``length`` tokens."""
-        return Encoded(self.ids[:length], self.modality[:length], self.instance[:length], self.generated[:length])
 
 
 class _Backend(ABC):
@@ -207,14 +180,11 @@ class Tokenizer:
         self._companions = dict(companions)
         self._size = backend.size()
         self._reserved = {**{index: name for name, index in tokens.items()}, **backend.reserved()}
-        self._spelled = re.compile("|".join(re.escape(name) for name in sorted(set(self._reserved.values()))))
-        self._is_reserved = np.zeros(max(self._size, *self._reserved) + 1, dtype=bool)
-        self._is_reserved[list(self._reserved)] = True
-        self._mark = functools.cache(lambda token: np.array([self.id_of(token)], dtype=np.int32))
-        self._short = functools.lru_cache(_SHORT_TEXTS)(self._encode_ordinary)
-        self._long = functools.lru_cache(_LONG_TEXTS)(self._encode_ordinary)
         self.pad_id = self._tokens[PAD]
         self.image_id = self._tokens[IMAGE_TOKEN]
+        stripping = tuple(name for name in tokens if backend.strips_after(name))
+        self.markers = Markers(self._tokens, self._reserved, self.image_id, self._size, stripping)
+        self._encoder = PieceEncoder(backend.encode, self.markers)
 
     @classmethod
     def open(cls, path: Path, specials: Sequence[str]) -> Tokenizer:
@@ -282,23 +252,11 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int:
         """Return the id of a special token by its name in templates. Raises UserError if it was never added."""
-        if token not in self._tokens:
-            raise UserError(f"the tokenizer has no special token {token!r}: prepare the packs with a template using it")
-        return self._tokens[token]
+        return self._encoder.id_of(token)
 
     def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
-        """Return ids and sidecars of pieces; every image takes ``image_tokens`` positions.
-
-        Neighbouring texts are encoded together, but never given text with generated text, or isolated text with any
-        other: a prompt at inference has exactly the ids of the training prefix.
-        """
-        runs = list(self._runs(pieces, image_tokens))
-        lengths = [len(run) for run, _, _ in runs]
-        ids = np.concatenate([_NO_IDS, *(run for run, _, _ in runs)])
-        instance = np.array([index for _, index, _ in runs], dtype=np.int16).repeat(lengths)
-        generated = np.array([flag for _, _, flag in runs], dtype=np.uint8).repeat(lengths)
-        modality = np.where(instance >= 0, np.int8(IMAGE), np.int8(TEXT))
-        return Encoded(ids, modality, instance, generated)
+        """Return ids and sidecars of pieces; see :meth:`PieceEncoder.encode`."""
+        return self._encoder.encode(pieces, image_tokens)
 
     def decode(self, ids: Iterable[int], *, specials: bool = False) -> str:
         """Return the text of ids; special tokens appear by name if ``specials``, else they are dropped."""
@@ -309,35 +267,6 @@ class Tokenizer:
             elif specials:
                 words += [self._reserved[int(index)] for index in run]
         return "".join(words)
-
-    def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Ids, int, int]]:
-        """Yield (ids, image index or -1, generated flag) for runs of pieces."""
-        strip = False
-        for piece in _joined(pieces):
-            if isinstance(piece, Special):
-                yield self._mark(piece.token), -1, int(piece.generated)
-            elif isinstance(piece, Image):
-                yield np.full(image_tokens, self.image_id, dtype=np.int32), piece.index, 0
-            else:
-                yield self._ordinary(piece.text.lstrip() if strip else piece.text), -1, int(piece.generated)
-            strip = isinstance(piece, Special) and self._backend.strips_after(piece.token)
-
-    def _ordinary(self, text: str) -> Ids:
-        return self._short(text) if len(text) <= _SHORT_CHARACTERS else self._long(text)
-
-    def _encode_ordinary(self, text: str) -> Ids:
-        """Encode text without producing a special token, even where the tokenizer would match one."""
-        ids = self._backend.encode(text)
-        reserved = self._is_reserved.take(ids)
-        if not np.count_nonzero(reserved):
-            return ids
-        if len(text) < 2:
-            return ids[~reserved]
-        match = self._spelled.search(text)
-        # Split inside the spelled token, so neither half spells it. A normaliser may turn look-alike characters into
-        # one; then repeated halving finds the place. A token of one character is isolated and dropped.
-        middle = min(match.start() + 1, len(text) - 1) if match else len(text) // 2
-        return np.concatenate([self._encode_ordinary(text[:middle]), self._encode_ordinary(text[middle:])])
 
     def _files(self) -> dict[str, bytes]:
         meta = json.dumps({"tokens": self._tokens}, indent=1, sort_keys=True).encode() + b"\n"
@@ -357,23 +286,6 @@ def _read_tokens(path: Path) -> dict[str, int]:
 @functools.cache
 def _tokens_type() -> TypeAdapter[dict[str, Count]]:
     return TypeAdapter(dict[str, Count])
-
-
-def _joined(pieces: Iterable[Piece]) -> Iterator[Piece]:
-    """Yield pieces, joining neighbouring texts of one kind (given, generated or isolated)."""
-    last: Text | None = None
-    for piece in pieces:
-        text = piece if isinstance(piece, Text) else None
-        if text and last and (text.generated, text.isolated) == (last.generated, last.isolated):
-            last = Text(last.text + text.text, last.generated, last.isolated)
-            continue
-        if last:
-            yield last
-        if not text:
-            yield piece
-        last = text
-    if last:
-        yield last
 
 
 def _tokenizer_file(path: Path) -> Path:

@@ -22,7 +22,8 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from data_prep.images.store import ImageStore
 from data_prep.packs import PackReader, PackRow
-from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.encoding import Encoded
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.serving.model import MultimodalModel, Prompt, decode_image
 
 SPARE_TOKENS = 8

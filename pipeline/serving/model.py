@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef, Turn
 from data_prep.images.store import BadImage, decode_rgb
+from data_prep.text.encoding import Encoded
 from data_prep.text.template import Template
-from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 from pipeline.model.build import build_stage

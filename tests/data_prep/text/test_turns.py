@@ -18,8 +18,9 @@ from rich.console import Console
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.packs import PackReader
 from data_prep.show.stats import show_stats
+from data_prep.text.encoding import Encoded
 from data_prep.text.template import Template
-from data_prep.text.tokenizer import Encoded, Tokenizer
+from data_prep.text.tokenizer import Tokenizer
 from data_prep.text.turns import Turns, excerpts
 from tests.data_prep.raw import make_recipe, prepare, recipe_dict, tree_hashes, write_llava
 from tests.data_prep.text.test_tokenizer import KINDS, SPECIALS

@@ -11,7 +11,7 @@ import torch
 
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef
-from data_prep.text.tokenizer import Encoded
+from data_prep.text.encoding import Encoded
 from pipeline.serving.model import MultimodalModel, Prompt, load_model
 from tests.pipeline.model.helpers import IMAGE_TOKENS
 from tests.pipeline.serving.helpers import CONVERSATIONS, make_export, picture, user

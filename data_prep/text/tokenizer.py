@@ -242,6 +242,11 @@ class Tokenizer:
         files = self._files()
         return hashlib.sha256(files[self._backend.filename] + files[META]).hexdigest()
 
+    @property
+    def payload(self) -> tuple[str, bytes]:
+        """Name and content of the tokenizer file, ``tokenizer.json`` or ``tokenizer.model``."""
+        return self._backend.filename, self._backend.payload()
+
     def __len__(self) -> int:
         """Number of embedding rows the ids need."""
         return self._size

@@ -34,6 +34,8 @@ SMALL_FILE_BYTES = 16 << 20
 """Files up to this size are always hashed in full."""
 SAMPLED_BLOCKS = 64
 """Blocks that a quick check hashes, shared by the larger files, besides their headers and last blocks."""
+CARD: Final = "README.md"
+"""The model card is not hashed: it is read by people, who may add to it."""
 _MAX_LIST_BYTES = 256 << 20
 _FIX = "copy the export again, or export the run again"
 _STRICT = ConfigDict(strict=True, extra="forbid")
@@ -83,7 +85,7 @@ def write_file_hashes(folder: Path) -> Path:
     files = {
         str(path.relative_to(folder)): HashedFile(path.stat().st_size, list(_hashes(path, None)))
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != FILES
+        if path.is_file() and path.name not in (FILES, CARD)
     }
     value = asdict(FileList(files))
     target = folder / FILES
@@ -163,7 +165,12 @@ def not_finite(tensor: torch.Tensor) -> str:
 
 def _refuse_unlisted(folder: Path, listed: Mapping[str, Any]) -> None:
     """Refuse files that loading would read but the list does not hold: an older tokenizer, shards of another export."""
-    read = [*folder.glob("*.safetensors*"), *folder.glob("config.json"), *(folder / "tokenizer").glob("*")]
+    read = [
+        *folder.glob("*.safetensors*"),
+        *folder.glob("*config.json"),
+        *folder.glob("*.py"),
+        *(folder / "tokenizer").glob("*"),
+    ]
     for path in sorted(read):
         if str(path.relative_to(folder)) not in listed:
             raise UserError(f"{path} is not listed in {FILES}: remove it, or export the run again")

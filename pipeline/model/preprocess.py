@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from PIL.Image import Resampling
 
 from data_prep.common.errors import UserError
 
@@ -42,7 +43,7 @@ class Preprocess:
         return torch.from_numpy(np.stack([self._one(image) for image in images]))
 
     def _one(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-        squashed = image.convert("RGB").resize((self.size_px, self.size_px), Image.Resampling.BICUBIC)
+        squashed = image.convert("RGB").resize((self.size_px, self.size_px), Resampling.BICUBIC)
         values = np.asarray(squashed, dtype=np.float32) / 255.0
         normal = (values - np.asarray(self.mean, dtype=np.float32)) / np.asarray(self.std, dtype=np.float32)
         return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)

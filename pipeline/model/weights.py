@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError, one_line
+from pipeline.model.export_names import exported_name, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
 from pipeline.model.spec import ModelSpec
@@ -112,7 +113,8 @@ class WeightSource:
         """Open an export of this project as the source of every part. Raises UserError as :meth:`open` does."""
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
-        source._add(folder, shapes, {name: Piece(name) for name in shapes}, folder.files)
+        layout = layout_of(folder.files)
+        source._add(folder, shapes, {name: Piece(exported_name(name, layout)) for name in shapes}, folder.files)
         source._share_head(spec)
         return source
 

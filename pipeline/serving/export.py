@@ -7,7 +7,6 @@ shard is in memory at a time.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,10 @@ from safetensors.torch import save_file
 from data_prep.common.errors import UserError
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.model.export_files import FILES, Coverage, check_files, check_finite, not_finite, write_file_hashes
+from pipeline.model.export_names import Layout, exported_name
 from pipeline.model.weights import INDEX, global_shapes
 from pipeline.serving.export_config import CONFIG, ExportConfig
+from pipeline.serving.hf_files import write_hf_files, write_json
 
 SHARD_BYTES = 4 << 30
 
@@ -104,10 +105,11 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        _write_weights(export_config, _checked(export_config, saved), hidden)
-        tokenizer.save(hidden / export_config.tokenizer)
-        _write_json(hidden / CONFIG, export_config.to_config())
-        _sync(write_file_hashes(hidden))
+        _write_weights(export_config, _checked(export_config, saved), hidden, "hf")
+        write_hf_files(export_config, tokenizer, hidden)
+        write_file_hashes(hidden)
+        for path in hidden.rglob("*"):
+            _sync(path)
         hidden.rename(out)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -127,7 +129,9 @@ def _checked(export_config: ExportConfig, saved: SavedModel) -> Iterator[tuple[s
         raise UserError(f"the checkpoint lacks {len(missing)} parameters ({', '.join(sorted(missing)[:3])}, ...)")
 
 
-def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path) -> None:
+def _write_weights(
+    export_config: ExportConfig, parameters: Iterator[tuple[str, torch.Tensor]], folder: Path, layout: Layout
+) -> None:
     """Write shards of at most ``SHARD_BYTES`` as they fill, then rename and index them."""
     shards: list[list[str]] = []
     waiting: dict[str, torch.Tensor] = {}
@@ -143,12 +147,12 @@ def _write_weights(export_config: ExportConfig, parameters: Iterator[tuple[str, 
         size = tensor.numel() * export_config.torch_dtype.itemsize
         if waiting and sum(x.nbytes for x in waiting.values()) + size > SHARD_BYTES:
             flush()
-        waiting[name] = _converted(name, tensor, export_config.torch_dtype)
+        waiting[exported_name(name, layout)] = _converted(name, tensor, export_config.torch_dtype)
         total += size
     flush()
     files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for number, file in enumerate(files):
         shard = (folder / f"shard-{number}").rename(folder / file)
         shard.chmod((folder / INDEX).stat().st_mode)  # safetensors creates files that only their owner can read
@@ -187,11 +191,8 @@ def verify_export(folder: Path | str, *, full: bool = False) -> Coverage:
     return coverage
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    _sync(path)
-
-
 def _sync(path: Path) -> None:
+    if path.is_dir():
+        return
     with path.open("rb+") as stream:
         os.fsync(stream.fileno())

@@ -1,7 +1,7 @@
-"""The config of an export: everything but the weights, in its ``config.json``.
+"""The description of a trained model in an export: the key ``mma`` of its ``config.json``.
 
-The file is the language model's own Hugging Face config plus the key ``mma``, so other tools can load the language
-model alone from the folder.
+The rest of the file belongs to the Hugging Face class that loads the export (see `pipeline.serving.hf_files`). The
+configs of the language model and the vision tower stand there once, as ``text_config`` and ``vision_config``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from data_prep.common.files import check_format
 from data_prep.text.template import Template
 from pipeline.model.spec import ModelSpec
 
-FORMAT, VERSION = "mma-export", 3
+FORMAT, VERSION = "mma-export", 4
+FLAT_VERSION = 3
+"""Exports whose ``config.json`` is the language model's own, with everything else in the key ``mma``; still read."""
 CONFIG = "config.json"
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -75,8 +77,9 @@ class ExportConfig:
             ) from error
 
     def to_config(self) -> dict[str, Any]:
-        """Return the content of ``config.json``."""
+        """Return ``text_config``, ``vision_config`` and ``mma`` of ``config.json``."""
         spec = self.spec.to_dict()
+        text, vision = spec.pop("llm"), spec.pop("vision")
         own = {
             "format": FORMAT,
             "version": VERSION,
@@ -89,8 +92,7 @@ class ExportConfig:
             "dtype": self.dtype,
             "step": self.step,
         }
-        ends = {"eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
-        return {**spec["llm"], **ends, "dtype": self.dtype, "mma": own}
+        return {"text_config": text, "vision_config": vision, "mma": own}
 
     @classmethod
     def load(cls, directory: Path | str) -> ExportConfig:
@@ -99,10 +101,14 @@ class ExportConfig:
         if not path.is_file():
             raise UserError(f"{directory} is not an exported model (no {CONFIG}): create one with mma export RUN OUT")
         try:
-            own = json.loads(path.read_text(encoding="utf-8"))["mma"]
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            own = raw["mma"]
+            if own.get("version") == FLAT_VERSION and own.get("format") == FORMAT:
+                return cls.from_meta(own)
             check_format(path, own, format=FORMAT, version=VERSION, fix="export the run again")
-        except (ValueError, KeyError, TypeError) as error:
+            spec = {**own["spec"], "llm": raw["text_config"], "vision": raw["vision_config"]}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} does not describe an export of this project: export the run again") from error
-        return cls.from_meta(own)
+        return cls.from_meta(own, spec=spec)

@@ -18,6 +18,8 @@ PACKAGES = ("pipeline", "data_prep")
 SIBLINGS = "pipeline.serving.remote"
 """Modules of this package are shipped beside each other, and import each other relatively."""
 
+_NOTICE = "Made by `mma export` from the training code; a change here changes what the model computes."
+
 
 @dataclass(frozen=True)
 class _Statement:
@@ -62,6 +64,7 @@ class _Bundle:
         if name in module.imported:
             self._add_imported(*module.imported[name], name)
         elif name in module.defined and self._claim(alias, module.name, name):
+            _refuse_late_imports(module.name, module.defined[name].node)
             for used in sorted(module.defined[name].uses - {name}):
                 self.add(module, used, used)
             if module.defined[name].text not in self.texts:
@@ -82,13 +85,11 @@ class _Bundle:
 
     def _claim(self, alias: str, origin: str, name: str) -> bool:
         """Return whether a name is new. Raises ValueError when it already means something else."""
-        known = self.owners.setdefault(alias, (origin, name))
-        if known != (origin, name):
+        known = self.owners.get(alias)
+        if known is not None and known != (origin, name):
             raise ValueError(f"{alias} means {'.'.join(known)} and {origin}.{name}: rename one")
-        if known in self.__dict__.setdefault("_seen", set()):
-            return False
-        self.__dict__["_seen"].add(known)
-        return True
+        self.owners[alias] = (origin, name)
+        return known is None
 
 
 def bundle(module_name: str) -> str:
@@ -108,7 +109,7 @@ def bundle(module_name: str) -> str:
     for statement in module.statements():
         for name in [name for name, own in module.defined.items() if own is statement]:
             made.add(module, name, name)
-    head = f'"""{module.docstring.strip()}\n\nMade by `mma export` from the training code; a change here changes what the model computes.\n"""'
+    head = f'"""{module.docstring.strip()}\n\n{_NOTICE}\n"""'
     futures = [line for line in sorted(made.imports) if not line.startswith("from .")]
     siblings = sorted(made.imports - set(futures))
     parts = [head, "from __future__ import annotations", "\n".join([*futures, *siblings]), *made.texts]
@@ -121,7 +122,6 @@ def _parse(name: str) -> _Module:
     assert spec is not None and spec.origin is not None, name
     source = Path(spec.origin).read_text(encoding="utf-8")
     tree = ast.parse(source)
-    _refuse_late_imports(name, tree)
     module = _Module(name, ast.get_docstring(tree) or "", {}, {})
     for position, node in enumerate(tree.body):
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
@@ -165,18 +165,16 @@ def _runtime_names(node: ast.stmt) -> set[str]:
         if isinstance(one, ast.Name):
             found.add(one.id)
         skipped = [getattr(one, key, None) for key in ("annotation", "returns")]
+        if isinstance(one, ast.AnnAssign) and ast.unparse(one.annotation).startswith("ClassVar"):
+            found.add("ClassVar")  # dataclasses look it up by name
         todo += [child for child in ast.iter_child_nodes(one) if child not in skipped]
     return found
 
 
-def _refuse_late_imports(name: str, tree: ast.Module) -> None:
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef):
-            for node in ast.walk(function):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in PACKAGES:
-                    raise ValueError(
-                        f"{name}: {function.name} imports {node.module} when it runs: import it at the top"
-                    )
+def _refuse_late_imports(module: str, node: ast.stmt) -> None:
+    for one in ast.walk(node):
+        if isinstance(one, ast.ImportFrom) and (one.module or "").partition(".")[0] in PACKAGES:
+            raise ValueError(f"{module} imports {one.module} inside a function: import it at the top")
 
 
 def _renamed(name: str, alias: str) -> str:

@@ -1,0 +1,109 @@
+"""The files of an export in Hugging Face layout, besides the weights: configs, code, tokenizer and processor.
+
+``AutoModelForImageTextToText`` and ``AutoProcessor`` load the folder; its code is made from this package's own
+(`pipeline.serving.remote`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from data_prep.text.template import Special, Template, Text
+from data_prep.text.tokenizer import Tokenizer
+from pipeline.serving.chat_template import chat_template
+from pipeline.serving.export_config import CONFIG, ExportConfig
+from pipeline.serving.hf_tokenizer import save_hf_tokenizer
+from pipeline.serving.remote.bundle import SIBLINGS, bundle
+
+CODE = ("configuration_mma", "modeling_mma", "processing_mma")
+_AUTO = {
+    "AutoConfig": "configuration_mma.MmaConfig",
+    "AutoModel": "modeling_mma.MmaModel",
+    "AutoModelForImageTextToText": "modeling_mma.MmaForConditionalGeneration",
+}
+
+
+def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write everything but weights into an export folder. Raises UserError for a tokenizer that cannot be exported."""
+    for name in CODE:
+        (folder / f"{name}.py").write_text(bundle(f"{SIBLINGS}.{name}"), encoding="utf-8")
+    write_json(folder / CONFIG, hf_config(export_config, tokenizer))
+    write_tokenizer(export_config, tokenizer, folder)
+    preprocess = export_config.spec.preprocess
+    image = {
+        "auto_map": {"AutoImageProcessor": "processing_mma.MmaImageProcessor"},
+        "image_processor_type": "MmaImageProcessor",
+        "processor_class": "MmaProcessor",
+        "size": {"height": preprocess.size_px, "width": preprocess.size_px},
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
+    write_json(folder / "preprocessor_config.json", image)
+    processor = {
+        "auto_map": {"AutoProcessor": "processing_mma.MmaProcessor"},
+        "processor_class": "MmaProcessor",
+        "mma": {
+            "template": asdict(export_config.template),
+            "markers": asdict(tokenizer.markers),
+            "image_tokens": export_config.spec.image_tokens,
+        },
+    }
+    write_json(folder / "processor_config.json", processor)
+
+
+def write_tokenizer(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the tokenizer for Hugging Face tools, its chat template and the generation config, and our own tokenizer.
+
+    Raises UserError for a tokenizer that cannot be exported.
+    """
+    markers = tokenizer.markers
+    template = chat_template(
+        export_config.template, lambda name: markers.reserved[markers.tokens[name]], markers.reserved[markers.image_id]
+    )
+    save_hf_tokenizer(tokenizer, folder, chat_template=template, longest=export_config.spec.longest_segment)
+    tokenizer.save(folder / export_config.tokenizer)
+    ends = {"eos_token_id": list(export_config.eos_ids), "pad_token_id": export_config.pad_id, "do_sample": False}
+    write_json(folder / "generation_config.json", ends)
+
+
+def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the content of ``config.json``."""
+    raw, spec = export_config.to_config(), export_config.spec
+    spans = assistant_spans(export_config.template, tokenizer)
+    own = {**raw["mma"], "mask_grid": spec.mask_grid, "longest_segment": spec.longest_segment}
+    return {
+        **raw,
+        "model_type": "mma",
+        "architectures": ["MmaForConditionalGeneration"],
+        "auto_map": _AUTO,
+        "dtype": export_config.dtype,
+        "image_token_id": export_config.image_id,
+        "pad_token_id": export_config.pad_id,
+        "eos_token_id": list(export_config.eos_ids),
+        "tie_word_embeddings": spec.tied,
+        "mma": {**own, "assistant_spans": spans},
+    }
+
+
+def assistant_spans(template: Template, tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the ids that open an answer, and those that end it.
+
+    None where a prompt holds no generated token: documents have no turns, and with ``turns="expand"`` earlier answers
+    count as given.
+    """
+    chat = template.chat_format
+    if chat is None or template.turns == "expand":
+        return None
+    closing = chat.footers.get("user", (Special(chat.end),))
+    before = [Text(chat.turn_separator)] if chat.turn_separator else []
+    start = tokenizer.encode([*closing, *before, *chat.headers["assistant"]], 1).ids.tolist()
+    return start, [tokenizer.id_of(chat.end)]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")

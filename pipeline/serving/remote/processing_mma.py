@@ -155,7 +155,7 @@ class MmaProcessor(ProcessorMixin):  # type: ignore[misc]
         ids = [np.pad(row.ids, (pad, 0), constant_values=pad_id) for row, pad in zip(rows, pads, strict=True)]
         real = [np.pad(np.ones(len(row)), (pad, 0)) for row, pad in zip(rows, pads, strict=True)]
         written = [np.pad(row.generated, (pad, 0)) for row, pad in zip(rows, pads, strict=True)]
-        columns = {"input_ids": ids, "attention_mask": real, "generated": written}
+        columns: dict[str, list[Any]] = {"input_ids": ids, "attention_mask": real, "generated": written}
         return {name: torch.from_numpy(np.stack(column).astype(np.int64)) for name, column in columns.items()}
 
     def _pixels(self, images: list[Any]) -> dict[str, torch.Tensor]:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from typing import Any
 
 from data_prep.text.template import Special, Template, Text
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.model.spec import ModelSpec
 from pipeline.serving.chat_template import chat_template
 from pipeline.serving.export_config import CONFIG, ExportConfig
 from pipeline.serving.hf_tokenizer import save_hf_tokenizer
@@ -29,11 +31,12 @@ _AUTO = {
 
 def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Write everything but weights into an export folder. Raises UserError for a tokenizer that cannot be exported."""
-    for name in CODE:
-        (folder / f"{name}.py").write_text(bundle(f"{SIBLINGS}.{name}"), encoding="utf-8")
+    spec = export_config.spec
+    for name, source in code_files(spec).items():
+        (folder / name).write_text(source, encoding="utf-8")
     write_json(folder / CONFIG, hf_config(export_config, tokenizer))
     write_tokenizer(export_config, tokenizer, folder)
-    preprocess = export_config.spec.preprocess
+    preprocess = spec.preprocess
     image = {
         "auto_map": {"AutoImageProcessor": "processing_mma.MmaImageProcessor"},
         "image_processor_type": "MmaImageProcessor",
@@ -55,6 +58,23 @@ def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Pa
     write_json(folder / "processor_config.json", processor)
 
 
+def code_files(spec: ModelSpec) -> dict[str, str]:
+    """Return the content of the code files, by name.
+
+    The file of the config names the hash of the model's. Transformers keys a model's class by its config's class, and
+    that by the content of its file, so without it a process that loads two exports would run the first one's code.
+    """
+    parts = {
+        "ConnectorModule": spec.connector.module,
+        "DecoderFamily": type(spec.llm_family),
+        "TowerFamily": type(spec.vision_family),
+    }
+    files = {f"{name}.py": bundle(f"{SIBLINGS}.{name}", parts) for name in CODE}
+    digest = hashlib.sha256(files["modeling_mma.py"].encode()).hexdigest()
+    files["configuration_mma.py"] += f'\nMODELING_SHA256 = "{digest}"\n'
+    return files
+
+
 def write_tokenizer(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
     """Write the tokenizer for Hugging Face tools, its chat template and the generation config, and our own tokenizer.
 
@@ -74,7 +94,8 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
     """Return the content of ``config.json``."""
     raw, spec = export_config.to_config(), export_config.spec
     spans = assistant_spans(export_config.template, tokenizer)
-    own = {**raw["mma"], "mask_grid": spec.mask_grid, "longest_segment": spec.longest_segment}
+    own = {**raw["mma"], "mask_grid": spec.mask_grid, "assistant_spans": spans}
+    own["connector_arguments"] = spec.connector.arguments(spec.features, spec.width)
     return {
         **raw,
         "model_type": "mma",
@@ -85,7 +106,7 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
         "pad_token_id": export_config.pad_id,
         "eos_token_id": list(export_config.eos_ids),
         "tie_word_embeddings": spec.tied,
-        "mma": {**own, "assistant_spans": spans},
+        "mma": own,
     }
 
 

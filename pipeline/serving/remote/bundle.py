@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 PACKAGES = ("pipeline", "data_prep")
+REQUIREMENTS = ("numpy", "PIL", "tokenizers", "torch", "transformers", *sys.stdlib_module_names)
+"""What the exported files may import: transformers and what it needs anyway."""
 SIBLINGS = "pipeline.serving.remote"
 """Modules of this package are shipped beside each other, and import each other relatively."""
+PARTS = f"{SIBLINGS}.parts"
+"""Definitions of this module are replaced by those of the exported model."""
 
 _NOTICE = "Made by `mma export` from the training code; a change here changes what the model computes."
 
@@ -54,10 +59,13 @@ class _Module:
 class _Bundle:
     """The definitions collected so far, in an order in which each follows what it uses."""
 
-    imports: set[str] = field(default_factory=set)
+    imports: set[tuple[str, str, str]] = field(default_factory=set)
+    """(module, name in it or "" for the module itself, name in the file)."""
     texts: list[str] = field(default_factory=list)
     owners: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Name in the file -> where it comes from."""
+    parts: Mapping[str, type] = field(default_factory=dict)
+    """Names of `PARTS` -> what stands for them in this file."""
 
     def add(self, module: _Module, name: str, alias: str) -> None:
         """Add what ``name`` means in a module. Raises ValueError where two things share a name."""
@@ -71,17 +79,26 @@ class _Bundle:
                 self.texts.append(module.defined[name].text)
 
     def _add_imported(self, origin: str, name: str, alias: str) -> None:
-        if origin.startswith(SIBLINGS + "."):
+        if origin == PARTS:
+            self._add_part(alias)
+        elif origin.startswith(SIBLINGS + "."):
             if self._claim(alias, origin, name):
-                self.imports.add(f"from .{origin.rpartition('.')[2]} import {_renamed(name, alias)}")
+                self.imports.add((f".{origin.rpartition('.')[2]}", name, alias))
         elif origin.partition(".")[0] not in PACKAGES:
+            if origin.partition(".")[0] not in REQUIREMENTS:
+                raise ValueError(f"{alias} of {origin} is not among what an export may need: {', '.join(REQUIREMENTS)}")
             if self._claim(alias, origin, name):
-                source = f"import {_renamed(origin, alias)}"
-                self.imports.add(f"from {origin} import {_renamed(name, alias)}" if name else source)
+                self.imports.add((origin, name, alias))
         elif name != alias or not name:
             raise ValueError(f"{origin}.{name} is imported as {alias}: import definitions by their own names")
         else:
             self.add(_parse(origin), name, alias)
+
+    def _add_part(self, alias: str) -> None:
+        if self._claim(alias, PARTS, alias):
+            part = self.parts[alias]
+            self.add(_parse(part.__module__), part.__name__, part.__name__)
+            self.texts.append(f"{alias} = {part.__name__}")
 
     def _claim(self, alias: str, origin: str, name: str) -> bool:
         """Return whether a name is new. Raises ValueError when it already means something else."""
@@ -92,11 +109,12 @@ class _Bundle:
         return known is None
 
 
-def bundle(module_name: str) -> str:
+def bundle(module_name: str, parts: Mapping[str, type] | None = None) -> str:
     """Return the source of a module of this project with everything it uses of the project copied in.
 
     Args:
         module_name: a module whose runtime imports are standard, from the file's requirements, or of this project.
+        parts: classes that replace those of `PARTS`, by name.
 
     Returns:
         Python source without an import of this project, except of its siblings (relatively).
@@ -105,15 +123,23 @@ def bundle(module_name: str) -> str:
         ValueError: two different definitions have one name, or a function imports a module of this project when it
             runs.
     """
-    module, made = _parse(module_name), _Bundle()
+    module, made = _parse(module_name), _Bundle(parts=parts or {})
     for statement in module.statements():
         for name in [name for name, own in module.defined.items() if own is statement]:
             made.add(module, name, name)
     head = f'"""{module.docstring.strip()}\n\n{_NOTICE}\n"""'
-    futures = [line for line in sorted(made.imports) if not line.startswith("from .")]
-    siblings = sorted(made.imports - set(futures))
-    parts = [head, "from __future__ import annotations", "\n".join([*futures, *siblings]), *made.texts]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    sections = [head, "from __future__ import annotations", _import_lines(made.imports), *made.texts]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _import_lines(imports: set[tuple[str, str, str]]) -> str:
+    """Write imports, one line for each module."""
+    lines = [f"import {_renamed(origin, alias)}" for origin, name, alias in sorted(imports) if not name]
+    names: dict[str, list[str]] = {}
+    for origin, name, alias in sorted(imports):
+        if name:
+            names.setdefault(origin, []).append(_renamed(name, alias))
+    return "\n".join([*lines, *(f"from {origin} import {', '.join(listed)}" for origin, listed in names.items())])
 
 
 @lru_cache(maxsize=64)

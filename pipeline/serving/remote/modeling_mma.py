@@ -6,7 +6,7 @@ cannot express is built for the prefill pass from the token ids.
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from pipeline.masks.policies import Policy, dense_mask, get_policy
 from pipeline.masks.sidecars import Sidecars, position_ids
-from pipeline.model.connector import build_connector
 from pipeline.serving.remote.configuration_mma import MmaConfig
+from pipeline.serving.remote.parts import ConnectorModule, DecoderFamily, TowerFamily
 
 MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
 """Attention implementations that take an arbitrary mask."""
@@ -74,18 +74,16 @@ class MmaModel(MmaPreTrainedModel):
         text, vision = config.text_config, config.vision_config
         if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
             text._attn_implementation = "eager"  # sdpa would leave out the soft cap without a word
-        spec = config.mma["spec"]
         self.policy = policy_of(config)
-        self.image_tokens = int(spec["image_tokens"])
-        self.vision_tower = AutoModel.from_config(vision)
-        if vision.model_type == "clip_vision_model":
-            self.vision_tower.post_layernorm = nn.Identity()
-        self.connector = build_connector(
-            SimpleNamespace(**spec["connector"]),  # type: ignore[arg-type]
-            width=int(vision.hidden_size),
-            out_width=int(text.hidden_size),
-        )
+        self.image_tokens = int(config.mma["spec"]["image_tokens"])
+        self._tower, self._decoder = TowerFamily(vision.model_type), DecoderFamily(text.model_type)
+        self._masks: dict[str, Any] = {}
+        self.vision_tower = self._tower.build(vision)
+        self.connector = ConnectorModule(**config.mma["connector_arguments"])
         self.language_model = AutoModel.from_config(text)
+        if self.policy.layers:  # another mask in some layers: each takes its own
+            for index, layer in enumerate(self.language_model.layers):
+                layer.register_forward_pre_hook(self._mask_of(self.policy.at(index).name), with_kwargs=True)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -99,9 +97,10 @@ class MmaModel(MmaPreTrainedModel):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Return the image tokens [n, N, D] of pixels [n, 3, S, S]."""
-        side = self.config.vision_config.image_size // self.config.vision_config.patch_size
-        features = self.vision_tower(pixel_values=pixel_values.to(self.vision_tower.dtype)).last_hidden_state
-        tokens: torch.Tensor = self.connector(features[:, -side * side :])  # CLIP's first feature is its class token
+        pixels = pixel_values.to(self.vision_tower.dtype)
+        tokens: torch.Tensor = self.connector(
+            self._tower.features(self.vision_tower, self.config.vision_config, pixels)
+        )
         return tokens
 
     def sidecars(
@@ -190,18 +189,29 @@ class MmaModel(MmaPreTrainedModel):
                     "a prompt must be prefilled in one call, because its images see the text after them: no "
                     "prefill_chunk_size, no second prompt on an old cache, no assistant model"
                 )
-        output: BaseModelOutputWithPast = self.language_model(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
+        try:
+            output: BaseModelOutputWithPast = self.language_model(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        finally:
+            self._masks = {}
         return output
+
+    def _mask_of(self, policy: str) -> Callable[..., Any]:
+        """Return a hook that gives a decoder layer the prefill mask of its policy."""
+
+        def replaced(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            return (args, {**kwargs, "attention_mask": self._masks[policy]}) if self._masks else None
+
+        return replaced
 
     @property
     def _is_causal(self) -> bool:
-        return self.policy.unlock is None and self.policy.grid is None
+        return self.policy.unlock is None and self.policy.grid is None and not self.policy.layers
 
     def _embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
         embeds: torch.Tensor = self.get_input_embeddings()(input_ids)
@@ -228,18 +238,24 @@ class MmaModel(MmaPreTrainedModel):
             )
         if name == "sdpa" and getattr(text, "attn_logit_softcapping", None):
             raise ValueError("sdpa leaves out this model's attn_logit_softcapping: load it with eager")
-        longest, window = self.config.mma.get("longest_segment"), getattr(text, "sliding_window", None)
-        for what, limit in (("positions", longest), ("sliding window", window)):
+        limits = (("positions", self._decoder.longest_segment(text)), ("window", self._decoder.sliding_window(text)))
+        for what, limit in limits:
             if limit is not None and max(int((row.segment > 0).sum()) for row in rows) > limit:
                 raise ValueError(f"a prompt is longer than the model's {what} of {limit}: drop early turns or images")
-        allowed = torch.stack([dense_mask(self.policy, row) for row in rows])
         keys = tokens if cache is None else cache.get_mask_sizes(tokens, 0)[0]
-        allowed = F.pad(allowed, (0, keys - tokens)).to(embeds.device)  # a static cache has its full length at once
-        mask = ALL_MASK_ATTENTION_FUNCTIONS[name](
-            batch_size=len(rows), q_length=tokens, kv_length=keys, q_offset=0, kv_offset=0, attention_mask=None,
-            mask_function=lambda batch, head, query, key: allowed[batch, query, key],
-            allow_is_causal_skip=False, dtype=embeds.dtype, device=embeds.device,
-        )  # fmt: skip
+
+        def built(policy: Policy) -> Any:
+            allowed = torch.stack([dense_mask(policy, row) for row in rows])
+            allowed = F.pad(allowed, (0, keys - tokens)).to(embeds.device)  # a static cache has its full length at once
+            return ALL_MASK_ATTENTION_FUNCTIONS[name](
+                batch_size=len(rows), q_length=tokens, kv_length=keys, q_offset=0, kv_offset=0, attention_mask=None,
+                mask_function=lambda batch, head, query, key: allowed[batch, query, key],
+                allow_is_causal_skip=False, dtype=embeds.dtype, device=embeds.device,
+            )  # fmt: skip
+
+        if self.policy.layers:
+            self._masks = {part.name: built(part) for part in self.policy.parts}
+        mask = self._masks.get(self.policy.base.name) if self._masks else built(self.policy)
         kinds = getattr(text, "layer_types", None)
         return dict.fromkeys(kinds, mask) if kinds else mask
 
@@ -255,8 +271,8 @@ class MmaForConditionalGeneration(MmaPreTrainedModel, GenerationMixin):  # type:
         text = config.text_config
         self.model = MmaModel(config)
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=False)
-        self.logits_scale = 1.0 / float(getattr(text, "logits_scaling", 1.0))
-        self.logits_softcap: float | None = getattr(text, "final_logit_softcapping", None)
+        family = DecoderFamily(text.model_type)
+        self.logits_scale, self.logits_softcap = family.logit_scale(text), family.logit_softcap(text)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

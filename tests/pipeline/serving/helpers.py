@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,13 +12,17 @@ from typing import Any
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from data_prep.example import ImageRef, Turn
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
 from pipeline.config.schema import ConnectorConfig
+from pipeline.model.export_files import write_file_hashes
+from pipeline.model.export_names import exported_name
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
+from pipeline.model.weights import global_shapes
 from pipeline.serving.export import export
 from tests.pipeline.model.helpers import IMAGE_TOKENS, SIDE, VISION, model_config, whole_stage
 
@@ -73,6 +79,23 @@ def make_saved(
 
 def make_export(folder: Path, family: str = "llama", **options: Any) -> Path:
     return export(make_saved(folder, family, **options), folder / "export")
+
+
+def flat_layout(folder: Path, out: Path) -> Path:
+    """Rewrite an export as earlier releases wrote them: global names, the language model's config."""
+    shutil.copytree(folder, out, ignore=lambda _, names: [name for name in names if name.endswith((".py", ".jinja"))])
+    raw = json.loads((out / "config.json").read_text())
+    spec = {**raw["mma"]["spec"], "llm": raw["text_config"], "vision": raw["vision_config"]}
+    own = {**raw["mma"], "version": 3, "spec": spec}
+    (out / "config.json").write_text(json.dumps({**raw["text_config"], "mma": own}))
+    index = out / "model.safetensors.index.json"
+    names = {exported_name(name, "hf"): name for name, _ in global_shapes(ModelSpec.from_dict(spec))}
+    for path in out.glob("*.safetensors"):
+        save_file({names[name]: tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    weight_map = {names[name]: file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    write_file_hashes(out)
+    return out
 
 
 def picture(seed: int) -> ImageRef:

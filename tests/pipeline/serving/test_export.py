@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from data_prep.common.errors import UserError
 from pipeline.model.export_files import FILES
@@ -22,8 +21,8 @@ from pipeline.serving.export import export
 from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.model import load_model
 from tests.launch import ROOT
-from tests.pipeline.model.helpers import plain_llm, whole_stage
-from tests.pipeline.serving.helpers import CONVERSATIONS, Saved, make_export, make_saved
+from tests.pipeline.model.helpers import whole_stage
+from tests.pipeline.serving.helpers import CONVERSATIONS, Saved, flat_layout, make_export, make_saved
 
 SCORE = """
 import sys, torch
@@ -65,12 +64,12 @@ def test_every_weight_survives_any_sharding(
     assert {path.stat().st_mode for path in shards} == {(folder / "config.json").stat().st_mode}
 
 
-def test_the_language_model_alone_is_a_hugging_face_model(tmp_path: Path) -> None:
-    saved = make_saved(tmp_path, "qwen3")
-    theirs = AutoModelForCausalLM.from_pretrained(export(saved, tmp_path / "export"))
-    mine = plain_llm(saved.stage)
-    for name, param in mine.named_parameters():
-        assert torch.equal(theirs.get_parameter(name), param), name
+def test_exports_of_the_old_layout_are_read(tmp_path: Path) -> None:
+    folder = make_export(tmp_path)
+    model, old = load_model(folder), flat_layout(folder, tmp_path / "old")
+    assert ExportConfig.load(old) == ExportConfig.load(folder)
+    flat = load_model(old)
+    assert all(torch.equal(flat.logits(flat.prompt(t)), model.logits(model.prompt(t))) for t in CONVERSATIONS)
 
 
 def test_the_second_copy_of_a_tied_head_is_left_out(tmp_path: Path) -> None:
@@ -156,7 +155,7 @@ def spoil_version(folder: Path) -> None:
     [
         pytest.param(lose_everything, "not an exported model", id="no-config"),
         pytest.param(become_foreign, "does not describe an export", id="foreign"),
-        pytest.param(spoil_version, "version 99, this release reads version 3; export the run again", id="version"),
+        pytest.param(spoil_version, "version 99, this release reads version 4; export the run again", id="version"),
         pytest.param(lambda f: (f / "tokenizer" / "mma_tokenizer.json").unlink(), "is missing", id="tokenizer"),
         pytest.param(lambda f: next(f.glob("model-*")).unlink(), "is missing", id="weights"),
     ],

@@ -238,7 +238,7 @@ def test_a_mask_that_cannot_be_expressed_is_refused(folder: Path) -> None:
         model.generate(**batch, max_new_tokens=2)
     text._attn_implementation = "sdpa"
     with pytest.raises(ValueError, match="prefilled in one call"):
-        model.generate(torch.full((1, 9), 7), max_new_tokens=2, prefill_chunk_size=4)
+        model.generate(torch.full((1, 9), 300), max_new_tokens=2, prefill_chunk_size=4)
     with pytest.raises(ValueError, match="images need"):
         model(**{**batch, "pixel_values": batch["pixel_values"][1:]})
     cut = {name: value[:1, -20:] for name, value in batch.items() if name != "pixel_values"}
@@ -247,7 +247,7 @@ def test_a_mask_that_cannot_be_expressed_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match="3"):
         model(**cut, pixel_values=batch["pixel_values"][:1])
     with pytest.raises(ValueError, match="longer than the model's positions of 256"):
-        model(input_ids=torch.full((1, 257), 7))
+        model(input_ids=torch.full((1, 257), 300))
 
 
 def test_the_loss_counts_labels_as_written_by_the_model(own: MultimodalModel, theirs: tuple[Any, Any]) -> None:

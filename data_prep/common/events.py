@@ -55,7 +55,7 @@ EVENTS: Mapping[str, str] = {
     "metrics-damaged": "a line of the run's metrics cannot be read",
     "run-failed": "training ended with an error, a dead rank or a hang",
     "version-untested": "a library's version was not tested with this code",
-    "attention-fallback": "attention runs without flash kernels on a GPU, which is several times slower",
+    "attention-fallback": "attention runs without flash kernels on a GPU, which is slower",
     "mask-changed": "the initial weights were trained under another mask policy",
     "memory-oversubscribed": "training started although it needs more memory than the machine has",
 }

@@ -17,6 +17,7 @@ from pipeline.attention.lse import Kernels, attend_lse
 from pipeline.attention.plan import AttentionPlan
 from pipeline.attention.runs import RunSplit, VarlenBatch
 from pipeline.attention.sdpa_runs import attend_sdpa_runs, sdpa
+from pipeline.attention.self_check import check_flash
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _flex(
 def _runsplit(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: AttentionPlan, *, scaling: float, softcap: float | None
 ) -> torch.Tensor:
-    if _flash_fits(q) and softcap is None:
+    if softcap is None and _flash(q):
         return runsplit(q, k, v, plan.runs, partial(varlen.attend_varlen, scaling=scaling))
     return runsplit(q, k, v, plan.runs, partial(_sdpa_runs, scaling=scaling, softcap=softcap))
 
@@ -145,7 +146,7 @@ def _lse(
 ) -> torch.Tensor:
     if softcap is not None:
         raise UserError("attention backend 'lse' cannot soft-cap logits: use 'runsplit' for this model")
-    kernels: Kernels = varlen if _flash_fits(q) else loops
+    kernels: Kernels = varlen if _flash(q) else loops
     if q.is_cuda and kernels is loops:
         raise UserError(
             "attention backend 'lse' on CUDA needs fp16 or bf16 and a head size that is a multiple of 8 up to "
@@ -177,6 +178,14 @@ def _flash_fits(q: torch.Tensor) -> bool:
     return q.is_cuda and slow_path_reason("cuda", q.dtype, q.shape[-1]) is None
 
 
+def _flash(q: torch.Tensor) -> bool:
+    """Return whether flash attention runs queries [..., D]. Raises UserError if its kernels compute another mask."""
+    if not _flash_fits(q):
+        return False
+    check_flash(q.device, q.dtype)
+    return True
+
+
 BACKENDS: Mapping[str, Backend] = {"dense": _dense, "flex": _flex, "lse": _lse, "runsplit": _runsplit}
 
 
@@ -186,12 +195,14 @@ def choose_backend(plan: AttentionPlan, device: str, softcap: float | None = Non
     Args:
         plan: of the row.
         device: type of the device, ``cpu`` or ``cuda``.
-        softcap: of the model's logits; only ``runsplit`` handles it on every device.
+        softcap: of the model's logits; flash attention has none.
         flash_fits: whether flash attention supports the queries' dtype and head size on CUDA.
     """
     mergeable = softcap is None and plan.order is None and not plan.bidirectional and (flash_fits or device != "cuda")
     if mergeable and (plan.run_split is None or (device == "cuda" and plan.gather_ratio > LSE_GATHER_RATIO)):
         name, reason = "lse", "samples hold so many media that gathering keys would cost more"
+    elif device == "cuda" and softcap is not None and plan.order is None:
+        name, reason = "flex", "flash attention cannot soft-cap logits"
     elif device == "cuda" and flash_fits and softcap is None:
         name, reason = "runsplit", "one variable-length flash call over gathered keys"
     else:

@@ -16,7 +16,7 @@ import torch
 
 from data_prep.common.errors import UserError
 from pipeline.attention.gather import scatter_sum
-from pipeline.attention.runs import AttentionState, Gather, Gradients, QueryRuns, VarlenBatch
+from pipeline.attention.runs import AttentionState, Gather, Gradients, QueryRuns, VarlenBatch, mover
 from pipeline.masks.spans import expand
 
 
@@ -34,9 +34,8 @@ class Rectangles:
 
     def to(self, device: torch.device | str) -> Rectangles:
         """Return the tables on ``device``."""
-        return Rectangles(
-            self.segments.to(device), self.rectangles.to(device), self.queries.to(device), self.keys.to(device)
-        )
+        move = mover(device)
+        return Rectangles(self.segments.map(move), self.rectangles.map(move), move(self.queries), self.keys.map(move))
 
 
 def build_rectangles(runs: QueryRuns, tokens: int) -> Rectangles:

@@ -108,6 +108,11 @@ class AttentionPlan:
         """The oracle's mask, bool[T, T] on the plan's device; O(T^2) memory, used by the ``dense`` backend only."""
         return dense_mask(self.policy, self.sidecars).to(self.device)
 
+    def pin_memory(self) -> AttentionPlan:
+        """Return the plan with its tables in page-locked memory; copies from it to a GPU do not stop the host."""
+        pinned = None if self.run_split is None else self.run_split.map(torch.Tensor.pin_memory)
+        return replace(self, run_split=pinned, others=tuple(plan.pin_memory() for plan in self.others))
+
     def to(self, device: torch.device | str) -> AttentionPlan:
         """Return the plan with its tables on ``device``."""
         moved = None if self.run_split is None else self.run_split.to(device)

@@ -8,8 +8,9 @@ exactly the allowed pairs; nothing here is larger than the gathered keys.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -64,11 +65,9 @@ class VarlenBatch:
         """Keys of the run with the most keys."""
         return max(self.k_lengths, default=0)
 
-    def to(self, device: torch.device | str) -> VarlenBatch:
-        """Return the batch with its tensors on ``device``."""
-        return VarlenBatch(
-            self.causal, self.q_lengths, self.k_lengths, _move(self.cu_q, device), _move(self.cu_k, device)
-        )
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> VarlenBatch:
+        """Return the batch with ``change`` applied to its tensors, such as a copy to a device."""
+        return VarlenBatch(self.causal, self.q_lengths, self.k_lengths, change(self.cu_q), change(self.cu_k))
 
 
 class AttentionState(NamedTuple):
@@ -109,9 +108,9 @@ class Gather:
         arrays = index, np.argsort(index, kind="stable"), np.append(0, ends)
         return cls(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
 
-    def to(self, device: torch.device | str) -> Gather:
-        """Return the gather with its tensors on ``device``."""
-        return Gather(*(_move(tensor, device) for tensor in (self.rows, self.bag, self.offsets)))
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Gather:
+        """Return the gather with ``change`` applied to its tensors."""
+        return Gather(*map(change, (self.rows, self.bag, self.offsets)))
 
 
 @dataclass(frozen=True)
@@ -127,11 +126,20 @@ class RunSplit:
     keys: Gather | None
     """Keys of all batches, concatenated; None when every segment is one causal run."""
 
-    def to(self, device: torch.device | str) -> RunSplit:
-        """Return the tables on ``device``."""
-        batches = tuple(batch.to(device) for batch in self.batches)
-        gathers = (None if gather is None else gather.to(device) for gather in (self.queries, self.outputs, self.keys))
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> RunSplit:
+        """Return the tables with ``change`` applied to each tensor."""
+        batches = tuple(batch.map(change) for batch in self.batches)
+        gathers = (None if gather is None else gather.map(change) for gather in (self.queries, self.outputs, self.keys))
         return RunSplit(batches, *gathers)
+
+    def to(self, device: torch.device | str) -> RunSplit:
+        """Return the tables on ``device``; the copies are asynchronous from pinned memory."""
+        return self.map(mover(device))
+
+
+def mover(device: torch.device | str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return the copy of a tensor to ``device``; it is asynchronous from pinned memory."""
+    return partial(torch.Tensor.to, device=device, non_blocking=True)
 
 
 def split_runs(runs: QueryRuns, order: IntArray | None, tokens: int) -> RunSplit:
@@ -235,7 +243,3 @@ def _joins_previous(spans: TokenSpans) -> BoolArray:
     joins: BoolArray = alike & same_later & same_kind & (spans.first_key == spans.first_key[previous])
     joins[:1] = False
     return joins
-
-
-def _move(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return tensor.to(device, non_blocking=True)

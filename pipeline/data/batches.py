@@ -75,7 +75,7 @@ _TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels", 
 
 def pinned(inputs: StageInputs) -> StageInputs:
     """Return a micro-batch in page-locked memory, so its copy to the GPU can overlap with computation."""
-    return _each_tensor(inputs, torch.Tensor.pin_memory)
+    return replace(_each_tensor(inputs, torch.Tensor.pin_memory), plan=inputs.plan.pin_memory())
 
 
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:

@@ -14,6 +14,9 @@ import torch.distributed as dist
 
 from pipeline.parallel.topology import Topology
 
+LINK_CTAS = 4
+"""Thread blocks of a NCCL kernel that sends or receives hidden states: enough for an NVLink, few of a GPU's 132."""
+
 
 @dataclass(frozen=True)
 class Groups:
@@ -46,7 +49,7 @@ def create_groups(topology: Topology, timeout_s: int = 1800, *, ring: bool = Tru
     # A new group does not inherit the world's timeout; the backend's default is 10 minutes on NCCL.
     new_group = partial(dist.new_group, timeout=timedelta(seconds=timeout_s))
     data = [new_group(topology.stage_ranks(stage)) for stage in range(topology.pp)]
-    p2p_groups = _create_p2p_groups(topology, new_group, ring)
+    p2p_groups = _create_p2p_groups(topology, partial(new_group, pg_options=link_options()), ring)
     self_group = new_group([topology.rank], use_local_synchronization=True)  # created on this rank only
     embedding_group = None
     if topology.pp > 1:
@@ -54,6 +57,18 @@ def create_groups(topology: Topology, timeout_s: int = 1800, *, ring: bool = Tru
         embedding_groups = [new_group(pair) for pair in pairs]
         embedding_group = embedding_groups[topology.dp_rank] if topology.first or topology.last else None
     return Groups(data[topology.stage], p2p_groups, self_group, embedding_group)
+
+
+def link_options() -> Any:
+    """Return NCCL's options for a link between two stages; None for other backends.
+
+    A message must not wait behind the kernels of a gather, and needs few of the GPU's multiprocessors.
+    """
+    if dist.get_backend() != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = LINK_CTAS
+    return options
 
 
 def _create_p2p_groups(

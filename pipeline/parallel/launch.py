@@ -98,19 +98,37 @@ def device_of_rank() -> torch.device:
 
 def share_of_cores() -> int:
     """Return this rank's number of cores: those it is bound to, divided by the ranks bound to them. Collective."""
-    host, cores = socket.gethostname(), os.sched_getaffinity(0)
-    places: list[tuple[str, set[int]]] = [("", set())] * dist.get_world_size()
-    dist.all_gather_object(places, (host, cores))
+    places, rank = _cores_of_ranks(), dist.get_rank()
+    host, cores = places[rank]
     sharers = sum(other == host and bool(cores & theirs) for other, theirs in places)
     return max(1, len(cores) // sharers)
+
+
+def bind_cores() -> None:
+    """Bind this rank to its share of the cores that its host's ranks have in common. Collective.
+
+    Without it, the threads of one rank wander over the cores, away from its GPU and its memory. Ranks that a launcher
+    has bound to cores of their own, and ranks that outnumber their cores, stay as they are.
+    """
+    places, rank = _cores_of_ranks(), dist.get_rank()
+    cores = sorted(places[rank][1])
+    sharers = [other for other, place in enumerate(places) if place == places[rank]]
+    if 1 < len(sharers) <= len(cores):
+        place, count = sharers.index(rank), len(sharers)
+        os.sched_setaffinity(0, cores[place * len(cores) // count : (place + 1) * len(cores) // count])
+
+
+def _cores_of_ranks() -> list[tuple[str, set[int]]]:
+    """Return the host and the allowed cores of every rank. Collective."""
+    places: list[tuple[str, set[int]]] = [("", set())] * dist.get_world_size()
+    dist.all_gather_object(places, (socket.gethostname(), os.sched_getaffinity(0)))
+    return places
 
 
 def refuse_shared_gpu(store: Any, gpu: str) -> None:
     """Register a GPU in the job's ``store``. Raises UserError when another rank has registered it."""
     if store.add(f"gpu {gpu}", 1) > 1:
-        raise UserError(
-            f"two ranks share {gpu}: start one rank a GPU (srun --gpus-per-task=1, or fewer --ntasks-per-node)"
-        )
+        raise UserError(f"two ranks share {gpu}: start one rank a GPU (as many --ntasks-per-node as --gpus-per-node)")
 
 
 def start_processes(timeout_s: int) -> None:
@@ -137,6 +155,13 @@ def start_processes(timeout_s: int) -> None:
     deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=limit, verbose=False)
 
 
+def set_determinism(deterministic: bool) -> None:
+    """Let torch use deterministic kernels only, or any. Call it before the first matrix product on a GPU."""
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is loaded
+    torch.use_deterministic_algorithms(deterministic)
+
+
 def stop_processes() -> None:
     """Destroy the process group, if there is one."""
     if dist.is_available() and dist.is_initialized():
@@ -150,5 +175,7 @@ def configure_libraries() -> None:
     running kernels, one of which may be a collective waiting for another rank. This costs some device memory.
     """
     os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")  # read at the first use of CUDA, which is below
+    # A step uses about ten streams; with CUDA's default of eight queues, two of them would wait for each other.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

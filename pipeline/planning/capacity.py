@@ -15,6 +15,8 @@ from pipeline.planning.run_plan import RunPlan
 
 _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
+CUDA_BYTES = 1.5 * GIB
+"""Allowance for CUDA's context, its kernels, which are all loaded at the start, and NCCL's buffers on a GPU."""
 _SAVED_BYTES = 12
 """Host memory of asynchronous saves per trained parameter of a rank."""
 
@@ -30,7 +32,7 @@ def memory_problems(plan: RunPlan, *, gpu_bytes: float | None, host_bytes: float
     """
     topology, load = plan.topology, WorkloadEstimate.of(plan)
     problems = []
-    if gpu_bytes is not None and (need := load.memory(topology.stage).total) > gpu_bytes:
+    if gpu_bytes is not None and (need := load.memory(topology.stage).total + CUDA_BYTES) > gpu_bytes:
         problems.append(
             f"a rank of stage {topology.stage} needs about {need / GIB:.1f} GiB of GPU memory, "
             f"the GPU has {gpu_bytes / GIB:.1f} GiB"

@@ -7,7 +7,14 @@ import traceback
 
 from data_prep.common.errors import UserError
 from pipeline.config.flags import Invocation
-from pipeline.parallel.launch import device_of_rank, fill_rank_variables, start_processes, stop_processes
+from pipeline.parallel.launch import (
+    bind_cores,
+    device_of_rank,
+    fill_rank_variables,
+    set_determinism,
+    start_processes,
+    stop_processes,
+)
 from pipeline.planning.capacity import check_memory
 from pipeline.planning.dry_run import describe
 from pipeline.planning.run_plan import RunPlan, read_parallel_settings
@@ -84,8 +91,11 @@ def _supervise(plan: RunPlan, folder: RunFolder, oversubscribed: list[str], *, d
     topology, timeout_s = plan.topology, plan.config.parallel.timeout_s
     log, watch = RankLog(folder, topology.rank), None
     try:
-        device_of_rank()
+        device = device_of_rank()
+        set_determinism(plan.config.train.deterministic)
         start_processes(collective_limit(timeout_s))
+        if device.type == "cuda":
+            bind_cores()
         if not (all_can_start() and all_ranks_share(folder)):
             return 2
         watch = watch_ranks(topology, folder, log, timeout_s)

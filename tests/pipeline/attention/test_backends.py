@@ -141,7 +141,8 @@ def test_auto_merges_two_calls_where_gathering_would_cost_more(caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         assert choose_backend(video, "cuda") == "lse"
         assert choose_backend(video, "cuda", flash_fits=False) == "runsplit"
-        assert choose_backend(video, "cpu") == choose_backend(video, "cuda", softcap=30.0) == "runsplit"
+        assert choose_backend(video, "cpu") == choose_backend(video, "cpu", softcap=30.0) == "runsplit"
+        assert choose_backend(video, "cuda", softcap=30.0) == "flex"
     assert "attention: lse for policy mma on cuda" in caplog.text
     assert choose_backend(build_plan("mixed", video.sidecars), "cuda") == "runsplit"
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from data_prep.common.errors import UserError
 from pipeline.attention import build_plan, varlen
 from pipeline.attention.backends import runsplit
 from pipeline.attention.lse import attend_lse
+from pipeline.attention.runs import VarlenBatch
+from pipeline.attention.self_check import HEAD_SIZE, check_alignment, check_flash
 from pipeline.masks import POLICIES, Sidecars, get_policy
 from tests.pipeline.attention.tensors import Inputs, distance
 from tests.pipeline.masks.rows import GRID, rows
@@ -93,3 +96,17 @@ def test_merged_flash_calls_are_exact(name: str, row: Sidecars) -> None:
     out_THD = attend_lse(q_THD, k_THD, v_THD, plan.rectangles, scaling=0.3, kernels=varlen)
     out = out_THD.transpose(0, 1)[None]
     assert worst(out, inputs, row, inputs.results(plan, "dense", scaling=0.3)) <= 1e-12
+
+
+def test_the_self_check_passes_a_right_kernel_and_refuses_one_aligned_top_left() -> None:
+    def top_left(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, batch: VarlenBatch) -> torch.Tensor:
+        outs = []
+        for a, b in _bounds(batch.cu_q, batch.cu_k):
+            logits = torch.einsum("qhd,khd->hqk", q[a], k[b]) * HEAD_SIZE**-0.5
+            seen = torch.ones(logits.shape[1:], dtype=torch.bool).tril()
+            outs.append(torch.einsum("hqk,khd->qhd", logits.masked_fill(~seen, float("-inf")).softmax(-1), v[b]))
+        return torch.cat(outs)
+
+    check_flash(torch.device("cpu"), torch.float32)
+    with pytest.raises(UserError, match=r"on cpu gives wrong results \(off by .*align causal masks top-left"):
+        check_alignment(top_left, torch.device("cpu"), torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,16 @@ import torch
 import torch.distributed as dist
 
 from data_prep.common.errors import UserError
-from pipeline.parallel.launch import device_of_rank, fill_rank_variables, refuse_shared_gpu, share_of_cores
+from pipeline.parallel import launch
+from pipeline.parallel.groups import create_groups
+from pipeline.parallel.launch import (
+    bind_cores,
+    device_of_rank,
+    fill_rank_variables,
+    refuse_shared_gpu,
+    share_of_cores,
+)
+from pipeline.parallel.topology import Topology
 from tests.launch import ROOT, run
 
 
@@ -101,7 +111,48 @@ def test_ranks_share_the_cores_they_are_bound_to(
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
     monkeypatch.setattr(dist, "get_world_size", lambda: 1 + len(others))
     monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     assert share_of_cores() == share
+
+
+@pytest.mark.parametrize(
+    ("rank", "places", "cores"),
+    [
+        pytest.param(1, [("here", 8)] * 3, [2, 3, 4], id="unbound"),
+        pytest.param(2, [("there", 8), *[("here", 8)] * 2], [4, 5, 6, 7], id="two hosts"),
+        pytest.param(1, [("here", 4), ("here", 8)], None, id="bound by the launcher"),
+        pytest.param(0, [("here", 2)] * 3, None, id="more ranks than cores"),
+    ],
+)
+def test_ranks_on_gpus_are_bound_to_their_share_of_the_cores(
+    rank: int, places: list[tuple[str, int]], cores: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bound: list[Any] = []
+    monkeypatch.setattr(launch, "_cores_of_ranks", lambda: [(host, set(range(count))) for host, count in places])
+    monkeypatch.setattr(dist, "get_rank", lambda: rank)
+    monkeypatch.setattr(os, "sched_setaffinity", lambda process, given: bound.append(given))
+    bind_cores()
+    assert bound == ([] if cores is None else [cores])
+
+
+def test_links_between_stages_get_a_priority_and_few_thread_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL would be told; this torch may be built without it."""
+    made: list[Any] = []
+
+    class Nccl:
+        class Options(SimpleNamespace):
+            config = SimpleNamespace()
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", Nccl, raising=False)
+    monkeypatch.setattr(dist, "new_group", lambda ranks, **options: made.append((ranks, options.get("pg_options"))))
+    for backend in ("gloo", "nccl"):
+        made.clear()
+        monkeypatch.setattr(dist, "get_backend", lambda backend=backend: backend)
+        create_groups(Topology(4, 0, 2), ring=False)
+        links = [options for ranks, options in made[2:6]]
+        assert links == [None] * 4 if backend == "gloo" else all(links)
+    assert links[0].is_high_priority_stream and links[0].config.max_ctas == 4
+    assert [options for _, options in made[:2]] == [None, None], "collectives are as ever"
 
 
 @pytest.mark.parametrize("environment", [{"LOCAL_RANK": "1"}, {"LOCAL_RANK": "2", "SLURM_STEP_NUM_TASKS": "4"}])

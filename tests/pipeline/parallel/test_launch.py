@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
-from pipeline.parallel.launch import configure_libraries
+from pipeline.parallel.launch import configure_libraries, set_determinism
 from pipeline.train import main
 
 
@@ -17,6 +18,17 @@ def test_kernels_are_loaded_at_the_start_unless_the_user_says_otherwise(
     monkeypatch.setattr(os, "environ", dict(given))
     configure_libraries()
     assert os.environ["CUDA_MODULE_LOADING"] == loading
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
+
+
+def test_deterministic_kernels_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_determinism(True)
+        assert torch.are_deterministic_algorithms_enabled() and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        set_determinism(False)
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from data_prep.common.errors import UserError
 from pipeline.config.flags import parse
 from pipeline.planning import capacity
-from pipeline.planning.capacity import check_memory, host_memory, local_ranks, memory_problems
+from pipeline.planning.capacity import CUDA_BYTES, check_memory, host_memory, local_ranks, memory_problems
 from pipeline.planning.estimate import GIB, WorkloadEstimate
 from pipeline.planning.run_plan import RunPlan
 from tests.pipeline.training.runs import flags
@@ -23,9 +23,10 @@ def plan_of(demo: Path, run_dir: Path, *more: str, rank: int = 0) -> RunPlan:
 def test_figures_of_a_gpu_and_of_a_host(small_demo: Path, tmp_path: Path) -> None:
     plan = plan_of(small_demo, tmp_path, "--parallel.pp", "2", rank=3)
     needs = [WorkloadEstimate.of(plan).memory(stage).total for stage in (0, 1)]
+    gpu_needs = needs[1] + CUDA_BYTES
     copies = [12 * plan.split.parameters(stage)[0] / 2 for stage in (0, 1)]
-    assert memory_problems(plan, gpu_bytes=needs[1], host_bytes=sum(copies), local_ranks=2) == []
-    (gpu,) = memory_problems(plan, gpu_bytes=needs[1] - 1, host_bytes=GIB, local_ranks=2)
+    assert memory_problems(plan, gpu_bytes=gpu_needs, host_bytes=sum(copies), local_ranks=2) == []
+    (gpu,) = memory_problems(plan, gpu_bytes=gpu_needs - 1, host_bytes=GIB, local_ranks=2)
     assert "a rank of stage 1 needs about" in gpu
     exactly = 2 * (needs[1] + copies[1])
     assert memory_problems(plan, gpu_bytes=None, host_bytes=exactly, local_ranks=2) == []

@@ -39,6 +39,15 @@ def test_a_gpu_trains_as_the_cpu_does(name: str, on_cpu: list[float], small_demo
     assert found == pytest.approx(on_cpu, rel=1e-4)
 
 
+def test_a_gpu_trains_in_bf16_with_flash_attention(small_demo: Path, tmp_path: Path, on_cpu: list[float]) -> None:
+    """A head size that flash attention takes; deterministic, so that two runs are equal to the bit."""
+    words = ["--model.llm.config.head_dim", "16", "--train.dtype", "bf16", "--train.deterministic", "true"]
+    first, second = (losses(small_demo, tmp_path / name, *words) for name in ("first", "second"))
+    assert first == second
+    assert "attention-fallback" not in (tmp_path / "first/events.jsonl").read_text()
+    assert first[0] == pytest.approx(on_cpu[0], rel=0.02)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
 def test_two_gpus_train_as_the_cpu_does(schedule: str, on_cpu: list[float], small_demo: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ class TrainSection(Section):
     seed: int = 0
     """Seed for weights built from scratch; training steps use no randomness."""
     deterministic: bool = False
-    """Use only deterministic kernels, so that a resumed run on GPUs equals an uninterrupted one to the bit: otherwise the
+    """Use only deterministic kernels, so that a resumed run on GPUs equals an uninterrupted one: otherwise the
     backward of flash attention adds in any order. Costs speed on GPUs; runs on CPUs are exact either way."""
     max_skipped_steps: Positive = 10
     """Fail the run after this many consecutive steps with a non-finite gradient."""

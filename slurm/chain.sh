@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Submits a full training chain: data preparation -> PT -> SFT -> export and evaluation. A stage starts when the
+# Submits a full training chain: data preparation -> PT -> SFT -> export, evaluation and benchmarks. A stage starts when the
 # previous one has succeeded; if a stage fails, Slurm cancels the stages that depend on it. Running the command again
 # submits only the unfinished stages: a finished run gets no job, an unfinished run resumes.
 #
@@ -9,6 +9,8 @@
 #   TRAIN_SBATCH="--nodes=4" slurm/chain.sh --data aki_pt,aki_sft --shards 64 --pt aki_4b_pt --sft aki_4b_sft --eval none
 #   slurm/chain.sh --pt pt_text_first.yaml,pt_image_first.yaml --sft sft_text_first.yaml,sft_image_first.yaml
 #                                                               dual-order training: four chained stages
+#   slurm/chain.sh --data none --pt none --bench all --bench-data bench_data --bench-shards 8
+#                                                               the benchmarks as a last stage, in 8 array tasks
 #
 #   --data RECIPES    mma-prep recipes, separated by commas, or none                       (demo)
 #   --shards N        array tasks that share the ingestion of each data recipe             (1: no array)
@@ -16,9 +18,12 @@
 #   --sft RECIPES     SFT recipes, chained likewise, the first from the last PT; or none   (demo_sft)
 #   --policies NAMES  mask policies; the SFT recipes are trained once per policy           (mma)
 #   --eval PACKS      held-out pack folder, or none to export only                         (data/demo/packs/eval)
+#   --bench NAMES     benchmarks of mma bench, all, or none                                (none)
+#   --bench-data DIR  folder with one sub-folder per benchmark                             (none)
+#   --bench-shards N  array tasks that share the questions                                 (1: no array)
 #   --dry-run         print the jobs without submitting them
-# DATA_FLAGS, EXTRA_FLAGS and EVAL_FLAGS are passed to mma-prep, the trainer (PT and SFT) and mma evaluate; quote a word
-# with spaces as in a shell. Set the sbatch options of your site in slurm/env.sh. Run it on a login node, in the folder
+# DATA_FLAGS, EXTRA_FLAGS, EVAL_FLAGS and BENCH_FLAGS are passed to mma-prep, the trainer (PT and SFT), mma evaluate and
+# mma bench; quote a word with spaces as in a shell. Set the sbatch options of your site in slurm/env.sh. Run it on a login node, in the folder
 # that contains slurm/.
 [ -f slurm/lib.sh ] || { echo "error: run slurm/chain.sh in the folder that contains slurm/" >&2 && exit 2; }
 # shellcheck source=slurm/lib.sh
@@ -101,6 +106,18 @@ tune() {
   done
 }
 
+# evaluate AFTER RUNS...: submit export and evaluation, with the benchmarks in the same job, or in an array after it and
+# a job that prints the table.
+evaluate() {
+  local measured=("EVAL_PACKS=$packs") benched=("BENCH=$bench" "BENCH_DATA=$bench_data")
+  [ "$bench" = none ] || [ "$bench_shards" -gt 1 ] || measured+=("${benched[@]}")
+  submit "$1" "${measured[@]}" "${eval_options[@]}" slurm/evaluate.sh "${@:2}"
+  if [ "$bench" = none ] || [ "$bench_shards" = 1 ]; then return; fi
+  submit "$job" EVAL_PACKS=none "${benched[@]}" "SHARES=$bench_shards" "${eval_options[@]}" \
+    --array="0-$((bench_shards - 1))" slurm/evaluate.sh "${@:2}"
+  submit "$job" EVAL_PACKS=none "${benched[@]}" "${eval_options[@]}" slurm/evaluate.sh "${@:2}"
+}
+
 # check_folders: refuse two stages with the same run folder: the second would look finished and never be trained.
 check_folders() {
   local twice
@@ -130,6 +147,7 @@ check_names() {
   done
   for name in "${policies[@]}"; do masks+=(--policy "$name"); done
   accepted mma mask "V1 Q1 A1" "${masks[@]}"
+  [ "$bench" = none ] || accepted python slurm/check_bench.py "$bench"
 }
 
 # accepted COMMAND...: run a check; if it reports a user error, exit with its message.
@@ -149,21 +167,24 @@ list() {
 }
 
 data=demo pt=demo_pt sft=demo_sft policies=mma shards=1 packs=data/demo/packs/eval
+bench=none bench_data='' bench_shards=1
 while [ $# -gt 0 ]; do
   case $1 in
     --dry-run) dry_run=yes && shift && continue ;;
     --help | -h) sed -n '2,/^# shellcheck/{/^# shellcheck/!s/^# \{0,1\}//p}' slurm/chain.sh && exit 0 ;;
-    --data | --pt | --sft | --policies | --shards | --eval) [ $# -gt 1 ] || refuse "$1 needs a value; see --help" ;;
+    --data | --pt | --sft | --policies | --shards | --eval | --bench | --bench-data | --bench-shards) [ $# -gt 1 ] || refuse "$1 needs a value; see --help" ;;
     *) refuse "unknown option '$1'; see --help" ;;
   esac
   [[ ! $2 =~ (^|,)(,|$) ]] || refuse "$1 '$2': a name is empty$([ "$1" = --policies ] || echo "; use none to skip the stage")"
   case $1 in
     --data) data=$2 ;; --pt) pt=$2 ;; --sft) sft=$2 ;; --policies) policies=$2 ;; --eval) packs=$2 ;;
-    --shards) shards=$2 ;;
+    --shards) shards=$2 ;; --bench) bench=$2 ;; --bench-data) bench_data=$2 ;; --bench-shards) bench_shards=$2 ;;
   esac
   shift 2
 done
 [[ $shards =~ ^[1-9][0-9]*$ ]] || refuse "--shards $shards: give 1 or more"
+[[ $bench_shards =~ ^[1-9][0-9]*$ ]] || refuse "--bench-shards $bench_shards: give 1 or more"
+[ "$bench" = none ] || [ -d "$bench_data" ] || refuse "--bench $bench needs --bench-data: the folder of the benchmarks' files"
 [ "$policies" != none ] || refuse "--policies none: name a mask policy, or skip SFT with --sft none"
 split TRAIN_SBATCH && train_options=("${words[@]}")
 split DATA_SBATCH && data_options=("${words[@]}")
@@ -186,6 +207,6 @@ if [ ${#sft[@]} -gt 0 ]; then
     tuned_jobs+=${job:+${tuned_jobs:+:}$job}
     runs+=("$run")
   done
-  submit "$tuned_jobs" "EVAL_PACKS=$packs" "${eval_options[@]}" slurm/evaluate.sh "${runs[@]}"
+  evaluate "$tuned_jobs" "${runs[@]}"
 fi
 [ -n "$dry_run" ] || echo "submitted ${#jobs[@]} jobs (squeue --me); logs: slurm/logs/; cancel all: scancel ${jobs[*]}"

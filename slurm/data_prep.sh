@@ -38,9 +38,7 @@ if [ -z "${SLURM_ARRAY_TASK_ID:-}" ]; then
 elif [ "$recipe" = demo ]; then
   say "the demo is not ingested in shares; the job after this array makes it"
 else
-  [ -n "${SHARES:-}" ] || [ "$SLURM_ARRAY_TASK_MAX" = $((SLURM_ARRAY_TASK_COUNT - 1)) ] ||
-    refuse "this array covers only a part of the shares: set SHARES to the total number of shares"
-  share=$SLURM_ARRAY_TASK_ID/${SHARES:-$SLURM_ARRAY_TASK_COUNT}
+  share=$(share_of_array)
   say "share $share of $recipe"
   mma-prep ingest "$recipe" --shard "$share" "${flags[@]}"
 fi

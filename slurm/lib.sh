@@ -51,6 +51,14 @@ need_job() {
   [ -n "${SLURM_JOB_ID:-}" ] || refuse "$1 is a job script: sbatch $1"
 }
 
+# share_of_array: print the share i/n of this array task; nothing in a job without an array.
+share_of_array() {
+  [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || return 0
+  [ -n "${SHARES:-}" ] || [ "$SLURM_ARRAY_TASK_MAX" = $((SLURM_ARRAY_TASK_COUNT - 1)) ] ||
+    refuse "this array covers only a part of the shares: set SHARES to the total number of shares"
+  echo "$SLURM_ARRAY_TASK_ID/${SHARES:-$SLURM_ARRAY_TASK_COUNT}"
+}
+
 # run_name RECIPE: print the run name of a shipped recipe or a YAML file.
 run_name() { basename "$1" | sed 's/\.ya\{0,1\}ml$//'; }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from tests.launch import ROOT
+from tests.pipeline.evaluation.official import write_all
+from tests.pipeline.serving.helpers import make_export
 from tests.pipeline.training.runs import TINY, curve, metrics, train
 from tests.slurm.cluster import NODES, Cluster
 
@@ -70,6 +73,28 @@ def test_the_chain_ends_with_measured_models(slurm: Cluster) -> None:
     again = slurm.submit("--gpus-per-node=2", "slurm/pt.sh", env=QUICK)
     assert slurm.wait(again) == "COMPLETED"
     assert "runs/demo_pt is finished (step 3): nothing to do" in slurm.log(again)
+
+
+def test_an_array_answers_a_benchmark_and_its_table_is_written(slurm: Cluster) -> None:
+    """The run is finished and exported, so the chain has only the benchmark's three jobs to do."""
+    run, data = slurm.work / "runs/benched", write_all(slurm.work / "bench_data")
+    run.mkdir(parents=True)
+    make_export(run, max_position_embeddings=2048)
+    (run / "status.json").write_text(json.dumps({"state": "done", "step": 0}))
+    shutil.copy(ROOT / "pipeline/recipes/demo_sft.yaml", slurm.work / "benched.yaml")
+    stages = ["--data", "none", "--pt", "none", "--sft", "benched.yaml", "--eval", "none"]
+    bench = ["--bench", "pope", "--bench-data", data.name, "--bench-shards", "2"]
+    env = {"BENCH_FLAGS": "--max-new-tokens 2 --device cpu"}
+    done = slurm.call("slurm/chain.sh", *stages, *bench, env=env)
+    assert done.returncode == 0, done.stderr
+    jobs = [line.split()[0] for line in done.stdout.splitlines() if line[0].isdecimal()]
+    assert [slurm.wait(job) for job in (jobs[0], jobs[2])] == ["COMPLETED"] * 2, slurm.logs()
+    answers = [run / f"export/bench/pope/answers-0000{share}-of-00002.jsonl" for share in (0, 1)]
+    assert all(len(path.read_text().splitlines()) > 1 for path in answers)
+    questions = sum(len(path.read_text().splitlines()) - 1 for path in answers)
+    assert questions == len((run / "export/bench/pope/graded.jsonl").read_text().splitlines())
+    table = (run / "bench.txt").read_text()
+    assert "pope" in table and table in slurm.log(jobs[2])
 
 
 def test_the_work_of_a_killed_array_task_is_redone(slurm: Cluster) -> None:

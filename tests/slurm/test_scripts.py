@@ -131,6 +131,66 @@ def test_an_array_task_takes_its_own_share(tasks: str, shares: str, outcome: str
     assert done.returncode == (2 if "set" in outcome else 0)
 
 
+@pytest.mark.parametrize(
+    ("env", "outcome"),
+    [
+        ({}, "mma bench pope --model runs/demo_sft/export --data data/b"),
+        ({"BENCH_FLAGS": "--limit '5 6'"}, "--data data/b --limit 5 6"),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SHARES": "4"}, "--data data/b --shard 1/4"),
+        ({"SLURM_ARRAY_TASK_ID": "1", "SHARES": "4", "BENCH": "none"}, "set BENCH, or leave --array out"),
+        ({"BENCH_DATA": ""}, "BENCH=pope needs BENCH_DATA"),
+    ],
+)
+def test_benchmarks_follow_the_evaluation(env: dict[str, str], outcome: str, tmp_path: Path) -> None:
+    run = finished_run(tmp_path, 3)
+    done = in_a_job(tmp_path, "evaluate.sh", **{"BENCH": "pope", "BENCH_DATA": "data/b", **env})
+    assert outcome in done.stdout + done.stderr
+    assert done.returncode == (0 if "--data" in outcome else 2)
+    assert ("mma evaluate" in done.stdout) == (done.returncode == 0 and "SHARES" not in env)
+    table = run / "bench.txt"
+    assert table.is_file() == (done.returncode == 0 and "SHARES" not in env)
+    assert not table.is_file() or table.read_text() in done.stdout
+
+
+@pytest.mark.parametrize("exported", [None, 2])
+def test_an_array_task_never_exports(exported: int | None, tmp_path: Path) -> None:
+    finished_run(tmp_path, exported)
+    env = {"BENCH": "pope", "BENCH_DATA": "b", "SLURM_ARRAY_TASK_ID": "0", "SHARES": "2"}
+    done = in_a_job(tmp_path, "evaluate.sh", **env)
+    assert done.returncode == 2 and "sbatch slurm/evaluate.sh runs/demo_sft before the array" in done.stderr
+    assert "mma" not in done.stdout
+
+
+def test_benchmarks_of_two_runs_are_compared(tmp_path: Path) -> None:
+    finished_run(tmp_path, 3)
+    for name in ("demo_sft_causal", "demo_sft_prefix"):
+        shutil.copytree(tmp_path / "runs/demo_sft", tmp_path / "runs" / name)
+    runs = ("runs/demo_sft", "runs/demo_sft_causal", "runs/demo_sft_prefix")
+    done = in_a_job(tmp_path, "evaluate.sh", *runs, EVAL_PACKS="none", BENCH="all", BENCH_DATA="b")
+    for other in ("causal", "prefix"):
+        command = f"mma bench all --model runs/demo_sft/export --compare runs/demo_sft_{other}/export --data b"
+        assert command in done.stdout
+        assert (tmp_path / f"runs/demo_sft/bench_beside_demo_sft_{other}.txt").read_text() == f"{command}\n"
+
+
+def test_a_chain_shares_benchmarks_over_an_array(tmp_path: Path) -> None:
+    bench = ["--bench", "pope,mme-p", "--bench-data", str(tmp_path)]
+    names = ["--data", "none", "--pt", "none", "--eval", "none", "--dry-run"]
+    one = chain(*names, *bench).stdout.splitlines()
+    assert f"EVAL_PACKS=none BENCH=pope,mme-p BENCH_DATA={tmp_path}" in one[-1]
+    *_, export, array, table = chain(*names, *bench, "--bench-shards", "4").stdout.splitlines()
+    assert "BENCH" not in export
+    assert "--dependency=afterok:<2>" in array and "SHARES=4" in array and "--array=0-3" in array
+    assert "--dependency=afterok:<3>" in table and "SHARES" not in table and "BENCH=pope,mme-p" in table
+    for options, words in (
+        (["--bench", "pope"], "--bench pope needs --bench-data"),
+        (["--bench", "popo", "--bench-data", str(tmp_path)], "unknown benchmark 'popo' (did you mean 'pope'?)"),
+        ([*bench, "--bench-shards", "0"], "--bench-shards 0: give 1 or more"),
+    ):
+        refused = chain(*names, *options)
+        assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and words in refused.stderr
+
+
 def finished_run(folder: Path, exported: int | None) -> Path:
     """A finished run of 3 steps, and its export."""
     run = folder / "runs/demo_sft"

@@ -72,6 +72,7 @@ def concurrent(client: openai.OpenAI, questions: Sequence[Question], tokens: int
     """Answer with so many clients, each asking its next question when the last one is answered."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     answers: dict[int, list[int]] = {}
+    name = client.models.list().data[0].id
     for number in range(len(questions)):
         waiting.put(number)
 
@@ -82,7 +83,7 @@ def concurrent(client: openai.OpenAI, questions: Sequence[Question], tokens: int
             except queue.Empty:
                 return
             answer = client.chat.completions.create(
-                model=client.models.list().data[0].id,
+                model=name,
                 messages=[{"role": "user", "content": questions[number].content()}],  # type: ignore[typeddict-item]
                 max_tokens=tokens,
                 logprobs=True,

@@ -24,6 +24,7 @@ from tests.pipeline.training.runs import train
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
 NOT_RUN = {
+    r"acme": "needs the package of docs/extending.md; tests/test_extending.py runs them all",
     r"^make ": "what CI runs, or the demo, which takes minutes; test_demo.py runs a small one",
     r"^git |^pip |^export ": "sets up a shell or a machine",
     r"aki|llama32|/models/": "needs the models' weights and the raw corpora; flags and recipe names are checked",

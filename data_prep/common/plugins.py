@@ -41,9 +41,9 @@ class Plugin:
 _IN_USE: set[Plugin] = set()
 
 
-def plugins_in_use() -> list[dict[str, Any]]:
-    """Return the plug-ins that this process has looked up by name, as JSON-ready records in a stable order."""
-    return [asdict(plugin) for plugin in sorted(_IN_USE)]
+def plugins_in_use(*groups: str) -> list[dict[str, Any]]:
+    """Return the plug-ins of some groups that this process has looked up by name, as JSON-ready records in order."""
+    return [asdict(plugin) for plugin in sorted(_IN_USE) if plugin.group in (groups or GROUPS)]
 
 
 class NotOurs(Exception):  # noqa: N818 - no error: another registry of the same group takes the entry

@@ -116,7 +116,7 @@ def _check_outputs(space: Workspace, events: EventLedger) -> tuple[str, Tally]:
 
 def _record(variants: Iterable[CorpusVariant], tallies: Mapping[ShardOutput, Tally], events: EventLedger) -> None:
     """Record the plug-ins, and the rejected and repaired samples of each corpus variant."""
-    for plugin in plugins_in_use():
+    for plugin in plugins_in_use("mma.corpora"):
         events.record_once("plugin-used", **plugin)
     for variant in variants:
         tally = add_tallies(tallies[output] for output in variant.outputs)

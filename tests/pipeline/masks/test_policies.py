@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 
 from data_prep.common.errors import UserError
 from pipeline.masks import POLICIES, Sidecars, commit_index, dense_mask, get_policy, parse_layout
-from pipeline.masks.policies import Policy, Unlock
+from pipeline.masks.policies import Policy, Unlock, _accept
 from pipeline.masks.sidecars import run_starts, token_table
 from pipeline.masks.spans import token_spans
 from tests.pipeline.masks.rows import GRID, PlainRow, rows
@@ -160,3 +162,29 @@ def test_a_new_span_begins_where_any_predicate_column_changes(row: Sidecars) -> 
     inside[spans.start] = False
     for column in table.span_columns:
         assert not np.any((column[1:] != column[:-1]) & inside[1:])
+
+
+class Unclamped(Policy):
+    """A policy whose table shows answers."""
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        pytest.param(lambda: Unclamped("foreign", ""), "it is a Unclamped, not a Policy", id="subclass"),
+        pytest.param(lambda: lambda i, j: i, "it is a function, not a Policy", id="predicate"),
+        pytest.param(lambda: Policy("other", ""), "its name is 'other'", id="name"),
+        pytest.param(lambda: Policy("foreign", "", lambda i, j: i.labels), "reads 'labels'", id="column"),
+        pytest.param(lambda: changed(lambda i, j: i.labels), "reads 'labels'", id="changed-later"),
+    ],
+)
+def test_a_policy_of_another_package_keeps_the_contract(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        _accept("foreign", make())
+
+
+def changed(unlock: Unlock) -> Policy:
+    """Return a policy whose predicate was exchanged after its check."""
+    policy = Policy("foreign", "")
+    object.__setattr__(policy, "unlock", unlock)
+    return policy

@@ -127,7 +127,7 @@ def test_recipes_named_in_commands_exist() -> None:
         for each in COMMANDS
         for name in re.findall(r"(?:--recipe|--pt|--sft|mma-prep run|RECIPE=)[ =]?([\w.]+)", each.text)
     ]
-    assert set(named) <= known
+    assert {name for name in named if not name.startswith("acme_")} <= known  # those are in extending.md
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

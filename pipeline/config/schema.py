@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from data_prep.common.errors import UserError
 from data_prep.common.validation import Place, problems, report
+from data_prep.common.yaml_files import read_yaml
 
 Positive = Annotated[int, Field(gt=0, lt=1 << 31)]
 NonNegative = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -39,6 +40,11 @@ Names = Annotated[list[str], BeforeValidator(_split_names)]
 Rates = Annotated[dict[str, Rate], BeforeValidator(_split_pairs)]
 
 
+def _from_yaml(value: Any) -> Any:
+    """Read a list of sections that stands on the command line."""
+    return read_yaml(value, "the list") if isinstance(value, str) else value
+
+
 class ConfigError(UserError):
     """A recipe key, a flag, or a combination of them is invalid."""
 
@@ -60,15 +66,20 @@ class LlmConfig(Section):
     """Hugging Face config with `model_type`. With a `source`, these keys override the folder's config."""
 
 
-class VisionConfig(Section):
-    """The vision tower."""
+class TowerConfig(Section):
+    """A vision tower."""
 
     source: str = ""
     """Local Hugging Face folder of a SigLIP or CLIP model; empty = build `config` from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Hugging Face vision config with `model_type`. With a `source`, these keys override the folder's config."""
+
+
+class VisionConfig(TowerConfig):
+    """The vision tower."""
+
     frozen: bool = True
-    """Freeze the vision tower, as the paper does."""
+    """Freeze the vision tower, as the paper does, and those of `extra_vision`."""
 
 
 class ConnectorConfig(Section):
@@ -88,6 +99,9 @@ class ModelConfig(Section):
     """Language model."""
     vision: VisionConfig = VisionConfig()
     """Vision tower."""
+    extra_vision: Annotated[list[TowerConfig], BeforeValidator(_from_yaml)] = Field(default_factory=list)
+    """Further towers, for a connector that reads several (sva): each sees the same image, preprocessed for it. A list
+    of `source` and `config`, on the command line as YAML: [{source: models/dinov2}]."""
     connector: ConnectorConfig = ConnectorConfig()
     """Connector."""
 

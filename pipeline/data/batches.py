@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -46,13 +45,16 @@ def shifted_labels(row: PackRow) -> torch.Tensor:
     return torch.from_numpy(np.where(predicts_target(row.segment, row.generated), following, IGNORE))
 
 
-def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None) -> StageInputs:
+def stage_inputs(
+    rows: list[PackRow], policy: Policy, pixels: torch.Tensor | None, extra_pixels: tuple[torch.Tensor, ...] = ()
+) -> StageInputs:
     """Join rows into one sequence of T tokens and build the stage inputs on the CPU.
 
     Args:
         rows: of one micro-batch, at least one.
         policy: mask policy of the attention plan.
         pixels: float32[n_images, 3, S, S] of the rows' images in order; None on stages without the vision tower.
+        extra_pixels: the same for each further tower.
 
     Raises:
         UserError: the sidecars of a row are damaged, or an image does not fit the policy's grid.
@@ -66,30 +68,22 @@ def stage_inputs(rows: list[PackRow], policy: Policy, pixels: torch.Tensor | Non
         labels=labels,
         image_positions=torch.nonzero(sidecars.instance >= 0).squeeze(1),
         pixels=pixels,
+        extra_pixels=extra_pixels,
         supervised=(labels != IGNORE).nonzero().squeeze(1),
     )
 
 
-_TENSORS = ("input_ids", "position_ids", "labels", "image_positions", "pixels", "supervised")
-
-
 def pinned(inputs: StageInputs) -> StageInputs:
     """Return a micro-batch in page-locked memory, so its copy to the GPU can overlap with computation."""
-    return replace(_each_tensor(inputs, torch.Tensor.pin_memory), plan=inputs.plan.pin_memory())
+    return replace(inputs.mapped(torch.Tensor.pin_memory), plan=inputs.plan.pin_memory())
 
 
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
     """Return a micro-batch on ``device``; the copy is asynchronous if the memory is pinned."""
     if device.type == "cpu":
         return inputs
-    moved = _each_tensor(inputs, partial(torch.Tensor.to, device=device, non_blocking=True))
+    moved = inputs.mapped(partial(torch.Tensor.to, device=device, non_blocking=True))
     return replace(moved, plan=inputs.plan.to(device))
-
-
-def _each_tensor(inputs: StageInputs, change: Callable[[torch.Tensor], torch.Tensor]) -> StageInputs:
-    given = {name: getattr(inputs, name) for name in _TENSORS}
-    changed: dict[str, Any] = {name: change(tensor) for name, tensor in given.items() if tensor is not None}
-    return replace(inputs, **changed)
 
 
 class BatchSource:
@@ -102,7 +96,7 @@ class BatchSource:
         order: BatchOrder,
         dp_rank: int,
         policy: Policy,
-        preprocess: Preprocess | None,
+        preprocess: Sequence[Preprocess],
         threads: int,
         ahead: int,
     ) -> None:
@@ -113,7 +107,7 @@ class BatchSource:
             order: which rows each rank takes.
             dp_rank: data-parallel index of this rank.
             policy: mask policy of the attention plans.
-            preprocess: preprocessing of the vision tower; None on stages without it, which read no images.
+            preprocess: preprocessing of each vision tower; none on stages without them, which read no images.
             threads: loader threads; 0 loads in the calling thread.
             ahead: steps to prefetch.
 
@@ -123,7 +117,7 @@ class BatchSource:
         self._packs, self._order, self._dp_rank, self._policy = packs, order, dp_rank, policy
         self._preprocess = preprocess
         store = packs.manifest.image_store
-        self._images = ImageStore(packs.directory / store) if store and preprocess is not None else None
+        self._images = ImageStore(packs.directory / store) if store and preprocess else None
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
         self._ahead = max(1, ahead)
 
@@ -147,8 +141,8 @@ class BatchSource:
         microbatches, tokens, images = [], 0, 0
         for number in range(self._order.microbatches):
             rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._dp_rank, number)]
-            pixels = None if self._preprocess is None else self._pixels(rows, self._preprocess)
-            microbatch = stage_inputs(rows, self._policy, pixels)
+            pixels = self._pixels(rows)
+            microbatch = stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
             microbatches.append(pinned(microbatch) if torch.cuda.is_available() else microbatch)
             tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
             images += sum(len(row.image_row) for row in rows)
@@ -156,11 +150,13 @@ class BatchSource:
         targets = sum(self._packs.n_target(i) for i in all_rows)
         return StepBatch(tuple(microbatches), all_rows, targets, tokens, images)
 
-    def _pixels(self, rows: list[PackRow], preprocess: Preprocess) -> torch.Tensor | None:
-        if not any(len(row.image_row) for row in rows):
-            return None
+    def _pixels(self, rows: list[PackRow]) -> list[torch.Tensor]:
+        """Return the pixels of the rows' images for each tower; images are decoded once."""
+        if not self._preprocess or not any(len(row.image_row) for row in rows):
+            return []
         assert self._images is not None, "rows with images, but the packs name no image store"
-        return preprocess.batch([image for row in rows for image in self._shown(self._images, row)])
+        images = [image for row in rows for image in self._shown(self._images, row)]
+        return [preprocess.batch(images) for preprocess in self._preprocess]
 
     def _shown(self, store: ImageStore, row: PackRow) -> Iterator[Image.Image]:
         """Yield a row's images, augmented as the row records."""

@@ -46,7 +46,7 @@ def build_stage(
     Args:
         spec: the model.
         layers: global indices of the decoder layers, ascending; one run of layers, or several virtual stages.
-        first: add the vision tower, the connector and the embedding.
+        first: add the vision towers, the connector and the embedding.
         last: add the final norm and the head.
         dtype: dtype of the parameters; values are drawn in fp32 and cast.
         device: where units are moved before they are sharded.
@@ -65,12 +65,18 @@ def build_stage(
     """
     trains = trains or Trainable.everything_of(spec).trains
     llm = spec.meta_llm()
-    vision = spec.meta_vision() if first else None
+    towers = {name: tower.meta() for name, tower in spec.towers.items()} if first else {}
     stage = Stage(
-        spec, llm, vision, layers=layers, first=first, last=last, gradient_checkpointing=gradient_checkpointing
+        spec,
+        llm,
+        [*towers.values()],
+        layers=layers,
+        first=first,
+        last=last,
+        gradient_checkpointing=gradient_checkpointing,
     )
     for name, unit in stage.units():
-        family = vision if name.startswith("vision.") else llm
+        family = next((tower for own, tower in towers.items() if name.startswith(f"{own}.")), llm)
         if not reads or _in_source(name, unit, source):  # only values drawn from scratch need fp32 first
             _cast(unit, dtype)
         unit.to_empty(device="cpu")

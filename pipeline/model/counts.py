@@ -36,7 +36,7 @@ class Sizes:
     def add_up(cls, sizes: Mapping[str, int], layers: int) -> Sizes:
         """Add up the sizes of parameters by global name, in a model of so many decoder layers."""
 
-        def under(prefix: str) -> int:
+        def under(*prefix: str) -> int:
             return sum(size for name, size in sizes.items() if name.startswith(prefix))
 
         by_layer = [0] * layers
@@ -44,7 +44,7 @@ class Sizes:
             if name.startswith("model.layers."):
                 by_layer[int(name.split(".")[2])] += size
         return cls(
-            vision=under("vision."), connector=under("connector."), embed=under("model.embed_tokens."),
+            vision=under("vision.", "extra_vision."), connector=under("connector."), embed=under("model.embed_tokens."),
             layers=tuple(by_layer), norm=under("model.norm."), head=under("lm_head."),
         )  # fmt: skip
 
@@ -70,8 +70,8 @@ class ParamCounts(Sizes):
     trained: Sizes
     connector_flops: float
     """FLOPs of the connector's forward pass of one image."""
-    patches: int
-    """Patch features of one image."""
+    patches: float
+    """Patch features of one image; the mean of several towers, weighted by their parameters."""
 
     @classmethod
     def of(
@@ -90,11 +90,13 @@ class ParamCounts(Sizes):
         trains = trains or Trainable.everything_of(spec).trains
         sizes = {name: prod(shape) for name, shape in shapes or parameter_shapes(spec)}
         trained = {name: size for name, size in sizes.items() if trains(name)}
+        towers = [sum(size for name, size in sizes.items() if name.startswith(f"{own}.")) for own in spec.towers]
+        work = [size * tower.features.patches for size, tower in zip(towers, spec.towers.values(), strict=True)]
         return cls(
             **vars(Sizes.add_up(sizes, spec.layers)),
             trained=Sizes.add_up(trained, spec.layers),
             connector_flops=spec.connector.flops(spec.features, spec.width),
-            patches=spec.patches,
+            patches=sum(work) / sum(towers),
         )
 
     def of_stage(self, layers: Sequence[int], *, first: bool, last: bool) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -31,12 +32,20 @@ class StageInputs:
     """int64[n_images * image_tokens]: positions of the image tokens, image by image; empty without images."""
     pixels: torch.Tensor | None = None
     """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""
+    extra_pixels: tuple[torch.Tensor, ...] = ()
+    """The same images for each further vision tower, float32[n_images, 3, S_k, S_k]."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
 
     def to(self, device: torch.device | str) -> StageInputs:
         """Return the inputs on another device."""
-        moved: dict[str, Any] = {
-            field.name: value.to(device) for field in fields(self) if (value := getattr(self, field.name)) is not None
+        moved = self.mapped(lambda tensor: tensor.to(device))
+        return replace(moved, plan=self.plan.to(device))
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StageInputs:
+        """Return the inputs with every tensor changed; the plan is kept."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in values.items() if isinstance(value, torch.Tensor)
         }
-        return StageInputs(**moved)
+        return replace(self, **changed, extra_pixels=tuple(map(change, self.extra_pixels)))

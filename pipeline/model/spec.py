@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,13 +14,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import one_line
 from pipeline.config.schema import ConfigError, ModelConfig
-from pipeline.model.connectors import Connector, Features, Grid, read_connector, read_saved_connector
-from pipeline.model.families.configs import config_from_dict, llm_config, vision_config
+from pipeline.model.connectors import CONNECTORS, Connector, Features, Grid, read_connector, read_saved_connector
+from pipeline.model.families.configs import config_from_dict, llm_config
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
-from pipeline.model.limits import read_bounded
 from pipeline.model.preprocess import Preprocess
+from pipeline.model.towers import Tower, config_errors
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,8 @@ class ModelSpec:
     """Folder with the language model's weights; empty = from scratch."""
     vision_source: str = ""
     """Folder with the vision tower's weights; empty = from scratch."""
+    extra_towers: tuple[Tower, ...] = ()
+    """Further vision towers, for connectors that read several."""
 
     @classmethod
     def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None) -> ModelSpec:
@@ -54,21 +54,33 @@ class ModelSpec:
         Raises:
             ConfigError: naming the key and the fix.
         """
+        vision = Tower.resolve(config.vision, "model.vision")
+        extra = [Tower.resolve(own, f"model.extra_vision.{place}") for place, own in enumerate(config.extra_vision)]
         spec = cls(
             llm=llm_config(config.llm, vocab_size=vocab_size),
-            vision=(vision := vision_config(config.vision)),
+            vision=vision.config,
             connector=read_connector(config.connector),
-            preprocess=_preprocess(config.vision.source, vision),
+            preprocess=vision.preprocess,
             image_tokens=image_tokens or 0,
             vision_frozen=config.vision.frozen,
             llm_source=config.llm.source,
-            vision_source=config.vision.source,
+            vision_source=vision.source,
+            extra_towers=tuple(extra),
         )
-        spec.connector.check(spec.features)
+        spec._check_connector()
         if image_tokens is None:
             return replace(spec, image_tokens=spec.connector_tokens)
         spec._check_image_tokens()
         return spec
+
+    def _check_connector(self) -> None:
+        if self.extra_towers and not self.connector.several_towers:
+            several = ", ".join(kind for kind, each in CONNECTORS.items() if each.several_towers)
+            raise ConfigError(
+                f"model.extra_vision needs a connector that reads several towers, but model.connector.kind is "
+                f"{self.connector.kind}: remove it, or use {several}"
+            )
+        self.connector.check(self.features)
 
     def _check_image_tokens(self) -> None:
         made = self.connector_tokens
@@ -133,19 +145,26 @@ class ModelSpec:
         return bool(self.llm.tie_word_embeddings)
 
     @property
+    def towers(self) -> Mapping[str, Tower]:
+        """All vision towers, by the name under which a stage holds them."""
+        first = Tower(self.vision, self.preprocess, self.vision_source)
+        return {"vision": first} | {f"extra_vision.{place}": tower for place, tower in enumerate(self.extra_towers)}
+
+    @property
     def grid(self) -> Grid:
-        """Patches of the tower as (rows, columns)."""
-        return self.vision_family.grid(self.vision, self.preprocess.size_px)
+        """Patches of the first tower as (rows, columns)."""
+        return self.features.grid
 
     @property
     def patches(self) -> int:
-        """Patch features of one image."""
+        """Patch features of one image in the first tower."""
         return self.features.patches
 
     @property
     def features(self) -> Features:
-        """Width and grid of the tower's patch features."""
-        return Features(int(self.vision.hidden_size), self.grid)
+        """Width and grid of the patch features of the first tower, and of the others."""
+        first, *others = (tower.features for tower in self.towers.values())
+        return first._replace(others=tuple(others))
 
     @property
     def connector_tokens(self) -> int:
@@ -159,16 +178,8 @@ class ModelSpec:
 
     def meta_llm(self) -> PreTrainedModel:
         """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
-        with torch.device("meta"), _config_errors("model.llm"):
+        with torch.device("meta"), config_errors("model.llm"):
             return self.llm_family.build(self.llm)
-
-    def meta_vision(self) -> PreTrainedModel:
-        """Return the vision tower on the meta device, without the parts whose output is unused.
-
-        Raises ConfigError when its config cannot be built.
-        """
-        with torch.device("meta"), _config_errors("model.vision"):
-            return self.vision_family.build(self.vision)
 
     def meta_connector(self) -> nn.Module:
         """Return the connector on the meta device."""
@@ -179,28 +190,28 @@ class ModelSpec:
         """Return the JSON-ready description from which the model can be rebuilt; source folders are omitted."""
         return {
             "llm": json.loads(self.llm.to_json_string(use_diff=False)),
-            "vision": json.loads(self.vision.to_json_string(use_diff=False)),
+            **self.towers["vision"].to_dict(),
             "connector": self.connector.to_dict(),
-            "preprocess": self.preprocess.to_dict(),
             "image_tokens": self.image_tokens,
             "vision_frozen": self.vision_frozen,
+            "extra_towers": {str(place): tower.to_dict() for place, tower in enumerate(self.extra_towers)},
         }
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> ModelSpec:
         """Rebuild a spec from :meth:`to_dict`. Raises ConfigError for a damaged or refused description."""
         try:
+            vision = Tower.from_dict(raw)
             spec = cls(
                 llm=config_from_dict(raw["llm"], LLM_FAMILIES),
-                vision=config_from_dict(raw["vision"], VISION_FAMILIES),
+                vision=vision.config,
                 connector=read_saved_connector(raw["connector"]),
-                preprocess=Preprocess.from_dict(raw["preprocess"]),
+                preprocess=vision.preprocess,
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
+                extra_towers=tuple(Tower.from_dict(own) for own in raw.get("extra_towers", {}).values()),
             )
-            spec.connector.check(spec.features)
-            if spec.preprocess.size_px != (side := spec.vision_family.size_px(spec.vision)):
-                raise ValueError(f"preprocess.size_px {spec.preprocess.size_px}, image_size {side}")
+            spec._check_connector()
             if spec.connector_tokens != spec.image_tokens:
                 raise ValueError(f"image_tokens {spec.image_tokens}, but its connector gives {spec.connector_tokens}")
             return spec
@@ -210,31 +221,3 @@ class ModelSpec:
             raise ConfigError(
                 f"the saved model description is damaged ({one_line(error)}): export or save the model again"
             ) from error
-
-
-@contextmanager
-def _config_errors(key: str) -> Iterator[None]:
-    """Report what transformers finds only while building (an unknown activation, say) as an error of the config."""
-    try:
-        yield
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
-
-
-def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
-    """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
-    path = Path(source) / "preprocessor_config.json"
-    family = VISION_FAMILIES[vision.model_type]
-    try:
-        saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
-        mean = saved.get("image_mean", family.mean)
-        std = saved.get("image_std", family.std)
-        return Preprocess(family.size_px(vision), _channels(mean), _channels(std))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
-
-
-def _channels(values: Any) -> tuple[float, float, float]:
-    """Return one number per channel. Raises ValueError or TypeError."""
-    red, green, blue = map(float, values)
-    return red, green, blue

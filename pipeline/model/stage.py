@@ -43,7 +43,7 @@ class Stage(nn.Module):
         self,
         spec: ModelSpec,
         llm: PreTrainedModel,
-        vision: PreTrainedModel | None,
+        towers: Sequence[PreTrainedModel],
         *,
         layers: Sequence[int],
         first: bool,
@@ -55,7 +55,7 @@ class Stage(nn.Module):
         Args:
             spec: the model.
             llm: the whole language model on the meta device; the stage takes its modules.
-            vision: the vision tower on the meta device; None unless ``first``.
+            towers: the vision towers on the meta device, as the spec has them; none unless ``first``.
             layers: global indices of its decoder layers, ascending; one run of layers, or several virtual stages.
             first: holds vision tower, connector and embedding.
             last: holds the final norm, the head and the loss.
@@ -68,8 +68,9 @@ class Stage(nn.Module):
         parts = spec.llm_family.parts(llm)
         self.model = Decoder({index: parts.layers[index] for index in layers})
         if first:
-            assert vision is not None
-            self.vision = vision
+            self.vision = towers[0]
+            if len(towers) > 1:
+                self.extra_vision = nn.ModuleList(towers[1:])
             self.connector = spec.meta_connector()
             self.model.embed_tokens = parts.embed_tokens
         if last:
@@ -82,7 +83,9 @@ class Stage(nn.Module):
     def units(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (global name, module) of each module that is built, filled and sharded as one unit."""
         if self.first:
-            yield from ((f"vision.{name}", unit) for name, unit in self.spec.vision_family.units(self.vision))
+            for name, tower in self.spec.towers.items():
+                units = tower.family.units(self.get_submodule(name))
+                yield from ((f"{name}.{own}", unit) for own, unit in units)
             yield "connector", self.connector
             yield "model.embed_tokens", self.model.embed_tokens
         yield from ((f"model.layers.{index}", layer) for index, layer in self.model.layers.items())
@@ -94,7 +97,8 @@ class Stage(nn.Module):
     def blocks(self) -> Iterator[nn.Module]:
         """Yield the vision tower's encoder blocks and the decoder layers."""
         if self.first:
-            yield from self.spec.vision_family.blocks(self.vision)
+            for name, tower in self.spec.towers.items():
+                yield from tower.family.blocks(self.get_submodule(name))
         yield from self.model.layers.values()
 
     @property
@@ -116,16 +120,15 @@ class Stage(nn.Module):
         weight = (self.model.embed_tokens if self.first else self.lm_head).get_parameter("weight")
         return weight if weight.requires_grad else None
 
-    @property
-    def trains_vision(self) -> bool:
-        """Whether anything in the vision tower is trained; first stage only."""
-        return any(param.requires_grad for param in self.vision.parameters())
+    def trains(self, tower: str) -> bool:
+        """Whether anything in a vision tower of this name is trained; first stage only."""
+        return any(param.requires_grad for param in self.get_submodule(tower).parameters())
 
     def train(self, mode: bool = True) -> Stage:
         """Set training mode; a frozen tower stays in evaluation mode."""
         super().train(mode)
-        if self.first and not self.trains_vision:
-            self.vision.eval()
+        for name in self.spec.towers if self.first else ():
+            self.get_submodule(name).train(mode and self.trains(name))
         return self
 
     def forward(self, hidden: torch.Tensor | None, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
@@ -152,23 +155,32 @@ class Stage(nn.Module):
     def embed(self, inputs: StageInputs) -> torch.Tensor:
         """Return the token embeddings [1, T, D] with image tokens inserted; first stage only."""
         embeds_1TD: torch.Tensor = self.model.embed_tokens(inputs.input_ids[None])
-        images_MD = self.image_tokens(inputs.pixels, embeds_1TD)
+        images_MD = self.image_tokens(inputs.pixels, embeds_1TD, inputs.extra_pixels)
         if inputs.pixels is None:
             assert not len(inputs.image_positions), "image positions without pixels"
             return embeds_1TD + images_MD.sum() * 0.0
         return embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
 
-    def image_tokens(self, pixels: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-        """Return image tokens [images * image_tokens, D] in the dtype of ``like``; one tower pass for all images.
+    def image_tokens(
+        self, pixels: torch.Tensor | None, like: torch.Tensor, extra: Sequence[torch.Tensor] = ()
+    ) -> torch.Tensor:
+        """Return image tokens [images * image_tokens, D] in the dtype of ``like``; each tower sees all images at once.
 
         Without images, a blank image is processed instead: ZeRO-3 hangs when a rank skips a module.
+
+        Args:
+            pixels: float[images, 3, S, S] of the first tower.
+            like: a tensor of the stage's dtype on its device.
+            extra: of the further towers.
         """
-        if pixels is None:
-            side = self.spec.preprocess.size_px
-            pixels = torch.zeros(1, 3, side, side, device=like.device)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains_vision):
-            patches_BPD = self.spec.vision_family.features(self.vision, self.spec.vision, pixels.to(like.dtype))
-        return self.connector(patches_BPD).flatten(0, 1)  # type: ignore[no-any-return]
+        sides = [tower.preprocess.size_px for tower in self.spec.towers.values()]
+        blank = (torch.zeros(1, 3, side, side, device=like.device) for side in sides)
+        given = blank if pixels is None else (pixels, *extra)
+        features = []
+        for (name, tower), own in zip(self.spec.towers.items(), given, strict=True):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(name)):
+                features.append(tower.family.features(self.get_submodule(name), tower.config, own.to(like.dtype)))
+        return self.connector(*features).flatten(0, 1)  # type: ignore[no-any-return]
 
     def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
         """Run decoder layers, by default all of the stage's: [1, T, D] -> [1, T, D]."""

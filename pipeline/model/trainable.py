@@ -16,7 +16,7 @@ from pipeline.config.schema import ConfigError, TrainSection
 from pipeline.model.spec import ModelSpec
 
 PARTS: Mapping[str, tuple[str, ...]] = {
-    "vision": ("vision",), "connector": ("connector",), "llm": ("model", "lm_head"),
+    "vision": ("vision", "extra_vision"), "connector": ("connector",), "llm": ("model", "lm_head"),
 }  # fmt: skip
 """Part -> the first words of its parameters' names."""
 _HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -19,6 +19,7 @@ from pipeline.model.export_names import exported_name, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
 from pipeline.model.spec import ModelSpec
+from pipeline.model.towers import Tower
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -104,8 +105,9 @@ class WeightSource:
         source = cls()
         if spec.llm_source:
             source._add_llm(spec, TensorFolder(spec.llm_source))
-        if spec.vision_source:
-            source._add_tower(spec, TensorFolder(spec.vision_source))
+        for name, tower in spec.towers.items():
+            if tower.source:
+                source._add_tower(name, tower, TensorFolder(tower.source))
         return source if source._where else None
 
     @classmethod
@@ -149,16 +151,18 @@ class WeightSource:
         if spec.tied:  # a last stage that is not also the first holds its own copy
             self._where["lm_head.weight"] = self._where["model.embed_tokens.weight"]
 
-    def _add_tower(self, spec: ModelSpec, folder: TensorFolder) -> None:
-        family = spec.vision_family
-        shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith("vision.")}
+    def _add_tower(self, home: str, tower: Tower, folder: TensorFolder) -> None:
+        family = tower.family
+        shapes = {f"{home}.{own}": tuple(param.shape) for own, param in tower.meta().named_parameters()}
         prefix = next((own for own in family.prefixes if any(key.startswith(own) for key in folder.files)), "")
         pieces = {}
         for name in shapes:
-            own = (piece._replace(key=prefix + piece.key) for piece in family.pieces(name.removeprefix("vision.")))
+            own = (piece._replace(key=prefix + piece.key) for piece in family.pieces(name.removeprefix(f"{home}.")))
             pieces[name] = _first(own, folder)
         used = {piece.key for piece in pieces.values()}
-        found = [key for key in folder.files if key in used or not family.unread(key.removeprefix(prefix), spec.vision)]
+        found = [
+            key for key in folder.files if key in used or not family.unread(key.removeprefix(prefix), tower.config)
+        ]
         self._add(folder, shapes, pieces, found)
 
     def _add(
@@ -209,7 +213,7 @@ def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (global name, shape) of every parameter of the whole model; a tied head is omitted."""
     decoder = spec.llm_family.parts(spec.meta_llm()).named()
     parts: tuple[tuple[str, Any], ...] = (
-        ("vision", spec.meta_vision()),
+        *((name, tower.meta()) for name, tower in spec.towers.items()),
         ("connector", spec.meta_connector()),
         *((name, module) for name, module in decoder if not (spec.tied and name == "lm_head")),
     )

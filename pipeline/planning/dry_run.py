@@ -19,7 +19,8 @@ def describe(plan: RunPlan) -> str:
 def _model_lines(plan: RunPlan) -> Iterator[str]:
     spec = plan.spec
     yield f"run      {plan.config.run_dir}  (recipe {plan.recipe}, {'bf16' if plan.bf16 else 'fp32'})"
-    parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {spec.vision.model_type}"
+    towers = " + ".join(str(tower.config.model_type) for tower in spec.towers.values())
+    parts = f"{spec.llm.model_type} {spec.layers} x {spec.width}, {spec.connector.kind}, {towers}"
     counts = plan.split.counts
     yield f"model    {parts}: {millions(counts.total)} parameters, {millions(counts.trained.total)} trained"
     proof = f"proved leak-free on the first {plan.config.mask.prove_rows} rows"

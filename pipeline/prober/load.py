@@ -80,6 +80,10 @@ def _export(folder: str, batches: str | None, rows: range) -> tuple[StageSubject
     if batches is None or not Path(batches).is_dir():
         raise UserError(f"--model {folder} is an export: name a pack folder with --batches")
     model = load_model(folder, dtype=torch.float32)
+    if model.spec.extra_towers:
+        raise UserError(
+            f"--model {folder} has several vision towers; the probe feeds one: probe a model with one tower"
+        )
     packs = PackReader(batches)
     subject = StageSubject(model.stage, model.policy, packs.manifest.image_id)
     return subject, (pack_batch(packs, row, model.spec.preprocess) for row in rows)

@@ -143,14 +143,16 @@ class MultimodalModel:
         """Return a prompt as inputs of the stage, on the model's device or another one."""
         sidecars, device = prompt.sidecars, self.device if device is None else device
         ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
-        pixels = self.spec.preprocess.batch(prompt.images).to(device) if prompt.images else None
+        towers = self.spec.towers.values() if prompt.images else ()
+        pixels = [tower.preprocess.batch(prompt.images).to(device) for tower in towers]
         return StageInputs(
             input_ids=ids,
             position_ids=position_ids(sidecars, self.policy.grid).to(device),
             plan=build_plan(self.policy, sidecars).to(device),
             labels=torch.full_like(ids, IGNORE),
             image_positions=(sidecars.instance >= 0).nonzero().squeeze(1).to(device),
-            pixels=pixels,
+            pixels=pixels[0] if pixels else None,
+            extra_pixels=tuple(pixels[1:]),
         )
 
     def check_length(self, tokens: int, new: int) -> None:

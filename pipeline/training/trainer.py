@@ -197,7 +197,7 @@ class Trainer:
         plan = self._plan
         source = BatchSource(
             plan.packs, order=plan.order, dp_rank=plan.topology.dp_rank, policy=plan.policy,
-            preprocess=plan.spec.preprocess if plan.topology.first else None,
+            preprocess=[tower.preprocess for tower in plan.spec.towers.values()] if plan.topology.first else (),
             threads=plan.config.data.decode_threads, ahead=plan.config.data.prefetch_steps,
         )  # fmt: skip
         steps = source.steps(self.step, plan.steps)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from data_prep.common.errors import did_you_mean, one_line, short_repr
-from pipeline.config.schema import ConfigError, LlmConfig, VisionConfig
+from pipeline.config.schema import ConfigError, LlmConfig, TowerConfig
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
@@ -76,15 +76,16 @@ def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     return _without_dropout(_make("model.llm", family, family.prepared(raw), config.config))
 
 
-def vision_config(config: VisionConfig) -> PreTrainedConfig:
+def vision_config(config: TowerConfig, key: str = "model.vision") -> PreTrainedConfig:
     """Return the tower's config without dropout and without the pooling head, which no connector uses.
 
-    Raises ConfigError as :func:`llm_config` does, and for an image size smaller than a patch.
+    ``key`` names the tower in messages. Raises ConfigError as :func:`llm_config` does, and for an image size smaller
+    than a patch.
     """
-    raw = _merged("model.vision", config.source, config.config)
-    raw = {**_nested("model.vision", raw, "vision_config", VISION_FAMILIES), **config.config}
-    family = _family("model.vision", raw, VISION_FAMILIES)
-    return _without_dropout(_make("model.vision", family, family.prepared(raw), config.config))
+    raw = _merged(key, config.source, config.config)
+    raw = {**_nested(key, raw, "vision_config", VISION_FAMILIES), **config.config}
+    family = _family(key, raw, VISION_FAMILIES)
+    return _without_dropout(_make(key, family, family.prepared(raw), config.config))
 
 
 def config_from_dict(raw: Mapping[str, Any], known: Mapping[str, Family]) -> PreTrainedConfig:

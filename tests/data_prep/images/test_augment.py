@@ -188,7 +188,7 @@ def test_packs_do_not_depend_on_workers_and_asking_for_nothing_changes_no_byte(
 def _pixels(reader: PackReader, dp: int, first: int) -> torch.Tensor:
     """All pixels of the steps from ``first`` on, in the order of rows."""
     order = BatchOrder(global_batch_size=2, dp=dp, microbatches=2 // dp)
-    kwargs = {"order": order, "policy": get_policy("mma"), "preprocess": Preprocess(8), "threads": 0, "ahead": 1}
+    kwargs = {"order": order, "policy": get_policy("mma"), "preprocess": [Preprocess(8)], "threads": 0, "ahead": 1}
     sources = [BatchSource(reader, dp_rank=dp_rank, **kwargs) for dp_rank in range(dp)]  # type: ignore[arg-type]
     found = []
     for step in range(first, len(reader) // 2):

@@ -24,7 +24,7 @@ def packs(small_demo: Path) -> PackReader:
 def source(packs: PackReader, *, dp: int = 1, dp_rank: int = 0, threads: int = 0, images: bool = True) -> BatchSource:
     return BatchSource(
         packs, order=BatchOrder(8, dp, 2), dp_rank=dp_rank, policy=get_policy("mma"),
-        preprocess=Preprocess(48) if images else None, threads=threads, ahead=2,
+        preprocess=[Preprocess(48)] if images else (), threads=threads, ahead=2,
     )  # fmt: skip
 
 

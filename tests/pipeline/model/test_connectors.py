@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 from transformers.models.deformable_detr import DeformableDetrConfig
@@ -28,6 +32,7 @@ from pipeline.model.connectors.dabstractor import DeformableAttention, Deformabl
 from pipeline.model.connectors.pixel_shuffle import PixelShuffleConnector
 from pipeline.model.counts import ParamCounts
 from pipeline.model.spec import ModelSpec
+from pipeline.model.weights import WeightSource, global_shapes
 from tests.pipeline.model.helpers import (
     VOCAB,
     model_config,
@@ -365,3 +370,87 @@ def test_without_the_norm_a_connector_is_what_it_was() -> None:
     assert {f"connector.{name}" for name, _ in plain.named_parameters()} < {n for n, _ in normed.named_parameters()}
     inputs = torch.randn(1, 4, 3, dtype=F64)
     assert torch.allclose(normed(inputs), F.layer_norm(plain(inputs), (6,)))
+
+
+# ---- several towers
+
+SECOND = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+SECOND |= {"num_attention_heads": 2, "image_size": 48, "patch_size": 8}
+
+
+def two_towers(**vision: Any) -> ModelConfig:
+    raw = stage_config("sva", newline=False).model_dump()
+    raw["vision"].update(vision)
+    return ModelConfig.model_validate({**raw, "extra_vision": [{"config": SECOND}]})
+
+
+def test_a_query_sees_its_window_of_every_tower() -> None:
+    """4 x 4 patches of the first tower and 6 x 6 of the second, in windows of 2 x 2 and 3 x 3."""
+    features = Features(6, (4, 4), others=(Features(8, (6, 6)),))
+    module = built(tiny("sva", newline=False), features)
+    for layer in module.layers:
+        nn.init.zeros_(layer.context.weight)
+    towers = (features, *features.others)
+    inputs = [torch.randn(1, own.patches, own.width, dtype=F64, requires_grad=True) for own in towers]
+    module(*inputs)[0, 1].sum().backward()
+    for given, grid, side in zip(inputs, ((4, 4), (6, 6)), (2, 3), strict=True):
+        assert given.grad is not None
+        seen = given.grad[0].abs().sum(-1).view(grid) > 0
+        assert torch.equal(seen, square(grid, range(side), range(side, 2 * side)))
+
+
+def test_two_towers_see_the_same_images_and_keep_their_own_weights() -> None:
+    spec = ModelSpec.resolve(two_towers(), vocab_size=VOCAB, image_tokens=None)
+    stage = whole_stage(spec)
+    frozen = {name for name, param in stage.named_parameters() if not param.requires_grad}
+    assert frozen == {name for name, _ in stage.named_parameters() if name.startswith(("vision.", "extra_vision."))}
+    assert not stage.extra_vision[0].training
+    names = dict(global_shapes(spec))
+    assert names == {name: tuple(param.shape) for name, param in stage.named_parameters()}
+    images = [Image.effect_noise((60, 50), 80).convert("RGB"), Image.effect_noise((30, 70), 80).convert("RGB")]
+    pixels, *extra = (tower.preprocess.batch(images) for tower in spec.towers.values())
+    assert (pixels.shape[-1], extra[0].shape[-1]) == (32, 48)
+    like = torch.empty(0)
+    tokens = stage.image_tokens(pixels, like, extra)
+    assert tokens.shape == (2 * spec.image_tokens, spec.width)
+    single = torch.cat([stage.image_tokens(pixels[i : i + 1], like, [extra[0][i : i + 1]]) for i in range(2)])
+    assert torch.allclose(tokens, single, atol=1e-6)
+    assert not torch.allclose(tokens, stage.image_tokens(pixels, like, [-extra[0]]), atol=1e-3)
+    assert stage.image_tokens(None, like).shape == (spec.image_tokens, spec.width), "blank images for every tower"
+    counts = ParamCounts.of(spec)
+    assert counts.total == sum(param.numel() for param in stage.parameters())
+    work = [sum(map(torch.numel, tower.parameters())) for tower in (stage.vision, stage.extra_vision[0])]
+    assert counts.vision * counts.patches == pytest.approx(work[0] * 16 + work[1] * 36)
+
+
+def test_a_saved_model_keeps_its_towers(tmp_path: Path) -> None:
+    spec = ModelSpec.resolve(two_towers(), vocab_size=VOCAB, image_tokens=None)
+    again = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again.to_dict() == spec.to_dict() and again.features == spec.features
+    stage = whole_stage(spec)
+    save_file({name: param.contiguous() for name, param in stage.named_parameters()}, tmp_path / "model.safetensors")
+    loaded = whole_stage(again, source=WeightSource.open_export(again, tmp_path))
+    assert all(torch.equal(param, loaded.get_parameter(name)) for name, param in stage.named_parameters())
+
+
+def test_a_second_tower_is_read_from_its_folder(tmp_path: Path) -> None:
+    tower = whole_stage(ModelSpec.resolve(two_towers(), vocab_size=VOCAB, image_tokens=None)).extra_vision[0]
+    tower.save_pretrained(tmp_path)
+    raw = two_towers().model_dump()
+    raw["extra_vision"] = f"[{{source: '{tmp_path}'}}]"  # as on the command line
+    spec = ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+    stage = build_stage(
+        spec, layers=range(3), first=True, last=True, dtype=torch.float32, device="cpu", seed=9,
+        source=WeightSource.open(spec),
+    )  # fmt: skip
+    for name, param in tower.named_parameters():
+        assert torch.equal(param, stage.extra_vision[0].get_parameter(name)), name
+
+
+def test_a_connector_of_one_tower_refuses_a_second() -> None:
+    raw = two_towers().model_dump() | {"connector": {"kind": "mlp"}}
+    with pytest.raises(ConfigError, match=r"model\.extra_vision needs a connector.*kind is mlp: remove it, or use sva"):
+        ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+    wrong = two_towers().model_dump() | {"extra_vision": [{"config": {"model_type": "vit"}}]}
+    with pytest.raises(ConfigError, match=r"model\.extra_vision\.0: model_type 'vit'"):
+        ModelSpec.resolve(ModelConfig.model_validate(wrong), vocab_size=VOCAB, image_tokens=None)

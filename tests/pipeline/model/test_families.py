@@ -91,7 +91,7 @@ def test_code_named_in_a_model_folder_is_ignored_with_a_warning(
     config = getattr(spec, part)
     assert config._attn_implementation in (None, "sdpa") and not hasattr(config, "auto_map")
     spec.meta_llm()
-    spec.meta_vision()
+    spec.towers["vision"].meta()
 
 
 def test_quantized_weights_are_refused_by_name(tmp_path: Path) -> None:

@@ -1,0 +1,99 @@
+"""A vision tower of a model, resolved: its config, its preprocessing and the folder of its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from data_prep.common.errors import one_line
+from pipeline.config.schema import ConfigError, TowerConfig
+from pipeline.model.connectors import Features
+from pipeline.model.families.configs import config_from_dict, vision_config
+from pipeline.model.families.registry import VISION_FAMILIES
+from pipeline.model.families.vision import VisionFamily
+from pipeline.model.limits import read_bounded
+from pipeline.model.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class Tower:
+    """One vision tower."""
+
+    config: PreTrainedConfig
+    preprocess: Preprocess
+    source: str = ""
+    """Folder with its weights; empty = from scratch."""
+
+    @classmethod
+    def resolve(cls, config: TowerConfig, key: str) -> Tower:
+        """Check a tower of a recipe; ``key`` names it in messages. Raises ConfigError naming the key and the fix."""
+        made = vision_config(config, key)
+        return cls(made, _preprocess(config.source, made), config.source)
+
+    @property
+    def family(self) -> VisionFamily:
+        """All that is special about its family."""
+        return VISION_FAMILIES[self.config.model_type]
+
+    @property
+    def features(self) -> Features:
+        """Width and grid of its patch features."""
+        grid = self.family.grid(self.config, self.preprocess.size_px)
+        return Features(int(self.config.hidden_size), grid)
+
+    def meta(self) -> PreTrainedModel:
+        """Return the tower on the meta device, without the parts whose output is unused.
+
+        Raises ConfigError when its config cannot be built.
+        """
+        with torch.device("meta"), config_errors("model.vision"):
+            return self.family.build(self.config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON-ready description, without the source folder."""
+        vision = json.loads(self.config.to_json_string(use_diff=False))
+        return {"vision": vision, "preprocess": self.preprocess.to_dict()}
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Tower:
+        """Rebuild a tower from :meth:`to_dict`. Raises ConfigError, or KeyError or ValueError when it is damaged."""
+        tower = cls(config_from_dict(raw["vision"], VISION_FAMILIES), Preprocess.from_dict(raw["preprocess"]))
+        side = tower.family.size_px(tower.config)
+        if tower.preprocess.size_px != side:
+            raise ValueError(f"preprocess.size_px {tower.preprocess.size_px}, image_size {side}")
+        return tower
+
+
+@contextmanager
+def config_errors(key: str) -> Iterator[None]:
+    """Report what transformers finds only while building (an unknown activation, say) as an error of the config."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
+
+
+def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
+    """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
+    path = Path(source) / "preprocessor_config.json"
+    family = VISION_FAMILIES[vision.model_type]
+    try:
+        saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
+        mean = saved.get("image_mean", family.mean)
+        std = saved.get("image_std", family.std)
+        return Preprocess(family.size_px(vision), _channels(mean), _channels(std))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
+
+
+def _channels(values: Any) -> tuple[float, float, float]:
+    """Return one number per channel. Raises ValueError or TypeError."""
+    red, green, blue = map(float, values)
+    return red, green, blue

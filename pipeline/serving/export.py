@@ -23,7 +23,7 @@ from pipeline.model.export_files import FILES, Coverage, check_files, check_fini
 from pipeline.model.export_names import Layout, exported_name
 from pipeline.model.weights import INDEX, global_shapes
 from pipeline.serving.export_config import CONFIG, ExportConfig
-from pipeline.serving.hf_files import write_hf_files, write_json
+from pipeline.serving.hf_files import write_hf_files, write_json, write_own_files
 
 SHARD_BYTES = 4 << 30
 
@@ -105,8 +105,10 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        _write_weights(export_config, _checked(export_config, saved), hidden, "hf")
-        write_hf_files(export_config, tokenizer, hidden)
+        for_transformers = not export_config.spec.extra_towers  # its processor prepares one size of image
+        layout: Layout = "hf" if for_transformers else "flat"
+        _write_weights(export_config, _checked(export_config, saved), hidden, layout)
+        (write_hf_files if for_transformers else write_own_files)(export_config, tokenizer, hidden)
         write_file_hashes(hidden)
         for path in hidden.rglob("*"):
             _sync(path)

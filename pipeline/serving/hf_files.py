@@ -58,6 +58,12 @@ def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Pa
     write_json(folder / "processor_config.json", processor)
 
 
+def write_own_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    """Write the files of an export that only this project loads, as it has several vision towers."""
+    write_json(folder / CONFIG, export_config.to_config())
+    tokenizer.save(folder / export_config.tokenizer)
+
+
 def code_files(spec: ModelSpec) -> dict[str, str]:
     """Return the content of the code files, by name.
 
@@ -96,6 +102,7 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
     spans = assistant_spans(export_config.template, tokenizer)
     own = {**raw["mma"], "mask_grid": spec.mask_grid, "assistant_spans": spans}
     own["connector_arguments"] = spec.connector.arguments(spec.features, spec.width)
+    own["connector_norm"] = spec.connector.norm
     return {
         **raw,
         "model_type": "mma",

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from pipeline.masks.policies import Policy, dense_mask, get_policy
 from pipeline.masks.sidecars import Sidecars, position_ids
+from pipeline.model.connectors.base import NormedConnector
 from pipeline.serving.remote.configuration_mma import MmaConfig
 from pipeline.serving.remote.parts import ConnectorModule, DecoderFamily, TowerFamily
 
@@ -79,7 +80,9 @@ class MmaModel(MmaPreTrainedModel):
         self._tower, self._decoder = TowerFamily(vision.model_type), DecoderFamily(text.model_type)
         self._masks: dict[str, Any] = {}
         self.vision_tower = self._tower.build(vision)
-        self.connector = ConnectorModule(**config.mma["connector_arguments"])
+        connector = ConnectorModule(**config.mma["connector_arguments"])
+        norm = config.mma.get("connector_norm", False)
+        self.connector = NormedConnector(connector, text.hidden_size) if norm else connector
         self.language_model = AutoModel.from_config(text)
         if self.policy.layers:  # another mask in some layers: each takes its own
             for index, layer in enumerate(self.language_model.layers):

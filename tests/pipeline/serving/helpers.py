@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.example import ImageRef, Turn
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
-from pipeline.config.schema import ConnectorConfig
+from pipeline.config.schema import ConnectorConfig, ModelConfig
 from pipeline.model.export_files import write_file_hashes
 from pipeline.model.export_names import exported_name
 from pipeline.model.spec import ModelSpec
@@ -56,13 +56,24 @@ def make_tokenizer(folder: Path) -> Tokenizer:
 
 
 def make_saved(
-    folder: Path, family: str = "llama", *, policy: str = "mma", patch_tokens: bool = False, **llm: Any
+    folder: Path,
+    family: str = "llama",
+    *,
+    policy: str = "mma",
+    connector: dict[str, Any] | None = None,
+    patch_tokens: bool = False,
+    extra_vision: list[dict[str, Any]] | None = None,
+    **llm: Any,
 ) -> Saved:
     """Make a random model; ``patch_tokens`` gives it one token per patch, on a grid."""
     tokenizer = make_tokenizer(folder)
-    config, image_tokens = model_config(family, **llm), IMAGE_TOKENS
+    config = model_config(family, **llm)
+    image_tokens: int | None = IMAGE_TOKENS
     if patch_tokens:
         config, image_tokens = config.model_copy(update={"connector": ConnectorConfig(kind="mlp")}), GRID_TOKENS
+    if connector is not None:
+        own = {"connector": connector, "extra_vision": extra_vision or []}
+        config, image_tokens = ModelConfig.model_validate({**config.model_dump(), **own}), None
     spec = ModelSpec.resolve(config, vocab_size=len(tokenizer), image_tokens=image_tokens)
     meta = {
         "spec": spec.to_dict(),

@@ -23,6 +23,7 @@ from data_prep.common.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
 from data_prep.text.template import CHAT_FORMATS, Special, Template
 from pipeline.masks import POLICIES
+from pipeline.model.connectors import CONNECTORS
 from pipeline.model.connectors.perceiver import PerceiverResampler
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.towers import Siglip
@@ -33,6 +34,7 @@ from pipeline.serving.hf_files import CODE, assistant_spans, code_files
 from pipeline.serving.model import MultimodalModel, load_model
 from pipeline.serving.remote import bundle as bundle_module
 from pipeline.serving.remote.bundle import SIBLINGS, bundle
+from tests.pipeline.model.test_connectors import SECOND, TINY
 from tests.pipeline.serving.helpers import (
     CONVERSATIONS,
     TEMPLATE,
@@ -136,6 +138,8 @@ def test_an_export_answers_where_the_project_is_not_installed(
 VARIANTS: dict[str, dict[str, Any]] = {
     "layers": {"policy": "mma+0:1=mixed+2:3=causal", "tie_word_embeddings": True},
     "mlp": {"patch_tokens": True, "policy": "cca"},
+    **{kind: {"connector": {"kind": kind, **TINY[kind]}} for kind in CONNECTORS if kind not in ("mlp", "perceiver")},
+    "norm": {"connector": {"kind": "mlp", "norm": True}},
     **{family: {"family": family} for family in ("gemma2", "gemma3_text", "granite")},
 }
 
@@ -154,6 +158,21 @@ def test_logits_and_answers_equal_those_of_the_training_code(options: dict[str, 
         assert torch.allclose(logits[row][real], own.logits(prompt), rtol=0, atol=1e-5)
     ids = model.generate(**batch, max_new_tokens=5)[:, batch["input_ids"].shape[1] :]
     assert ids.tolist() == own.generate_ids([own.prompt(turns) for turns in CONVERSATIONS], max_new_tokens=5).tolist()
+
+
+def test_a_model_with_several_towers_is_exported_for_this_project_alone(tmp_path: Path) -> None:
+    saved = make_saved(tmp_path, connector={"kind": "sva", **TINY["sva"]}, extra_vision=[{"config": SECOND}])
+    folder = export(saved, tmp_path / "export")
+    assert not list(folder.glob("*.py"))
+    model = load_model(folder)
+    prompt = model.prompt(CONVERSATIONS[0])
+    inputs = model.inputs(prompt)
+    assert [pixels.shape[-1] for pixels in (inputs.pixels, *inputs.extra_pixels)] == [16, 48]
+    wanted = saved.stage.eval()
+    with torch.no_grad():
+        hidden = wanted.model.norm(wanted.decode(wanted.embed(inputs), inputs))
+        assert torch.allclose(model.logits(prompt), wanted.lm_head.logits(hidden)[0], atol=1e-6)
+    assert len(model.generate([prompt], max_new_tokens=3)) == 1
 
 
 @pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if not policy.needs_grid])

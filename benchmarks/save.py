@@ -77,7 +77,8 @@ class Checks:
 
 def measure_checks(trainer: Trainer, folder: Path, blocks: Sequence[Block]) -> Checks:
     """Time the checks by themselves, on the shards of this rank and the newest checkpoint of a run folder."""
-    from pipeline.checkpoints.checkpoint import checkpoint_folders, hash_file
+    from pipeline.checkpoints.base import hash_file
+    from pipeline.checkpoints.checkpoint import checkpoint_folders
     from pipeline.checkpoints.manifest import rank_file, read_manifest
     from pipeline.checkpoints.shards import first_not_finite, shards
 

@@ -4,7 +4,8 @@ One folder per checkpoint: a safetensors file per rank with flat fp32 shards of 
 state (``master|NAME``, ``exp_avg|NAME``, ``exp_avg_sq|NAME``; ``frozen|NAME`` in the compute type), and a manifest with
 the shape of every parameter, the grid, the training state and a hash of every file. Parameter names are global
 (``model.layers.7...``), so a shard of another grid is a slice of a few files. The tokenizer is included, so checkpoints
-can be moved and exported. Nothing is pickled, and nothing outside the folder is read.
+can be moved and exported. Nothing is pickled, and nothing outside the folder is read, but for the base weights of a run
+with LoRA (`pipeline.checkpoints.base`): safetensors whose hashes are in the manifest.
 
 `pipeline.checkpoints.writing` writes them.
 """
@@ -14,19 +15,24 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import xxhash
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError
+from pipeline.checkpoints.base import base_faults, hash_file, open_source
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
 from pipeline.checkpoints.shards import first_not_finite, shards
+from pipeline.config.schema import LoraConfig
+from pipeline.model import lora
+from pipeline.model.spec import ModelSpec
+from pipeline.model.weights import WeightSource
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 _NAME = re.compile(r"step-\d{8}")
@@ -58,6 +64,10 @@ class Checkpoint:
                     lines.append(f"{path} is damaged")
             except OSError as error:
                 lines.append(f"{path} cannot be read ({error.strerror})")
+        for base in self.manifest.base:
+            lines += [f"{self.path}: {fault}" for fault in base_faults(base, rank=rank, world=world)]
+            if base.kind == "checkpoint" and not lines:
+                lines += Checkpoint(base.path).faults(rank=rank, world=world)
         return lines
 
     def _shards(self, rank: int) -> Any:
@@ -103,16 +113,67 @@ class Checkpoint:
             pieces.append(shard[max(start - offset, 0) : min(stop - offset, size)])
         return torch.cat(pieces) if pieces else torch.empty(0)
 
+    def weight(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Return elements ``start .. stop - 1`` of a flattened parameter of the model, its adapter merged into it.
+
+        fp32 if it is trained or has an adapter, else the compute type. Raises UserError as :meth:`read_flat` does.
+        """
+        entry = self.manifest.params[name]
+        read = partial(self.read_flat, _kind(entry)) if entry.stored else self._in_base
+        flat = read(name, start, stop)
+        module = name.removesuffix(".weight")
+        if self.lora is None or f"{module}.{lora.A}" not in self.manifest.params or stop <= start:
+            return flat
+        width = entry.shape[1]
+        rows = range(start // width, -(-stop // width))
+        a, b = (self._adapter(f"{module}.{own}") for own in (lora.A, lora.B))
+        update = lora.merged_update(a, b[rows.start : rows.stop], self.lora).flatten()
+        return flat.float() + update[start - rows.start * width : stop - rows.start * width]
+
+    @cached_property
+    def lora(self) -> LoraConfig | None:
+        """The adapters of the model; None without LoRA."""
+        raw = self.manifest.model["spec"].get("lora")
+        return LoraConfig.model_validate(raw) if raw else None
+
+    def _adapter(self, name: str) -> torch.Tensor:
+        entry = self.manifest.params[name]
+        return self.read_flat(_kind(entry), name, 0, torch.Size(entry.shape).numel()).view(entry.shape)
+
+    @cached_property
+    def _base(self) -> Checkpoint | WeightSource | None:
+        given = next((base for base in self.manifest.base if base.kind == "checkpoint"), None)
+        if given is not None:
+            return Checkpoint(given.path)
+        return open_source(ModelSpec.from_dict(self.manifest.model["spec"]), self.manifest.base)
+
+    def _in_base(self, name: str, start: int, stop: int) -> torch.Tensor:
+        base, shape = self._base, self.manifest.params[name].shape
+        dtype = torch.bfloat16 if self.manifest.model.get("dtype") == "bfloat16" else torch.float32
+        if isinstance(base, Checkpoint):
+            if has_weight(base, name):
+                return base.weight(_as_saved(name, base), start, stop).to(dtype)
+        elif base is not None and name in base:
+            return base.read(name, shape).flatten()[start:stop].to(dtype)
+        raise UserError(f"{self.path}: the base weights have no parameter {name}: use another checkpoint")
+
     def parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield every parameter whole, one at a time (fp32 for trained ones, the compute type for frozen ones)."""
+        """Yield every parameter of the model whole, one at a time, adapters merged; see :meth:`weight`."""
         for name, entry in self.manifest.params.items():
-            numel = torch.Size(entry.shape).numel()
-            yield name, self.read_flat("master" if entry.trained else "frozen", name, 0, numel).view(entry.shape)
+            if not lora.is_adapter(name):
+                yield name, self.weight(name, 0, torch.Size(entry.shape).numel()).view(entry.shape)
+
+    def trained_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield every parameter that is trained, and every adapter, whole and as it is."""
+        for name, entry in self.manifest.params.items():
+            if entry.trained or lora.is_adapter(name):
+                yield name, self.read_flat(_kind(entry), name, 0, torch.Size(entry.shape).numel()).view(entry.shape)
 
     @property
     def meta(self) -> dict[str, Any]:
-        """The model's description and its tokenizer's folder, for export."""
-        return {**self.manifest.model, "tokenizer": str(self.path / TOKENIZER)}
+        """The description of the model as :meth:`parameters` gives it, and its tokenizer's folder, for export."""
+        spec = {**self.manifest.model["spec"], "lora": None}
+        return {**self.manifest.model, "spec": spec, "tokenizer": str(self.path / TOKENIZER)}
 
 
 def checkpoint_folders(run_dir: Path) -> list[Path]:
@@ -176,6 +237,8 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     kinds = [("master", None)] if weights_only else [("master", None), *((state, state) for state in STATES)]
     for name, param in stage.trainable():
         name = _as_saved(name, checkpoint)
+        if weights_only and lora.is_adapter(name):
+            continue  # merged into the weights; the new run's own adapters start from zero
         start, entry = _own_range(stage, name, param, checkpoint)
         if not (entry.trained or weights_only):
             raise UserError(
@@ -183,11 +246,16 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
                 f"or start another --run-dir with --init-from {checkpoint.path}"
             )
         for kind, state in kinds:
-            kind = kind if entry.trained else "frozen"
-            _copy_range(stage.master_shard(param, state), checkpoint, kind, name, start, entry)
+            read = checkpoint.weight if weights_only else partial(checkpoint.read_flat, kind)
+            _copy_range(stage.master_shard(param, state), read, name, start, entry)
     for name, param in stage.frozen():
+        name = _as_saved(name, checkpoint)
+        if weights_only and lora.is_adapter(name):
+            continue
         start, entry = _own_range(stage, name, param, checkpoint)
-        _copy_range(stage.compute_shard(param), checkpoint, "master" if entry.trained else "frozen", name, start, entry)
+        if entry.stored or weights_only:  # else it was read from the base weights when the stage was built
+            read = checkpoint.weight if weights_only else partial(checkpoint.read_flat, _kind(entry))
+            _copy_range(stage.compute_shard(param), read, name, start, entry)
     stage.finish_load(0 if weights_only else checkpoint.manifest.optimizer_steps)
     if (odd := first_not_finite(dict(shards(stage)))) is not None:
         raise UserError(f"{checkpoint.path}: {odd} is not finite: use another checkpoint")
@@ -249,6 +317,16 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def has_weight(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether a checkpoint has a parameter of the model, stored or in its base weights."""
+    return _as_saved(name, checkpoint) in checkpoint.manifest.params
+
+
+def _kind(entry: ParamEntry) -> str:
+    """Return what a stored parameter's value is kept as."""
+    return "master" if entry.trained else "frozen"
+
+
 def _as_saved(name: str, checkpoint: Checkpoint) -> str:
     """Return the name that a parameter was saved under: a tied head is the embedding if one stage held both."""
     tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"].get("tie_word_embeddings")
@@ -267,20 +345,14 @@ def _own_range(
     return stage.topology.dp_rank * stage.compute_shard(param).numel(), saved[name]
 
 
-def _copy_range(into: torch.Tensor, source: Checkpoint, kind: str, name: str, start: int, entry: ParamEntry) -> None:
+def _copy_range(
+    into: torch.Tensor, read: Callable[[str, int, int], torch.Tensor], name: str, start: int, entry: ParamEntry
+) -> None:
+    """Copy a rank's share of a parameter, which ``read(name, start, stop)`` returns."""
     stop = min(start + into.numel(), torch.Size(entry.shape).numel())
-    values = source.read_flat(kind, name, start, stop) if stop > start else torch.empty(0)
+    values = read(name, start, stop) if stop > start else torch.empty(0)
     into.zero_()
     into[: values.numel()].copy_(values)
-
-
-def hash_file(path: Path) -> str:
-    """Return the xxh3-128 of a file in hex."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _broadcast_from_rank0(own: list[tuple[Path, bool]]) -> list[tuple[Path, bool]]:

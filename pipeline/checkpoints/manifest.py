@@ -21,7 +21,7 @@ from data_prep.common.errors import UserError
 from data_prep.common.validation import first_problem
 
 FORMAT: Final = "mma-checkpoint"
-VERSION: Final = 3
+VERSION: Final = 4
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 _MAX_BYTES = 1 << 28
@@ -41,6 +41,8 @@ class ParamEntry:
     shape: Annotated[tuple[Count, ...], Field(max_length=8)]
     stage: Count
     trained: bool
+    stored: bool = True
+    """False: its value is in the base weights."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -49,6 +51,17 @@ class FileDigest:
 
     bytes: Count
     xxh3: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+
+
+@dataclass(frozen=True, config=_STRICT)
+class BaseWeights:
+    """Where weights that a run does not train lie, outside the checkpoint: LoRA saves its adapters alone."""
+
+    kind: Literal["llm", "vision", "export", "checkpoint"]
+    """Hugging Face folder of the language model or of the tower; a model folder of `mma export`; a checkpoint."""
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], FileDigest]
+    """Its weight files, by name: reading them is refused when one has changed."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -68,11 +81,13 @@ class CheckpointManifest:
     config: dict[str, Any]
     model: dict[str, Any]
     """What export needs to rebuild the model (see `pipeline.model.spec`)."""
+    base: tuple[BaseWeights, ...] = ()
+    """What holds the parameters that are not stored."""
     params: dict[str, ParamEntry] = field(default_factory=dict)
     files: dict[str, FileDigest] = field(default_factory=dict)
     """By name: ``rank-NNNNN.safetensors`` of every rank, and ``tokenizer/NAME``."""
     format: Literal["mma-checkpoint"] = FORMAT
-    version: Literal[3] = VERSION
+    version: Literal[4] = VERSION
 
     def to_json(self) -> str:
         """Return the content of ``manifest.json``."""

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
 from pipeline.parallel.zero3 import STATES, Zero3Stage
 
 
-def shards(stage: Zero3Stage) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device, padding set to 0."""
+def everything(name: str) -> bool:
+    """Save every frozen parameter, so that a checkpoint is complete by itself."""
+    return True
+
+
+def shards(stage: Zero3Stage, stores: Callable[[str], bool] = everything) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (key in the file, tensor) of what a rank saves: the live tensors, on their device, padding set to 0.
+
+    ``stores``: whether a frozen parameter is saved; others are in the base weights.
+    """
     for name, param in stage.trainable():
         yield f"master|{name}", _without_padding(stage, param, stage.master_shard(param))
         for state in STATES:
             yield f"{state}|{name}", _without_padding(stage, param, stage.master_shard(param, state))
     for name, param in stage.frozen():
+        if not stores(name):
+            continue
         yield f"frozen|{name}", _without_padding(stage, param, stage.compute_shard(param))
 
 

@@ -21,9 +21,10 @@ from safetensors.torch import save_file
 
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
-from pipeline.checkpoints.checkpoint import SHOWN_S, hash_file
+from pipeline.checkpoints.base import hash_file
+from pipeline.checkpoints.checkpoint import SHOWN_S
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, CheckpointManifest, FileDigest, ParamEntry, rank_file
-from pipeline.checkpoints.shards import first_not_finite, shards
+from pipeline.checkpoints.shards import everything, first_not_finite, shards
 from pipeline.parallel.zero3 import Zero3Stage
 
 Phase = Callable[[], Any]
@@ -60,15 +61,15 @@ class HostCopy:
     reused. On GPU machines it is pinned, and torch rounds the size of each tensor up to a power of two.
     """
 
-    def __init__(self, stage: Zero3Stage) -> None:
-        """Copy shards of ``stage``; nothing is allocated yet."""
-        self._stage = stage
+    def __init__(self, stage: Zero3Stage, stores: Callable[[str], bool] = everything) -> None:
+        """Copy shards of ``stage``; nothing is allocated yet. ``stores``: see `pipeline.checkpoints.shards.shards`."""
+        self._stage, self._stores = stage, stores
         self._copies: dict[str, torch.Tensor] = {}
 
     def take(self) -> dict[str, torch.Tensor]:
         """Return a copy of the current shards, valid until the next call."""
         pinned = torch.cuda.is_available()
-        for key, shard in shards(self._stage):
+        for key, shard in shards(self._stage, self._stores):
             if key not in self._copies:
                 self._copies[key] = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=pinned)
             self._copies[key].copy_(shard, non_blocking=True)
@@ -77,12 +78,20 @@ class HostCopy:
         return self._copies
 
 
-def describe(stage: Zero3Stage) -> dict[str, ParamEntry]:
-    """Return this rank's share of the manifest's ``params``: those of its stage if this is dp rank 0, else none."""
+def describe(stage: Zero3Stage, stores: Callable[[str], bool] = everything) -> dict[str, ParamEntry]:
+    """Return this rank's share of the manifest's ``params``: those of its stage if this is dp rank 0, else none.
+
+    ``stores``: see `pipeline.checkpoints.shards.shards`.
+    """
     if stage.topology.dp_rank:
         return {}
     return {
-        name: ParamEntry(tuple(stage.full_shape(param)), stage.topology.stage, param.requires_grad)
+        name: ParamEntry(
+            tuple(stage.full_shape(param)),
+            stage.topology.stage,
+            param.requires_grad,
+            stored=param.requires_grad or stores(name),
+        )
         for name, param in stage.module.named_parameters()
     }
 

@@ -19,6 +19,13 @@ if TYPE_CHECKING:
 def _export(arguments: argparse.Namespace) -> None:
     from pipeline.serving.export import export_run
 
+    if arguments.adapter:
+        from pipeline.serving.adapter import export_adapter
+
+        if arguments.dtype != "auto":
+            raise UserError(f"--dtype {arguments.dtype}: adapters are fp32, as trained: remove it, or --adapter")
+        print(f"exported the adapter to {export_adapter(arguments.run, arguments.out)}")
+        return
     print(f"exported to {export_run(arguments.run, arguments.out, dtype=arguments.dtype)}")
 
 
@@ -102,6 +109,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "bfloat16", "float32"),
         default="auto",
         help="dtype of the weights (default: as trained)",
+    )
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a run with LoRA, write the adapter alone, as a folder of the peft library (default: merged weights)",
     )
     parser.set_defaults(command=_export)
 

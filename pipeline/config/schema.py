@@ -92,6 +92,33 @@ class ConnectorConfig(Section):
     docs/reference.md, section Connectors, lists kinds and options."""
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (LoRA): language model and tower keep their weights and learn small updates of them."""
+
+    rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    """Rank of the updates; 0 = no LoRA. With LoRA, language model and tower train nothing else; the connector trains
+    unless `train.freeze` names it."""
+    alpha: Annotated[float, Field(gt=0, le=1e6)] = 16.0
+    """Updates are scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (rsLoRA)."""
+    targets: Names = ["model.layers.*"]
+    """Linear layers with an adapter, by their last words as in peft (`q_proj`) or by patterns of global names
+    (`vision.*.fc1`). The default is all of the decoder's layers."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Must be 0: no training step is random, so that a resumed run equals an uninterrupted one."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Quantization of the base weights (QLoRA). Only `none` is supported."""
+
+    @model_validator(mode="after")
+    def _is_deterministic(self) -> LoraConfig:
+        if self.dropout:
+            raise ValueError(f"dropout={self.dropout:g} is not supported, no training step is random: set it to 0")
+        if self.rank and not self.targets:
+            raise ValueError("targets is empty: name the layers that get an adapter, such as q_proj,v_proj")
+        return self
+
+
 class ModelConfig(Section):
     """The multimodal model: vision tower -> connector -> language model."""
 
@@ -104,6 +131,8 @@ class ModelConfig(Section):
     of `source` and `config`, on the command line as YAML: [{source: models/dinov2}]."""
     connector: ConnectorConfig = ConnectorConfig()
     """Connector."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters."""
 
 
 class MaskConfig(Section):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pipeline.model.connectors.base import NormedConnector
+from pipeline.model.lora import draw_adapters, is_adapter
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.trainable import Trainable
@@ -109,7 +110,8 @@ def _text_scale(embedding: nn.Module, llm: PreTrainedModel, *, seed: int, source
 
 
 def _in_source(name: str, unit: nn.Module, source: WeightSource | None) -> bool:
-    return source is not None and all(f"{name}.{own}" in source for own, _ in unit.named_parameters())
+    base = [own for own, _ in unit.named_parameters() if not is_adapter(own)]
+    return source is not None and all(f"{name}.{own}" in source for own in base)
 
 
 def _cast(unit: nn.Module, dtype: torch.dtype) -> None:
@@ -126,8 +128,9 @@ def _fill(
     # A head tied to an embedding on another stage must start with the same values.
     drawn_as = "model.embed_tokens" if name == "lm_head" and family is not None and _is_tied(family) else name
     loaded = _in_source(name, unit, source)
-    for param in unit.parameters():
-        if loaded or not reads:  # transformers' initialisers skip parameters with this mark and fill only buffers
+    for own, param in unit.named_parameters():
+        # transformers' initialisers skip parameters with this mark and fill only buffers
+        if loaded or not reads or is_adapter(own):
             setattr(param, INITIALISED, True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_seed_of(seed, drawn_as))
@@ -139,9 +142,10 @@ def _fill(
     for own, param in unit.named_parameters():
         if not reads:
             param.zero_()
-        elif loaded and source is not None:
+        elif loaded and not is_adapter(own) and source is not None:
             source.fill(f"{name}.{own}", param)
         vars(param).pop(INITIALISED, None)
+    draw_adapters(name, unit, lambda own: _seed_of(seed, own))
 
 
 def _is_tied(family: PreTrainedModel) -> bool:

@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import one_line
-from pipeline.config.schema import ConfigError, ModelConfig
+from pipeline.config.schema import ConfigError, LoraConfig, ModelConfig
+from pipeline.model import lora as lora_layers
 from pipeline.model.connectors import CONNECTORS, Connector, Features, Grid, read_connector, read_saved_connector
 from pipeline.model.families.configs import config_from_dict, llm_config
 from pipeline.model.families.llm import LlmFamily
@@ -41,6 +42,8 @@ class ModelSpec:
     """Folder with the vision tower's weights; empty = from scratch."""
     extra_towers: tuple[Tower, ...] = ()
     """Further vision towers, for connectors that read several."""
+    lora: LoraConfig | None = None
+    """Adapters, with the global names of all layers that have one."""
 
     @classmethod
     def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None) -> ModelSpec:
@@ -68,6 +71,7 @@ class ModelSpec:
             extra_towers=tuple(extra),
         )
         spec._check_connector()
+        spec = replace(spec, lora=lora_layers.resolve(config.lora, spec._layers()))
         if image_tokens is None:
             return replace(spec, image_tokens=spec.connector_tokens)
         spec._check_image_tokens()
@@ -81,6 +85,12 @@ class ModelSpec:
                 f"{self.connector.kind}: remove it, or use {several}"
             )
         self.connector.check(self.features)
+
+    def _layers(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (global name, module) of every module of the towers and of the decoder layers."""
+        for name, tower in self.towers.items():
+            yield from tower.meta().named_modules(prefix=name)
+        yield from self.llm_family.parts(self.meta_llm()).layers.named_modules(prefix="model.layers")
 
     def _check_image_tokens(self) -> None:
         made = self.connector_tokens
@@ -195,6 +205,7 @@ class ModelSpec:
             "image_tokens": self.image_tokens,
             "vision_frozen": self.vision_frozen,
             "extra_towers": {str(place): tower.to_dict() for place, tower in enumerate(self.extra_towers)},
+            "lora": self.lora.model_dump() if self.lora else None,
         }
 
     @classmethod
@@ -210,6 +221,7 @@ class ModelSpec:
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
                 extra_towers=tuple(Tower.from_dict(own) for own in raw.get("extra_towers", {}).values()),
+                lora=LoraConfig.model_validate(raw["lora"]) if raw.get("lora") else None,
             )
             spec._check_connector()
             if spec.connector_tokens != spec.image_tokens:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pipeline.attention import register
 from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.lora import add_adapters
 from pipeline.model.loss import LMHead
 from pipeline.model.spec import ModelSpec
 
@@ -77,6 +78,8 @@ class Stage(nn.Module):
             self.model.norm = parts.norm
             with torch.device("meta"):
                 self.lm_head = _head(spec)
+        if spec.lora is not None:
+            add_adapters(self, spec.lora)
         # Kept in a tuple, outside the module tree: casting the stage to bf16 must not round the rotary frequencies.
         self._rotary = (spec.llm_family.rotary(llm, spec.llm),)
 

@@ -7,12 +7,13 @@ global names (see `pipeline.model.stage`); ``*`` stands for any characters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import accumulate
 
 from data_prep.common.errors import did_you_mean
 from pipeline.config.schema import ConfigError, TrainSection
+from pipeline.model.lora import is_adapter
 from pipeline.model.spec import ModelSpec
 
 PARTS: Mapping[str, tuple[str, ...]] = {
@@ -44,6 +45,8 @@ class Trainable:
     tied: bool = False
     """The head is the embedding: one weight under two names."""
     vision_frozen: bool = True
+    lora: bool = False
+    """Decoder and tower train nothing but their adapters."""
     freeze: tuple[str, ...] = ()
     rates: tuple[tuple[str, float], ...] = ()
     """(pattern, peak learning rate); the last that matches counts."""
@@ -56,7 +59,9 @@ class Trainable:
 
         Raises ConfigError for a pattern without effect, and when nothing is trained.
         """
-        rule = cls(spec.tied, spec.vision_frozen, tuple(train.freeze), tuple(train.lr_of.items()), train.lr)
+        everything = cls.everything_of(spec)
+        rates = tuple(train.lr_of.items())
+        rule = replace(everything, freeze=tuple(train.freeze), rates=rates, lr=train.lr)
         every = list(names)
         for pattern in rule.freeze:
             _check_matches("train.freeze", pattern, every)
@@ -77,12 +82,13 @@ class Trainable:
     @classmethod
     def everything_of(cls, spec: ModelSpec) -> Trainable:
         """Return the rule without ``train.freeze``: everything trains but a frozen tower."""
-        return cls(spec.tied, spec.vision_frozen)
+        return cls(spec.tied, spec.vision_frozen, spec.lora is not None)
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained."""
         name = self._own_name(name)
-        if self.vision_frozen and part_of(name) == "vision":
+        part = part_of(name)
+        if not is_adapter(name) and ((self.vision_frozen and part == "vision") or (self.lora and part != "connector")):
             return False
         return not any(matches(pattern, name) for pattern in self.freeze)
 

@@ -18,6 +18,7 @@ from data_prep.common.errors import UserError, one_line
 from pipeline.model.export_names import exported_name, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
+from pipeline.model.lora import adapter_shapes
 from pipeline.model.spec import ModelSpec
 from pipeline.model.towers import Tower
 
@@ -132,6 +133,12 @@ class WeightSource:
         if name in _VOCABULARY and len(values) < len(into):
             into[len(values) :] = values.mean(dim=0, dtype=torch.float32).to(into.dtype)
 
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a parameter of that shape in fp32, filled as by :meth:`fill`."""
+        values = torch.empty(shape)
+        self.fill(name, values)
+        return values
+
     def close(self) -> None:
         """Release the memory of everything read so far; reading remains possible."""
         for folder, _ in self._where.values():
@@ -223,7 +230,9 @@ def global_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 def parameter_shapes(spec: ModelSpec) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield (global name, shape) of every parameter that a run has, those of adapters too."""
-    yield from global_shapes(spec)
+    shapes = dict(global_shapes(spec))
+    yield from shapes.items()
+    yield from adapter_shapes(spec.lora, shapes)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -10,7 +10,8 @@ from pipeline.checkpoints.manifest import CheckpointManifest
 from pipeline.config.schema import ConfigError, RunConfig, known_keys
 
 CHANGES_RESULT = frozenset({
-    "model.vision.frozen", "mask.policy", "mask.layers", "data.packs", "train.global_batch_size", "train.steps",
+    "model.vision.frozen", "model.lora.rank", "model.lora.alpha", "model.lora.rslora", "model.lora.targets",
+    "mask.policy", "mask.layers", "data.packs", "train.global_batch_size", "train.steps",
     "train.epochs", "train.freeze", "train.lr", "train.lr_of", "train.schedule", "train.decay_steps", "train.min_lr",
     "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2", "train.eps", "train.clip_norm",
     "train.dtype",

@@ -22,6 +22,7 @@ from pipeline.checkpoints.shards import shards
 from pipeline.checkpoints.writing import DivergedError, HostCopy, Phase, Target, describe, gather_phase, save_phases
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.planning.run_plan import RunPlan
+from pipeline.training.origin import FROM_SCRATCH, Origin
 from pipeline.training.run.folder import RunFolder
 
 
@@ -33,23 +34,28 @@ class CheckpointManager:
     after the same step and no thread calls a collective. At most one save is in progress.
     """
 
-    def __init__(self, plan: RunPlan, folder: RunFolder, stage: Zero3Stage, *, step: int) -> None:
-        """Save ``stage`` into ``folder``; ``step`` is that of its newest checkpoint (0 = none). Collective."""
-        self._plan, self._folder, self._stage = plan, folder, stage
+    def __init__(
+        self, plan: RunPlan, folder: RunFolder, stage: Zero3Stage, *, step: int, origin: Origin = FROM_SCRATCH
+    ) -> None:
+        """Save ``stage`` into ``folder``; ``step`` is that of its newest checkpoint (0 = none). Collective.
+
+        ``origin`` has the base weights of a run with LoRA, which are not saved.
+        """
+        self._plan, self._folder, self._stage, self._origin = plan, folder, stage, origin
         self._is_rank0 = plan.topology.rank == 0
         self._place = folder.path / "checkpoints"
         self._newest, self._proven = step, step - 1
         self._unpruned: Path | None = None
         self._due = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._host = HostCopy(stage) if plan.config.checkpoint.asynchronous else None
+        self._host = HostCopy(stage, origin.stores) if plan.config.checkpoint.asynchronous else None
         self._phases: Generator[Phase, list[Any], None] | None = None  # remaining phases of the save in progress
         self._phase: Future[Any] = Future()
         self._waited = 0.0
         if self._is_rank0:
             remove_unfinished(folder.path)
         gathered: list[Any] = [None] * plan.topology.world
-        dist.all_gather_object(gathered, (describe(stage), uuid.uuid4().hex[:8]))
+        dist.all_gather_object(gathered, (describe(stage, origin.stores), uuid.uuid4().hex[:8]))
         self._params = {name: entry for params, _ in gathered for name, entry in params.items()}
         self._token: str = gathered[0][1]
 
@@ -132,7 +138,7 @@ class CheckpointManager:
 
     def _begin(self, step: int) -> None:
         plan = self._plan
-        own = self._host.take() if self._host else dict(shards(self._stage))
+        own = self._host.take() if self._host else dict(shards(self._stage, self._origin.stores))
         self._step, self._target = step, Target(self._place / f"step-{step:08d}", self._token)
         tokenizer = plan.packs.directory / plan.packs.manifest.tokenizer
         self._phases = save_phases(
@@ -181,7 +187,7 @@ class CheckpointManager:
             consumed_packs=step * plan.order.global_batch_size,
             plan_sha256=plan.packs.manifest.plan_sha256, global_batch_size=plan.order.global_batch_size,
             pp=plan.topology.pp, dp=plan.topology.dp, config=plan.config.model_dump(),
-            model=describe_model(plan), params=self._params,
+            model=describe_model(plan), base=self._origin.base, params=self._params,
         )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups
 from pipeline.parallel.partition import joined
 from pipeline.parallel.zero3 import Zero3Stage, check_version, sharder
-from pipeline.planning.compatibility import is_export
 from pipeline.planning.run_plan import RunPlan
 from pipeline.watchdog.heartbeat import Heartbeat
 
@@ -36,9 +35,19 @@ def parameter_groups(
 
 
 def build_engine(
-    plan: RunPlan, groups: Groups, device: torch.device, heartbeat: Heartbeat, *, empty: bool
+    plan: RunPlan,
+    groups: Groups,
+    device: torch.device,
+    heartbeat: Heartbeat,
+    *,
+    source: WeightSource | None,
+    empty: bool,
 ) -> Zero3Stage:
-    """Build this rank's stage; ``empty`` if a checkpoint will fill it: no weights are read or initialised."""
+    """Build this rank's stage.
+
+    ``source`` has its first weights, or base weights. Without it and with ``empty``, no weights are read or
+    initialised: a checkpoint will fill the stage.
+    """
     topology, config = plan.topology, plan.config
     share = sharder(topology, groups, plan.ds_config)
 
@@ -52,8 +61,8 @@ def build_engine(
     module = build_stage(
         plan.spec, layers=joined(plan.virtual_stages),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
-        seed=config.train.seed, source=None if empty else _pretrained(plan),
-        reads=topology.dp_rank == 0 and not empty, shard=shard, trains=plan.split.trainable.trains,
+        seed=config.train.seed, source=source,
+        reads=topology.dp_rank == 0 and not (empty and source is None), shard=shard, trains=plan.split.trainable.trains,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )  # fmt: skip
     param_groups = parameter_groups(module, config.train, plan.split.trainable)
@@ -68,9 +77,3 @@ def build_engine(
 
 def _adamw(groups: list[dict[str, object]], train: TrainSection, *, fused: bool) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=train.lr, betas=(train.beta1, train.beta2), eps=train.eps, fused=fused)
-
-
-def _pretrained(plan: RunPlan) -> WeightSource | None:
-    """Open the folders of a new run's initial weights."""
-    source = plan.config.init_from
-    return WeightSource.open_export(plan.spec, source) if is_export(source) else WeightSource.open(plan.spec)

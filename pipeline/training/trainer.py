@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -22,7 +21,6 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult
 from pipeline.planning.changes import settings_changed
-from pipeline.planning.compatibility import is_export
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.engine import build_engine
@@ -37,6 +35,7 @@ from pipeline.training.metrics import (
     peak_flops,
     samples_digest,
 )
+from pipeline.training.origin import Origin, find_origin
 from pipeline.training.run.folder import RunFolder, State
 from pipeline.training.supervise import collective_limit
 from pipeline.training.tracing import StepTimer, memory_line
@@ -67,9 +66,10 @@ class Trainer:
         heartbeat.report("creating process groups")
         limit_s = collective_limit(plan.config.parallel.timeout_s)
         groups = create_groups(plan.topology, limit_s, ring=len(plan.virtual_stages) > 1)
-        own = self._own_checkpoint()
-        given = None if own else self._given_checkpoint()
-        self._stage = build_engine(plan, groups, self._device, heartbeat, empty=own is not None or given is not None)
+        origin = find_origin(plan, folder.path, self._report_damage)
+        self._stage = build_engine(
+            plan, groups, self._device, heartbeat, source=origin.source, empty=origin.is_checkpoint
+        )
         self._runner = Runner(
             self._stage, topology=plan.topology, groups=groups, width=plan.spec.width, dtype=plan.dtype,
             schedule=plan.config.parallel.schedule, virtual_stages=plan.virtual_stages,
@@ -78,46 +78,30 @@ class Trainer:
         self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
         heartbeat.report("loading a checkpoint")
-        self.step = self._load(own, given)
-        self._checkpoints = CheckpointManager(plan, folder, self._stage, step=self.step)
+        self.step = self._load(origin)
+        self._checkpoints = CheckpointManager(plan, folder, self._stage, step=self.step, origin=origin)
         self._incidents = Incidents(plan, folder, step=self.step)
 
     def _say(self, text: str) -> None:
         if self._is_rank0:
             print(text, flush=True)
 
-    def _own_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint to resume from. Raises UserError if there are checkpoints but none is intact."""
-        topology = self._plan.topology
-        found, faults = checkpoint.newest_intact(self._folder.path, rank=topology.rank, world=topology.world)
-        for fault in faults:
-            self._say(f"skipping a damaged checkpoint: {fault}")
-            if self._is_rank0:
-                self._folder.record("checkpoint-damaged", reason=fault)
-        if found is None and faults:  # not a new run: starting over would discard its metrics
-            raise UserError(f"{self._folder.path}: no checkpoint is intact: restore one, or use another --run-dir")
-        return found
+    def _report_damage(self, fault: str) -> None:
+        self._say(f"skipping a damaged checkpoint: {fault}")
+        if self._is_rank0:
+            self._folder.record("checkpoint-damaged", reason=fault)
 
-    def _given_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint with a new run's initial weights, if ``init_from`` names one."""
-        source, topology = self._plan.config.init_from, self._plan.topology
-        if not source or is_export(source):
-            return None
-        found, faults = checkpoint.newest_intact(Path(source), rank=topology.rank, world=topology.world)
-        if found is None or faults:
-            raise UserError(f"init_from={source}: {faults[0]}: name an intact checkpoint")
-        return found
-
-    def _load(self, own: Checkpoint | None, given: Checkpoint | None) -> int:
-        """Fill the stage from a checkpoint, if there is one; return the step of the run."""
+    def _load(self, origin: Origin) -> int:
+        """Fill the stage from checkpoints, if there are any; return the step of the run."""
+        own = origin.own
+        if origin.given is not None:
+            checkpoint.load(self._stage, origin.given, weights_only=True)
         if own is not None:
             checkpoint.load(self._stage, own)
             self.step = own.manifest.step
             self._say(f"resuming from {own.path} ({self.place})")
             self._report_changes(own)
             return own.manifest.step
-        if given is not None:
-            checkpoint.load(self._stage, given, weights_only=True)
         if self._plan.config.init_from:
             self._say(f"starting from the weights of {self._plan.config.init_from}")
         return 0

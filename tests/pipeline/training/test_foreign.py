@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from data_prep.common import yaml_files
 from data_prep.common.errors import UserError
-from pipeline.checkpoints.checkpoint import Checkpoint, hash_file, newest_intact
+from pipeline.checkpoints.base import hash_file
+from pipeline.checkpoints.checkpoint import Checkpoint, newest_intact
 from pipeline.checkpoints.manifest import CheckpointManifest, ParamEntry, hashed_json, rank_file
 from pipeline.checkpoints.writing import Target, save_phases
 from pipeline.train import main

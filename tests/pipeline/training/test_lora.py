@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
 from data_prep.common.errors import UserError
 from data_prep.packs import PackReader
@@ -92,25 +92,34 @@ def test_a_run_resumes_to_the_bit(small_demo: Path, base: Path, adapted: Path, t
 def test_the_export_is_merged_and_peft_reads_the_adapter(
     base: Path, adapted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The stage with adapters, the merged export, and peft on the stock decoder have the same logits."""
+    """The merged weights, and peft on the stock decoder and on the stock tower, are the same."""
     peft = pytest.importorskip("peft")
     assert main(["export", str(adapted), str(tmp_path / "merged")]) == 0
     assert main(["export", str(adapted), str(tmp_path / "adapter"), "--adapter"]) == 0
-    stock = AutoModelForCausalLM.from_pretrained(export_run(base, tmp_path / "base"), dtype=torch.float32)
+    spec, merged_weights = ModelSpec.from_dict(open_checkpoint(base).meta["spec"]), weights(adapted)
+    stock, merged = (stock_decoder(spec, values) for values in (weights(base), merged_weights))
     by_peft = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter").eval()
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     ids = torch.arange(3, 40)[None]
     with torch.no_grad():
-        ours, theirs, plain = merged(ids).logits, by_peft(ids).logits, by_peft.get_base_model()
+        ours, theirs = merged(ids).logits, by_peft(ids).logits
         with by_peft.disable_adapter():
-            before = plain(ids).logits
+            before = by_peft(ids).logits
     assert float((ours - theirs).abs().max()) <= 1e-5
     assert float((ours - before).abs().max()) > 1e-3, "the adapter does something"
+    tower = MODEL_MAPPING[type(spec.vision)](spec.vision)
+    tower.load_state_dict({name[7:]: value for name, value in weights(base).items() if name.startswith("vision.")})
+    both = peft.PeftModel.from_pretrained(tower, tmp_path / "adapter/vision").merge_and_unload().state_dict()
+    assert furthest(both, {name: merged_weights[f"vision.{name}"] for name in both}) <= 1e-6
     connector = load_file(tmp_path / "adapter/connector.safetensors")
     assert connector.keys() == {name for name in weights(adapted) if name.startswith("connector.")}
-    assert (tmp_path / "adapter/vision/adapter_config.json").is_file()
     assert main(["export", str(base), str(tmp_path / "none"), "--adapter"]) == 2
     assert "was trained without LoRA" in capsys.readouterr().err
+
+
+def stock_decoder(spec: ModelSpec, values: dict[str, torch.Tensor]) -> Any:
+    decoder = MODEL_FOR_CAUSAL_LM_MAPPING[type(spec.llm)](spec.llm)
+    decoder.load_state_dict({name: value for name, value in values.items() if name.startswith(("model.", "lm_head."))})
+    return decoder.eval()
 
 
 def test_merged_equals_unmerged(adapted: Path, small_demo: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import xxhash
 
@@ -13,8 +12,6 @@ from data_prep.common.errors import UserError
 from pipeline.checkpoints.manifest import MANIFEST, BaseWeights, FileDigest, is_plain_file
 from pipeline.model.spec import ModelSpec
 from pipeline.model.weights import INDEX, WeightSource
-
-Kind = Literal["llm", "vision", "export", "checkpoint"]
 
 
 def hash_file(path: Path) -> str:
@@ -26,7 +23,7 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def weight_files(kind: Kind, folder: Path) -> list[Path]:
+def weight_files(kind: str, folder: Path) -> list[Path]:
     """Return the files that determine the weights of a folder; a checkpoint's manifest has the hash of every other."""
     if kind == "checkpoint":
         return [folder / MANIFEST]
@@ -41,7 +38,7 @@ def digests(files: Iterable[Path]) -> dict[str, FileDigest]:
         raise UserError(f"{error.filename} cannot be read ({error.strerror}): copy the weights again") from error
 
 
-def base_weights(kind: Kind, folder: Path | str, files: Mapping[str, FileDigest]) -> BaseWeights:
+def base_weights(kind: str, folder: Path | str, files: Mapping[str, FileDigest]) -> BaseWeights:
     """Return what a manifest says about base weights."""
     return BaseWeights(kind, str(Path(folder).resolve()), dict(sorted(files.items())))
 
@@ -67,4 +64,8 @@ def open_source(spec: ModelSpec, bases: Iterable[BaseWeights]) -> WeightSource |
     paths = {base.kind: base.path for base in bases}
     if "export" in paths:
         return WeightSource.open_export(spec, paths["export"])
-    return WeightSource.open(replace(spec, llm_source=paths.get("llm", ""), vision_source=paths.get("vision", "")))
+    extra = tuple(
+        replace(tower, source=paths.get(f"extra_vision.{place}", "")) for place, tower in enumerate(spec.extra_towers)
+    )
+    llm, vision = paths.get("llm", ""), paths.get("vision", "")
+    return WeightSource.open(replace(spec, llm_source=llm, vision_source=vision, extra_towers=extra))

@@ -57,8 +57,8 @@ class FileDigest:
 class BaseWeights:
     """Where weights that a run does not train lie, outside the checkpoint: LoRA saves its adapters alone."""
 
-    kind: Literal["llm", "vision", "export", "checkpoint"]
-    """Hugging Face folder of the language model or of the tower; a model folder of `mma export`; a checkpoint."""
+    kind: Annotated[str, Field(pattern=r"^(llm|vision|extra_vision\.[0-9]{1,3}|export|checkpoint)$")]
+    """Hugging Face folder of the language model or of a tower; a model folder of `mma export`; a checkpoint."""
     path: Annotated[str, Field(min_length=1, max_length=4096)]
     files: dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")], FileDigest]
     """Its weight files, by name: reading them is refused when one has changed."""

@@ -1,7 +1,7 @@
 """Exports what a run with LoRA has trained as a folder of the `peft` library: ``mma export RUN OUT --adapter``.
 
 ``OUT`` holds ``adapter_config.json`` and ``adapter_model.safetensors`` of the language model; ``peft.PeftModel`` loads
-it onto the stock decoder. ``OUT/vision`` holds the same for the tower, and ``OUT/connector.safetensors`` the connector,
+it onto the stock decoder. ``OUT/vision`` holds the same for a tower, and ``OUT/connector.safetensors`` the connector,
 under its global names. It appears atomically.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from data_prep.common.errors import UserError
 from pipeline.model.lora import is_adapter
+from pipeline.model.spec import ModelSpec
 
 if TYPE_CHECKING:
     from pipeline.checkpoints.checkpoint import Checkpoint
     from pipeline.config.schema import LoraConfig
 
 _PREFIX = "base_model.model."  # peft's name of the model it wraps
-_TOWER = "vision."
 
 
 def export_adapter(run: Path | str, out: Path | str) -> Path:
@@ -61,15 +61,16 @@ def _write(checkpoint: Checkpoint, lora: LoraConfig, folder: Path) -> None:
     base: dict[str, str] = {each.kind: each.path for each in checkpoint.manifest.base}
     whole = base.get("checkpoint", base.get("export", ""))
 
-    def write(place: Path, kind: str, prefix: str, is_own: Callable[[str], bool]) -> None:
-        own = {name.removeprefix(prefix): value for name, value in adapters.items() if is_own(name)}
-        targets = [name.removeprefix(prefix) for name in lora.targets if is_own(name)]
+    def write(part: str, place: Path, inside: str, cut: str, task: str) -> None:
+        """Write the adapters ``inside`` a module, named without ``cut``."""
+        own = {name.removeprefix(cut): value for name, value in adapters.items() if name.startswith(inside)}
+        targets = [name.removeprefix(cut) for name in lora.targets if name.startswith(inside)]
         if own:
-            task = "CAUSAL_LM" if kind == "llm" else "FEATURE_EXTRACTION"
-            _write_peft(place, own, _peft_config(lora, targets, base.get(kind, whole), task))
+            _write_peft(place, own, _peft_config(lora, targets, base.get(part, whole), task))
 
-    write(folder, "llm", "", lambda name: not name.startswith(_TOWER))
-    write(folder / "vision", "vision", _TOWER, lambda name: name.startswith(_TOWER))
+    write("llm", folder, "model.", "", "CAUSAL_LM")
+    for tower in ModelSpec.from_dict(checkpoint.manifest.model["spec"]).towers:
+        write(tower, folder / tower, f"{tower}.", f"{tower}.", "FEATURE_EXTRACTION")
     if others := {name: value for name, value in trained.items() if not is_adapter(name)}:
         save_file(others, folder / "connector.safetensors", metadata={"format": "pt"})
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from data_prep.common.errors import UserError
 from pipeline.checkpoints import checkpoint
-from pipeline.checkpoints.base import Kind, base_weights, digests, open_source, weight_files
+from pipeline.checkpoints.base import base_weights, digests, open_source, weight_files
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.manifest import BaseWeights, FileDigest
 from pipeline.model.lora import is_adapter
@@ -99,11 +99,11 @@ def _new_base(plan: RunPlan, given: Checkpoint | None) -> tuple[BaseWeights, ...
     """Hash the files of a new run's base weights; ranks share the work."""
     spec, source = plan.spec, plan.config.init_from
     if given is not None:
-        folders: dict[Kind, str] = {"checkpoint": str(given.path)}
+        folders = {"checkpoint": str(given.path)}
     elif is_export(source):
         folders = {"export": source}
     else:
-        folders = {"llm": spec.llm_source, "vision": spec.vision_source}
+        folders = {"llm": spec.llm_source} | {name: tower.source for name, tower in spec.towers.items()}
     return tuple(
         base_weights(kind, folder, _hash_together(weight_files(kind, Path(folder)), plan))
         for kind, folder in folders.items()

@@ -149,7 +149,7 @@ def _inputs(demo: Path, spec: ModelSpec) -> Any:
 
     source = BatchSource(
         PackReader(demo / "packs/sft"), order=BatchOrder(1, 1, 1), dp_rank=0, policy=get_policy("mma"),
-        preprocess=spec.preprocess, threads=0, ahead=1,
+        preprocess=[tower.preprocess for tower in spec.towers.values()], threads=0, ahead=1,
     )  # fmt: skip
     return source.read(0).microbatches[0]
 

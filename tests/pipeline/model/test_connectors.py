@@ -33,6 +33,7 @@ from pipeline.model.connectors.pixel_shuffle import PixelShuffleConnector
 from pipeline.model.counts import ParamCounts
 from pipeline.model.spec import ModelSpec
 from pipeline.model.weights import WeightSource, global_shapes
+from tests.pipeline.model.connectors import SECOND, TINY
 from tests.pipeline.model.helpers import (
     VOCAB,
     model_config,
@@ -46,16 +47,6 @@ from tests.pipeline.model.test_stage import assert_close_norms, gradients
 
 F64 = torch.float64
 SIGLIP = Features(1152, (27, 27))
-TINY: dict[str, dict[str, Any]] = {
-    "perceiver": {"latents": 3, "depth": 1, "heads": 2, "head_dim": 4},
-    "mlp": {},
-    "cabstractor": {"queries": 4, "hidden": 8, "depth": 1},
-    "dabstractor": {"queries": 4, "hidden": 8, "depth": 1, "heads": 2, "points": 2, "ff": 8},
-    "pixel_shuffle": {},
-    "attention_pool": {"heads": 2, "hidden": 8},
-    "sva": {"side": 2, "hidden": 8, "depth": 1, "heads": 2},
-}
-"""Options of a small connector of each kind."""
 
 
 def tiny(kind: str, **options: Any) -> Connector:
@@ -373,9 +364,6 @@ def test_without_the_norm_a_connector_is_what_it_was() -> None:
 
 
 # ---- several towers
-
-SECOND = {"model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-SECOND |= {"num_attention_heads": 2, "image_size": 48, "patch_size": 8}
 
 
 def two_towers(**vision: Any) -> ModelConfig:

@@ -10,15 +10,17 @@ import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3, utils
 from pytest import MonkeyPatch
 
-from pipeline.config.schema import RunConfig, TrainSection
+from pipeline.config.schema import ModelConfig, RunConfig, TrainSection
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
@@ -32,7 +34,8 @@ from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
 from pipeline.training.engine import parameter_groups
-from tests.pipeline.model.helpers import IMAGE_TOKENS, random_sidecars, stage_inputs, tiny_spec
+from tests.pipeline.model.connectors import SECOND, TINY
+from tests.pipeline.model.helpers import VOCAB, model_config, random_sidecars, stage_inputs
 
 RANKS = 4
 MICROS, EIGHT, DEEP = (4, 8, 4), (4, 16, 4), 24
@@ -70,6 +73,8 @@ class Case:
     """A layer is a small share of a stage."""
     bf16: bool = False
     """Train in bf16, and reduce in fp32."""
+    connector: str = "perceiver"
+    """Kind of connector; sva reads two towers."""
 
     @property
     def virtual_stages(self) -> int:
@@ -87,6 +92,7 @@ class Case:
             "leaves": self.leaves, "evaluate": self.evaluate, "persistent": self.persist,
             "x".join(map(str, self.microbatches)): self.microbatches != MICROS, f"without {self.without}": self.without,
             "poisoned": self.poisoned is not None, "deep": self.deep, "bf16": self.bf16,
+            self.connector: self.connector != "perceiver",
         }  # fmt: skip
         return "-".join(word for word, so in said.items() if so)
 
@@ -147,24 +153,40 @@ BF16 = [
     Case(2, "interleaved", True, tied=True, leaves=True, microbatches=(16,), bf16=True),
     Case(2, config="zero3_offload", gathered_fraction=0.0, reduce_once=False, microbatches=(16,), bf16=True),
 ]
-ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES, *BF16]
+CONNECTED = [
+    Case(2, gathered_fraction=0.0, reduce_once=False, microbatches=(4, 4), connector=kind)
+    for kind in ("mlp", "cabstractor", "dabstractor", "pixel_shuffle", "attention_pool", "sva")
+]
+ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES, *BF16, *CONNECTED]
 
 
-def grid_spec(tied: bool, layers: int) -> ModelSpec:
-    spec = tiny_spec(num_hidden_layers=layers, tie_word_embeddings=tied, initializer_range=0.05)
-    spec.vision.num_hidden_layers = 1
-    return replace(spec, connector=spec.connector.model_copy(update={"depth": 1}))
+@cache
+def grid_spec(tied: bool, layers: int, connector: str = "perceiver") -> ModelSpec:
+    llm = {"num_hidden_layers": layers, "tie_word_embeddings": tied, "initializer_range": 0.05}
+    raw = model_config(**llm).model_dump()  # type: ignore[arg-type]
+    raw["vision"]["config"]["num_hidden_layers"] = 1
+    raw["connector"] |= {"depth": 1}
+    if connector != "perceiver":
+        raw["connector"] = {"kind": connector, **TINY[connector]}
+        raw["extra_vision"] = [{"config": SECOND}] if connector == "sva" else []
+    return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
 
 
-def micro_batch(step: int, index: int) -> StageInputs:
+def micro_batch(step: int, index: int, connector: str = "perceiver") -> StageInputs:
     """One of a step's global micro-batches: chats with images, without, or with nothing to learn, or captions."""
     seed = 100 * step + index
+    image_tokens = grid_spec(False, 4, connector).image_tokens
     kind = ("chats", "text", "unsupervised", "captions")[(step + index) % 4]
     if kind == "captions":
-        sidecars = captions(seed, 3, padding=index % 3)
+        sidecars = captions(seed, 3, padding=index % 3, image_tokens=image_tokens)
     else:
-        sidecars = random_sidecars(seed, 2 + index % 2, padding=index % 3, text_only=kind == "text")
+        text_only = kind == "text"
+        sidecars = random_sidecars(
+            seed, 2 + index % 2, padding=index % 3, text_only=text_only, image_tokens=image_tokens
+        )
     inputs = stage_inputs(sidecars, seed=seed, dtype=torch.float32)
+    if connector == "sva" and inputs.pixels is not None:
+        inputs = replace(inputs, extra_pixels=(F.interpolate(inputs.pixels, SECOND["image_size"]),))
     return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
 
 
@@ -172,15 +194,15 @@ def in_bf16(inputs: StageInputs) -> StageInputs:
     return inputs if inputs.pixels is None else replace(inputs, pixels=inputs.pixels.bfloat16())
 
 
-def captions(seed: int, samples: int, *, padding: int) -> Sidecars:
+def captions(seed: int, samples: int, *, padding: int, image_tokens: int) -> Sidecars:
     """Draw a row of pre-training: every sample an image and its caption."""
     rng = random.Random(seed)
     segment: list[int] = []
     instance: list[int] = []
     for sample in range(samples):
         words = rng.randint(1, 6)
-        segment += [sample + 1] * (IMAGE_TOKENS + words)
-        instance += [sample] * IMAGE_TOKENS + [-1] * words
+        segment += [sample + 1] * (image_tokens + words)
+        instance += [sample] * image_tokens + [-1] * words
     seg, inst = (torch.tensor(own + [fill] * padding) for own, fill in ((segment, 0), (instance, -1)))
     return Sidecars(segment=seg, modality=(inst >= 0).long(), instance=inst, generated=((seg > 0) & (inst < 0)).long())
 
@@ -194,7 +216,7 @@ class Job:
 
     def __init__(self, case: Case, topology: Topology, groups: Groups) -> None:
         self.case, self.topology, self.groups = case, topology, groups
-        self.spec = grid_spec(case.tied, case.layers)
+        self.spec = grid_spec(case.tied, case.layers, case.connector)
         parallel = {"gathered_fraction": case.gathered_fraction, "reduce_once": case.reduce_once}
         config = RunConfig.model_validate({"train": TRAIN, "parallel": parallel})
         config = config.model_copy(update={"log": config.log.model_copy(update={"tensorboard": False})})
@@ -232,11 +254,11 @@ class Job:
 
     def microbatches(self, step: int) -> tuple[list[StageInputs], float]:
         """Return this rank's micro-batches and what its token losses are scaled by."""
-        everything = [micro_batch(step, index) for index in range(self.case.microbatches[step])]
+        everything = [micro_batch(step, index, self.case.connector) for index in range(self.case.microbatches[step])]
         count = self.case.microbatches[step] // self.topology.dp
         own = everything[self.topology.dp_rank * count :][:count]
         if not self.topology.first:
-            own = [replace(inputs, pixels=None) for inputs in own]
+            own = [replace(inputs, pixels=None, extra_pixels=()) for inputs in own]
         elif self.case.bf16:
             own = [in_bf16(inputs) for inputs in own]
         return own, self.topology.dp / target_count(everything)
@@ -364,10 +386,10 @@ def number_from_zero() -> None:
     parameter_offload.DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0][0] = 0
 
 
-def run_table(out: Path) -> None:
+def run_table(out: Path, cases: Sequence[Case]) -> None:
     grids = {pp: Topology(RANKS, dist.get_rank(), pp) for pp in (1, 2, 4)}
     groups = {pp: create_groups(topology) for pp, topology in grids.items()}
-    for case in ALL:
+    for case in cases:
         number_from_zero()
         del parameter_offload.FWD_MODULE_STACK[:]
         seen = Job(case, grids[case.pp], groups[case.pp]).train()
@@ -385,11 +407,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("out", type=Path, nargs="?")
-    out = parser.parse_args().out
+    parser.add_argument("--only", default="", help="part of a case's name")
+    options = parser.parse_args()
+    out = options.out
     fill_rank_variables()
     start_processes(60 if out else 20)
     if out:
-        run_table(out)
+        run_table(out, [case for case in ALL if options.only in str(case)])
     else:
         run_without_group_order()
     stop_processes()

@@ -19,6 +19,7 @@ from tests.pipeline.model.helpers import whole_stage
 from tests.pipeline.parallel.grid_worker import (
     ACCUMULATED,
     BF16,
+    CONNECTED,
     EACH,
     EQUAL,
     LEAVES,
@@ -59,19 +60,21 @@ class Reference:
 
 def reference(case: Case, skipped: int | None = None) -> Reference:
     """Train a case's whole model with torch alone; ``skipped`` is a step without an update."""
-    return _reference(case.tied, case.layers, case.microbatches, skipped)
+    return _reference(case.tied, case.layers, case.microbatches, skipped, case.connector)
 
 
 @cache
-def _reference(tied: bool, layers: int, micro_counts: tuple[int, ...], skipped: int | None) -> Reference:
-    stage, seen = whole_stage(grid_spec(tied, layers)), Reference()
+def _reference(
+    tied: bool, layers: int, micro_counts: tuple[int, ...], skipped: int | None, connector: str
+) -> Reference:
+    stage, seen = whole_stage(grid_spec(tied, layers, connector)), Reference()
     trained = {name: param for name, param in stage.named_parameters() if param.requires_grad}
     matrices = [param for param in trained.values() if param.dim() > 1]
     vectors = [param for param in trained.values() if param.dim() <= 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, eps=TRAIN.eps, weight_decay=TRAIN.weight_decay)
     for step, count in enumerate(micro_counts):
-        microbatches = [micro_batch(step, index) for index in range(count)]
+        microbatches = [micro_batch(step, index, connector) for index in range(count)]
         optimizer.zero_grad()
         losses = [stage(None, inputs) for inputs in microbatches]
         for loss in losses:
@@ -144,7 +147,7 @@ def moved(rank: dict[str, Any], counted: str = "traffic") -> list[StepTraffic]:
 def settings(case: Case) -> dict[str, Any]:
     """What of a case must not change any result."""
     everything = asdict(case)
-    apart = ("without", "poisoned", "deep", "bf16", "microbatches")
+    apart = ("without", "poisoned", "deep", "bf16", "microbatches", "connector")
     odd = case.microbatches[0] // (RANKS // case.pp) % case.pp > 0
     return {name: value for name, value in everything.items() if name not in apart} | {"odd": odd}
 
@@ -185,6 +188,16 @@ def test_any_grid_equals_one_process(case: Case, results: Path) -> None:
         assert rank["norm"] == pytest.approx(wanted.norm, rel=1e-6)
         assert len(set(rank["stack"])) == 1, "no step leaves anything behind"
     for step in (0, 1):  # beyond, the last bits of the weights have grown into the gradients
+        assert gradients_differ_by(ranks, case, step) <= 1e-7, f"step {step}"
+    assert weights_differ_by(ranks, case, -1) <= 1e-5
+
+
+@pytest.mark.parametrize("case", CONNECTED, ids=str)
+def test_every_connector_on_a_grid_equals_one_process(case: Case, results: Path) -> None:
+    """Under plain ZeRO-3, which gathers a module's weights only while the module runs."""
+    ranks, wanted = ranks_of(results, case), reference(case)
+    assert mean_losses(ranks, case) == pytest.approx(wanted.loss, rel=2e-7)
+    for step in (0, 1):
         assert gradients_differ_by(ranks, case, step) <= 1e-7, f"step {step}"
     assert weights_differ_by(ranks, case, -1) <= 1e-5
 

@@ -34,7 +34,7 @@ from pipeline.serving.hf_files import CODE, assistant_spans, code_files
 from pipeline.serving.model import MultimodalModel, load_model
 from pipeline.serving.remote import bundle as bundle_module
 from pipeline.serving.remote.bundle import SIBLINGS, bundle
-from tests.pipeline.model.test_connectors import SECOND, TINY
+from tests.pipeline.model.connectors import SECOND, TINY
 from tests.pipeline.serving.helpers import (
     CONVERSATIONS,
     TEMPLATE,

@@ -65,7 +65,7 @@ def photograph_page(browser: str, folder: Path, target: Path) -> None:
 def photograph_chat(model: Path, picture: Path | None, questions: list[str]) -> None:
     """Photograph the page of ``mma serve`` on a desktop, and in the dark on a phone."""
     with served(model) as server, browsing() as page:
-        for name, width, height, phone in (("serve.png", 1000, 700, False), ("serve-phone.png", 400, 760, True)):
+        for name, width, height, phone in (("serve.png", 1000, 940, False), ("serve-phone.png", 400, 760, True)):
             page.open(server.url, width=width, height=height, phone=phone, dark=phone)
             if picture is not None:
                 _attach(page, picture)

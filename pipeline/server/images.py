@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import urllib.error
+import http.client
 import urllib.request
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ class ImageRules:
         try:
             with _OPENER.open(url, timeout=FETCH_TIMEOUT_S) as reply:
                 data: bytes = reply.read(self.max_bytes + 1)
-        except (OSError, ValueError, urllib.error.URLError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ApiError(400, f"image {name} cannot be fetched: {short_repr(error)}", param="messages") from error
         if len(data) > self.max_bytes:
             raise self._too_large(name)

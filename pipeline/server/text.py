@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 
 UNFINISHED = "\ufffd"
 """Stands for a character of which some bytes are still to come."""
+DECODED_TOKENS, OVERLAP_TOKENS = 64, 16
+"""So many last tokens are decoded again for each new one; the overlap keeps text that depends on its neighbours."""
 
 
 class AnswerText:
@@ -23,6 +25,9 @@ class AnswerText:
         """
         self._decode, self._stops = decode, tuple(stops)
         self._ids: list[int] = []
+        """Tokens that are decoded again for each new one."""
+        self._before = ""
+        """Text of the tokens before them."""
         self._sent = 0
         self.stopped = False
         """Whether a stop string was found; later tokens are ignored."""
@@ -32,7 +37,7 @@ class AnswerText:
         if self.stopped:
             return ""
         self._ids.append(index)
-        text = self._decode(self._ids).lstrip()
+        text = self._text().lstrip()
         found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
         if found:
             self.stopped = True
@@ -41,7 +46,16 @@ class AnswerText:
 
     def finish(self) -> str:
         """Return the rest of the answer when no token follows."""
-        return "" if self.stopped else self._take(self._decode(self._ids).strip())
+        return "" if self.stopped else self._take(self._text().strip())
+
+    def _text(self) -> str:
+        """Return the text of all tokens; without a window, the time of a long answer would be quadratic."""
+        text = self._before + self._decode(self._ids)
+        if len(self._ids) >= DECODED_TOKENS:
+            tail = self._decode(self._ids[-OVERLAP_TOKENS:])
+            if tail and UNFINISHED not in tail and text.endswith(tail):
+                self._before, self._ids = text[: -len(tail)], self._ids[-OVERLAP_TOKENS:]
+        return text
 
     def _settled(self, text: str) -> str:
         """Return the text without an end that may still change: a stop string's beginning, white space, half bytes."""

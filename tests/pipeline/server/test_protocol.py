@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -200,3 +202,38 @@ def test_too_many_images_and_pixels_are_refused() -> None:
     assert refused(ImageRules(max_images=2).read, [url] * 3).status == 413
     assert len(ImageRules(max_pixels=30_000).read([url] * 3)) == 3
     assert refused(ImageRules(max_pixels=30_000).read, [url] * 4).status == 413
+
+
+class Host(BaseHTTPRequestHandler):
+    """Sends a picture, or a redirect to it."""
+
+    def do_GET(self) -> None:
+        self.send_response(302 if self.path == "/moved" else 200)
+        self.send_header("Location", "/one.png")
+        self.end_headers()
+        self.wfile.write(png(4, 4) if self.path == "/one.png" else b"\0" * 5000)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_pictures_are_fetched_from_listed_hosts_only() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Host)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        rules = ImageRules(hosts=("127.0.0.1",), max_bytes=4096)
+        assert rules.read([f"{url}/one.png"])[0].data == png(4, 4)
+        assert "cannot be fetched" in refused(rules.read, [f"{url}/moved"]).message
+        assert refused(rules.read, [f"{url}/large"]).status == 413
+        for other in (ImageRules(), ImageRules(hosts=("localhost",))):
+            assert "does not fetch from" in refused(other.read, [f"{url}/one.png"]).message
+        tricky = [
+            f"http://127.0.0.1@example.com:{server.server_port}/one.png",
+            "http:///one.png",
+            "http://127.0.0.1:x/",
+        ]
+        assert all(refused(rules.read, [one]).status == 400 for one in tricky)
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.server.text import UNFINISHED, AnswerText
+from pipeline.server.text import DECODED_TOKENS, UNFINISHED, AnswerText
 
 
 def decode_bytes(ids: Sequence[int]) -> str:
@@ -49,6 +49,27 @@ def test_the_beginning_of_a_stop_string_is_held_back() -> None:
     pieces, _ = stream("a END b", ["END!"])
     assert pieces[:6] == ["a", "", "", "", "", " END"]
     assert "".join(pieces) == "a END b"
+
+
+def test_a_long_answer_is_decoded_in_a_window() -> None:
+    text = "".join(f"é{number} 漢 " for number in range(300)).strip()
+    longest = 0
+
+    def watched(ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(ids))
+        return decode_bytes(ids)
+
+    answer = AnswerText(watched, ["never"])
+    assert "".join(answer.push(index) for index in text.encode()) + answer.finish() == text
+    assert longest <= 2 * DECODED_TOKENS
+
+
+def test_a_window_that_begins_with_a_space_keeps_it() -> None:
+    """As SentencePiece does, this decoder drops the space before the first word."""
+    answer = AnswerText(lambda ids: "".join(f" w{index}" for index in ids)[1:])
+    pieces = [answer.push(index) for index in range(400)]
+    assert "".join([*pieces, answer.finish()]) == " ".join(f"w{index}" for index in range(400))
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("  red \n", "red"), ("", ""), (" \n ", "")])

@@ -86,7 +86,7 @@ def build_stage(
             nn.init.constant_(unit.norm.weight, _text_scale(stage.model.embed_tokens, llm, seed=seed, source=source))
         _cast(unit, dtype)
         for own, param in unit.named_parameters():
-            param.requires_grad_(trains(f"{name}.{own}"))
+            param.requires_grad_(param.requires_grad and trains(f"{name}.{own}"))  # a family's constants stay
         unit.to(device)
         if source is not None:
             source.close()

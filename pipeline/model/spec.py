@@ -137,7 +137,7 @@ class ModelSpec:
     @property
     def head_size(self) -> int:
         """Width of one attention head of the language model."""
-        return int(getattr(self.llm, "head_dim", None) or self.llm.hidden_size // self.llm.num_attention_heads)
+        return self.llm_family.head_size(self.llm)
 
     @property
     def layers(self) -> int:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from data_prep.common.errors import did_you_mean, one_line, short_repr
 from pipeline.config.schema import ConfigError, LlmConfig, TowerConfig
 from pipeline.model.families.llm import LlmFamily
-from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
+from pipeline.model.families.registry import LLM_FAMILIES, REFUSED, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
 from pipeline.model.limits import check_config_values, read_bounded
 
@@ -104,7 +104,8 @@ def config_keys(family: Family) -> frozenset[str]:
     label maps, ...) is not among them.
     """
     own = {field.name for field in fields(family.config_class)} - {field.name for field in fields(PreTrainedConfig)}
-    return frozenset(own | LEGACY_KEYS | {"model_type"})
+    own = {name for name in own if not name.startswith("_")}
+    return frozenset(own | family.extra_keys | LEGACY_KEYS | {"model_type"})
 
 
 def refuse_forbidden(where: str, raw: Mapping[str, Any], forbidden: Iterable[str]) -> None:
@@ -164,6 +165,8 @@ def _family(key: str, raw: Mapping[str, Any], known: Mapping[str, F]) -> F:
     if name is None:
         raise ConfigError(f"{key}: no model_type: set {key}.source to a local folder, or {key}.config.model_type")
     if not isinstance(name, str) or name not in known:
+        if reason := REFUSED.get(str(name)):
+            raise ConfigError(f"{key}: model_type {name!r} is not supported: {reason}")
         guess = did_you_mean(str(name), known)
         raise ConfigError(f"{key}: model_type {short_repr(name)} is not supported{guess}; known: {', '.join(known)}")
     return known[name]

@@ -19,11 +19,18 @@ class Granite(LlmFamily):
         return 1.0 / float(config.logits_scaling)
 
 
+class Olmo3(LlmFamily):
+    """OLMo 3: three layers of four have a window, and rotary frequencies of their own (arXiv 2512.13961)."""
+
+    rotary_per_layer_type = True
+
+
 DECODERS = (
     Granite("granite"),
     LlmFamily("llama"),
-    LlmFamily("mistral"),
+    LlmFamily("mistral", composites=("mistral3",)),
     LlmFamily("olmo2"),
+    Olmo3("olmo3"),
     LlmFamily("phi3"),
     LlmFamily("qwen2"),
     LlmFamily("qwen3"),

@@ -52,6 +52,9 @@ class LlmFamily:
     rotary_per_layer_type = False
     """The rotary embedding takes ``layer_type``; each type of layer has its own frequencies."""
 
+    extra_keys: frozenset[str] = frozenset()
+    """Keys that its config reads but does not declare."""
+
     def __init__(self, model_type: str, *, composites: tuple[str, ...] = ()) -> None:
         """Describe a family.
 
@@ -105,6 +108,10 @@ class LlmFamily:
         """Return the shortest window of its layers in tokens; None if every layer sees everything."""
         window: int | None = getattr(config, "sliding_window", None)
         return window
+
+    def head_size(self, config: PreTrainedConfig) -> int:
+        """Return the width of one attention head, the largest if they differ."""
+        return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
     def feed_forward_width(self, config: PreTrainedConfig) -> int:
         """Return the width of a layer's feed-forward activations, for memory estimates."""

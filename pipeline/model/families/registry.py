@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from data_prep.common.errors import UserError
 from data_prep.common.plugins import NotOurs, Registry, same_name
 from pipeline.model.families.decoders import DECODERS
+from pipeline.model.families.dinov2 import DINOV2
 from pipeline.model.families.gemma import GEMMAS
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.towers import TOWERS
@@ -37,6 +38,22 @@ LLM_FAMILIES: Registry[LlmFamily] = Registry(
 )
 """Decoders by ``model_type``."""
 VISION_FAMILIES: Registry[VisionFamily] = Registry(
-    "mma.families", "vision tower", {family.model_type: family for family in TOWERS}, _accept(VisionFamily)
+    "mma.families", "vision tower", {family.model_type: family for family in (*TOWERS, *DINOV2)}, _accept(VisionFamily)
 )
 """Vision towers by ``model_type``."""
+_NAFLEX = (
+    "SigLIP 2 NaFlex takes patches of any aspect ratio, images here are squares of one size: use a SigLIP 2 of fixed "
+    "resolution, such as siglip2-so400m-patch14-384, whose model_type is siglip"
+)
+_EXPERTS = "only dense decoders are; it is a mixture of experts"
+REFUSED: Mapping[str, str] = {
+    "siglip2": _NAFLEX,
+    "siglip2_vision_model": _NAFLEX,
+    "gemma3n": "its layers read a second embedding of the tokens and share keys and values across pipeline stages",
+    "gemma3n_text": "its layers read a second embedding of the tokens and share keys and values across pipeline stages",
+    "gpt_oss": "its attention has learned sinks, which the attention backends do not compute",
+    "mixtral": _EXPERTS,
+    "qwen2_moe": _EXPERTS,
+    "qwen3_moe": _EXPERTS,
+}
+"""Families that people ask for and that would not be exact, with the reason."""

@@ -35,6 +35,9 @@ class VisionFamily:
     not_read = re.compile(r"$^")
     """Tensors of a folder, without prefix, that no connector needs."""
 
+    extra_keys: frozenset[str] = frozenset()
+    """Keys that its config reads but does not declare."""
+
     def __init__(self, model_type: str, *, composites: tuple[str, ...] = (), prefixes: tuple[str, ...] = ()) -> None:
         """Describe a family.
 
@@ -113,9 +116,16 @@ class VisionFamily:
 
     def features(self, tower: nn.Module, config: PreTrainedConfig, pixels_B3SS: torch.Tensor) -> torch.Tensor:
         """Return the features of the patches [B, P, D], row by row."""
-        out: torch.Tensor = tower(pixel_values=pixels_B3SS).last_hidden_state
-        rows, columns = self.grid(config, pixels_B3SS.shape[-1])
+        side = pixels_B3SS.shape[-1]
+        rows, columns = self.grid(config, side)
+        out = self.call(tower, pixels_B3SS, resized=side != self.size_px(config))
         return out[:, -rows * columns :]  # class token and registers come first
+
+    def call(self, tower: nn.Module, pixels_B3SS: torch.Tensor, *, resized: bool) -> torch.Tensor:
+        """Return all features; ``resized`` images need interpolated position embeddings (bicubic, as in DINO)."""
+        options = {"interpolate_pos_encoding": True} if resized else {}
+        features: torch.Tensor = tower(pixel_values=pixels_B3SS, **options).last_hidden_state
+        return features
 
     # ---- weights
 

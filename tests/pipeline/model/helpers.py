@@ -39,25 +39,42 @@ FAMILY_KEYS: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 8, "sliding_window": 128, "attn_logit_softcapping": 20.0, "final_logit_softcapping": 10.0},
     "gemma3_text": {"head_dim": 8, "sliding_window": 128, "final_logit_softcapping": 15.0, "layer_types": None},
     "olmo2": {},
+    "olmo3": {"sliding_window": 128, "layer_types": None},
+    "gemma4_text": {
+        **{"head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True},
+        **{"sliding_window": 128, "final_logit_softcapping": 15.0, "hidden_size_per_layer_input": 0},
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    },
+    "gemma4_unified_text": {
+        **{"head_dim": 8, "global_head_dim": 16, "sliding_window": 128, "layer_types": None},
+    },
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5},
     "smollm3": {},
 }
 FAMILY_KEYS["gemma3_text"]["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
-VISION = {
+FAMILY_KEYS["olmo3"]["layer_types"] = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILY_KEYS["gemma4_unified_text"]["layer_types"] = ["full_attention", "sliding_attention", "full_attention"]
+VISION_KEYS: dict[str, dict[str, Any]] = {
+    "siglip_vision_model": {"intermediate_size": 32},
+    "clip_vision_model": {"intermediate_size": 32},
+    "dinov2": {"mlp_ratio": 2, "use_swiglu_ffn": True},
+    "dinov2_with_registers": {"mlp_ratio": 2, "num_register_tokens": 3},
+}
+TOWER = {
     "hidden_size": 24,
-    "intermediate_size": 32,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "image_size": SIDE,
     "patch_size": 8,
 }
+VISION = {**TOWER, **VISION_KEYS["siglip_vision_model"]}
 
 
 def model_config(family: str = "llama", *, vision: str = "siglip_vision_model", **llm: Any) -> ModelConfig:
     """Return the model section of a tiny recipe."""
     raw = {
         "llm": {"config": {"model_type": family, **LLM, **FAMILY_KEYS[family], **llm}},
-        "vision": {"config": {"model_type": vision, **VISION}},
+        "vision": {"config": {"model_type": vision, **TOWER, **VISION_KEYS[vision]}},
         "connector": {"latents": IMAGE_TOKENS, "depth": 2, "heads": 2, "head_dim": 8},
     }
     return ModelConfig.model_validate(raw)
@@ -154,7 +171,7 @@ def plain_logits(model: PreTrainedModel, embeds: torch.Tensor, allowed: torch.Te
     if model.config._attn_implementation == "eager":
         mask = torch.zeros(mask.shape, dtype=embeds.dtype).masked_fill_(~mask, torch.finfo(embeds.dtype).min)
     kinds = getattr(model.config, "layer_types", None)
-    typed = kinds and model.config.model_type.startswith(("gemma2", "gemma3", "qwen", "smollm3"))
+    typed = kinds and model.config.model_type.startswith(("gemma2", "gemma3", "gemma4", "olmo3", "qwen", "smollm3"))
     masks = dict.fromkeys(kinds, mask) if typed else mask
     out: torch.Tensor = model(inputs_embeds=embeds, attention_mask=masks, use_cache=False).logits
     return out

@@ -25,6 +25,7 @@ from tests.pipeline.model.helpers import (
     FAMILY_KEYS,
     IMAGE_TOKENS,
     VISION,
+    VISION_KEYS,
     VOCAB,
     model_config,
     plain_llm,
@@ -46,7 +47,7 @@ def weights(*stages: Stage) -> dict[str, torch.Tensor]:
     return {name: param for stage in stages for name, param in stage.named_parameters()}
 
 
-@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("vision", VISION_KEYS)
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 def test_any_split_has_the_same_bits(cuts: tuple[int, ...], vision: str) -> None:
     spec = tiny_spec(vision=vision)

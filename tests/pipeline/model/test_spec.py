@@ -13,7 +13,16 @@ from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.counts import ParamCounts
 from pipeline.model.families.configs import vision_config
 from pipeline.model.spec import ModelSpec
-from tests.pipeline.model.helpers import FAMILY_KEYS, IMAGE_TOKENS, SIDE, VOCAB, model_config, tiny_spec, whole_stage
+from tests.pipeline.model.helpers import (
+    FAMILY_KEYS,
+    IMAGE_TOKENS,
+    SIDE,
+    VISION_KEYS,
+    VOCAB,
+    model_config,
+    tiny_spec,
+    whole_stage,
+)
 
 
 def edited(**sections: dict[str, Any]) -> ModelConfig:
@@ -93,7 +102,7 @@ def test_dropout_is_off_and_no_token_is_left_untrained() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_KEYS)
-@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("vision", VISION_KEYS)
 def test_a_spec_survives_json(family: str, vision: str) -> None:
     spec = tiny_spec(family, vision=vision)
     raw = json.loads(json.dumps(spec.to_dict()))
@@ -159,7 +168,7 @@ def test_preprocessing_is_read_from_the_towers_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("vision", VISION_KEYS)
 def test_counts_are_those_of_the_built_model(vision: str, tied: bool) -> None:
     spec = tiny_spec(vision=vision, tie_word_embeddings=tied)
     built = sum(param.numel() for param in whole_stage(spec).parameters())

@@ -17,6 +17,7 @@ from pipeline.model.stage import Stage
 from tests.pipeline.model.helpers import (
     FAMILY_KEYS,
     IMAGE_TOKENS,
+    VISION_KEYS,
     VOCAB,
     model_config,
     plain_llm,
@@ -107,7 +108,7 @@ def test_each_layer_attends_under_its_own_policy() -> None:
     assert torch.equal(found, hidden)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gemma4_text", "olmo3"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("cuts", [(1,), (2,), (1, 2)])
 def test_chained_stages_equal_one(family: str, tied: bool, cuts: tuple[int, ...]) -> None:
@@ -155,7 +156,7 @@ def test_a_row_without_targets_has_exactly_no_loss_and_reaches_the_head() -> Non
     assert all(param.grad is not None and not param.grad.any() for param in stage.parameters() if param.requires_grad)
 
 
-@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("vision", VISION_KEYS)
 def test_checkpointing_changes_nothing(vision: str) -> None:
     spec = tiny_spec(vision=vision)
     inputs = stage_inputs(random_sidecars(9, 3, padding=1), dtype=F32)
@@ -200,7 +201,7 @@ def test_casting_the_stage_keeps_rotary_frequencies_exact() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILY_KEYS)
-@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+@pytest.mark.parametrize("vision", VISION_KEYS)
 def test_no_step_is_random_whatever_the_config(family: str, vision: str) -> None:
     """A checkpoint therefore needs no random-number state, and a resumed run equals an uninterrupted one."""
     plain = tiny_spec(family, vision=vision)

@@ -21,6 +21,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from data_prep.common.errors import UserError
 from pipeline.attention.backends import attend
+from pipeline.attention.gate import gate_of, gated
 from pipeline.attention.plan import AttentionPlan
 from pipeline.attention.sdpa_runs import sdpa
 
@@ -51,17 +52,45 @@ def mma_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend through transformers' interface: q[B, H, T, D], k and v[B, H_kv, T, D] -> (out[B, T, H, D], None).
 
-    With a plan, B is 1, and the plan covers the T tokens.
+    With a plan, B is 1, and the plan covers the T tokens. A layer with a gate adds its bias
+    (`pipeline.attention.gate`).
 
     Raises:
         UserError: a plan is combined with attention dropout, or with a sliding window shorter than its longest segment.
     """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    options: dict[str, Any] = {"scaling": scaling, "dropout": dropout, "softcap": softcap, **kwargs}
+    options["sliding_window"] = sliding_window
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return _attend(module, q, k, v, attention_mask, **options)
+
+    if (gate := gate_of(module)) is None:
+        return call(query, key, value), None
+    visual = attention_mask.visual[None] if isinstance(attention_mask, AttentionPlan) else None
+    return gated(call, gate, (query, key, value), visual, scaling), None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: AttentionPlan | torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float,
+    sliding_window: int | None,
+    softcap: float | None,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Attend under a plan or a mask; out[B, T, H, D]."""
     if not isinstance(attention_mask, AttentionPlan):
         attention_mask = _own_mask(module, attention_mask)
         if softcap is not None:
-            return _capped(query, key, value, attention_mask, scaling, softcap), None
+            return _capped(query, key, value, attention_mask, scaling, softcap)
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}
-        out: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        out: torch.Tensor = sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0]
         return out
     plan = attention_mask
     if dropout:
@@ -73,7 +102,7 @@ def mma_attention(
             f"a layer's sliding window of {sliding_window} tokens is shorter than a packed sample of "
             f"{plan.longest_segment}: pack shorter samples, or use a model with full attention"
         )
-    return attend(query, key, value, plan, scaling=scaling, softcap=softcap).transpose(1, 2), None
+    return attend(query, key, value, plan, scaling=scaling, softcap=softcap).transpose(1, 2)
 
 
 def _own_mask(module: torch.nn.Module, mask: torch.Tensor | None) -> torch.Tensor | None:
@@ -87,10 +116,9 @@ def _capped(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
-    scaling: float | None,
+    scaling: float,
     softcap: float,
 ) -> torch.Tensor:
     """Soft-capped attention of a decoding step, which transformers' sdpa does not support; out[B, T, H, D]."""
-    scaling = q.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = mask is None and q.shape[2] > 1
     return sdpa(q, k, v, mask, scaling=scaling, softcap=softcap, is_causal=is_causal).transpose(1, 2)

@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from data_prep.common.errors import UserError
+from data_prep.common.modalities import TEXT
 from pipeline.attention.flex import build_block_mask
 from pipeline.attention.lse import Rectangles, build_rectangles
 from pipeline.attention.runs import PADDING_CHUNK, QueryRuns, RunSplit, query_runs, split_runs
@@ -78,6 +79,11 @@ class AttentionPlan:
         segment = self.sidecars.segment.numpy()
         place = (np.arange(len(segment)) - run_first(run_starts(segment))) % PADDING_CHUNK
         return int((queries * keys - hidden).sum()) - int((place + 1)[segment == 0].sum())
+
+    @cached_property
+    def visual(self) -> torch.Tensor:
+        """Which tokens are media, bool[T] on the plan's device."""
+        return (self.sidecars.modality != TEXT).to(self.device, non_blocking=True)
 
     @property
     def runs(self) -> RunSplit:

@@ -26,6 +26,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError
+from pipeline.attention.gate import is_gate
 from pipeline.checkpoints.base import base_faults, hash_file, open_source
 from pipeline.checkpoints.manifest import MANIFEST, TOKENIZER, ParamEntry, is_plain_file, rank_file, read_manifest
 from pipeline.checkpoints.shards import first_not_finite, shards
@@ -236,6 +237,8 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
     """Fill a stage's shards from a checkpoint of any grid. Raises UserError where the parameters do not match."""
     kinds = [("master", None)] if weights_only else [("master", None), *((state, state) for state in STATES)]
     for name, param in stage.trainable():
+        if weights_only and _is_new(name, checkpoint):
+            continue
         name = _as_saved(name, checkpoint)
         if weights_only and lora.is_adapter(name):
             continue  # merged into the weights; the new run's own adapters start from zero
@@ -250,7 +253,7 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
             _copy_range(stage.master_shard(param, state), read, name, start, entry)
     for name, param in stage.frozen():
         name = _as_saved(name, checkpoint)
-        if weights_only and lora.is_adapter(name):
+        if weights_only and (lora.is_adapter(name) or _is_new(name, checkpoint)):
             continue
         start, entry = _own_range(stage, name, param, checkpoint)
         if entry.stored or weights_only:  # else it was read from the base weights when the stage was built
@@ -331,6 +334,11 @@ def _as_saved(name: str, checkpoint: Checkpoint) -> str:
     """Return the name that a parameter was saved under: a tied head is the embedding if one stage held both."""
     tied = name == "lm_head.weight" and checkpoint.meta["spec"]["llm"].get("tie_word_embeddings")
     return "model.embed_tokens.weight" if tied and name not in checkpoint.manifest.params else name
+
+
+def _is_new(name: str, checkpoint: Checkpoint) -> bool:
+    """Whether a parameter belongs to new gates, which keep the values they were built with."""
+    return is_gate(name) and not any(map(is_gate, checkpoint.manifest.params))
 
 
 def _own_range(

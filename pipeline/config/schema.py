@@ -119,6 +119,19 @@ class LoraConfig(Section):
         return self
 
 
+class GateConfig(Section):
+    """A learned bias of query-key pairs over visual keys, in every decoder layer."""
+
+    kind: Literal["none", "rave_style"] = "none"
+    """none: no bias; rave_style: bilinear in queries and keys before the rotary embedding (see docs/masks.md)."""
+    rank: Annotated[int, Field(gt=0, le=1024)] = 16
+    """Dimensions of the bias; head size + rank up to 256, a multiple of 8, runs in flash attention."""
+    heads: str = "all"
+    """Query heads with a bias: all, or numbers such as "0,1"; with per=kv_group, groups of query heads."""
+    per: Literal["head", "kv_group"] = "head"
+    """head: each query head has weights of its own; kv_group: the query heads that share a key head share them."""
+
+
 class ModelConfig(Section):
     """The multimodal model: vision tower -> connector -> language model."""
 
@@ -133,6 +146,8 @@ class ModelConfig(Section):
     """Connector."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters."""
+    gate: GateConfig = GateConfig()
+    """Bias of query-key pairs."""
 
 
 class MaskConfig(Section):

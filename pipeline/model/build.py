@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pipeline.attention.gate import PairGate, is_gate
 from pipeline.model.connectors.base import NormedConnector
 from pipeline.model.lora import draw_adapters, is_adapter
 from pipeline.model.spec import ModelSpec
@@ -110,8 +111,9 @@ def _text_scale(embedding: nn.Module, llm: PreTrainedModel, *, seed: int, source
 
 
 def _in_source(name: str, unit: nn.Module, source: WeightSource | None) -> bool:
-    base = [own for own, _ in unit.named_parameters() if not is_adapter(own)]
-    return source is not None and all(f"{name}.{own}" in source for own in base)
+    """Whether a source has a unit; gates and adapters may be missing, which most pretrained decoders have not."""
+    own = [own for own, _ in unit.named_parameters() if not (is_gate(own) or is_adapter(own))]
+    return source is not None and all(f"{name}.{parameter}" in source for parameter in own)
 
 
 def _cast(unit: nn.Module, dtype: torch.dtype) -> None:
@@ -139,10 +141,12 @@ def _fill(
         else:
             assert family is not None
             unit.apply(family._init_weights)
+    _reset_gates(name, unit, seed)
     for own, param in unit.named_parameters():
-        if not reads:
+        is_new = is_gate(own) and (source is None or f"{name}.{own}" not in source)
+        if not (reads or is_new):
             param.zero_()
-        elif loaded and not is_adapter(own) and source is not None:
+        elif loaded and not (is_new or is_adapter(own)) and source is not None:
             source.fill(f"{name}.{own}", param)
         vars(param).pop(INITIALISED, None)
     draw_adapters(name, unit, lambda own: _seed_of(seed, own))
@@ -150,6 +154,16 @@ def _fill(
 
 def _is_tied(family: PreTrainedModel) -> bool:
     return bool(family.config.tie_word_embeddings)
+
+
+def _reset_gates(name: str, unit: nn.Module, seed: int) -> None:
+    """Draw new gates on every rank, apart from the other values, which are the same with and without gates.
+
+    A checkpoint from before a gate fills everything else.
+    """
+    for own, module in unit.named_modules():
+        if isinstance(module, PairGate):
+            module.reset(torch.Generator().manual_seed(_seed_of(seed, f"{name}.{own}")))
 
 
 def _reset(module: nn.Module) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import one_line
-from pipeline.config.schema import ConfigError, LoraConfig, ModelConfig
+from pipeline.attention.gate import GateShape, attach_gate, gate_shape
+from pipeline.config.schema import ConfigError, GateConfig, LoraConfig, ModelConfig
 from pipeline.model import lora as lora_layers
 from pipeline.model.connectors import CONNECTORS, Connector, Features, Grid, read_connector, read_saved_connector
 from pipeline.model.families.configs import config_from_dict, llm_config
@@ -44,6 +45,8 @@ class ModelSpec:
     """Further vision towers, for connectors that read several."""
     lora: LoraConfig | None = None
     """Adapters, with the global names of all layers that have one."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Bias of query-key pairs in every decoder layer."""
 
     @classmethod
     def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None) -> ModelSpec:
@@ -69,7 +72,9 @@ class ModelSpec:
             llm_source=config.llm.source,
             vision_source=vision.source,
             extra_towers=tuple(extra),
+            gate=config.gate,
         )
+        spec._check_gates(config)
         spec._check_connector()
         spec = replace(spec, lora=lora_layers.resolve(config.lora, spec._layers()))
         if image_tokens is None:
@@ -189,7 +194,32 @@ class ModelSpec:
     def meta_llm(self) -> PreTrainedModel:
         """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
         with torch.device("meta"), config_errors("model.llm"):
-            return self.llm_family.build(self.llm)
+            llm = self.llm_family.build(self.llm)
+            if (shape := self._gate_shape()) is not None:
+                for layer in self.llm_family.parts(llm).layers:
+                    attach_gate(layer.get_submodule("self_attn"), shape, self.llm_family.query_key)
+        return llm
+
+    def _check_gates(self, config: ModelConfig) -> None:
+        """Refuse gates that cannot be trained, or that the decoder cannot have. Raises UserError."""
+        if self.gate.kind != "none" and config.lora.rank:
+            raise ConfigError(
+                "model.gate and model.lora cannot be combined: LoRA trains adapters only, so gates would stay at zero: "
+                "set model.gate.kind to none, or model.lora.rank to 0"
+            )
+        self.meta_llm()
+
+    def _gate_shape(self) -> GateShape | None:
+        """Return the sizes of each layer's gate, if the model has gates. Raises UserError for heads it lacks."""
+        if self.gate.kind == "none":
+            return None
+        heads = int(self.llm.num_attention_heads)
+        sizes = {
+            "heads": heads,
+            "kv_heads": int(getattr(self.llm, "num_key_value_heads", None) or heads),
+            "head_size": self.head_size,
+        }
+        return gate_shape(sizes, rank=self.gate.rank, heads=self.gate.heads, per=self.gate.per)
 
     def meta_connector(self) -> nn.Module:
         """Return the connector on the meta device."""
@@ -206,6 +236,7 @@ class ModelSpec:
             "vision_frozen": self.vision_frozen,
             "extra_towers": {str(place): tower.to_dict() for place, tower in enumerate(self.extra_towers)},
             "lora": self.lora.model_dump() if self.lora else None,
+            "gate": self.gate.model_dump(),
         }
 
     @classmethod
@@ -222,6 +253,7 @@ class ModelSpec:
                 vision_frozen=bool(raw["vision_frozen"]),
                 extra_towers=tuple(Tower.from_dict(own) for own in raw.get("extra_towers", {}).values()),
                 lora=LoraConfig.model_validate(raw["lora"]) if raw.get("lora") else None,
+                gate=GateConfig.model_validate(raw.get("gate", {})),  # older descriptions have none
             )
             spec._check_connector()
             if spec.connector_tokens != spec.image_tokens:

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError, one_line
+from pipeline.attention.gate import is_gate
 from pipeline.model.export_names import exported_name, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
@@ -116,6 +117,8 @@ class WeightSource:
         """Open an export of this project as the source of every part. Raises UserError as :meth:`open` does."""
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
+        if not any(is_gate(key) for key in folder.files):  # trained without gates: new ones start at zero
+            shapes = {name: shape for name, shape in shapes.items() if not is_gate(name)}
         layout = layout_of(folder.files)
         source._add(folder, shapes, {name: Piece(exported_name(name, layout)) for name in shapes}, folder.files)
         source._share_head(spec)
@@ -147,7 +150,11 @@ class WeightSource:
     def _add_llm(self, spec: ModelSpec, folder: TensorFolder) -> None:
         family = spec.llm_family
         home = next((home for home in family.homes() if any(key.startswith(home) for key in folder.files)), "model.")
-        shapes = {name: shape for name, shape in global_shapes(spec) if name.startswith(("model.", "lm_head."))}
+        shapes = {
+            name: shape
+            for name, shape in global_shapes(spec)
+            if name.startswith(("model.", "lm_head.")) and not is_gate(name)
+        }
         pieces = {name: _first(family.pieces(name, home), folder) for name in shapes}
         spare = [piece.key for piece in family.pieces("lm_head.weight", home)] if spec.tied else []
         found = [key for key in folder.files if not family.unread(key, home) and key not in spare]

@@ -27,9 +27,22 @@ def is_export(path: str) -> bool:
     return (Path(path) / "config.json").is_file()
 
 
-def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec) -> None:
-    """Refuse weights of a model that computes something different with equal shapes. Raises ConfigError."""
+def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec, *, new_gates: bool = False) -> None:
+    """Refuse weights of a model that computes something different with equal shapes.
+
+    Args:
+        origin: of the weights, for messages.
+        theirs: the description of their model.
+        spec: the model of the run.
+        new_gates: the run may add gates (``model.gate``) to a model without them; they start at zero.
+
+    Raises:
+        ConfigError: naming the first difference.
+    """
+    theirs = {"gate": {"kind": "none"}, **theirs}  # a description older than gates has none
     old, new = (dict(leaves(json.loads(json.dumps(tree)))) for tree in (theirs, spec.to_dict()))
+    if new_gates and old["gate.kind"] == "none":
+        old = {key: value for key, value in old.items() if not key.startswith("gate.")}
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
             raise ConfigError(
@@ -68,7 +81,7 @@ def check_init_from(config: RunConfig, manifest: Manifest, spec: ModelSpec) -> N
     else:
         meta = open_checkpoint(source).meta
         theirs = str(meta["tokenizer_sha256"])
-        check_same_model(f"init_from={source}", meta["spec"], spec)
+        check_same_model(f"init_from={source}", meta["spec"], spec, new_gates=True)
     if theirs != manifest.tokenizer_sha256:
         raise ConfigError(
             f"init_from={source} was trained with a different tokenizer than the packs in {config.data.packs}: "

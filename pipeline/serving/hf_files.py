@@ -30,9 +30,12 @@ _AUTO = {
 
 
 def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:
-    """Write everything but weights into an export folder. Raises UserError for a tokenizer that cannot be exported."""
+    """Write everything but weights into an export folder. Raises UserError for a tokenizer that cannot be exported.
+
+    The code does not know gates (``model.gate``): with them no code is written, and transformers refuses the folder.
+    """
     spec = export_config.spec
-    for name, source in code_files(spec).items():
+    for name, source in code_files(spec).items() if spec.gate.kind == "none" else ():
         (folder / name).write_text(source, encoding="utf-8")
     write_json(folder / CONFIG, hf_config(export_config, tokenizer))
     write_tokenizer(export_config, tokenizer, folder)
@@ -103,11 +106,12 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
     own = {**raw["mma"], "mask_grid": spec.mask_grid, "assistant_spans": spans}
     own["connector_arguments"] = spec.connector.arguments(spec.features, spec.width)
     own["connector_norm"] = spec.connector.norm
+    code = {"auto_map": _AUTO} if spec.gate.kind == "none" else {}
     return {
         **raw,
+        **code,
         "model_type": "mma",
         "architectures": ["MmaForConditionalGeneration"],
-        "auto_map": _AUTO,
         "dtype": export_config.dtype,
         "image_token_id": export_config.image_id,
         "pad_token_id": export_config.pad_id,

@@ -20,6 +20,7 @@ from data_prep.text.encoding import Encoded
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.attention import build_plan
+from pipeline.attention.gate import PairGate, gate_of
 from pipeline.masks import Policy, Sidecars, get_policy, position_ids
 from pipeline.model.build import build_stage
 from pipeline.model.export_files import Coverage
@@ -30,7 +31,7 @@ from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 from pipeline.serving.export import verify_export
 from pipeline.serving.export_config import ExportConfig
-from pipeline.serving.prefill import PromptBatch, assign_masks, generating_class
+from pipeline.serving.prefill import GatedCache, PromptBatch, assign_masks, generating_class
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class MultimodalModel:
         self._stage = stage.eval()
         self._llm = _generator(stage)
         assign_masks(self._llm.model.layers, self.policy)
+        found = (gate_of(layer.self_attn) for layer in self._llm.model.layers)
+        self.gates: tuple[PairGate, ...] = tuple(gate for gate in found if gate is not None)
+        """The gate of each layer; empty for a model without gates."""
 
     @property
     def stage(self) -> Stage:
@@ -110,12 +114,18 @@ class MultimodalModel:
             The result of ``generate``: int64[B, new tokens] without the prompts.
 
         Raises:
-            UserError: a prompt exceeds the model's positions or its sliding window.
+            UserError: a prompt exceeds the model's positions or its sliding window, or a model with gates is asked for
+                another kind of cache.
         """
+        if self.gates and "cache_implementation" in options:
+            raise UserError("a model with gates decodes with its own cache: leave out cache_implementation")
         for prompt in prompts:
             self.check_length(len(prompt.encoded), max_new_tokens)
         embeds = [(prompt.sidecars, self._stage.embed(self.inputs(prompt))[0]) for prompt in prompts]
         batch = PromptBatch.of(self.policy, embeds)
+        if self.gates:
+            options["past_key_values"] = cache = GatedCache(config=self._llm.config)
+            cache.gates, cache.visual = self.gates, batch.visual
         options = {"do_sample": False, "eos_token_id": list(self.export_config.eos_ids), **options}
         return self._llm.generate(
             inputs_embeds=batch.embeds,

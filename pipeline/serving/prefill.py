@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
+from data_prep.common.modalities import TEXT
+from pipeline.attention.gate import GatedKeys
 from pipeline.attention.hf import MASK_INDEX
 from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
 
@@ -76,6 +78,10 @@ def assign_masks(layers: Iterable[nn.Module], policy: Policy) -> None:
         setattr(layer.self_attn, MASK_INDEX, names.index(policy.at(index).name))
 
 
+class GatedCache(GatedKeys, DynamicCache):  # type: ignore[misc]
+    """The cache of ``generate`` for a model with gates."""
+
+
 @dataclass(frozen=True)
 class PromptBatch:
     """Prompts of different lengths, left-padded to P tokens."""
@@ -88,12 +94,14 @@ class PromptBatch:
     """int64[B, P]; 0 in padding."""
     prefill_mask: torch.Tensor
     """bool[B, parts of the policy, P, P]; a padding token sees itself, so no softmax is empty."""
+    visual: torch.Tensor
+    """bool[B, P]: which tokens are media."""
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[tuple[Sidecars, torch.Tensor]]) -> PromptBatch:
         """Build the batch from each prompt's sidecars (length T) and embeddings [T, D]."""
         longest = max(len(sidecars) for sidecars, _ in prompts)
-        embeds, real, positions, masks = [], [], [], []
+        embeds, real, positions, masks, visual = [], [], [], [], []
         for sidecars, embeds_TD in prompts:
             gap, device = longest - len(sidecars), embeds_TD.device
             embeds.append(F.pad(embeds_TD, (0, 0, gap, 0)))
@@ -101,4 +109,5 @@ class PromptBatch:
             positions.append(F.pad(position_ids(sidecars, policy.grid).to(device), (gap, 0)))
             allowed = torch.stack([dense_mask(part, sidecars).to(device) for part in policy.parts])
             masks.append(F.pad(allowed, (gap, 0, gap, 0)) | torch.eye(longest, dtype=torch.bool, device=device))
-        return cls(torch.stack(embeds), torch.stack(real), torch.stack(positions), torch.stack(masks))
+            visual.append(F.pad((sidecars.modality != TEXT).to(device), (gap, 0)))
+        return cls(*map(torch.stack, (embeds, real, positions, masks, visual)))

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from data_prep.common.errors import UserError
+from pipeline.attention.gate import GatedKeys
 from pipeline.masks import Sidecars
 from pipeline.model.inputs import StageInputs
 from pipeline.serving.model import MultimodalModel, Prompt
-from pipeline.serving.prefill import PromptBatch, by_layer_type
+from pipeline.serving.prefill import GatedCache, PromptBatch, by_layer_type
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 GROWTH_TOKENS = 64
@@ -50,7 +50,7 @@ class Prefilled:
     """Position id of the first new token."""
 
 
-class BatchCache(Cache):  # type: ignore[misc]
+class BatchCache(GatedKeys, Cache):  # type: ignore[misc]
     """Keys and values of several sequences, one per row, each of its own length.
 
     Rows are dense: 0 .. rows - 1 are in use. Memory is one tensor [rows, H_kv, tokens, D] per layer and side, which
@@ -179,7 +179,9 @@ class StepModel:
 
     def cache(self) -> BatchCache:
         """Return an empty cache."""
-        return BatchCache(self.model.spec.layers)
+        cache = BatchCache(self.model.spec.layers)
+        cache.gates = self.model.gates
+        return cache
 
     @property
     def bytes_per_token(self) -> int:
@@ -188,7 +190,8 @@ class StepModel:
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         weight: torch.Tensor = self._llm.lm_head.weight
-        return int(2 * self.model.spec.layers * heads * width * weight.element_size())
+        bias = self.model.gates[0].shape.rank if self.model.gates else 0  # keys hold the gate's dimensions too
+        return int(self.model.spec.layers * heads * (2 * width + bias) * weight.element_size())
 
     def prepare(self, prompt: Prompt, new_tokens: int) -> Prepared:
         """Turn a prompt into tensors on the CPU.
@@ -204,7 +207,8 @@ class StepModel:
         """Run a prompt through the model in one pass under its policy mask."""
         embeds_TD = self.model.stage.embed(prepared.inputs.to(self.model.device))[0]
         batch = PromptBatch.of(self.model.policy, [(prepared.sidecars, embeds_TD)])
-        cache = DynamicCache()
+        cache = GatedCache()
+        cache.gates, cache.visual = self.model.gates, batch.visual
         out = self._llm(
             inputs_embeds=batch.embeds,
             attention_mask=by_layer_type(self._llm.config, batch.prefill_mask),

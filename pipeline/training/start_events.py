@@ -30,7 +30,7 @@ def record_start_events(plan: RunPlan, folder: RunFolder, *, watched: bool, over
     if reason := slow_path_reason(device_of_rank().type, plan.dtype, plan.spec.head_size, softcap):
         folder.record("attention-fallback", reason=reason)
     before = initial_policy(config)
-    if before not in (None, config.mask.policy):
-        folder.record("mask-changed", init_from=config.init_from, old=before, new=config.mask.policy)
+    if before not in (None, config.mask.name):
+        folder.record("mask-changed", init_from=config.init_from, old=before, new=config.mask.name)
     if not config.train.steps:
         folder.record("rows-dropped", count=manifest.rows % config.train.global_batch_size, path=config.data.packs)

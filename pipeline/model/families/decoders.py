@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedConfig
 
+from pipeline.attention.gate import FUSED, NORMS
 from pipeline.model.families.llm import LlmFamily
 
 
@@ -29,10 +30,10 @@ DECODERS = (
     Granite("granite"),
     LlmFamily("llama"),
     LlmFamily("mistral", composites=("mistral3",)),
-    LlmFamily("olmo2"),
-    Olmo3("olmo3"),
-    LlmFamily("phi3"),
+    LlmFamily("olmo2", query_key=NORMS),
+    Olmo3("olmo3", query_key=NORMS),
+    LlmFamily("phi3", query_key=FUSED),
     LlmFamily("qwen2"),
-    LlmFamily("qwen3"),
+    LlmFamily("qwen3", query_key=NORMS),
     LlmFamily("smollm3"),
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from pipeline.attention.gate import NORMS
 from pipeline.model.families.llm import LlmFamily
 
 
@@ -66,7 +67,7 @@ class Gemma4(Gemma3):
 GEMMAS = (
     LlmFamily("gemma"),
     LlmFamily("gemma2"),
-    Gemma3("gemma3_text", composites=("gemma3",)),
-    Gemma4("gemma4_text", composites=("gemma4",)),
-    Gemma4("gemma4_unified_text", composites=("gemma4_unified",)),
+    Gemma3("gemma3_text", composites=("gemma3",), query_key=NORMS._replace(heads_first=True)),
+    Gemma4("gemma4_text", composites=("gemma4",), query_key=None),
+    Gemma4("gemma4_unified_text", composites=("gemma4_unified",), query_key=None),
 )

@@ -16,6 +16,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from pipeline.attention.gate import PROJECTIONS, QueryKey
+
 
 class Piece(NamedTuple):
     """Where a parameter lies in a folder of weights: a tensor, or one of its equal parts along the first dimension."""
@@ -55,14 +57,18 @@ class LlmFamily:
     extra_keys: frozenset[str] = frozenset()
     """Keys that its config reads but does not declare."""
 
-    def __init__(self, model_type: str, *, composites: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, model_type: str, *, composites: tuple[str, ...] = (), query_key: QueryKey | None = PROJECTIONS
+    ) -> None:
         """Describe a family.
 
         Args:
             model_type: of its transformers config.
             composites: ``model_type`` of multimodal models that hold this decoder, under the key ``text_config``.
+            query_key: the modules whose outputs are queries and keys before the rotary embedding, for ``model.gate``;
+                None: there are none, and the gate is refused.
         """
-        self.model_type, self.composites = model_type, composites
+        self.model_type, self.composites, self.query_key = model_type, composites, query_key
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.model_type!r})"

@@ -91,6 +91,16 @@ def whole_stage(spec: ModelSpec, *, dtype: torch.dtype = torch.float32, **option
     return build_stage(spec, layers=layers, first=True, last=True, dtype=dtype, device="cpu", seed=3, **options)
 
 
+def opened(stage: Stage) -> Stage:
+    """Give the gates of a stage strengths other than zero, if it has any; returns the stage."""
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in stage.named_parameters():
+        if name.endswith("pair_gate.strength"):
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data.copy_(3.0 * drawn)
+    return stage
+
+
 def plain_llm(stage: Stage) -> PreTrainedModel:
     """Return the library's own model with a single stage's weights; it shares no code with the stage's forward."""
     config = type(stage.spec.llm).from_dict(stage.spec.llm.to_dict())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import GateConfig, RunConfig
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.parallel.ds_config import complete_ds_config, read_ds_config
@@ -26,6 +26,7 @@ CASES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-tied-true-zero3": {"llm": {"tie_word_embeddings": True}, "gathered_fraction": 0.0},
     "gemma3_text-clip": {"vision": "clip_vision_model"},
+    "qwen3-gates": {"gate": GateConfig(kind="rave_style", rank=3), "checkpointing": True},
     "phi3-trained-tower-checkpointing": {"frozen": False, "checkpointing": True},
 }
 TARGETS = 50
@@ -42,7 +43,7 @@ def micro_batches(rank: int) -> list[StageInputs]:
 def spec_of(name: str) -> Any:
     case = CASES[name]
     spec = tiny_spec(name.split("-")[0], vision=case.get("vision", "siglip_vision_model"), **case.get("llm", {}))
-    return replace(spec, vision_frozen=case.get("frozen", True))
+    return replace(spec, vision_frozen=case.get("frozen", True), gate=case.get("gate", GateConfig()))
 
 
 def train_step(name: str, topology: Topology, groups: Any, out: Path) -> None:

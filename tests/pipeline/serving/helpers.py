@@ -17,14 +17,14 @@ from safetensors.torch import load_file, save_file
 from data_prep.example import ImageRef, Turn
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer, train_sentencepiece
-from pipeline.config.schema import ConnectorConfig, ModelConfig
+from pipeline.config.schema import ConnectorConfig, GateConfig, ModelConfig
 from pipeline.model.export_files import write_file_hashes
 from pipeline.model.export_names import exported_name
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import global_shapes
 from pipeline.serving.export import export
-from tests.pipeline.model.helpers import IMAGE_TOKENS, SIDE, VISION, model_config, whole_stage
+from tests.pipeline.model.helpers import IMAGE_TOKENS, SIDE, VISION, model_config, opened, whole_stage
 
 WORDS = [
     "what colour is the circle",
@@ -63,9 +63,10 @@ def make_saved(
     connector: dict[str, Any] | None = None,
     patch_tokens: bool = False,
     extra_vision: list[dict[str, Any]] | None = None,
+    gate: GateConfig | None = None,
     **llm: Any,
 ) -> Saved:
-    """Make a random model; ``patch_tokens`` gives it one token per patch, on a grid."""
+    """Make a random model; ``patch_tokens`` gives it one token per patch, on a grid, ``gate`` strong gates."""
     tokenizer = make_tokenizer(folder)
     config = model_config(family, **llm)
     image_tokens: int | None = IMAGE_TOKENS
@@ -74,6 +75,8 @@ def make_saved(
     if connector is not None:
         own = {"connector": connector, "extra_vision": extra_vision or []}
         config, image_tokens = ModelConfig.model_validate({**config.model_dump(), **own}), None
+    if gate is not None:
+        config = config.model_copy(update={"gate": gate})
     spec = ModelSpec.resolve(config, vocab_size=len(tokenizer), image_tokens=image_tokens)
     meta = {
         "spec": spec.to_dict(),
@@ -85,7 +88,7 @@ def make_saved(
         "tokenizer": str(folder / "tokenizer"),
         "dtype": "float32",
     }
-    return Saved(whole_stage(spec), meta)
+    return Saved(opened(whole_stage(spec)), meta)
 
 
 def make_export(folder: Path, family: str = "llama", **options: Any) -> Path:

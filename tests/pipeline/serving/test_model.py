@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForImageTextToText
 
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef
 from data_prep.text.encoding import Encoded
+from pipeline.config.schema import GateConfig
 from pipeline.serving.model import MultimodalModel, Prompt, load_model
 from tests.pipeline.model.helpers import IMAGE_TOKENS
 from tests.pipeline.serving.helpers import CONVERSATIONS, make_export, picture, user
@@ -50,6 +52,38 @@ def assert_cached_equals_full(model: MultimodalModel, **options: object) -> None
 @pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "gemma2", "gemma3_text", "granite", "smollm3"])
 def test_prefill_and_cached_decoding_equal_the_training_forward(family: str, tmp_path: Path) -> None:
     assert_cached_equals_full(load_model(make_export(tmp_path, family)))
+
+
+GATES = [GateConfig(kind="rave_style", rank=5), GateConfig(kind="rave_style", rank=8, heads="1", per="kv_group")]
+
+
+@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.per)
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3", "gemma2", "gemma3_text"])
+def test_gates_decode_with_a_cache_of_their_own(family: str, gate: GateConfig, tmp_path: Path) -> None:
+    model = load_model(make_export(tmp_path, family, gate=gate))
+    assert_cached_equals_full(model)
+    prompts = [model.prompt(turns) for turns in CONVERSATIONS]
+    alone = [model.generate([prompt], max_new_tokens=NEW, num_beams=3)[0] for prompt in prompts]
+    assert model.generate(prompts, max_new_tokens=NEW, num_beams=3) == alone
+    with pytest.raises(UserError, match="its own cache"):
+        model.generate(prompts, cache_implementation="static")
+
+
+def test_an_export_with_gates_is_refused_by_transformers_which_would_ignore_them(tmp_path: Path) -> None:
+    folder = make_export(tmp_path, gate=GATES[0])
+    assert not list(folder.glob("*.py"))
+    with pytest.raises(ValueError, match=r"model type `mma`"):
+        AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+
+
+def test_the_gate_matters_where_there_are_images(tmp_path: Path) -> None:
+    model = load_model(make_export(tmp_path, gate=GATES[0]))
+    before = [model.logits(model.prompt(CONVERSATIONS[number])) for number in (1, 2)]
+    for gate in model.gates:
+        gate.strength.zero_()
+    image, text = (a - model.logits(model.prompt(CONVERSATIONS[n])) for a, n in zip(before, (1, 2), strict=True))
+    assert image.abs().max() > 1e-2
+    assert text.abs().max() == 0.0
 
 
 def test_prefill_with_a_static_cache_equals_it_too(tmp_path: Path) -> None:

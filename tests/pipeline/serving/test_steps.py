@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.config.schema import GateConfig
 from pipeline.serving.model import MultimodalModel, Prompt, load_model
 from pipeline.serving.steps import GROWTH_TOKENS, StepModel
 from tests.pipeline.serving.helpers import CONVERSATIONS, make_export
@@ -85,6 +86,12 @@ def test_a_window_shorter_than_the_answer_is_kept(family: str, window: int, tmp_
 @pytest.mark.parametrize("policy", ["causal", "mma_general", "mixed", "prefix"])
 def test_every_policy_is_prefilled_with_its_own_mask(policy: str, tmp_path: Path) -> None:
     assert_equals_generate(load_model(make_export(tmp_path, policy=policy)))
+
+
+def test_gates_keep_their_dimensions_in_the_cache(tmp_path: Path) -> None:
+    model = load_model(make_export(tmp_path, gate=GateConfig(kind="rave_style", rank=5)))
+    assert_equals_generate(model)
+    assert StepModel(model).bytes_per_token == 4 * 3 * 2 * (8 + 5 + 8)  # fp32, layers, key heads, key + value
 
 
 def test_concentric_positions_continue_as_in_generate(tmp_path: Path) -> None:

@@ -168,8 +168,8 @@ class ChatServer:
 
     async def health(self, _: Request) -> Response:
         """Answer 200 while requests are accepted, else 503."""
-        alive = self.engine.alive
-        return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
+        health = self.engine.health
+        return JSONResponse({"status": health}, 200 if health == "ok" else 503)
 
     async def read_metrics(self, _: Request) -> Response:
         """Return the metrics."""

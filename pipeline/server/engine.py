@@ -25,6 +25,8 @@ from pipeline.serving.steps import Prefilled, Prepared, StepModel
 log = logging.getLogger(__name__)
 
 Reason: TypeAlias = Literal["stop", "length", "cancelled"]
+UNHEALTHY_FAILURES = 3
+"""So many failures in a row mean that the process should be replaced, as after a fault of the GPU."""
 SETTLED_S = 1.0
 """How long :meth:`Engine.close` waits for the thread after its last step."""
 
@@ -121,6 +123,8 @@ class Engine:
         self._running: list[_Running] = []
         self._cache = steps.cache()
         self._stopping = self._closed = False
+        self._failures = 0
+        """Prefills and steps that have failed in a row."""
         self._mean_s = 1.0
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
@@ -142,9 +146,16 @@ class Engine:
         return rows * tokens
 
     @property
-    def alive(self) -> bool:
-        """Whether the engine's thread runs and takes requests."""
-        return self._thread.is_alive() and not self._stopping
+    def stopping(self) -> bool:
+        """Whether :meth:`stop` or :meth:`close` was called."""
+        return self._stopping
+
+    @property
+    def health(self) -> Literal["ok", "stopping", "failing"]:
+        """Whether requests are taken and answered."""
+        if self._stopping:
+            return "stopping"
+        return "ok" if self._thread.is_alive() and self._failures < UNHEALTHY_FAILURES else "failing"
 
     def reserve(self) -> Ticket:
         """Take a place for a request that has just arrived; give it back with :meth:`release`.
@@ -256,6 +267,7 @@ class Engine:
             first = self.steps.prefill(request.work.prepared)
             (choice,) = choose(first.logits[None], [request.work.sampling], [request.random])
             self._join(request, first, choice)
+            self._failures = 0
         except Exception as error:
             self._fail(request, error)
 
@@ -275,6 +287,7 @@ class Engine:
             choices = choose(
                 logits, [one.work.sampling for one in self._running], [one.random for one in self._running]
             )
+            self._failures = 0
         except Exception as error:
             self._fail_all(error)
             return
@@ -317,12 +330,14 @@ class Engine:
         if isinstance(error, UserError):
             self._tell(request, Failed(one_line(error), user=True))
             return
+        self._failures += 1
         log.error("prefill failed", exc_info=error)
         self._tell(request, Failed(_cause(error), user=False))
 
     def _fail_all(self, error: Exception) -> None:
         """Give up all running requests; the cache is dropped, because a failed step leaves it half written."""
         log.error("a decoding step of %d requests failed", len(self._running), exc_info=error)
+        self._failures += 1
         failed, self._running = self._running, []
         self._cache.clear()
         for request in failed:

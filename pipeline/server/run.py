@@ -64,7 +64,7 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Refuse new requests and finish the rest; at the second signal, end at once."""
-        if not self._engine.alive or self._loop is None:
+        if self._engine.stopping or self._loop is None:
             self.should_exit = self.force_exit = True
             return
         self._engine.stop()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from data_prep.common.errors import UserError
-from pipeline.server.engine import Busy, Engine, Event, Failed, Finished, Stopping, Ticket, Work
+from pipeline.server.engine import UNHEALTHY_FAILURES, Busy, Engine, Event, Failed, Finished, Stopping, Ticket, Work
 from pipeline.server.sampling import Choice, Sampling
 from pipeline.serving.model import MultimodalModel, load_model
 from pipeline.serving.steps import StepModel
@@ -142,6 +142,7 @@ def test_a_failing_step_costs_only_the_requests_in_it(
         assert len(ids) == 3 and isinstance(end, Failed) and not end.user and "--cache-tokens" in end.message
         again, _ = ask(engine, 1, 9).outcome()
         assert again[:3] == ids and len(again) == 9
+        assert engine.health == "ok"
     assert "decoding step of 1 requests failed" in caplog.text
 
 
@@ -152,6 +153,23 @@ def test_a_failing_prefill_costs_only_its_request(model: MultimodalModel, monkey
         monkeypatch.setattr(engine.steps, "prefill", lambda _: 1 / 0)
         _, end = ask(engine, 1, 9).outcome()
         assert isinstance(end, Failed) and "ZeroDivisionError" in end.message
+        engine.cancel(long.ticket)
+        long.outcome()
+        assert engine.health == "ok"
+        for _ in range(UNHEALTHY_FAILURES):
+            ask(engine, 1, 9).outcome()
+        assert engine.health == "failing"
+        monkeypatch.undo()
+        ask(engine, 1, 9).outcome()
+        assert engine.health == "ok"
+
+
+def test_the_others_go_on_when_a_prefill_fails(model: MultimodalModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(model) as engine:
+        long = ask(engine, 0, 100)
+        long.events.get(timeout=60)
+        monkeypatch.setattr(engine.steps, "prefill", lambda _: 1 / 0)
+        ask(engine, 1, 9).outcome()
         assert long.outcome()[1] == Finished("length")
 
 

@@ -83,7 +83,7 @@ def test_a_window_shorter_than_the_answer_is_kept(family: str, window: int, tmp_
     assert_equals_generate(model)
 
 
-@pytest.mark.parametrize("policy", ["causal", "mma_general", "mixed", "prefix"])
+@pytest.mark.parametrize("policy", ["causal", "mma_general", "prefix", "mma+0:1=mixed+2:3=causal"])
 def test_every_policy_is_prefilled_with_its_own_mask(policy: str, tmp_path: Path) -> None:
     assert_equals_generate(load_model(make_export(tmp_path, policy=policy)))
 

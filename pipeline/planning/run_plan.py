@@ -92,7 +92,7 @@ class RunPlan(ParallelSettings):
             config, manifest, spec,
             dtype=None if invocation.dry_run else settings.dtype_name, allowed=invocation.allowed_changes,
         )  # fmt: skip
-        steps = _count_steps(config, manifest)
+        steps = count_steps(config, manifest)
         if not policy.may_leak:  # ablations that leak on purpose need mask.allow_leak
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         split = StageSplit.of(
@@ -135,7 +135,7 @@ def _check_layers(policy: Policy, spec: ModelSpec) -> None:
             )
 
 
-def _count_steps(config: RunConfig, manifest: Manifest) -> int:
+def count_steps(config: RunConfig, manifest: Manifest) -> int:
     """Return the run's optimizer steps: as configured, or passes over the rows (whose plan may cover many epochs)."""
     train, folder = config.train, Path(config.data.packs)
     batch = train.global_batch_size

@@ -102,3 +102,11 @@ def test_a_micro_batch_moves_with_all_its_tensors(packs: PackReader) -> None:
         assert moved.plan.device.type == "meta"
         assert (moved.pixels is None) == (microbatch.pixels is None) == (not images)
         assert moved.pixels is None or moved.pixels.is_meta
+
+
+def test_another_pass_begins_at_the_first_row(packs: PackReader) -> None:
+    own, steps = source(packs), len(packs) // 8
+    first, again = own.read(0), own.read(steps)
+    assert first.rows == again.rows == range(8) and first.targets == again.targets
+    assert torch.equal(first.microbatches[0].input_ids, again.microbatches[0].input_ids)
+    assert own.read(2 * steps - 1).rows.stop == 8 * steps, "the rest of a pass, less than a batch, is left out"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -16,6 +17,7 @@ from pipeline.planning.changes import (
     refuse_changes,
     settings_changed,
 )
+from pipeline.planning.run_plan import count_steps
 
 ACCEPTED = {"parallel", "checkpoint", "log", "run_dir", "init_from", "data", "model"}
 """Sections of which no key but those in `CHANGES_RESULT` changes the result; of train and mask, these keys do not."""
@@ -90,3 +92,24 @@ def test_a_change_of_the_result_is_refused_unless_it_is_allowed() -> None:
     assert not is_allowed("train.lr_x", ["train.lr"])
     with pytest.raises(UserError, match=r"--allow-change train.lrr: there is no such key"):
         check_allowed_keys(["train.lrr"])
+
+
+@pytest.mark.parametrize(
+    ("train", "steps"), [({}, 12), ({"epochs": 1}, 12), ({"epochs": 0.25}, 3), ({"epochs": 2.5}, 30), ({"steps": 7}, 7)]
+)
+def test_the_length_is_given_in_steps_or_epochs(train: dict[str, Any], steps: int) -> None:
+    config = RunConfig.model_validate({"train": {"global_batch_size": 8, **train}})
+    assert count_steps(config, cast(Any, SimpleNamespace(rows=103))) == steps
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"steps": 13}, "plan more epochs with mma-prep, repeat the rows with train.epochs, or lower train.steps"),
+        ({"schedule": "wsd", "decay_steps": 13}, "train.decay_steps=13 is longer than the run of 12 steps"),
+    ],
+)
+def test_a_length_that_does_not_fit_is_refused(train: dict[str, Any], said: str) -> None:
+    config = RunConfig.model_validate({"train": {"global_batch_size": 8, **train}})
+    with pytest.raises(UserError, match=said):
+        count_steps(config, cast(Any, SimpleNamespace(rows=103)))

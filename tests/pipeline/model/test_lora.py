@@ -93,7 +93,7 @@ def test_what_cannot_be_adapted_is_refused(keys: dict[str, Any], said: str, monk
 
 
 def test_dropout_and_empty_targets_are_refused() -> None:
-    with pytest.raises(ValueError, match="dropout=0[.]1 is not supported"):
+    with pytest.raises(ValueError, match=r"dropout=0\.1 is not supported"):
         LoraConfig(rank=2, dropout=0.1)
     with pytest.raises(ValueError, match="targets is empty"):
         LoraConfig(rank=2, targets=[])

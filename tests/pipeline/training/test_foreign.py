@@ -72,6 +72,7 @@ def test_the_unaltered_checkpoint_is_whole(folder: Path) -> None:
 
 
 ENTRY = {"bytes": 6, "xxh3": "0" * 32}
+BASE = {"kind": "llm", "path": "/models/llm", "files": {"model.safetensors": ENTRY}}
 
 
 @pytest.mark.parametrize(
@@ -106,8 +107,11 @@ ENTRY = {"bytes": 6, "xxh3": "0" * 32}
             ("model", "spec"), [], "description of the language model is missing", id="a model of another kind"
         ),
         pytest.param(("format",), "pickle", "mma-checkpoint", id="another format"),
-        pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 3", id="another version"),
+        pytest.param(("version",), 1, "mma-checkpoint version 1, this release reads version 4", id="another version"),
         pytest.param(("more",), 1, "more", id="a key too many"),
+        pytest.param(("base",), [{**BASE, "files": {"../x": ENTRY}}], "match pattern", id="base weights that lead up"),
+        pytest.param(("base",), [{**BASE, "kind": "pickle"}], "match pattern", id="base weights of another kind"),
+        pytest.param(("params", "w", "stored"), 0, "valid boolean", id="0 is not false"),
     ],
 )
 def test_a_manifest_is_validated(keys: tuple[str, ...], value: object, words: str, folder: Path) -> None:
@@ -214,6 +218,7 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
 
 
 PLACES_OF_PICKLE = {
+    ("pipeline/training/origin.py", "all_gather_object"),
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/checkpoint_manager.py", "all_gather_object"),

@@ -55,7 +55,7 @@ def test_the_default_is_every_linear_layer_of_the_decoder_and_starts_without_eff
     x = torch.randn(7, spec.width)
     name = next(name for name in sorted(wanted) if name.endswith(("q_proj", "qkv_proj")))
     assert torch.equal(adapted.get_submodule(name)(x), plain.get_submodule(name)(x))
-    assert {name: tuple(value.shape) for name, value in mine.items()} == dict(parameter_shapes(spec))
+    assert {name: tuple(param.shape) for name, param in adapted.named_parameters()} == dict(parameter_shapes(spec))
     assert ModelSpec.from_dict(spec.to_dict()).lora == spec.lora
 
 

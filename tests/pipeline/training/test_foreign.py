@@ -218,10 +218,10 @@ def test_nothing_is_written_through_a_link(name: str, tmp_path: Path) -> None:
 
 
 PLACES_OF_PICKLE = {
-    ("pipeline/training/origin.py", "all_gather_object"),
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/checkpoint_manager.py", "all_gather_object"),
+    ("pipeline/training/origin.py", "all_gather_object"),
     ("pipeline/commands/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),
     ("pipeline/training/supervise.py", "all_gather_object"),

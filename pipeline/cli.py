@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from data_prep.common.command_line import OneLineParser, add_version, print_completion, run_command
 from pipeline.commands import parsers
 from pipeline.commands.bench import BENCH, add_bench
-from pipeline.commands.model import add_evaluate, add_export, add_generate
+from pipeline.commands.export import EXPORT, VERIFY, add_export, add_verify
+from pipeline.commands.model import add_evaluate, add_generate
 from pipeline.commands.serve import CHAT, SERVE, add_chat, add_serve
 
 _OVERVIEW = """\
@@ -133,6 +134,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "slurm": ("copy the Slurm scripts", parsers.add_slurm),
     "smollm2": ("write a small language model with real weights", parsers.add_smollm2),
     "export": ("export a trained run as a model folder", add_export),
+    "verify-export": ("check that a loader computes what training computed", add_verify),
     "generate": ("ask a model a question about images", add_generate),
     "chat": ("talk to a model in the terminal", add_chat),
     "serve": ("serve a model over HTTP: OpenAI's API and a web page", add_serve),
@@ -149,6 +151,8 @@ _DESCRIPTIONS = {
     "schedule": parsers.SCHEDULE,
     "slurm": parsers.SLURM,
     "smollm2": parsers.SMOLLM2,
+    "export": EXPORT,
+    "verify-export": VERIFY,
     "chat": CHAT,
     "serve": SERVE,
     "bench": BENCH,

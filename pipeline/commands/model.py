@@ -1,4 +1,4 @@
-"""``mma export``, ``mma generate`` and ``mma evaluate``."""
+"""``mma generate`` and ``mma evaluate``."""
 
 from __future__ import annotations
 
@@ -14,19 +14,6 @@ from pipeline.commands.arguments import check_output_file, existing_device
 if TYPE_CHECKING:
     from pipeline.serving.evaluate import Answer
     from pipeline.serving.model import MultimodalModel
-
-
-def _export(arguments: argparse.Namespace) -> None:
-    from pipeline.serving.export import export_run
-
-    if arguments.adapter:
-        from pipeline.serving.adapter import export_adapter
-
-        if arguments.dtype != "auto":
-            raise UserError(f"--dtype {arguments.dtype}: adapters are fp32, as trained: remove it, or --adapter")
-        print(f"exported the adapter to {export_adapter(arguments.run, arguments.out)}")
-        return
-    print(f"exported to {export_run(arguments.run, arguments.out, dtype=arguments.dtype)}")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -73,7 +60,8 @@ def _is_file(name: str) -> bool:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from data_prep.common.console import PipeConsole
     from data_prep.packs import PackReader
-    from pipeline.serving.evaluate import evaluate, save, show
+    from pipeline.serving.card import add_accuracy
+    from pipeline.serving.evaluate import evaluate, save, scores, show
 
     if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
         raise UserError(f"--compare {arguments.compare} is the model itself: name another export")
@@ -86,6 +74,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
     show(results, PipeConsole())
     save(results, path)
+    if arguments.json is None:
+        rows = {name: (one.asked, one.accuracy, one.chance) for name, one in scores(results[arguments.model]).items()}
+        add_accuracy(Path(arguments.model), packs.directory.name, rows)
     print(f"scores and answers: {path}")
 
 
@@ -98,24 +89,6 @@ def load(folder: str, arguments: argparse.Namespace) -> MultimodalModel:
     if model.coverage is not None and not model.coverage.complete:
         print(f"{folder}: {model.coverage}; --verify full checks every byte", file=sys.stderr)
     return model
-
-
-def add_export(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of ``mma export``."""
-    parser.add_argument("run", metavar="RUN", help="run folder (its newest checkpoint), or one checkpoint folder")
-    parser.add_argument("out", metavar="OUT", help="model folder to write; must not exist")
-    parser.add_argument(
-        "--dtype",
-        choices=("auto", "bfloat16", "float32"),
-        default="auto",
-        help="dtype of the weights (default: as trained)",
-    )
-    parser.add_argument(
-        "--adapter",
-        action="store_true",
-        help="of a run with LoRA, write the adapter alone, as a folder of the peft library (default: merged weights)",
-    )
-    parser.set_defaults(command=_export)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:

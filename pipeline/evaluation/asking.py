@@ -21,7 +21,7 @@ from pipeline.evaluation.answers import Answer, AnswerStore
 from pipeline.evaluation.benchmark import Benchmark, Question
 from pipeline.evaluation.files import image_hashes
 from pipeline.evaluation.survey import Survey, selected
-from pipeline.serving.model import Prompt
+from pipeline.serving.prompt import Prompt
 
 WINDOW_BATCHES = 8
 """Batches read ahead; inside this window questions are ordered by length."""

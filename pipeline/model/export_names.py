@@ -34,3 +34,8 @@ def layout_of(names: Iterable[str]) -> Layout:
     if any(name.startswith("model.multi_modal_projector.") for name in listed):
         return "llava"
     return "hf" if any(name.startswith("model.language_model.") for name in listed) else "flat"
+
+
+def is_spare(name: str, layout: Layout) -> bool:
+    """Return whether a tensor of an export only completes a stock class: CLIP's last norm, whose output is unused."""
+    return layout == "llava" and name.startswith("model.vision_tower.post_layernorm.")

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError, one_line
 from pipeline.attention.gate import is_gate
-from pipeline.model.export_names import exported_name, layout_of
+from pipeline.model.export_names import exported_name, is_spare, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
 from pipeline.model.lora import adapter_shapes
@@ -120,7 +120,8 @@ class WeightSource:
         if not any(is_gate(key) for key in folder.files):  # trained without gates: new ones start at zero
             shapes = {name: shape for name, shape in shapes.items() if not is_gate(name)}
         layout = layout_of(folder.files)
-        source._add(folder, shapes, {name: Piece(exported_name(name, layout)) for name in shapes}, folder.files)
+        found = [key for key in folder.files if not is_spare(key, layout)]
+        source._add(folder, shapes, {name: Piece(exported_name(name, layout)) for name in shapes}, found)
         source._share_head(spec)
         return source
 

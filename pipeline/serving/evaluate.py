@@ -24,7 +24,8 @@ from data_prep.images.store import ImageStore
 from data_prep.packs import PackReader, PackRow
 from data_prep.text.encoding import Encoded
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.serving.model import MultimodalModel, Prompt, decode_image
+from pipeline.serving.model import MultimodalModel, decode_image
+from pipeline.serving.prompt import Prompt
 
 SPARE_TOKENS = 8
 """Number of tokens by which an answer may exceed the longest reference."""

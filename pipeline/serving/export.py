@@ -22,8 +22,11 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.model.export_files import FILES, Coverage, check_files, check_finite, not_finite, write_file_hashes
 from pipeline.model.export_names import Layout, exported_name
 from pipeline.model.weights import INDEX, global_shapes
+from pipeline.serving.card import write_card
 from pipeline.serving.export_config import CONFIG, ExportConfig
+from pipeline.serving.golden import write_golden
 from pipeline.serving.hf_files import write_hf_files, write_json, write_own_files
+from pipeline.serving.llava_files import check_llava, extra_tensors, reads_after_norm, write_llava_files
 
 SHARD_BYTES = 4 << 30
 
@@ -41,7 +44,9 @@ class SavedModel(Protocol):
         ...
 
 
-def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path:
+def export_run(
+    run: Path | str, out: Path | str, *, dtype: str = "auto", layout: Layout = "hf", prefill_causal: bool = False
+) -> Path:
     """Export the newest checkpoint of a run folder, or one checkpoint folder, after verifying it; see :func:`export`.
 
     Raises UserError for a damaged checkpoint, and as :func:`export` does.
@@ -54,7 +59,14 @@ def export_run(run: Path | str, out: Path | str, *, dtype: str = "auto") -> Path
     checkpoint = open_checkpoint(run)
     if faults := checkpoint.faults():
         raise UserError(f"{faults[0]}: name another checkpoint of the run")
-    return export(checkpoint, out, dtype=dtype, step=checkpoint.manifest.step)
+    manifest = checkpoint.manifest
+    facts = {
+        "data": f"`{Path(str(manifest.config['data']['packs'])).name}` (plan {manifest.plan_sha256[:12]})",
+        "training": f"{manifest.consumed_packs:,} packed rows, global batch of {manifest.global_batch_size}",
+    }
+    return export(
+        checkpoint, out, dtype=dtype, step=manifest.step, layout=layout, prefill_causal=prefill_causal, facts=facts
+    )
 
 
 def model_folder(folder: Path | str) -> Path:
@@ -79,7 +91,16 @@ def model_folder(folder: Path | str) -> Path:
     return export_run(run, made)
 
 
-def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int = 0) -> Path:
+def export(
+    saved: SavedModel,
+    out: Path | str,
+    *,
+    dtype: str = "auto",
+    step: int = 0,
+    layout: Layout = "hf",
+    prefill_causal: bool = False,
+    facts: Mapping[str, str] | None = None,
+) -> Path:
     """Write a checkpoint's model to the folder ``out``.
 
     Args:
@@ -87,28 +108,35 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
         out: a folder that does not exist yet.
         dtype: ``bfloat16``, ``float32``, or ``auto`` for the dtype the model was trained in.
         step: optimizer steps behind the weights, recorded in the config.
+        layout: ``hf``, loaded by the export's own code; or ``llava``, loaded by the stock class.
+        prefill_causal: with ``llava``, accept that the stock class prefills causally whatever the policy.
+        facts: lines about data and training for the model card.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: the folder exists, the tokenizer is missing, the checkpoint lacks a parameter, or a parameter is
-            not finite in the exported dtype.
+        UserError: the folder exists, the tokenizer is missing or cannot be exported exactly, the checkpoint lacks a
+            parameter, a parameter is not finite in the exported dtype, or the layout cannot express the model.
     """
     out = Path(out)
     if out.exists():
         raise UserError(f"{out} already exists: give a new folder, or remove it first")
     export_config = ExportConfig.from_meta(saved.meta, step=step)
     export_config = export_config if dtype == "auto" else replace(export_config, dtype=dtype)
+    if layout == "llava":
+        check_llava(export_config, prefill_causal=prefill_causal)
     tokenizer = Tokenizer.load(saved.meta["tokenizer"])
     hidden = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        for_transformers = not export_config.spec.extra_towers  # its processor prepares one size of image
-        layout: Layout = "hf" if for_transformers else "flat"
+        if export_config.spec.extra_towers:  # the processor for transformers prepares one size of image
+            layout = "flat"
         _write_weights(export_config, _checked(export_config, saved), hidden, layout)
-        (write_hf_files if for_transformers else write_own_files)(export_config, tokenizer, hidden)
+        _write_files(export_config, tokenizer, hidden, layout)
+        write_card(export_config, hidden, facts or {}, layout, post_norm=reads_after_norm(export_config))
+        write_golden(export_config, tokenizer, hidden)
         write_file_hashes(hidden)
         for path in hidden.rglob("*"):
             _sync(path)
@@ -116,6 +144,12 @@ def export(saved: SavedModel, out: Path | str, *, dtype: str = "auto", step: int
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return out
+
+
+def _write_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path, layout: Layout) -> None:
+    """Write configs, tokenizer and processor."""
+    writers = {"hf": write_hf_files, "llava": write_llava_files, "flat": write_own_files}
+    writers[layout](export_config, tokenizer, folder)
 
 
 def _checked(export_config: ExportConfig, saved: SavedModel) -> Iterator[tuple[str, torch.Tensor]]:
@@ -151,6 +185,8 @@ def _write_weights(
             flush()
         waiting[exported_name(name, layout)] = _converted(name, tensor, export_config.torch_dtype)
         total += size
+    if layout == "llava":
+        waiting |= extra_tensors(export_config)
     flush()
     files = [f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors" for number in range(len(shards))]
     weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -16,39 +14,21 @@ from transformers import PreTrainedModel
 from data_prep.common.errors import UserError
 from data_prep.example import ImageRef, Turn
 from data_prep.images.store import BadImage, decode_rgb
-from data_prep.text.encoding import Encoded
 from data_prep.text.template import Template
 from data_prep.text.tokenizer import Tokenizer
-from pipeline.attention import build_plan
 from pipeline.attention.gate import PairGate, gate_of
-from pipeline.masks import Policy, Sidecars, get_policy, position_ids
+from pipeline.masks import Policy, get_policy
 from pipeline.model.build import build_stage
 from pipeline.model.export_files import Coverage
 from pipeline.model.families.llm import DecoderParts
-from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.inputs import StageInputs
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 from pipeline.serving.export import verify_export
 from pipeline.serving.export_config import ExportConfig
 from pipeline.serving.prefill import GatedCache, PromptBatch, assign_masks, generating_class
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation up to the model's turn: token ids with sidecars, and its images in reading order."""
-
-    encoded: Encoded
-    images: tuple[Image.Image, ...] = ()
-
-    @property
-    def sidecars(self) -> Sidecars:
-        """Sidecars of the prompt as one segment."""
-        columns = {
-            name: torch.from_numpy(getattr(self.encoded, name).astype(np.int64))
-            for name in ("modality", "instance", "generated")
-        }
-        return Sidecars(segment=torch.ones(len(self.encoded), dtype=torch.long), **columns)
+from pipeline.serving.prompt import Prompt, stage_inputs
 
 
 class MultimodalModel:
@@ -151,19 +131,8 @@ class MultimodalModel:
 
     def inputs(self, prompt: Prompt, device: torch.device | str | None = None) -> StageInputs:
         """Return a prompt as inputs of the stage, on the model's device or another one."""
-        sidecars, device = prompt.sidecars, self.device if device is None else device
-        ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
-        towers = self.spec.towers.values() if prompt.images else ()
-        pixels = [tower.preprocess.batch(prompt.images).to(device) for tower in towers]
-        return StageInputs(
-            input_ids=ids,
-            position_ids=position_ids(sidecars, self.policy.grid).to(device),
-            plan=build_plan(self.policy, sidecars).to(device),
-            labels=torch.full_like(ids, IGNORE),
-            image_positions=(sidecars.instance >= 0).nonzero().squeeze(1).to(device),
-            pixels=pixels[0] if pixels else None,
-            extra_pixels=tuple(pixels[1:]),
-        )
+        device = self.device if device is None else device
+        return stage_inputs(self.spec, self.policy, prompt, device=device)
 
     def check_length(self, tokens: int, new: int) -> None:
         """Raise UserError when a prompt is empty, or with its answer exceeds the model's positions or its window."""

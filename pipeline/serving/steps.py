@@ -19,8 +19,9 @@ from data_prep.common.errors import UserError
 from pipeline.attention.gate import GatedKeys
 from pipeline.masks import Sidecars
 from pipeline.model.inputs import StageInputs
-from pipeline.serving.model import MultimodalModel, Prompt
+from pipeline.serving.model import MultimodalModel
 from pipeline.serving.prefill import GatedCache, PromptBatch, by_layer_type
+from pipeline.serving.prompt import Prompt
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 GROWTH_TOKENS = 64

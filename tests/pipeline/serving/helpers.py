@@ -64,11 +64,12 @@ def make_saved(
     patch_tokens: bool = False,
     extra_vision: list[dict[str, Any]] | None = None,
     gate: GateConfig | None = None,
+    vision: str = "siglip_vision_model",
     **llm: Any,
 ) -> Saved:
     """Make a random model; ``patch_tokens`` gives it one token per patch, on a grid, ``gate`` strong gates."""
     tokenizer = make_tokenizer(folder)
-    config = model_config(family, **llm)
+    config = model_config(family, vision=vision, **llm)
     image_tokens: int | None = IMAGE_TOKENS
     if patch_tokens:
         config, image_tokens = config.model_copy(update={"connector": ConnectorConfig(kind="mlp")}), GRID_TOKENS

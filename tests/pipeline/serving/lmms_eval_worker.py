@@ -33,7 +33,7 @@ class Scripted(MultimodalModel):
         for image in prompt.images:
             digest.update(image.tobytes())
         choices = (
-            ("Yes", "No.") if "single word or phrase" in text else ("3", "4") if "number" in text else ("A", "(B)", "C")
+            ("Yes", "No") if "single word or phrase" in text else ("3", "4") if "number" in text else ("A", "B", "C")
         )
         return choices[digest.digest()[0] % len(choices)]
 

@@ -11,9 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -30,14 +28,24 @@ from tests.pipeline.serving.lmms_eval_worker import Scripted
 PYTHON = Path(os.environ.get("LMMS_EVAL_PYTHON", ROOT / ".venv-lmms-eval" / "bin" / "python"))
 needs_lmms_eval = pytest.mark.skipif(not PYTHON.is_file(), reason=f"no lmms-eval at {PYTHON}: run make lmms-eval")
 TASKS = {
-    "mme": ("mme", "mme/test.parquet", {"mme-p": "mme_perception_score", "mme-c": "mme_cognition_score"}),
-    "pope": ("pope", "pope/test.parquet", {"pope": "pope_f1_score"}),
-    "mmbench_en_dev_static": ("mmbench", "mmbench/dev.parquet", {"mmbench": "gpt_eval_score"}),
-    "realworldqa": ("realworldqa", "realworldqa/test-00000-of-00001.parquet", {"realworldqa": "exact_match"}),
-    "cv_bench_2d": ("cv_bench", "cv-bench/test_2d.parquet", {"cv-bench-2d": "cv_bench_acc"}),
-    "cv_bench_3d": ("cv_bench", "cv-bench/test_3d.parquet", {"cv-bench-3d": "cv_bench_acc"}),
+    "mme": ("mme", "mme/test.parquet"),
+    "pope": ("pope", "pope/test.parquet"),
+    "mmbench_en_dev_static": ("mmbench", "mmbench/dev.parquet"),
+    "realworldqa": ("realworldqa", "realworldqa/test-00000-of-00001.parquet"),
+    "cv_bench_2d": ("cv_bench", "cv-bench/test_2d.parquet"),
+    "cv_bench_3d": ("cv_bench", "cv-bench/test_3d.parquet"),
 }
-"""Task -> folder of its code, file of its data, and the score of each of our benchmarks."""
+"""Task -> folder of its code, and file of its data."""
+SCORES = {
+    "mme-p": ("score", "mme", "mme_perception_score", 1),
+    "mme-c": ("score", "mme", "mme_cognition_score", 1),
+    "pope": ("accuracy", "pope", "pope_accuracy", 100),
+    "mmbench": ("circular", "mmbench_en_dev_static", "gpt_eval_score", 1),
+    "realworldqa": ("accuracy", "realworldqa", "exact_match", 100),
+    "cv-bench-2d": ("plain accuracy", "cv_bench_2d", "cv_bench_acc", 100),
+    "cv-bench-3d": ("plain accuracy", "cv_bench_3d", "cv_bench_acc", 100),
+}
+"""Our benchmark -> its score, and the task, score and factor of lmms-eval."""
 
 
 def write_data(data: Path) -> Path:
@@ -72,30 +80,20 @@ def write_data(data: Path) -> Path:
 
 def local_tasks(package: Path, data: Path, folder: Path) -> Path:
     """Copy the official tasks, code and scorers included, and point them at local files."""
-    for task, (name, file, _) in TASKS.items():
-        shutil.copytree(
-            package / "tasks" / name, folder / task, ignore=shutil.ignore_patterns("reasoning", "__pycache__")
-        )
-        for other in (folder / task).glob("*.yaml"):
+    for task, (name, file) in TASKS.items():
+        code = folder / task
+        shutil.copytree(package / "tasks" / name, code, ignore=shutil.ignore_patterns("reasoning", "__pycache__"))
+        for other in code.glob("*.yaml"):
             if other.stem not in (task, "mmbench"):  # the code of MMBench reads mmbench.yaml
                 other.unlink()
         split = "dev" if name == "mmbench" else "test"
-        for path in [folder / task / f"{task}.yaml", *(folder / task).glob("_default*en_yaml")]:
+        where = ["dataset_path: parquet", f"dataset_kwargs: {{data_files: {{{split}: {data / file}}}}}"]
+        for path in [code / f"{task}.yaml", *code.glob("_default*_yaml")]:
             lines = path.read_text().splitlines()
-            kept = [
-                line
-                for line in lines
-                if not line.startswith(("dataset_", "task:", "tag:")) and "token: True" not in line
-            ]
-            kept = [line for line in kept if "public_eval" not in line]
-            if path.stem == task:
-                kept += [
-                    "dataset_path: parquet",
-                    f"dataset_kwargs: {{data_files: {{{split}: {data / file}}}}}",
-                    f"task: local_{task}",
-                ]
-            path.write_text("\n".join(kept) + "\n")
-        (folder / task / "mmbench.yaml").rename(folder / task / "mmbench.yaml") if name == "mmbench" else None
+            strange = ("dataset_", "task:", "tag:", "  - public_eval", "  token:")
+            kept = [line for line in lines if not line.startswith(strange)]
+            own = [*where, f"task: local_{task}"] if path.stem == task else []
+            path.write_text("\n".join([*kept, *own]) + "\n")
     return folder
 
 
@@ -124,30 +122,26 @@ def lmms_eval(tmp: Path, export_folder: Path, data: Path) -> dict[str, dict[str,
     more = ["--include_path", str(tasks), "--output_path", str(tmp / "out"), "--log_samples", "--device", "cpu"]
     command = [str(PYTHON), "-m", "tests.pipeline.serving.lmms_eval_worker", *flags, *more]
     done = subprocess.run(command, cwd=tmp, env=environment, capture_output=True, text=True, timeout=500)
-    results = list((tmp / "out").rglob("*_results.json"))
+    found = {path.name: json.loads(path.read_text()) for path in (tmp / "out").rglob("*_results.json")}
+    results = next((content["results"] for content in found.values() if "results" in content), {})
     assert done.returncode == 0 and results, done.stdout[-3000:] + done.stderr[-3000:]
-    content = json.loads(results[0].read_text())["results"]
-    return {task: {key.split(",")[0]: value for key, value in content[f"local_{task}"].items()} for task in TASKS}
+    return {task: {key.split(",")[0]: value for key, value in results[f"local_{task}"].items()} for task in TASKS}
 
 
-def by_hand(lines: Mapping[str, Sequence[Any]]) -> dict[str, float]:
-    """The scores of answers that are all plain: yes, no, a number or a letter."""
-
-    def right(row: Any) -> bool:
-        return row["answer"].strip("().").lower() == row["label"].lower()
-
-    def share(rows: Sequence[Any]) -> float:
-        return sum(map(right, rows)) / len(rows)
-
-    scores = {name: share(rows) for name, rows in lines.items()}
-    for name, kinds in (("mme-p", PERCEPTION), ("mme-c", COGNITION)):
-        total = 0.0
-        for kind in kinds:
-            own = [row for row in lines[name] if row["category"] == kind]
-            pairs = [own[place : place + 2] for place in range(0, len(own), 2)]
-            total += 100 * share(own) + 100 * sum(right(a) and right(b) for a, b in pairs) / len(pairs)
-        scores[name] = total
-    return scores
+def by_hand(name: str, path: Path) -> float:
+    """The score of answers that are all plain: yes, no, a number or a letter."""
+    mme, right, whole = name.startswith("mme"), dict[str, list[bool]](), dict[tuple[str, str], list[bool]]()
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        hit = row["answer"].lower() == row["facts"]["answer"].strip("()").lower()
+        kind = row["facts"]["category"] if mme else ""
+        pair = row["id"].split(":")[0] if mme else row["id"][-1] if name == "mmbench" else row["id"]
+        right.setdefault(kind, []).append(hit)
+        whole.setdefault((kind, pair), []).append(hit)
+    if mme:  # accuracy, and accuracy+: both questions about an image
+        pairs = {kind: [all(hits) for (own, _), hits in whole.items() if own == kind] for kind in right}
+        return sum(100 * sum(x) / len(x) for table in (right, pairs) for x in table.values())
+    return 100 * sum(all(hits) for hits in whole.values()) / len(whole)
 
 
 @needs_lmms_eval
@@ -156,13 +150,15 @@ def test_scores_equal_those_of_mma_bench(tmp_path: Path) -> None:
     folder = export(make_saved(tmp_path, max_position_embeddings=4096), tmp_path / "export")
     data = write_data(tmp_path / "data")
     theirs = lmms_eval(tmp_path, folder, data)
-    names = [name for _, _, scores in TASKS.values() for name in scores]
     model = Scripted.load(folder)
-    run(chosen(",".join(names)), [Candidate(folder, tmp_path / "bench", lambda: model)], Settings(data, batch=4), print)
-    for task, (_, _, scores) in TASKS.items():
-        for name, _ in scores.items():
-            result = json.loads((tmp_path / "bench" / name / "result.json").read_text())
-            print(name, theirs[task], result["scores"])
+    run(
+        chosen(",".join(SCORES)), [Candidate(folder, tmp_path / "bench", lambda: model)], Settings(data, batch=4), print
+    )
+    for name, (score, task, metric, factor) in SCORES.items():
+        ours = json.loads((tmp_path / "bench" / name / "result.json").read_text())["scores"][score]
+        assert ours == pytest.approx(factor * theirs[task][metric]), name
+        assert ours == pytest.approx(by_hand(name, tmp_path / "bench" / name / "graded.jsonl")), name
+        assert ours > 0, name
 
 
 @needs_lmms_eval

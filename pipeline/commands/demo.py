@@ -72,11 +72,14 @@ def demo(options: argparse.Namespace) -> int:
         if not (stage.export / "config.json").is_file():
             _call(["mma", "export", str(stage.folder), str(stage.export)], f"export {stage.run}")
     _measure(stages)
+    measured = [str(stage.folder) for stage in stages[1:]]
+    _call(["mma", "report", *measured, "--packs", str(DATA / "packs" / "eval")], "one page about the run")
     sft, plain = stages[1], stages_of(1)[1]
     if sft != plain:
         print(f"\n{same_answers(sft.export, plain.export)}")
     print(f"\nall done in {format_duration(time.monotonic() - began)}")
-    for name, path in {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}.items():
+    made = {"data": DATA, "packs": DATA / "packs", "run": sft.folder, "model": sft.export}
+    for name, path in {**made, "report": sft.folder / "report.html"}.items():
         print(f"  {name:6} {path}")
     return 0
 

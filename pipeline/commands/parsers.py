@@ -43,6 +43,12 @@ virtual stage has its own colour; a dot is an idle slot. Without a terminal ever
   mma schedule --pp 4 --micro-batches 8
   mma schedule --pp 4 --micro-batches 8 --schedule interleaved --virtual-stages 2"""
 STATUS = "Show the state, step, loss, speed, newest checkpoint and events of runs, and when each was last written."
+REPORT = """\
+Write one page about runs: loss, gradient norm, learning rate and speed over the steps; held-out accuracy with
+intervals, right and wrong answers; corpora and mask; events and environment. Several runs share their charts.
+
+  mma report runs/demo_sft --packs data/demo/packs/eval
+  mma report runs/mma runs/causal --out compared.html"""
 SLURM = """\
 Copy the Slurm scripts into DIR/slurm; jobs put runs/ and data/ beside it. An existing slurm/env.sh is kept, because it
 holds the settings of your site. Other files that differ are replaced only with --force.
@@ -139,6 +145,14 @@ def add_status(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_status)
 
 
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma report``."""
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    parser.add_argument("--packs", metavar="DIR", type=Path, help="held-out packs of mma evaluate, for their pictures")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run folder")
+    parser.set_defaults(command=_report)
+
+
 def add_slurm(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma slurm``."""
     parser.add_argument("action", choices=("init",), help="init: copy the scripts")
@@ -195,6 +209,12 @@ def _status(options: argparse.Namespace) -> int:
     from pipeline.commands.status import status
 
     return status(options)
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipeline.commands.report import report
+
+    return report(options)
 
 
 def _slurm(options: argparse.Namespace) -> int:

@@ -89,7 +89,17 @@ class ModelSpec:
                 f"model.extra_vision needs a connector that reads several towers, but model.connector.kind is "
                 f"{self.connector.kind}: remove it, or use {several}"
             )
+        self._check_tower_layers(self.connector.tower_layers)
         self.connector.check(self.features)
+
+    def _check_tower_layers(self, layers: tuple[int, ...]) -> None:
+        blocks = int(self.vision.num_hidden_layers)
+        if wrong := [index for index in layers if not -blocks <= index < blocks]:
+            raise ConfigError(f"model.connector.layers: the tower has {blocks} blocks, but no block {wrong[0]}: fix it")
+        if layers and not self.vision_frozen:
+            raise ConfigError(
+                "model.connector.layers leaves the end of the tower without a gradient: set model.vision.frozen to true"
+            )
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (global name, module) of every module of the towers and of the decoder layers."""
@@ -179,7 +189,8 @@ class ModelSpec:
     def features(self) -> Features:
         """Width and grid of the patch features of the first tower, and of the others."""
         first, *others = (tower.features for tower in self.towers.values())
-        return first._replace(others=tuple(others))
+        width = first.width * max(1, len(self.connector.tower_layers))
+        return first._replace(width=width, others=tuple(others))
 
     @property
     def connector_tokens(self) -> int:

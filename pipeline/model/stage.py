@@ -179,10 +179,11 @@ class Stage(nn.Module):
         sides = [tower.preprocess.size_px for tower in self.spec.towers.values()]
         blank = (torch.zeros(1, 3, side, side, device=like.device) for side in sides)
         given = blank if pixels is None else (pixels, *extra)
-        features = []
+        features, layers = [], self.spec.connector.tower_layers
         for (name, tower), own in zip(self.spec.towers.items(), given, strict=True):
+            module, own = self.get_submodule(name), own.to(like.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(name)):
-                features.append(tower.family.features(self.get_submodule(name), tower.config, own.to(like.dtype)))
+                features.append(tower.family.features(module, tower.config, own, layers))
         return self.connector(*features).flatten(0, 1)  # type: ignore[no-any-return]
 
     def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:

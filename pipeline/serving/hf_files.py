@@ -106,6 +106,7 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
     own = {**raw["mma"], "mask_grid": spec.mask_grid, "assistant_spans": spans}
     own["connector_arguments"] = spec.connector.arguments(spec.features, spec.width)
     own["connector_norm"] = spec.connector.norm
+    own["tower_layers"] = list(spec.connector.tower_layers)
     code = {"auto_map": _AUTO} if spec.gate.kind == "none" else {}
     return {
         **raw,

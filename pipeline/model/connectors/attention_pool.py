@@ -62,8 +62,8 @@ class AttentionPool(nn.Module):
 class AttentionPooling(Connector):
     """The attention pooling of Molmo (arXiv 2409.17146): one token per window of patches. Keeps the grid, of any size.
 
-    Molmo pools the features of two blocks of its tower, which `layers` gives. Windows at the edges of a grid that the
-    window does not divide hold fewer patches.
+    Molmo reads two blocks of its tower: see `layers`. Windows at the edges of a grid that the window does not divide
+    hold fewer patches.
     """
 
     kind: ClassVar[str] = "attention_pool"
@@ -73,6 +73,9 @@ class AttentionPooling(Connector):
     """Patches per side of a window."""
     heads: Heads = 16
     """Attention heads."""
+    layers: tuple[Annotated[int, Field(ge=-1_024, lt=1_024)], ...] = ()
+    """Blocks of a frozen tower whose outputs are read side by side, such as [24, 18] (Molmo 2); negative = counted
+    from the last; empty = the tower's output."""
     hidden: Width = 18_944
     """Width of the gated projector; Molmo 2 takes the feed-forward width of its decoder."""
 
@@ -85,16 +88,26 @@ class AttentionPooling(Connector):
         """Return the grid of windows."""
         return -(-grid[0] // self.window), -(-grid[1] // self.window)
 
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Return `layers`."""
+        return self.layers
+
+    def inner(self, features: Features) -> int:
+        """Return the width of the attention: that of one block of the tower."""
+        return features.width // max(1, len(self.layers))
+
     def check(self, features: Features) -> None:
         """Refuse heads that do not divide the width."""
-        if features.width % self.heads:
+        width = self.inner(features)
+        if width % self.heads:
             raise ConfigError(
-                f"model.connector.heads={self.heads} does not divide the tower's width {features.width}: change it"
+                f"model.connector.heads={self.heads} does not divide the tower's width {width}: change it"
             )
 
     def arguments(self, features: Features, out_width: int) -> dict[str, Any]:
         """Return the arguments of `AttentionPool`."""
-        sizes = {"window": self.window, "heads": self.heads, "head_dim": features.width // self.heads}
+        sizes = {"window": self.window, "heads": self.heads, "head_dim": self.inner(features) // self.heads}
         return {
             "width": features.width, "out_width": out_width, "grid": features.grid, **sizes, "hidden": self.hidden
         }  # fmt: skip

@@ -83,6 +83,11 @@ class Connector(Section):
     def check(self, features: Features) -> None:
         """Check the options against the tower. Raises ConfigError naming the key and the fix."""
 
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Blocks of the tower whose outputs it reads, side by side; empty = the tower's output."""
+        return ()
+
     def fix_for(self, tokens: int) -> str:
         """Return what to set for ``tokens`` tokens an image, as the advice of an error message."""
         return f"use model.connector.kind=perceiver with model.connector.latents={tokens}"

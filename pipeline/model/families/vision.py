@@ -6,7 +6,7 @@ B images, P patches, D feature width. Parameters have the tower's own names afte
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -114,11 +114,27 @@ class VisionFamily:
 
     # ---- forward
 
-    def features(self, tower: nn.Module, config: PreTrainedConfig, pixels_B3SS: torch.Tensor) -> torch.Tensor:
-        """Return the features of the patches [B, P, D], row by row."""
+    def features(
+        self, tower: nn.Module, config: PreTrainedConfig, pixels_B3SS: torch.Tensor, layers: Sequence[int] = ()
+    ) -> torch.Tensor:
+        """Return the features of the patches [B, P, D], row by row.
+
+        With ``layers`` they are the outputs of these blocks side by side, [B, P, layers x D]; else the tower's output.
+        """
         side = pixels_B3SS.shape[-1]
         rows, columns = self.grid(config, side)
-        out = self.call(tower, pixels_B3SS, resized=side != self.size_px(config))
+        outputs: dict[int, torch.Tensor] = {}
+
+        def keep(index: int) -> Callable[..., None]:
+            return lambda _, inputs, out: outputs.update({index: out[0] if isinstance(out, tuple) else out})
+
+        hooks = [self.blocks(tower)[index].register_forward_hook(keep(index)) for index in layers]
+        try:
+            out = self.call(tower, pixels_B3SS, resized=side != self.size_px(config))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        out = torch.cat([outputs[index] for index in layers], dim=-1) if layers else out
         return out[:, -rows * columns :]  # class token and registers come first
 
     def call(self, tower: nn.Module, pixels_B3SS: torch.Tensor, *, resized: bool) -> torch.Tensor:

@@ -102,7 +102,9 @@ class MmaModel(MmaPreTrainedModel):
         """Return the image tokens [n, N, D] of pixels [n, 3, S, S]."""
         pixels = pixel_values.to(self.vision_tower.dtype)
         tokens: torch.Tensor = self.connector(
-            self._tower.features(self.vision_tower, self.config.vision_config, pixels)
+            self._tower.features(
+                self.vision_tower, self.config.vision_config, pixels, self.config.mma.get("tower_layers", ())
+            )
         )
         return tokens
 

@@ -363,6 +363,38 @@ def test_without_the_norm_a_connector_is_what_it_was() -> None:
     assert torch.allclose(normed(inputs), F.layer_norm(plain(inputs), (6,)))
 
 
+@pytest.mark.parametrize("vision", ["siglip_vision_model", "clip_vision_model"])
+def test_attention_pool_reads_the_outputs_of_two_blocks(vision: str) -> None:
+    raw = model_config(vision=vision).model_dump()
+    raw["connector"] = {"kind": "attention_pool", **TINY["attention_pool"], "layers": [1, 0]}
+    spec = ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+    stage = whole_stage(spec)
+    assert (spec.features.width, stage.connector.to_q.weight.shape) == (48, (24, 48)), "Molmo: twice the width, inwards"
+    seen: list[torch.Tensor] = []
+    stage.connector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pixels = torch.randn(2, 3, 16, 16)
+    stage.image_tokens(pixels, torch.empty(0))
+    states = stage.vision(pixel_values=pixels, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+    assert torch.equal(seen[0], torch.cat([states[2], states[1]], -1)[:, -4:])
+    assert not any(block._forward_hooks for block in spec.vision_family.blocks(stage.vision))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layers": [2]}, "the tower has 2 blocks, but no block 2"),
+        ({"layers": [0], "frozen": False}, "leaves the end of the tower without a gradient: set model.vision.frozen"),
+    ],
+)
+def test_blocks_that_cannot_be_read_are_refused(changes: dict[str, Any], words: str) -> None:
+    raw = model_config().model_dump()
+    raw["vision"]["frozen"] = changes.pop("frozen", True)
+    raw["connector"] = {"kind": "attention_pool", **TINY["attention_pool"], **changes}
+    with pytest.raises(ConfigError, match=words):
+        ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+
+
 # ---- several towers
 
 

@@ -140,6 +140,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mlp": {"patch_tokens": True, "policy": "cca"},
     **{kind: {"connector": {"kind": kind, **TINY[kind]}} for kind in CONNECTORS if kind not in ("mlp", "perceiver")},
     "norm": {"connector": {"kind": "mlp", "norm": True}},
+    "tower-layers": {"connector": {"kind": "attention_pool", **TINY["attention_pool"], "layers": [-1, 0]}},
     **{family: {"family": family} for family in ("gemma2", "gemma3_text", "granite")},
 }
 

@@ -374,10 +374,10 @@ def test_attention_pool_reads_the_outputs_of_two_blocks(vision: str) -> None:
     stage.connector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     pixels = torch.randn(2, 3, 16, 16)
     stage.image_tokens(pixels, torch.empty(0))
+    assert not any(block._forward_hooks for block in spec.vision_family.blocks(stage.vision))
     states = stage.vision(pixel_values=pixels, output_hidden_states=True).hidden_states
     assert len(states) == 3
     assert torch.equal(seen[0], torch.cat([states[2], states[1]], -1)[:, -4:])
-    assert not any(block._forward_hooks for block in spec.vision_family.blocks(stage.vision))
 
 
 @pytest.mark.parametrize(

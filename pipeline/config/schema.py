@@ -61,7 +61,8 @@ class LlmConfig(Section):
     """The decoder-only language model."""
 
     source: str = ""
-    """Local Hugging Face model folder (config.json, *.safetensors); empty = build `config` from scratch."""
+    """Hugging Face model folder (config.json, *.safetensors), or a model of the Hub as org/name or org/name@revision,
+    whose commit the run pins; empty = build `config` from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Hugging Face config with `model_type`. With a `source`, these keys override the folder's config."""
 
@@ -70,9 +71,12 @@ class TowerConfig(Section):
     """A vision tower."""
 
     source: str = ""
-    """Local Hugging Face folder of a SigLIP or CLIP model; empty = build `config` from scratch."""
+    """Hugging Face folder of a SigLIP, SigLIP 2, CLIP or DINOv2 model, or one of the Hub as org/name or
+    org/name@revision; empty = build `config` from scratch."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Hugging Face vision config with `model_type`. With a `source`, these keys override the folder's config."""
+    size_px: NonNegative = 0
+    """Side of the images in pixels; position embeddings are interpolated to it. 0 = the tower's own, its image_size."""
 
 
 class VisionConfig(TowerConfig):

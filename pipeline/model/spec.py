@@ -21,6 +21,7 @@ from pipeline.model.families.configs import config_from_dict, llm_config
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
+from pipeline.model.hub import local_sources
 from pipeline.model.preprocess import Preprocess
 from pipeline.model.towers import Tower, config_errors
 
@@ -60,6 +61,7 @@ class ModelSpec:
         Raises:
             ConfigError: naming the key and the fix.
         """
+        config = local_sources(config)
         vision = Tower.resolve(config.vision, "model.vision")
         extra = [Tower.resolve(own, f"model.extra_vision.{place}") for place, own in enumerate(config.extra_vision)]
         spec = cls(

@@ -18,7 +18,7 @@ from pipeline.model.connectors import Features
 from pipeline.model.families.configs import config_from_dict, vision_config
 from pipeline.model.families.registry import VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
-from pipeline.model.limits import read_bounded
+from pipeline.model.limits import LIMITS, read_bounded
 from pipeline.model.preprocess import Preprocess
 
 
@@ -35,7 +35,11 @@ class Tower:
     def resolve(cls, config: TowerConfig, key: str) -> Tower:
         """Check a tower of a recipe; ``key`` names it in messages. Raises ConfigError naming the key and the fix."""
         made = vision_config(config, key)
-        return cls(made, _preprocess(config.source, made), config.source)
+        family = VISION_FAMILIES[made.model_type]
+        side = config.size_px or family.size_px(made)
+        if 0 in family.grid(made, side) or side > LIMITS["image_size"]:
+            raise ConfigError(f"{key}.size_px={side}: give at least one patch, at most {LIMITS['image_size']} pixels")
+        return cls(made, _preprocess(config.source, made, side), config.source)
 
     @property
     def family(self) -> VisionFamily:
@@ -65,9 +69,9 @@ class Tower:
     def from_dict(cls, raw: Mapping[str, Any]) -> Tower:
         """Rebuild a tower from :meth:`to_dict`. Raises ConfigError, or KeyError or ValueError when it is damaged."""
         tower = cls(config_from_dict(raw["vision"], VISION_FAMILIES), Preprocess.from_dict(raw["preprocess"]))
-        side = tower.family.size_px(tower.config)
-        if tower.preprocess.size_px != side:
-            raise ValueError(f"preprocess.size_px {tower.preprocess.size_px}, image_size {side}")
+        side = tower.preprocess.size_px
+        if 0 in tower.family.grid(tower.config, side) or not 0 < side <= LIMITS["image_size"]:
+            raise ValueError(f"preprocess.size_px {side}")
         return tower
 
 
@@ -80,7 +84,7 @@ def config_errors(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
+def _preprocess(source: str, vision: PreTrainedConfig, size_px: int) -> Preprocess:
     """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
     path = Path(source) / "preprocessor_config.json"
     family = VISION_FAMILIES[vision.model_type]
@@ -88,7 +92,7 @@ def _preprocess(source: str, vision: PreTrainedConfig) -> Preprocess:
         saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
         mean = saved.get("image_mean", family.mean)
         std = saved.get("image_std", family.std)
-        return Preprocess(family.size_px(vision), _channels(mean), _channels(std))
+        return Preprocess(size_px, _channels(mean), _channels(std))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
 

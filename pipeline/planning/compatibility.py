@@ -13,6 +13,7 @@ from data_prep.text.tokenizer import Tokenizer
 from pipeline.checkpoints.checkpoint import Checkpoint, checkpoint_folders, open_checkpoint
 from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.model.export_files import check_files
+from pipeline.model.hub import folder_of
 from pipeline.model.spec import ModelSpec
 from pipeline.planning.changes import check_allowed_keys, leaves, refuse_changes, settings_changed
 
@@ -105,7 +106,7 @@ def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
     The packs' tokenizer may have more tokens (markers added at the end), but shared tokens must have equal ids.
     Models built from a config have no tokenizer of their own and use that of the packs.
     """
-    source = Path(config.model.llm.source) / "tokenizer.json"
+    source = folder_of("model.llm", config.model.llm.source) / "tokenizer.json"
     if not config.model.llm.source or not source.is_file():
         return
     own, packed = read_vocabulary(source), read_vocabulary(packs_tokenizer / "tokenizer.json")

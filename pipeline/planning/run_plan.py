@@ -5,7 +5,7 @@ Every rank builds the same plan from the same files, so an error found here is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pipeline.config.schema import ConfigError, RunConfig
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, get_policy
 from pipeline.masks.proof import check_rows
+from pipeline.model.hub import fetch_weights, pin_sources
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.partition import VirtualStages
@@ -79,6 +80,10 @@ class RunPlan(ParallelSettings):
     def build(cls, invocation: Invocation, *, rank: int, world: int) -> RunPlan:
         """Resolve and check a run. Raises UserError naming the wrong key, file or flag and the fix."""
         config = invocation.config
+        config = config.model_copy(update={"model": pin_sources(config.model, Path(config.run_dir))})
+        invocation = replace(invocation, config=config)
+        if not invocation.dry_run:
+            fetch_weights(config.model)
         settings = read_parallel_settings(invocation, rank=rank, world=world)
         packs = _open_packs(config, settings.topology)
         manifest = packs.manifest

@@ -129,7 +129,7 @@ def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]
     path = Path(source) / "config.json"
     if not path.is_file():
         raise ConfigError(
-            f"{key}.source={source} holds no config.json: give a local Hugging Face folder (nothing is downloaded)"
+            f"{key}.source={source} holds no config.json: give a local Hugging Face folder, or org/name of the Hub"
         )
     try:
         raw = json.loads(read_bounded(path))

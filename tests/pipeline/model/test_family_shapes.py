@@ -157,6 +157,20 @@ def _from(**folders: Path) -> ModelConfig:
     return ModelConfig.model_validate(raw | {part: {"source": str(folder)} for part, folder in folders.items()})
 
 
+@pytest.mark.parametrize("vision", VISION_KEYS)
+def test_another_image_size_interpolates_positions(vision: str) -> None:
+    raw = model_config(vision=vision).model_dump()
+    raw["vision"]["size_px"], raw["connector"] = 3 * SIDE // 2, {"kind": "mlp"}
+    spec = ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=9)
+    assert spec.grid == spec.mask_grid == (3, 3)
+    again = ModelSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again.to_dict() == spec.to_dict() and again.grid == (3, 3)
+    assert whole_stage(spec).image_tokens(None, torch.zeros(1)).shape == (9, 32)
+    raw["vision"]["size_px"] = 7
+    with pytest.raises(ConfigError, match=r"model\.vision\.size_px=7: give at least one patch"):
+        ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=9)
+
+
 # ---- decoders out of multimodal folders
 
 

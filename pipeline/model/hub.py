@@ -111,5 +111,5 @@ def _recorded(run_dir: Path) -> dict[str, str]:
         parts = [model["llm"], model["vision"], *model.get("extra_vision", [])]
         found = [_ID.fullmatch(str(part.get("source", ""))) for part in parts]
     except (OSError, UserError, KeyError, TypeError, ValueError, AttributeError):
-        return {}  # no earlier start, or a damaged file, which is written anew
+        return {}  # no earlier start, or a damaged file, which this start replaces
     return {each["repo"]: each["revision"] for each in found if each and _COMMIT.fullmatch(each["revision"] or "")}

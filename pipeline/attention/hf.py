@@ -12,7 +12,9 @@ works on the same model.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AttentionInterface
@@ -25,9 +27,16 @@ from pipeline.attention.gate import gate_of, gated
 from pipeline.attention.plan import AttentionPlan
 from pipeline.attention.sdpa_runs import sdpa
 
+Watch: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None, float, float | None], None]
+"""``watch(layer, queries, keys, mask, scaling, softcap)``: queries [B, H, Q, D], keys [B, H_kv, K, D], mask
+bool[B, 1, Q, K]."""
+
 NAME = "mma"
 MASK_INDEX = "mma_mask_index"
 """Attribute of a layer's attention: which of the masks [B, N, Q, K] of a prompt is its own."""
+
+WATCH: ContextVar[Watch | None] = ContextVar("mma_watch", default=None)
+"""Called before each attention under a mask, while generating."""
 
 
 def register() -> str:
@@ -87,6 +96,8 @@ def _attend(
     """Attend under a plan or a mask; out[B, T, H, D]."""
     if not isinstance(attention_mask, AttentionPlan):
         attention_mask = _own_mask(module, attention_mask)
+        if (watch := WATCH.get()) is not None:
+            watch(int(module.layer_idx), query, key, attention_mask, scaling, softcap)  # type: ignore[arg-type]
         if softcap is not None:
             return _capped(query, key, value, attention_mask, scaling, softcap)
         options = {"scaling": scaling, "dropout": dropout, "sliding_window": sliding_window, **kwargs}

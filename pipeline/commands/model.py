@@ -13,6 +13,7 @@ from pipeline.commands.arguments import check_output_file, existing_device
 
 if TYPE_CHECKING:
     from pipeline.serving.evaluate import Answer
+    from pipeline.serving.flow import AdaptiveFlow
     from pipeline.serving.model import MultimodalModel
 
 
@@ -25,8 +26,19 @@ def _generate(arguments: argparse.Namespace) -> None:
     turns = [Turn("user", (*images, arguments.question))]
     if arguments.system:
         turns.insert(0, Turn("system", (arguments.system,)))
-    answers = model.generate([model.prompt(turns)], max_new_tokens=arguments.max_new_tokens, num_beams=arguments.beams)
-    print(answers[0])
+    options = {"max_new_tokens": arguments.max_new_tokens, "num_beams": arguments.beams}
+    print(model.generate([model.prompt(turns)], flow=_flow(arguments), **options)[0])
+
+
+def _flow(arguments: argparse.Namespace) -> AdaptiveFlow | None:
+    """Return what ``--adaptive-flow`` and its options ask for. Raises UserError for options without it."""
+    from pipeline.serving.flow import AdaptiveFlow
+
+    given = {"heads": arguments.flow_heads, "rounding": arguments.flow_rounding}
+    options = {name: value for name, value in given.items() if value is not None}
+    if options and not arguments.adaptive_flow:
+        raise UserError(f"--flow-{next(iter(options))} does nothing without --adaptive-flow: add it")
+    return AdaptiveFlow(**options) if arguments.adaptive_flow else None
 
 
 def _check_question(arguments: argparse.Namespace) -> None:
@@ -65,6 +77,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
     if arguments.compare and Path(arguments.compare).resolve() == Path(arguments.model).resolve():
         raise UserError(f"--compare {arguments.compare} is the model itself: name another export")
+    flow = _flow(arguments)
     path = Path(arguments.model) / "evaluation.json" if arguments.json is None else Path(arguments.json)
     check_output_file("--json", arguments.json if arguments.json is not None else str(path))
     packs = PackReader(arguments.packs)
@@ -72,6 +85,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for folder in filter(None, (arguments.model, arguments.compare)):
         model = load(folder, arguments)
         results[folder] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch)
+        if flow is not None:
+            name = f"{folder} with adaptive flow ({flow.heads}, {flow.rounding})"
+            results[name] = evaluate(model, packs, limit=arguments.limit, batch=arguments.batch, flow=flow)
     show(results, PipeConsole())
     save(results, path)
     if arguments.json is None:
@@ -101,6 +117,7 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=positive_int, default=64, metavar="N", help="limit of the answer (default: 64)"
     )
     parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beams; 1: greedy (default: 1)")
+    _add_flow(parser, "answer with")
     parser.set_defaults(command=_generate)
 
 
@@ -112,7 +129,23 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", type=positive_int, metavar="N", help="ask only the first N questions")
     parser.add_argument("--batch", type=positive_int, default=16, metavar="N", help="questions per batch (default: 16)")
     parser.add_argument("--json", metavar="FILE", help="file for scores and answers (default: DIR/evaluation.json)")
+    _add_flow(parser, "also answer with")
     parser.set_defaults(command=_evaluate)
+
+
+def _add_flow(parser: argparse.ArgumentParser, does: str) -> None:
+    """Declare ``--adaptive-flow`` and its options."""
+    parser.add_argument(
+        "--adaptive-flow",
+        action="store_true",
+        help=f"{does} adaptive information flow: text stops reading background image tokens (see docs/masks.md)",
+    )
+    parser.add_argument(
+        "--flow-heads", choices=("mean", "max"), help="how the heads' attention is combined (default: mean)"
+    )
+    parser.add_argument(
+        "--flow-rounding", choices=("down", "up"), help="rounding of the number of tokens cut (default: down)"
+    )
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:

@@ -24,6 +24,7 @@ from data_prep.images.store import ImageStore
 from data_prep.packs import PackReader, PackRow
 from data_prep.text.encoding import Encoded
 from data_prep.text.tokenizer import Tokenizer
+from pipeline.serving.flow import AdaptiveFlow
 from pipeline.serving.model import MultimodalModel, decode_image
 from pipeline.serving.prompt import Prompt
 
@@ -108,7 +109,14 @@ def normal(text: str) -> str:
     return " ".join(text.lower().split()).rstrip(".").rstrip()
 
 
-def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = None, batch: int = 16) -> list[Answer]:
+def evaluate(
+    model: MultimodalModel,
+    packs: PackReader,
+    *,
+    limit: int | None = None,
+    batch: int = 16,
+    flow: AdaptiveFlow | None = None,
+) -> list[Answer]:
     """Ask a model every question of a pack folder, greedily, in batches of similar length.
 
     Args:
@@ -116,6 +124,7 @@ def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = N
         packs: a held-out folder, built with the model's tokenizer.
         limit: ask only the first ``limit`` questions.
         batch: questions per batch.
+        flow: cut what text reads of the images; None: read everything.
 
     Returns:
         One answer per question, in the order of the packs.
@@ -135,7 +144,7 @@ def evaluate(model: MultimodalModel, packs: PackReader, *, limit: int | None = N
     for start in track(range(0, len(order), batch), "asking", console=Console(stderr=True), transient=True):
         chosen = order[start : start + batch]
         prompts = [_prompt(asked[index], images) for index in chosen]
-        for index, text in zip(chosen, model.generate(prompts, max_new_tokens=longest), strict=True):
+        for index, text in zip(chosen, model.generate(prompts, max_new_tokens=longest, flow=flow), strict=True):
             answers[index] = _judge(asked[index], text, model)
     return [answers[index] for index in range(len(asked))]
 

@@ -27,6 +27,7 @@ from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 from pipeline.serving.export import verify_export
 from pipeline.serving.export_config import ExportConfig
+from pipeline.serving.flow import AdaptiveFlow, dropped, profiling
 from pipeline.serving.prefill import GatedCache, PromptBatch, assign_masks, generating_class
 from pipeline.serving.prompt import Prompt, stage_inputs
 
@@ -82,12 +83,16 @@ class MultimodalModel:
         return self._stage.lm_head.logits(self._stage.model.norm(hidden))[0]
 
     @torch.inference_mode()
-    def generate_ids(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> Any:
+    def generate_ids(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, flow: AdaptiveFlow | None = None, **options: Any
+    ) -> Any:
         """Continue a batch of prompts with transformers' ``generate``; greedy unless ``options`` say otherwise.
 
         Args:
             prompts: of any lengths; they are left-padded.
             max_new_tokens: limit per prompt.
+            flow: cut what text reads of the images (`pipeline.serving.flow`), chosen anew for each prompt, all its
+                turns and images together; None: read everything.
             options: of transformers' ``generate``: ``num_beams``, ``do_sample``, ``return_dict_in_generate``, ...
 
         Returns:
@@ -103,10 +108,29 @@ class MultimodalModel:
             self.check_length(len(prompt.encoded), max_new_tokens)
         embeds = [(prompt.sidecars, self._stage.embed(self.inputs(prompt))[0]) for prompt in prompts]
         batch = PromptBatch.of(self.policy, embeds)
-        if self.gates:
-            options["past_key_values"] = cache = GatedCache(config=self._llm.config)
-            cache.gates, cache.visual = self.gates, batch.visual
+        if flow is not None:
+            batch = batch.without_reads(self.background(batch, flow))
         options = {"do_sample": False, "eos_token_id": list(self.export_config.eos_ids), **options}
+        return self._continue(batch, max_new_tokens, options)
+
+    @torch.inference_mode()
+    def background(self, batch: PromptBatch, flow: AdaptiveFlow) -> torch.Tensor:
+        """Return the image tokens that adaptive flow lets text ignore, bool[B, P]; costs a prefill and one step."""
+        text = batch.attention_mask.bool() & ~batch.visual
+        with profiling(text, flow.heads) as profile:
+            self._continue(batch, 2, {"do_sample": False, "eos_token_id": None})
+        ignored = torch.zeros_like(batch.visual)
+        for row, visual in enumerate(batch.visual):
+            if visual.any():
+                ignored[row, visual] = dropped(profile.of_images(row, visual), flow.rounding)
+        return ignored
+
+    def _continue(self, batch: PromptBatch, max_new_tokens: int, options: dict[str, Any]) -> Any:
+        """Run transformers' ``generate`` on a batch."""
+        if self.gates:
+            cache = GatedCache(config=self._llm.config)
+            cache.gates, cache.visual = self.gates, batch.visual
+            options = {**options, "past_key_values": cache}
         return self._llm.generate(
             inputs_embeds=batch.embeds,
             attention_mask=batch.attention_mask,
@@ -117,11 +141,13 @@ class MultimodalModel:
             **options,
         )
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, **options: Any) -> list[str]:
+    def generate(
+        self, prompts: Sequence[Prompt], *, max_new_tokens: int = 64, flow: AdaptiveFlow | None = None, **options: Any
+    ) -> list[str]:
         """Return the answers as text; arguments and errors as in :meth:`generate_ids`."""
         if not prompts:
             return []
-        rows = self.generate_ids(prompts, max_new_tokens=max_new_tokens, **options)
+        rows = self.generate_ids(prompts, max_new_tokens=max_new_tokens, flow=flow, **options)
         return [self.answer_text(row.tolist()) for row in rows]
 
     def answer_text(self, ids: Sequence[int]) -> str:

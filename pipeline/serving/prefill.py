@@ -7,7 +7,7 @@ sees every earlier token, and no given token sees past the end of its own given 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from data_prep.common.modalities import TEXT
 from pipeline.attention.gate import GatedKeys
 from pipeline.attention.hf import MASK_INDEX
 from pipeline.masks import Policy, Sidecars, dense_mask, position_ids
+from pipeline.serving.flow import cut
 
 
 class PrefillMask:
@@ -96,6 +97,15 @@ class PromptBatch:
     """bool[B, parts of the policy, P, P]; a padding token sees itself, so no softmax is empty."""
     visual: torch.Tensor
     """bool[B, P]: which tokens are media."""
+
+    def without_reads(self, ignored: torch.Tensor) -> PromptBatch:
+        """Return the batch with image tokens ``ignored``, bool[B, P], that text does not read, now or later.
+
+        They stay visible to media. New tokens are text, so the 2-D mask, which holds for them alone, hides the tokens.
+        """
+        text = self.attention_mask.bool() & ~self.visual
+        attention_mask = self.attention_mask * ~ignored
+        return replace(self, attention_mask=attention_mask, prefill_mask=cut(self.prefill_mask, text, ignored))
 
     @classmethod
     def of(cls, policy: Policy, prompts: Sequence[tuple[Sidecars, torch.Tensor]]) -> PromptBatch:

@@ -13,14 +13,16 @@ from safetensors.torch import save_file
 
 from data_prep.common.errors import UserError
 from pipeline.attention import build_plan, gate
-from pipeline.config.schema import GateConfig
+from pipeline.config.schema import GateConfig, LoraConfig
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
+from pipeline.model.families.registry import LLM_FAMILIES
 from pipeline.model.spec import ModelSpec
 from pipeline.model.stage import Stage
 from pipeline.model.weights import WeightSource
 from tests.pipeline.model.helpers import (
     FAMILY_KEYS,
+    model_config,
     opened,
     random_sidecars,
     stage_inputs,
@@ -30,6 +32,7 @@ from tests.pipeline.model.helpers import (
 
 F32, F64 = torch.float32, torch.float64
 GATE = GateConfig(kind="rave_style", rank=4)
+FAMILIES = [name for name in FAMILY_KEYS if LLM_FAMILIES[name].query_key is not None]
 
 
 def gated(family: str = "llama", config: GateConfig = GATE, **llm: Any) -> ModelSpec:
@@ -40,7 +43,7 @@ def gradients(stage: Stage) -> dict[str, torch.Tensor]:
     return {name: param.grad for name, param in stage.named_parameters() if param.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILY_KEYS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_with_new_gates_is_the_model_without_to_the_bit(family: str) -> None:
     plain, stage = whole_stage(tiny_spec(family)), whole_stage(gated(family))
     inputs = stage_inputs(random_sidecars(8, 3, padding=2), dtype=F32)
@@ -55,7 +58,7 @@ def test_a_model_with_new_gates_is_the_model_without_to_the_bit(family: str) -> 
     assert len(strengths) == 3 and all(grad.abs().min() > 0 for grad in strengths)
 
 
-@pytest.mark.parametrize("family", FAMILY_KEYS)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_gates_read_queries_and_keys_before_the_rotary_embedding(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At position 0 the rotary embedding is the identity, so they are what the layer passes to its attention."""
     stage, calls = whole_stage(gated(family), dtype=F64), 0
@@ -164,6 +167,18 @@ def test_a_spec_with_gates_survives_its_description_and_old_ones_have_none() -> 
     old = spec.to_dict()
     del old["gate"]
     assert ModelSpec.from_dict(old).gate.kind == "none"
+
+
+@pytest.mark.parametrize("family", sorted(FAMILY_KEYS.keys() - set(FAMILIES)))
+def test_families_whose_queries_are_not_known_are_refused(family: str) -> None:
+    with pytest.raises(UserError, match=r"model\.gate: where Gemma4.*kind to none"):
+        gated(family).meta_llm()
+
+
+def test_lora_and_gates_are_not_combined() -> None:
+    config = model_config().model_copy(update={"gate": GATE, "lora": LoraConfig(rank=4)})
+    with pytest.raises(UserError, match=r"model\.gate and model\.lora cannot be combined"):
+        ModelSpec.resolve(config, vocab_size=96, image_tokens=5)
 
 
 def test_wrong_heads_are_refused_when_the_model_is_resolved() -> None:

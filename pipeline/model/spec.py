@@ -223,9 +223,14 @@ class ModelSpec:
         self.meta_llm()
 
     def _gate_shape(self) -> GateShape | None:
-        """Return the sizes of each layer's gate, if the model has gates. Raises UserError for heads it lacks."""
+        """Return the sizes of each layer's gate, if the model has gates. Raises UserError where it cannot have them."""
         if self.gate.kind == "none":
             return None
+        if self.llm_family.query_key is None:
+            raise ConfigError(
+                f"model.gate: {self.llm.model_type} has no one place of its queries and keys before the rotary "
+                "embedding: set model.gate.kind to none, or use another decoder family"
+            )
         heads = int(self.llm.num_attention_heads)
         sizes = {
             "heads": heads,

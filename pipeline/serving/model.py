@@ -91,7 +91,7 @@ class MultimodalModel:
         Args:
             prompts: of any lengths; they are left-padded.
             max_new_tokens: limit per prompt.
-            flow: cut what text reads of the images (`pipeline.serving.flow`), chosen anew for each prompt, all its
+            flow: cut what text reads of the images (`pipeline.serving.flow`), chosen for each prompt by itself, all its
                 turns and images together; None: read everything.
             options: of transformers' ``generate``: ``num_beams``, ``do_sample``, ``return_dict_in_generate``, ...
 

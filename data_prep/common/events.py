@@ -56,6 +56,9 @@ EVENTS: Mapping[str, str] = {
     "run-failed": "training ended with an error, a dead rank or a hang",
     "version-untested": "a library's version was not tested with this code",
     "attention-fallback": "attention runs without flash kernels on a GPU, which is slower",
+    "weights-unused": "tensors of a model folder are not read, because the model has no part for them",
+    "vocabulary-extended": "vocabulary rows that a model folder lacks start at the mean of its rows",
+    "config-key-ignored": "a key of a model folder's config.json is ignored, because it could run or fetch code",
     "mask-changed": "the initial weights were trained under another mask policy",
     "memory-oversubscribed": "training started although it needs more memory than the machine has",
 }

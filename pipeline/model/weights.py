@@ -1,6 +1,6 @@
 """Pretrained weights, read from safetensors one tensor at a time by global name.
 
-A source is either a Hugging Face model folder (a language model, or a SigLIP or CLIP tower) or an export of this
+A source is either a Hugging Face model folder (a language model, or a vision tower) or an export of this
 project, which holds every part. Names and shapes are checked when the source is opened, before anything is built.
 """
 
@@ -97,6 +97,10 @@ class WeightSource:
     def __init__(self) -> None:
         """Start empty; see :meth:`open` and :meth:`open_export`."""
         self._where: dict[str, tuple[TensorFolder, Piece]] = {}
+        self.unused: dict[Path, int] = {}
+        """Tensors of each folder that the model does not read, such as the text half of a CLIP model."""
+        self.short_vocabulary: dict[Path, int] = {}
+        """Rows of the vocabulary that each folder lacks; they start at the mean of its rows."""
 
     @classmethod
     def open(cls, spec: ModelSpec) -> WeightSource | None:
@@ -198,12 +202,16 @@ class WeightSource:
                     "its weights and its config.json belong to different models"
                 )
         for name, shape in shapes.items():
-            self._check(folder, name, shape, pieces[name])
+            saved = self._check(folder, name, shape, pieces[name])
             self._where[name] = (folder, pieces[name])
+            if saved != shape and name == _VOCABULARY[0]:
+                self.short_vocabulary[folder.directory] = shape[0] - saved[0]
+        if unused := len(folder.files.keys() - keys):
+            self.unused[folder.directory] = unused
 
     @staticmethod
-    def _check(folder: TensorFolder, name: str, shape: tuple[int, ...], piece: Piece) -> None:
-        """Refuse a tensor whose dtype or shape is not the model's."""
+    def _check(folder: TensorFolder, name: str, shape: tuple[int, ...], piece: Piece) -> tuple[int, ...]:
+        """Return the shape of a tensor as saved; refuse one whose dtype or shape is not the model's."""
         saved, dtype = folder.describe(piece.key)
         if dtype not in DTYPES:
             raise UserError(
@@ -216,6 +224,7 @@ class WeightSource:
             raise UserError(
                 f"{folder.directory}: {piece.key} has shape {list(saved)}, but the config asks for {list(whole)}"
             )
+        return saved
 
 
 def _first(pieces: Iterable[Piece], folder: TensorFolder) -> Piece:

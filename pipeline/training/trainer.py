@@ -37,6 +37,7 @@ from pipeline.training.metrics import (
 )
 from pipeline.training.origin import Origin, find_origin
 from pipeline.training.run.folder import RunFolder, State
+from pipeline.training.start_events import record_source_events
 from pipeline.training.supervise import collective_limit
 from pipeline.training.tracing import StepTimer, memory_line
 from pipeline.watchdog.heartbeat import Heartbeat
@@ -67,6 +68,8 @@ class Trainer:
         limit_s = collective_limit(plan.config.parallel.timeout_s)
         groups = create_groups(plan.topology, limit_s, ring=len(plan.virtual_stages) > 1)
         origin = find_origin(plan, folder.path, self._report_damage)
+        if self._is_rank0 and origin.own is None and origin.source is not None:
+            record_source_events(origin.source, folder)
         self._stage = build_engine(
             plan, groups, self._device, heartbeat, source=origin.source, empty=origin.is_checkpoint
         )

@@ -58,6 +58,8 @@ FORBIDDEN: Mapping[str, str] = {
 They are refused in recipes, checkpoints and exports. In the ``config.json`` of a model folder, where published models
 carry some of them, those about code are ignored and named in a warning; those about weights are refused.
 """
+ignored_keys: dict[Path, list[str]] = {}
+"""Keys of ``config.json`` that this process has ignored, by model folder."""
 _REFUSED_IN_FOLDERS = tuple(name for name, reason in FORBIDDEN.items() if reason is _WEIGHTS)
 
 
@@ -139,6 +141,7 @@ def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]
         raise ConfigError(f"{path} is not a JSON object: copy the model's folder again")
     refuse_forbidden(str(path), raw, _REFUSED_IN_FOLDERS)
     if ignored := [name for name in FORBIDDEN if raw.get(name)]:
+        ignored_keys[path.parent] = ignored
         _warn_once(f"{path}: ignored {', '.join(ignored)}: nothing named in a config is run or downloaded")
     return {**{name: value for name, value in raw.items() if name not in FORBIDDEN}, **overlay}
 

@@ -60,6 +60,8 @@ def pin_sources(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
     Raises ConfigError as :func:`folder_of` does.
     """
+    if not any(map(_hub_id, (model.llm.source, model.vision.source, *(tower.source for tower in model.extra_vision)))):
+        return model
     before = _recorded(run_dir)
     return model.model_copy(
         update={

@@ -22,10 +22,12 @@ from pipeline.serving.hf_tokenizer import save_hf_tokenizer
 from pipeline.serving.remote.bundle import SIBLINGS, bundle
 
 CODE = ("configuration_mma", "modeling_mma", "processing_mma")
+MODEL_CLASS = "MmaForConditionalGeneration"
+"""The class of the exported code."""
 _AUTO = {
     "AutoConfig": "configuration_mma.MmaConfig",
     "AutoModel": "modeling_mma.MmaModel",
-    "AutoModelForImageTextToText": "modeling_mma.MmaForConditionalGeneration",
+    "AutoModelForImageTextToText": f"modeling_mma.{MODEL_CLASS}",
 }
 
 
@@ -112,7 +114,7 @@ def hf_config(export_config: ExportConfig, tokenizer: Tokenizer) -> dict[str, An
         **raw,
         **code,
         "model_type": "mma",
-        "architectures": ["MmaForConditionalGeneration"],
+        "architectures": [MODEL_CLASS],
         "dtype": export_config.dtype,
         "image_token_id": export_config.image_id,
         "pad_token_id": export_config.pad_id,

@@ -18,8 +18,6 @@ from pipeline.masks import get_policy
 from pipeline.serving.export_config import CONFIG, ExportConfig
 from pipeline.serving.hf_files import write_json, write_tokenizer
 
-_CLIP, _SIGLIP = "clip_vision_model", "siglip_vision_model"
-
 
 def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
     """Refuse a model that the stock class computes differently.
@@ -35,7 +33,7 @@ def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
         "norm after the connector (model.connector.norm)": bool(getattr(spec.connector, "norm", False)),
         "gates (model.gate)": spec.gate.kind != "none",
         "second tower (model.extra_vision)": bool(spec.extra_towers),
-        f"tower of type {spec.vision.model_type}": spec.vision.model_type not in (_CLIP, _SIGLIP),
+        f"tower of type {spec.vision.model_type}": spec.vision_family.last_norm is None,
         f"scaled or capped logits of {config.model_type}": capped or family.logit_scale(config) != 1.0,
         f"positions of policy '{policy.name}'": policy.grid is not None,
     }
@@ -50,13 +48,13 @@ def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
 
 def reads_after_norm(export_config: ExportConfig) -> bool:
     """Return whether the connector reads the tower after a last norm that its hidden states do not contain."""
-    return bool(export_config.spec.vision.model_type == _SIGLIP)
+    return bool(export_config.spec.vision_family.last_norm)
 
 
 def extra_tensors(export_config: ExportConfig) -> dict[str, torch.Tensor]:
     """Return tensors that the stock class has and no connector reads: CLIP's last norm, as the identity."""
     spec = export_config.spec
-    if spec.vision.model_type != _CLIP:
+    if spec.vision_family.last_norm:
         return {}
     width, dtype = int(spec.vision.hidden_size), export_config.torch_dtype
     name = "model.vision_tower.post_layernorm"

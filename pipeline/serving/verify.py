@@ -22,6 +22,7 @@ from data_prep.common.errors import UserError, one_line, short_repr
 from data_prep.example import Turn
 from pipeline.serving.export_config import CONFIG
 from pipeline.serving.golden import TOLERANCE, GoldenPrompt
+from pipeline.serving.hf_files import MODEL_CLASS
 from pipeline.serving.model import MultimodalModel
 
 Logits = Callable[[GoldenPrompt], torch.Tensor]
@@ -101,7 +102,7 @@ def transformers_logits(folder: Path) -> Logits:
     @torch.inference_mode()
     def logits(prompt: GoldenPrompt) -> torch.Tensor:
         pixels = {} if prompt.pixel_values is None else {"pixel_values": prompt.pixel_values}
-        own = {"generated": prompt.generated[None]} if model.config.model_type == "mma" else {}
+        own = {"generated": prompt.generated[None]} if type(model).__name__ == MODEL_CLASS else {}
         try:
             found: torch.Tensor = model(input_ids=prompt.input_ids[None], **pixels, **own).logits[0, prompt.positions]
         except (ValueError, TypeError, RuntimeError) as error:

@@ -21,6 +21,7 @@ class Siglip(VisionFamily):
     """SigLIP (arXiv 2303.15343) without its pooling head, which no connector uses."""
 
     not_read = _TEXT_AND_POOLING
+    last_norm = True
 
     def prepared(self, raw: Mapping[str, Any]) -> dict[str, Any]:
         """Build no pooling head."""
@@ -32,6 +33,7 @@ class Clip(VisionFamily):
 
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
     not_read = _TEXT_AND_POOLING
+    last_norm = False
 
     def extra_tokens(self, config: PreTrainedConfig) -> int:
         """Return 1: the class token."""

@@ -35,6 +35,9 @@ class VisionFamily:
     not_read = re.compile(r"$^")
     """Tensors of a folder, without prefix, that no connector needs."""
 
+    last_norm: bool | None = None
+    """Whether its features have passed a last norm that its blocks' outputs have not; None: stock LLaVA cannot hold the
+    tower. See `pipeline.serving.llava_files`."""
     extra_keys: frozenset[str] = frozenset()
     """Keys that its config reads but does not declare."""
 

@@ -206,7 +206,7 @@ def test_mistakes_are_named(model: Any, name: str) -> None:
         ("mmma", {}, "unknown mask policy 'mmma'"),
         ("mma+0:1=mixed", {}, "changes with the layer"),
         ("image_to_answer", {}, "set allow_leak"),
-        ("cca", {}, "patch grid"),
+        ("cca", {}, "orders image tokens by their place in the image"),
         ("mma", {"backend": "flash"}, "unknown backend 'flash'"),
     ):
         with pytest.raises(UserError, match=message):

@@ -169,6 +169,6 @@ def test_errors_name_the_fix(model: MultimodalModel, turns: list[object], new: i
 
 
 def test_a_window_shorter_than_the_prompt_is_refused(tmp_path: Path) -> None:
-    model = load_model(make_export(tmp_path, "gemma3_text", sliding_window=8))
+    model = load_model(make_export(tmp_path, "gemma3_text", sliding_window=30))
     with pytest.raises(UserError, match="sliding window"):
-        model.generate([model.prompt([user(picture(1), "left")])])
+        model.generate([model.prompt([user(picture(1), "left " * 30)])])

@@ -19,7 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("freeze")
-    run(RANKS, ROOT / "tests/pipeline/training/freeze_worker.py", str(out), launcher="srun").check()
+    worker, env = ROOT / "tests/pipeline/training/freeze_worker.py", {"PYTHONPATH": str(ROOT)}
+    run(RANKS, worker, str(out), env=env, launcher="srun", timeout_s=550).check()
     return out
 
 

@@ -280,10 +280,8 @@ def test_an_export_starts_a_run(small_demo: Path, undisturbed: Path, tmp_path: P
     export = tmp_path / "export"
     assert mma(["export", str(undisturbed), str(export)]) == 0
     more = ["--init-from", str(export), "--train.steps", "1", "--train.lr", "1e-30", "--train.min-lr", "0"]
-    causal = main(
-        [*flags(small_demo, tmp_path / "strict", *more), "--mask.policy", "causal", "--strict", "mask-changed"]
-    )
-    assert causal == 2
+    strict = ["--mask.policy", "causal", "--strict", "mask-changed"]
+    assert train(small_demo, tmp_path / "strict", *more, *strict, ranks=1).code == 2
     train(small_demo, tmp_path / "run", *more, ranks=2).check()
     assert "mask-changed" not in EventLedger(tmp_path / "run" / EVENTS_FILE).summary()
     assert same_bits(weights(tmp_path / "run"), weights(undisturbed))

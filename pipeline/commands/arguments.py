@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from data_prep.common.command_line import output_problem
@@ -36,3 +38,18 @@ def check_output_file(flag: str, name: str) -> Path:
     if problem:
         raise UserError(f"{flag} {problem}")
     return Path(name)
+
+
+def number_between(low: float, high: float) -> Callable[[str], float]:
+    """Return an argparse ``type`` that parses a number of this range, both ends included; nan is refused."""
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
+        return value
+
+    return number

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from data_prep.common.command_line import positive_int
+from pipeline.commands.arguments import number_between
 
 RECIPE_HELP = "shipped recipe or YAML file"
 
@@ -113,10 +114,14 @@ def add_estimate(parser: argparse.ArgumentParser) -> None:
         "--vocab", type=positive_int, default=32064, metavar="N", help="vocabulary size (default: 32064)"
     )
     parser.add_argument(
-        "--images", type=_non_negative, default=8.0, metavar="X", help="average images per row (default: 8)"
+        "--images", type=number_between(0, 1e6), default=8.0, metavar="X", help="average images per row (default: 8)"
     )
     parser.add_argument(
-        "--targets", type=_fraction, default=0.3, metavar="X", help="supervised fraction of the tokens (default: 0.3)"
+        "--targets",
+        type=number_between(0, 1),
+        default=0.3,
+        metavar="X",
+        help="supervised fraction of the tokens (default: 0.3)",
     )
     parser.set_defaults(command=_estimate, trainer_flags=True)
 
@@ -227,21 +232,3 @@ def _smollm2(options: argparse.Namespace) -> int:
     from pipeline.commands.smollm2 import smollm2
 
     return smollm2(options)
-
-
-def _non_negative(text: str) -> float:
-    return _number(text, 0.0, 1e6)
-
-
-def _fraction(text: str) -> float:
-    return _number(text, 0.0, 1.0)
-
-
-def _number(text: str, low: float, high: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not low <= number <= high:  # also refuses nan
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-    return number

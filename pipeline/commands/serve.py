@@ -6,13 +6,13 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from ipaddress import ip_address
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from data_prep.common.command_line import positive_int
 from data_prep.common.errors import UserError
+from pipeline.commands.arguments import number_between
 from pipeline.commands.model import add_verify, load
 
 if TYPE_CHECKING:
@@ -195,28 +195,15 @@ def add_chat(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma chat``."""
     _add_model(parser)
     parser.add_argument("--system", default="", metavar="TEXT", help="system message (default: the template's)")
-    parser.add_argument("--temperature", type=_between(0, 2), default=0.0, metavar="X", help="0: greedy (default: 0)")
-    parser.add_argument("--top-p", type=_between(0.001, 1), default=1.0, metavar="X", help="nucleus (default: 1)")
+    parser.add_argument(
+        "--temperature", type=number_between(0, 2), default=0.0, metavar="X", help="0: greedy (default: 0)"
+    )
+    parser.add_argument("--top-p", type=number_between(0.001, 1), default=1.0, metavar="X", help="nucleus (default: 1)")
     parser.add_argument("--seed", type=int, metavar="N", help="seed of sampling (default: random)")
     parser.add_argument(
         "--max-new-tokens", type=positive_int, default=512, metavar="N", help="limit of an answer (default: 512)"
     )
     parser.set_defaults(command=_chat)
-
-
-def _between(low: float, high: float) -> Callable[[str], float]:
-    """Return an argparse ``type`` that parses a number of a range."""
-
-    def number(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:  # also refuses nan
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number from {low:g} to {high:g}")
-        return value
-
-    return number
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

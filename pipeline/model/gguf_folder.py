@@ -47,8 +47,11 @@ def write_gguf_folder(gguf: Path, out: Path) -> None:
         raise UserError(f"{gguf} does not exist: give a GGUF file")
     if out.exists():
         raise UserError(f"{out} already exists: give a new folder, or remove it first")
-    hidden = temporary_beside(out)
-    hidden.mkdir()
+    try:
+        hidden = temporary_beside(out)
+        hidden.mkdir()
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error.strerror}): choose another folder") from error
     try:
         _write(gguf, hidden)
         hidden.rename(out)

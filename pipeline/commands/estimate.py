@@ -1,4 +1,4 @@
-"""``mma estimate``: memory, compute and bubble of a recipe on any number of ranks, without packs, GPUs or weights."""
+"""``mma estimate``: memory, bubble and predicted speed of a recipe on any number of ranks, without packs or GPUs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from pipeline.parallel.ds_config import Sharding, read_ds_config
 from pipeline.parallel.topology import Topology, micro_batches
 from pipeline.planning.dry_run import millions, shown_bubble, shown_layers
 from pipeline.planning.estimate import GIB, WorkloadEstimate
+from pipeline.planning.hardware import Hardware
+from pipeline.planning.roofline import Roofline, Workload
 from pipeline.planning.stage_split import StageSplit
+
+HARDWARE_FLAGS = ("--gpu", "--gpus-per-node", "--network-gbps", "--matrix-share", "--host-us")
 
 
 def estimate(options: argparse.Namespace) -> int:
     """Print one table per number of ranks; return 0. Raises UserError for an invalid recipe, key or grid."""
-    flags = ("--ranks", "--seq-len", "--vocab", "--images", "--targets")
+    flags = ("--ranks", "--seq-len", "--vocab", "--images", "--targets", "--sample-tokens", *HARDWARE_FLAGS)
     invocation = parse(["--recipe", options.recipe, *options.flags], known=flags)
     config = invocation.config
     sharding = Sharding.of(read_ds_config(invocation.deepspeed), config.parallel)
@@ -29,10 +33,37 @@ def estimate(options: argparse.Namespace) -> int:
     console = PipeConsole()
     for note in invocation.notes:
         console.print(f"note: {note}", soft_wrap=True, highlight=False)
+    hardware, work = hardware_of(options), Workload(*shares, options.sample_tokens)
     for ranks in options.ranks:
         load = build_workload_estimate(config, sharding, spec, ranks=ranks, seq_len=options.seq_len, shares=shares)
         console.print(table(load, f"{Path(options.recipe).stem} on {ranks} ranks"))
+        for line in prediction(Roofline(load, work, hardware)):
+            console.print(line, soft_wrap=True, highlight=False)
+    console.print("Predicted from a roofline, not measured. Assumptions:", soft_wrap=True)
+    for line in hardware.lines():
+        console.print(f"  {line}", soft_wrap=True, highlight=False)
     return 0
+
+
+def hardware_of(options: argparse.Namespace) -> Hardware:
+    """Return the hardware that the flags of the command describe. Raises ConfigError for an unknown GPU."""
+    return Hardware(
+        options.gpu, gpus_per_node=options.gpus_per_node, network_gbs=options.network_gbps / 8,
+        matrix_share=options.matrix_share, host_us=options.host_us,
+    )  # fmt: skip
+
+
+def prediction(step: Roofline) -> list[str]:
+    """Return the predicted step in words: speed, then where its time goes."""
+    if not step.load.is_predictable:
+        return ["predicted: nothing; the roofline knows neither fp32 nor offload"]
+    parts = ", ".join(f"{name} {seconds * 1000:,.0f}" for name, seconds in step.parts().items() if seconds >= 5e-4)
+    bound = "; the host limits it: larger micro-batches" if step.is_host_bound else ""
+    return [
+        f"predicted: {step.step_s:.2f} s a step, {step.tokens_per_s:,.0f} tokens/s, {step.samples_per_s:,.0f} "
+        f"samples/s, MFU {step.mfu:.1%}, {step.images_per_s:,.0f} images/s a rank of the first stage{bound}",
+        f"  ms of the busiest stage: {parts}",
+    ]
 
 
 def build_workload_estimate(

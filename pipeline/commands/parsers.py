@@ -29,8 +29,9 @@ Check for problems before a run, and print how to fix them. Any flag of the trai
 
 The exit code is 0 without problems, 1 with problems, 2 for a wrong flag."""
 ESTIMATE = """\
-Estimate the memory and compute of each rank. No packs and no GPUs are needed. Any flag of the trainer may follow the
-recipe:
+Estimate the memory of each rank and the speed of a step. No packs and no GPUs are needed. Memory follows from the
+shapes. Speed is predicted from a roofline; its assumptions are printed, and flags set them. Any flag of the trainer may
+follow the recipe:
 
   mma estimate demo_sft
   mma estimate aki_4b_sft --ranks 8 16 64 --parallel.pp 2 --seq-len 4096
@@ -123,7 +124,31 @@ def add_estimate(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="supervised fraction of the tokens (default: 0.3)",
     )
+    parser.add_argument(
+        "--sample-tokens", type=number_between(1, 1e6), default=300.0, metavar="X",
+        help="average tokens of a sample (default: 300)",
+    )  # fmt: skip
+    _add_hardware(parser)
     parser.set_defaults(command=_estimate, trainer_flags=True)
+
+
+def _add_hardware(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help="kind of GPU (default: H100)")
+    parser.add_argument(
+        "--gpus-per-node", type=positive_int, default=8, metavar="N", help="GPUs of a node (default: 8)"
+    )
+    parser.add_argument(
+        "--network-gbps", type=number_between(0.1, 1e5), default=400.0, metavar="X",
+        help="network of a GPU between nodes, in Gb/s (default: 400)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--matrix-share", type=number_between(0.01, 1), default=0.65, metavar="X",
+        help="share of the peak that matrix products reach (default: 0.65)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--host-us", type=number_between(0, 1000), default=10.0, metavar="X",
+        help="microseconds in which the host launches an operator (default: 10)",
+    )  # fmt: skip
 
 
 def add_schedule(parser: argparse.ArgumentParser) -> None:

@@ -182,8 +182,12 @@ class DataConfig(Section):
     """Folder of the built-in demo corpora; prepared first if `packs` is inside it and does not exist."""
     verify: bool = False
     """Hash packs and image store before training, each rank a share of the files; false = read only manifests."""
-    decode_threads: Annotated[int, Field(ge=0, le=1024)] = 1
-    """Loader threads, each preparing a different future step (rows, decoded images); 0 = load between steps."""
+    decode_threads: Annotated[int, Field(ge=0, le=1024)] | None = None
+    """Threads that decode images ahead of training; 0 = load between steps. None = the rank's share of its host's
+    cores but one, at least 1, at most 16."""
+    draft_jpeg: bool = False
+    """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size, as long as the tower's input is no larger: faster, with
+    slightly different pixels (`python -m benchmarks.loader` prints both). Serving and evaluation decode in full."""
     prefetch_steps: Annotated[int, Field(ge=0, le=1024)] = 2
     """Steps to load ahead of the current one."""
 

@@ -10,18 +10,19 @@ from functools import partial
 
 import numpy as np
 import torch
-from PIL import Image
 
-from data_prep.common.errors import UserError
 from data_prep.common.supervision import predicts_target
-from data_prep.images.augment import apply_augmentation
-from data_prep.images.store import BadImage, ImageStore, decode_rgb
+from data_prep.images.store import ImageStore
 from data_prep.packs import PackReader, PackRow
 from pipeline.attention import build_plan
+from pipeline.data.images import ImageLoader, images_of
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, Sidecars, position_ids
 from pipeline.model.inputs import IGNORE, StageInputs
-from pipeline.model.preprocess import Preprocess
+from pipeline.model.preprocess import Preprocess, stacked
+
+MAX_DEFAULT_THREADS = 16
+"""More threads wait for Python's lock, which decoding and resizing release and the rest of a batch does not."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class StepBatch:
     """Images of this data-parallel rank."""
 
 
+def default_threads(cores: int) -> int:
+    """Return the decode threads of a rank with so many cores: one core is left to training."""
+    return max(1, min(MAX_DEFAULT_THREADS, cores - 1))
+
+
 def shifted_labels(row: PackRow) -> torch.Tensor:
     """Return int64[L]: the supervised token each position predicts, or IGNORE."""
     following = np.roll(row.input_ids.astype(np.int64), -1)
@@ -53,7 +59,7 @@ def stage_inputs(
     Args:
         rows: of one micro-batch, at least one.
         policy: mask policy of the attention plan.
-        pixels: float32[n_images, 3, S, S] of the rows' images in order; None on stages without the vision tower.
+        pixels: uint8[n_images, 3, S, S] of the rows' images in order; None on stages without the vision tower.
         extra_pixels: the same for each further tower.
 
     Raises:
@@ -99,6 +105,7 @@ class BatchSource:
         preprocess: Sequence[Preprocess],
         threads: int,
         ahead: int,
+        draft: bool = False,
     ) -> None:
         """Open the image store of a pack folder.
 
@@ -108,18 +115,24 @@ class BatchSource:
             dp_rank: data-parallel index of this rank.
             policy: mask policy of the attention plans.
             preprocess: preprocessing of each vision tower; none on stages without them, which read no images.
-            threads: loader threads; 0 loads in the calling thread.
+            threads: threads that decode images, beside those that build batches; 0 loads in the calling thread.
             ahead: steps to prefetch.
+            draft: decode JPEGs at a reduced size, see ``decode_rgb``.
 
         Raises:
             UserError: the image store is missing or damaged.
         """
         self._packs, self._order, self._dp_rank, self._policy = packs, order, dp_rank, policy
-        self._preprocess = preprocess
         store = packs.manifest.image_store
-        self._images = ImageStore(packs.directory / store) if store and preprocess else None
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="batches") if threads else None
+        self._reads_images = bool(preprocess)
+        opens = self._reads_images and store is not None
+        self._images = ImageLoader(ImageStore(packs.directory / store), preprocess, draft) if opens else None
         self._ahead = max(1, ahead)
+        self._pool = self._decoders = None
+        if threads:
+            # Two pools: a batch waits for its images, which would never be decoded if batches held all the threads.
+            self._pool = ThreadPoolExecutor(min(threads, self._ahead), thread_name_prefix="batches")
+            self._decoders = ThreadPoolExecutor(threads, thread_name_prefix="images")
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
         """Yield the batches of steps ``first .. last - 1``, counted from 0. Raises UserError as :meth:`read` does."""
@@ -151,29 +164,16 @@ class BatchSource:
         return StepBatch(tuple(microbatches), all_rows, targets, tokens, images)
 
     def _pixels(self, rows: list[PackRow]) -> list[torch.Tensor]:
-        """Return the pixels of the rows' images for each tower; images are decoded once."""
-        if not self._preprocess or not any(len(row.image_row) for row in rows):
+        """Return the pixels of the rows' images for each tower."""
+        if not self._reads_images or not any(len(row.image_row) for row in rows):
             return []
         assert self._images is not None, "rows with images, but the packs name no image store"
-        images = [image for row in rows for image in self._shown(self._images, row)]
-        return [preprocess.batch(images) for preprocess in self._preprocess]
-
-    def _shown(self, store: ImageStore, row: PackRow) -> Iterator[Image.Image]:
-        """Yield a row's images, augmented as the row records."""
-        for number, index in enumerate(row.image_row.tolist()):
-            image = self._decode(store, index)
-            yield image if row.augmentation is None else apply_augmentation(image, row.augmentation[number])
-
-    @staticmethod
-    def _decode(store: ImageStore, index: int) -> Image.Image:
-        try:
-            return decode_rgb(store.read(index))
-        except BadImage as error:
-            raise UserError(
-                f"image {index} of the image store cannot be decoded ({error}): run mma-prep verify"
-            ) from error
+        spread = map if self._decoders is None else self._decoders.map
+        loaded = spread(self._images.load, images_of(rows))
+        return [stacked(of_tower) for of_tower in zip(*loaded, strict=True)]
 
     def close(self) -> None:
         """Stop the loader threads."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._decoders):
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)

@@ -31,9 +31,10 @@ class StageInputs:
     image_positions: torch.Tensor
     """int64[n_images * image_tokens]: positions of the image tokens, image by image; empty without images."""
     pixels: torch.Tensor | None = None
-    """float32[n_images, 3, S, S], normalised; None on stages that do not hold the vision tower."""
+    """[n_images, 3, S, S]: uint8, which the stage normalises on its device, or float32, normalised; None on stages
+    that do not hold the vision tower."""
     extra_pixels: tuple[torch.Tensor, ...] = ()
-    """The same images for each further vision tower, float32[n_images, 3, S_k, S_k]."""
+    """The same images for each further vision tower, [n_images, 3, S_k, S_k]."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
 

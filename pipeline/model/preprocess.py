@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from PIL.Image import Resampling
@@ -40,13 +42,21 @@ class Preprocess:
         """Return the pixels of n images, float32[n, 3, S, S] with S = ``size_px``."""
         if not images:
             return torch.empty(0, 3, self.size_px, self.size_px)
-        return torch.from_numpy(np.stack([self._one(image) for image in images]))
+        return self.normalize(stacked([self.resize(image) for image in images]))
 
-    def _one(self, image: Image.Image) -> np.ndarray[Any, np.dtype[np.float32]]:
-        squashed = image.convert("RGB").resize((self.size_px, self.size_px), Resampling.BICUBIC)
-        values = np.asarray(squashed, dtype=np.float32) / 255.0
-        normal = (values - np.asarray(self.mean, dtype=np.float32)) / np.asarray(self.std, dtype=np.float32)
-        return np.ascontiguousarray(normal.transpose(2, 0, 1), dtype=np.float32)
+    def resize(self, image: Image.Image) -> npt.NDArray[np.uint8]:
+        """Return an image resized to the square, uint8[S, S, 3]."""
+        return np.asarray(image.convert("RGB").resize((self.size_px, self.size_px), Resampling.BICUBIC))
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return uint8[n, 3, S, S] as normalised float32 on the same device, contiguous.
+
+        The loader hands over bytes, a quarter of the memory and of the copy to a GPU. The operations are the same, in
+        the same order, on every device: each is rounded correctly, so the result is equal to the bit.
+        """
+        whole, mean, std = _constants(self, pixels.device)
+        values = pixels.to(torch.float32, memory_format=torch.contiguous_format)
+        return values.div_(whole).sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
@@ -56,3 +66,22 @@ class Preprocess:
     def from_dict(cls, raw: dict[str, Any]) -> Preprocess:
         """Rebuild what :meth:`to_dict` returned."""
         return cls(int(raw["size_px"]), tuple(raw["mean"]), tuple(raw["std"]))
+
+
+def stacked(squares: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+    """Return resized images uint8[S, S, 3] as one tensor uint8[n, 3, S, S], with the channels last in memory."""
+    return torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2)
+
+
+@lru_cache(maxsize=64)
+def _constants(settings: Preprocess, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return 255, mean and std, float32[3, 1, 1] on a device.
+
+    They are tensors because CUDA divides by a number by multiplying with its rounded reciprocal. They are filled on the
+    device: a copy would make the host wait for all earlier work.
+    """
+
+    def channels(values: Sequence[float]) -> torch.Tensor:
+        return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])
+
+    return channels([255.0] * 3), channels(settings.mean), channels(settings.std)

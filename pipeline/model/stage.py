@@ -172,7 +172,7 @@ class Stage(nn.Module):
         Without images, a blank image is processed instead: ZeRO-3 hangs when a rank skips a module.
 
         Args:
-            pixels: float[images, 3, S, S] of the first tower.
+            pixels: [images, 3, S, S] of the first tower: uint8, or normalised floats.
             like: a tensor of the stage's dtype on its device.
             extra: of the further towers.
         """
@@ -181,7 +181,8 @@ class Stage(nn.Module):
         given = blank if pixels is None else (pixels, *extra)
         features, layers = [], self.spec.connector.tower_layers
         for (name, tower), own in zip(self.spec.towers.items(), given, strict=True):
-            module, own = self.get_submodule(name), own.to(like.dtype)
+            module = self.get_submodule(name)
+            own = (tower.preprocess.normalize(own) if own.dtype == torch.uint8 else own).to(like.dtype)
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(name)):
                 features.append(tower.family.features(module, tower.config, own, layers))
         return self.connector(*features).flatten(0, 1)  # type: ignore[no-any-return]

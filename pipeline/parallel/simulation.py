@@ -29,7 +29,7 @@ class Slot(NamedTuple):
 
 @dataclass(frozen=True)
 class Simulation:
-    """One step of a pipeline, with messages that take no time."""
+    """One step of a pipeline."""
 
     slots: tuple[tuple[Slot, ...], ...]
     """The actions of each stage, in order."""
@@ -51,8 +51,16 @@ def orders(schedule: str, stages: int, microbatches: int, virtual_stages: int = 
     return [SCHEDULES[schedule](stage, stages, microbatches, virtual_stages) for stage in range(stages)]
 
 
-def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: int = 1) -> Simulation:
+def simulate(
+    of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: int = 1, *, message: float = 0.0
+) -> Simulation:
     """Run every stage's actions in its order, each as soon as its input exists.
+
+    Args:
+        of_stages: The actions of each stage, in order.
+        cost: The duration of each.
+        virtual_stages: Virtual stages of each stage.
+        message: Time from the end of an action until its result is on the next stage; neither stage is busy with it.
 
     Raises:
         RuntimeError: The schedule deadlocks.
@@ -65,7 +73,7 @@ def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: 
         for stage, order in enumerate(of_stages):
             while len(slots[stage]) < len(order):
                 action = order[len(slots[stage])]
-                ready = _ready(stage, action, done, stages, virtual_stages)
+                ready = _ready(stage, action, done, stages, virtual_stages, message)
                 if ready is None:
                     break
                 start = max(ready, slots[stage][-1].end if slots[stage] else 0.0)
@@ -77,16 +85,21 @@ def simulate(of_stages: Sequence[Sequence[Action]], cost: Cost, virtual_stages: 
 
 
 def _ready(
-    stage: int, action: Action, done: dict[tuple[int, Action], float], stages: int, virtual_stages: int
+    stage: int,
+    action: Action,
+    done: dict[tuple[int, Action], float],
+    stages: int,
+    virtual_stages: int,
+    message: float,
 ) -> float | None:
     """Return when an action's inputs are ready; None while one of them is missing."""
     peer = upstream(stage, action, stages, virtual_stages)
     wanted = [peer] if peer else []
     if action.kind == "B":
         wanted.append((stage, action._replace(kind="F")))
-    times = [done.get(each) for each in wanted]
-    known = [time for time in times if time is not None]
-    return max(known, default=0.0) if len(known) == len(times) else None
+    if not all(each in done for each in wanted):
+        return None
+    return max((done[each] + (message if each[0] != stage else 0.0) for each in wanted), default=0.0)
 
 
 @lru_cache(maxsize=64)

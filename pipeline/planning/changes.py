@@ -11,7 +11,7 @@ from pipeline.config.schema import ConfigError, RunConfig, known_keys
 
 CHANGES_RESULT = frozenset({
     "model.vision.frozen", "model.lora.rank", "model.lora.alpha", "model.lora.rslora", "model.lora.targets",
-    "mask.policy", "mask.layers", "data.packs", "train.global_batch_size", "train.steps",
+    "mask.policy", "mask.layers", "data.packs", "data.draft_jpeg", "train.global_batch_size", "train.steps",
     "train.epochs", "train.freeze", "train.lr", "train.lr_of", "train.schedule", "train.decay_steps", "train.min_lr",
     "train.warmup_steps", "train.weight_decay", "train.beta1", "train.beta2", "train.eps", "train.clip_norm",
     "train.dtype",

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from itertools import chain, islice
 
+from data_prep.images.store import ImageStore
 from pipeline.config.schema import TrainSection
+from pipeline.data.batches import default_threads
+from pipeline.data.images import ImageLoader, ImageReference, images_of, images_per_core_s
 from pipeline.parallel.partition import VirtualStages
 from pipeline.parallel.schedule import bubble
+from pipeline.planning.capacity import local_ranks
 from pipeline.planning.estimate import GIB, WorkloadEstimate
+from pipeline.planning.hardware import Hardware
+from pipeline.planning.roofline import Roofline, Workload
 from pipeline.planning.run_plan import RunPlan
+
+_MEASURED_IMAGES, _SEARCHED_ROWS = 24, 256
 
 
 def describe(plan: RunPlan) -> str:
@@ -81,6 +91,44 @@ def _stage_lines(plan: RunPlan) -> Iterator[str]:
             f"           stage {stage}: layers {shown_layers(virtual_stages)}, {millions(trained)} trained + "
             f"{millions(frozen)} frozen; a rank needs about {need.total / GIB:.2f} GiB ({parts})"
         )
+
+
+def describe_loader(plan: RunPlan) -> str:
+    """Return what the loader can deliver, measured here on the first images, beside what a step needs."""
+    manifest, data = plan.packs.manifest, plan.config.data
+    shown = _first_images(plan)
+    if not shown:
+        return "loader   no images in the first rows"
+    towers = [tower.preprocess for tower in plan.spec.towers.values()]
+    loader = ImageLoader(ImageStore(plan.packs.directory / manifest.image_store), towers, data.draft_jpeg)
+    rate = images_per_core_s(loader, shown)
+    cores = len(os.sched_getaffinity(0)) // min(8, local_ranks(os.environ, plan.topology.world))
+    threads = default_threads(cores) if data.decode_threads is None else max(1, data.decode_threads)
+    each = manifest.images / manifest.rows * plan.order.global_batch_size / plan.topology.dp
+    told = (
+        f"loader   {threads} decode threads x {rate:.0f} images/s a core (measured here on {len(shown)} images) = "
+        f"{threads * rate:.0f} images/s; a step takes {each:.0f} images a rank"
+    )
+    step = predict(plan)
+    if step is None:
+        return told
+    slow = "; the loader is the slower one: more cores a rank" if step.images_per_s > threads * rate else ""
+    return f"{told}, {step.images_per_s:.0f} images/s at {step.step_s:.2f} s on {step.hardware.gpu} (predicted){slow}"
+
+
+def _first_images(plan: RunPlan) -> list[ImageReference]:
+    rows = (plan.packs[number] for number in range(min(len(plan.packs), _SEARCHED_ROWS)))
+    return list(islice(chain.from_iterable(images_of([row]) for row in rows), _MEASURED_IMAGES))
+
+
+def predict(plan: RunPlan) -> Roofline | None:
+    """Return the predicted step on the default GPUs; None in fp32 and with offload, which no roofline describes."""
+    load, manifest = WorkloadEstimate.of(plan), plan.packs.manifest
+    draws = sum(corpus.draws for corpus in manifest.corpora.values())
+    work = Workload(
+        manifest.images / manifest.tokens, manifest.targets / manifest.tokens, manifest.tokens / max(1, draws)
+    )
+    return Roofline(load, work, Hardware()) if load.is_predictable else None
 
 
 def shown_bubble(load: WorkloadEstimate) -> str:

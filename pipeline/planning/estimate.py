@@ -65,6 +65,11 @@ class WorkloadEstimate:
         )  # fmt: skip
 
     @property
+    def is_predictable(self) -> bool:
+        """Whether a roofline describes it: in bf16, with all states on the device."""
+        return self.bf16 and not (self.sharding.offload_params or self.sharding.offload_optimizer)
+
+    @property
     def orders(self) -> list[Sequence[Action]]:
         """The actions of every stage in a step, in order."""
         return orders(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -18,24 +17,8 @@ from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from data_prep.packs import PackReader
 from pipeline.parallel.traffic import StepTraffic
+from pipeline.planning.hardware import known_peak
 from pipeline.training.run.state import format_duration
-
-# Dense bf16 peak by data sheet, TFLOP/s: the denominator of "mfu".
-PEAK_TFLOPS: Mapping[str, float] = {
-    "H100": 989.4,
-    "H100 NVL": 835.5,
-    "H100 PCIe": 756.5,
-    "H200": 989.4,
-    "H800": 989.4,
-    "GH200": 989.4,
-    "B200": 2250.0,
-    "GB200": 2500.0,
-    "A100": 312.0,
-    "A800": 312.0,
-    "L40S": 362.0,
-    "A40": 149.7,
-    "MI300X": 1307.4,
-}
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -43,12 +26,6 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     return known_peak(torch.cuda.get_device_name(device))
-
-
-def known_peak(name: str) -> float | None:
-    """Return the peak FLOP/s of a device by its name: the longest entry that is a word of it."""
-    known = [part for part in PEAK_TFLOPS if re.search(rf"\b{part}\b", name)]
-    return PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 @dataclass(frozen=True)

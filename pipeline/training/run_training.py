@@ -16,7 +16,7 @@ from pipeline.parallel.launch import (
     stop_processes,
 )
 from pipeline.planning.capacity import check_memory
-from pipeline.planning.dry_run import describe
+from pipeline.planning.dry_run import describe, describe_loader
 from pipeline.planning.run_plan import RunPlan, read_parallel_settings
 from pipeline.training.demo_data import prepare_demo
 from pipeline.training.run.folder import RunFolder
@@ -65,7 +65,7 @@ def _prepare(invocation: Invocation, rank: int, world: int) -> tuple[RunPlan, Ru
     prepare_demo(invocation.config, rank=rank, dry_run=invocation.dry_run)
     plan = RunPlan.build(invocation, rank=rank, world=world)
     if rank == 0:
-        print(describe(plan), flush=True)
+        print(describe(plan), *([describe_loader(plan)] if invocation.dry_run else []), sep="\n", flush=True)
     folder, oversubscribed = RunFolder(plan.config.run_dir, invocation.strict), list[str]()
     if not invocation.dry_run:
         oversubscribed = check_memory(plan)

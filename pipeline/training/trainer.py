@@ -14,9 +14,9 @@ from data_prep.common.errors import UserError
 from pipeline.checkpoints import checkpoint
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.writing import DivergedError
-from pipeline.data.batches import BatchSource, StepBatch
+from pipeline.data.batches import BatchSource, StepBatch, default_threads
 from pipeline.parallel.groups import create_groups
-from pipeline.parallel.launch import device_of_rank
+from pipeline.parallel.launch import device_of_rank, share_of_cores
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.traffic import StepTraffic
 from pipeline.parallel.zero3 import StepResult
@@ -78,6 +78,8 @@ class Trainer:
             schedule=plan.config.parallel.schedule, virtual_stages=plan.virtual_stages,
             progress_callback=heartbeat.report,
         )  # fmt: skip
+        threads = plan.config.data.decode_threads
+        self._decode_threads = default_threads(share_of_cores()) if threads is None else threads
         self._timer = StepTimer(plan, folder, self._runner.recorder, self._device)
         self._peak = peak_flops(self._device)
         heartbeat.report("loading a checkpoint")
@@ -185,7 +187,7 @@ class Trainer:
         source = BatchSource(
             plan.packs, order=plan.order, dp_rank=plan.topology.dp_rank, policy=plan.policy,
             preprocess=[tower.preprocess for tower in plan.spec.towers.values()] if plan.topology.first else (),
-            threads=plan.config.data.decode_threads, ahead=plan.config.data.prefetch_steps,
+            threads=self._decode_threads, ahead=plan.config.data.prefetch_steps, draft=plan.config.data.draft_jpeg,
         )  # fmt: skip
         steps = source.steps(self.step, plan.steps)
         try:

@@ -33,7 +33,7 @@ from data_prep.recipe import load_recipe
 from pipeline.data.batches import BatchSource
 from pipeline.data.order import BatchOrder
 from pipeline.masks import get_policy
-from pipeline.model.preprocess import Preprocess
+from pipeline.model.preprocess import Preprocess, stacked
 from tests.data_prep.raw import make_recipe, png, prepare, recipe_dict, tree_hashes, write_recipe, write_tar
 
 SENTENCES = [
@@ -208,7 +208,7 @@ def test_the_trainer_applies_the_augmentations_of_the_pack_on_any_ranks_and_afte
         for index, augmentation in zip(row.image_row.tolist(), row.augmentation, strict=True):
             wanted.append(apply_augmentation(decode_rgb(store.read(index)), augmentation))
     whole = _pixels(made, 1, 0)
-    assert torch.equal(whole, preprocess.batch(wanted))
+    assert torch.equal(whole, stacked([preprocess.resize(image) for image in wanted]))
     assert torch.equal(whole, _pixels(made, 2, 0))
     later = _pixels(made, 2, 3)
     assert torch.equal(whole[-len(later) :], later)

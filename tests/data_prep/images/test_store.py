@@ -201,3 +201,36 @@ def test_the_store_keeps_each_image_once_with_its_bytes(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes().replace(data[0], data[0][::-1]))
     with pytest.raises(UserError, match=r"images-00000.arrow: differs"):
         store.verify()
+
+
+def photo(width: int, height: int, **options: object) -> bytes:
+    """A JPEG of smooth noise."""
+    noise = np.random.default_rng(0).integers(0, 256, (height // 60, width // 60, 3), dtype=np.uint8)
+    return encode(Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC), "JPEG", **options)
+
+
+@pytest.mark.parametrize(
+    ("size", "draft_px", "wanted"),
+    [((640, 480), 120, (160, 120)), ((640, 480), 121, (320, 240)), ((640, 480), 241, (640, 480)),
+     ((641, 483), 60, (81, 61)), ((640, 480), 0, (640, 480))],
+)  # fmt: skip
+def test_a_draft_has_the_smallest_size_that_is_large_enough(
+    size: tuple[int, int], draft_px: int, wanted: tuple[int, int]
+) -> None:
+    data = photo(*size)
+    draft = decode_rgb(data, draft_px=draft_px)
+    assert draft.size == wanted
+    whole = decode_rgb(data)
+    if draft.size == whole.size:
+        assert draft.tobytes() == whole.tobytes()
+    apart = np.abs(np.asarray(draft, dtype=float) - np.asarray(whole.reduce(-(-whole.width // draft.width))))
+    assert apart.mean() < 2
+
+
+def test_a_draft_is_upright_and_leaves_other_formats_alone() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert decode_rgb(photo(640, 320, exif=exif), draft_px=100).size == (160, 320)
+    plain = encode(Image.new("RGB", (64, 48)), "PNG")
+    assert decode_rgb(plain, draft_px=8).size == (64, 48)
+    assert decode_rgb(encode(Image.new("L", (64, 48), 77), "JPEG"), draft_px=8).getpixel((0, 0)) == (77, 77, 77)

@@ -11,7 +11,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from data_prep.common.errors import UserError
-from pipeline.model.preprocess import Preprocess
+from pipeline.model.preprocess import Preprocess, stacked
 
 
 def picture(width: int, height: int) -> Image.Image:
@@ -34,6 +34,19 @@ def test_pixels_equal_those_of_transformers_without_cropping(family: str, size: 
     got = mine.batch(IMAGES)
     assert got.dtype == torch.float32 and got.shape == (len(IMAGES), 3, size, size)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), tuple(OPENAI_CLIP_MEAN)])
+def test_bytes_normalised_on_the_device_equal_those_normalised_in_numpy_to_the_bit(mean: tuple[float, ...]) -> None:
+    settings = Preprocess(256, mean, tuple(OPENAI_CLIP_STD))  # type: ignore[arg-type]
+    square = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    square[0, :, :] = np.arange(256)[:, None]  # every value
+    values = square.astype(np.float32) / np.float32(255)
+    wanted = (values - np.array(mean, np.float32)) / np.array(OPENAI_CLIP_STD, np.float32)
+    pixels = stacked([square, square])
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (2, 3, 256, 256))
+    got = settings.normalize(pixels)
+    assert got.is_contiguous() and np.array_equal(got[1].numpy(), wanted.transpose(2, 0, 1))
 
 
 def test_no_images_give_an_empty_batch() -> None:

@@ -24,6 +24,7 @@ from pipeline.config.schema import ModelConfig, RunConfig, TrainSection
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.preprocess import Preprocess
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel import zero3
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
@@ -172,8 +173,11 @@ def grid_spec(tied: bool, layers: int, connector: str = "perceiver") -> ModelSpe
     return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
 
 
-def micro_batch(step: int, index: int, connector: str = "perceiver") -> StageInputs:
-    """One of a step's global micro-batches: chats with images, without, or with nothing to learn, or captions."""
+def micro_batch(step: int, index: int, connector: str = "perceiver", *, as_bytes: bool = False) -> StageInputs:
+    """One of a step's global micro-batches: chats with images, without, or with nothing to learn, or captions.
+
+    Pixels are bytes, as the loader hands them over, or the plain way: normalised before they reach the stage.
+    """
     seed = 100 * step + index
     image_tokens = grid_spec(False, 4, connector).image_tokens
     kind = ("chats", "text", "unsupervised", "captions")[(step + index) % 4]
@@ -185,9 +189,19 @@ def micro_batch(step: int, index: int, connector: str = "perceiver") -> StageInp
             seed, 2 + index % 2, padding=index % 3, text_only=text_only, image_tokens=image_tokens
         )
     inputs = stage_inputs(sidecars, seed=seed, dtype=torch.float32)
-    if connector == "sva" and inputs.pixels is not None:
-        inputs = replace(inputs, extra_pixels=(F.interpolate(inputs.pixels, SECOND["image_size"]),))
+    if inputs.pixels is not None:
+        pixels = (inputs.pixels * 64 + 128).clamp(0, 255).to(torch.uint8)
+        towers = [tower.preprocess for tower in grid_spec(False, 4, connector).towers.values()]
+        first, *more = (F.interpolate(pixels, tower.size_px) for tower in towers)
+        if not as_bytes:
+            first, *more = map(normalized, (first, *more), towers)
+        inputs = replace(inputs, pixels=first, extra_pixels=tuple(more))
     return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
+
+
+def normalized(pixels: torch.Tensor, tower: Preprocess) -> torch.Tensor:
+    mean, std = (torch.tensor(values)[:, None, None] for values in (tower.mean, tower.std))
+    return (pixels.float() / 255 - mean) / std
 
 
 def in_bf16(inputs: StageInputs) -> StageInputs:
@@ -254,7 +268,8 @@ class Job:
 
     def microbatches(self, step: int) -> tuple[list[StageInputs], float]:
         """Return this rank's micro-batches and what its token losses are scaled by."""
-        everything = [micro_batch(step, index, self.case.connector) for index in range(self.case.microbatches[step])]
+        numbers, connector = range(self.case.microbatches[step]), self.case.connector
+        everything = [micro_batch(step, index, connector, as_bytes=not self.case.bf16) for index in numbers]
         count = self.case.microbatches[step] // self.topology.dp
         own = everything[self.topology.dp_rank * count :][:count]
         if not self.topology.first:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -146,7 +147,20 @@ def test_dry_run_prints_the_plan_and_makes_nothing(
         "GiB",
     ):
         assert word in said
+    loader = next(line for line in said.splitlines() if line.startswith("loader"))
+    assert re.search(
+        r" 1 decode threads x \d+ images/s a core .* = \d+ images/s; a step takes \d+ images a rank$", loader
+    )
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_in_bf16_says_what_a_predicted_step_needs_of_the_loader(
+    small_demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [*flags(small_demo, tmp_path / "run"), "--train.dtype", "bf16", "--data.decode-threads", "3"]
+    assert main([*command, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r" 3 decode threads x .* a rank, \d+ images/s at \d+\.\d+ s on H100 \(predicted\)", said)
 
 
 def test_a_dry_run_shows_the_plan_of_any_number_of_ranks(

@@ -14,12 +14,12 @@ import pytest
 
 from data_prep.packs import PackReader
 from pipeline.config.schema import TrainSection
+from pipeline.planning.hardware import known_peak
 from pipeline.training.lr_schedule import learning_rate
 from pipeline.training.metrics import (
     MetricsFile,
     StepStats,
     forget_events_from,
-    known_peak,
     samples_digest,
 )
 from pipeline.training.run.state import format_duration

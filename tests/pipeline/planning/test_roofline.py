@@ -40,7 +40,8 @@ def test_aki_4b_on_an_h200_is_near_an_independent_roofline() -> None:
 
 def test_small_micro_batches_are_limited_by_the_host() -> None:
     large, small = aki(ranks=8, rows=8), aki(ranks=8, rows=8, seq_len=1024)
-    assert small.is_host_bound and not large.is_host_bound and large.parts()["host"] == 0
+    assert small.is_host_bound and not large.is_host_bound
+    assert large.parts()["host"] == pytest.approx(0, abs=1e-9) and small.parts()["host"] > 0.01
     assert small.tokens_per_s < large.tokens_per_s / 2
     action = small.action_times[0][0][0]
     assert action.host == pytest.approx(32 * FORWARD_OPERATORS * 10e-6) and action.seconds == action.host

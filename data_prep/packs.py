@@ -204,6 +204,20 @@ def _manifest_type() -> TypeAdapter[Manifest]:
     return TypeAdapter(Manifest)
 
 
+def last_answer(row: PackRow, number: int) -> range | None:
+    """Return the positions of the last generated run of segment ``number``, counted from 1: its answer.
+
+    None if the segment generates nothing, or nothing stands before it (a document of text alone).
+    """
+    own = np.flatnonzero(row.segment == number)
+    written = own[row.generated[own] != 0]
+    if not len(written):
+        return None
+    stop = int(written[-1]) + 1
+    given = own[(row.generated[own] == 0) & (own < stop)]
+    return range(int(given[-1]) + 1, stop) if len(given) else None
+
+
 def rows_to_batch(rows: Sequence[PackRow], seq_len: int) -> pa.RecordBatch:
     """Turn rows into one Arrow record batch of the pack schema."""
     columns: list[pa.Array] = []

@@ -264,8 +264,10 @@ def load(stage: Zero3Stage, checkpoint: Checkpoint, *, weights_only: bool = Fals
         raise UserError(f"{checkpoint.path}: {odd} is not finite: use another checkpoint")
 
 
-def prune(run_dir: Path, keep_last: int, *, newest: Path, proven: int, keep_every: int = 0) -> None:
-    """Keep ``newest``, the ones just before it, and those of every ``keep_every``-th step; remove all others.
+def prune(
+    run_dir: Path, keep_last: int, *, newest: Path, proven: int, keep_every: int = 0, best: int | None = None
+) -> None:
+    """Keep ``newest``, the ones just before it, those of every ``keep_every``-th step and of ``best``; remove others.
 
     The newest checkpoint up to step ``proven`` is kept, too, whatever ``keep_last``: a later step had a finite loss.
     Damaged checkpoints of later steps, which the run did not resume from, are removed. ``newest`` must be intact and is
@@ -275,6 +277,7 @@ def prune(run_dir: Path, keep_last: int, *, newest: Path, proven: int, keep_ever
     earlier = [folder for folder in folders if folder.name <= newest.name]
     kept = earlier[:keep_last] + [folder for folder in earlier if keep_every and step_of(folder) % keep_every == 0]
     kept += [folder for folder in earlier if step_of(folder) <= proven][:1]
+    kept += [folder for folder in earlier if step_of(folder) == best]
     for old in [folder for folder in folders if folder not in kept]:
         _remove(old)
 

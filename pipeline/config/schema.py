@@ -36,7 +36,16 @@ def _split_pairs(value: Any) -> Any:
     return {pattern.strip(): rate for pattern, _, rate in pairs}
 
 
+def _split_folders(value: Any) -> Any:
+    """Split ``val=a,test=b`` of the command line into a mapping; a folder without a name is called val."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") if "=" in part else ("val", "=", part) for part in _split_names(value)]
+    return {name.strip(): folder.strip() for name, _, folder in pairs}
+
+
 Names = Annotated[list[str], BeforeValidator(_split_names)]
+Folders = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str], BeforeValidator(_split_folders)]
 Rates = Annotated[dict[str, Rate], BeforeValidator(_split_pairs)]
 
 
@@ -317,6 +326,10 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
     keep_every: NonNegative = 0
     """Keep the checkpoint of every N-th step forever; a multiple of every_steps. 0 = none."""
+    best: str = ""
+    """Also save after the evaluation with the best value of this metric so far, and keep that checkpoint. A metric is
+    named as in metrics.jsonl: val/loss (lower is better) or val/teacher_forced_accuracy (higher is better) of the
+    held-out folder `val`, or that of one corpus or family, such as val/loss/vqav2. Empty = none."""
     asynchronous: bool = True
     """Write in the background from a copy in host memory (12 bytes per trained parameter of the rank)."""
 
@@ -329,6 +342,24 @@ class CheckpointConfig(Section):
         return self
 
 
+class EvalConfig(Section):
+    """Evaluation during training, on held-out rows. It does not change the run: weights, losses and order stay the same
+    to the bit."""
+
+    packs: Folders = Field(default_factory=dict)
+    """Held-out pack folders by name; a single folder is called val. On the command line: val=DIR,other=DIR."""
+    every_steps: NonNegative = 0
+    """Evaluate after every N steps and after the last one; 0 = never."""
+    samples: NonNegative = 0
+    """Evaluate the first rows of each folder that hold this many samples; 0 = all rows."""
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> EvalConfig:
+        if self.every_steps and not self.packs:
+            raise ValueError(f"every_steps={self.every_steps} needs packs: name a held-out pack folder")
+        return self
+
+
 class LogConfig(Section):
     """Logging and metrics."""
 
@@ -336,6 +367,9 @@ class LogConfig(Section):
     """Print a console line every N steps; metrics.jsonl records every step."""
     tensorboard: bool = True
     """Write TensorBoard events to the run folder through DeepSpeed's monitor."""
+    wandb: str = ""
+    """Weights & Biases project that gets the same events, through DeepSpeed's monitor; empty = none. Needs the package
+    wandb; WANDB_MODE=offline and its other variables apply."""
     spike_mads: Annotated[float, Field(ge=0, le=1e9)] = 10.0
     """Report a loss this many median absolute deviations above the median of the last 64 steps; 0 = never."""
     traffic: bool = False
@@ -363,8 +397,20 @@ class RunConfig(Section):
     """Parallelism."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints."""
+    eval: EvalConfig = EvalConfig()
+    """Evaluation during training."""
     log: LogConfig = LogConfig()
     """Logging."""
+
+    @model_validator(mode="after")
+    def _best_is_evaluated(self) -> RunConfig:
+        best, held_out = self.checkpoint.best, self.eval
+        if best and not held_out.every_steps:
+            raise ValueError(f"checkpoint.best={best} needs evaluations: set eval.every_steps and eval.packs")
+        if best and best.split("/")[0] not in held_out.packs:
+            known = ", ".join(held_out.packs)
+            raise ValueError(f"checkpoint.best={best} names no folder of eval.packs ({known}): write {known}/loss")
+        return self
 
 
 def known_keys(kind: type[Section] = RunConfig, prefix: str = "") -> dict[str, type[Section] | None]:

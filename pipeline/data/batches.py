@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +24,9 @@ from pipeline.model.preprocess import Preprocess, stacked
 
 MAX_DEFAULT_THREADS = 16
 """More threads wait for Python's lock, which decoding and resizing release and the rest of a batch does not."""
+
+_Asked = TypeVar("_Asked")
+_Read = TypeVar("_Read")
 
 
 @dataclass(frozen=True)
@@ -136,12 +140,20 @@ class BatchSource:
 
     def steps(self, first: int, last: int) -> Iterator[StepBatch]:
         """Yield the batches of steps ``first .. last - 1``, counted from 0. Raises UserError as :meth:`read` does."""
+        return self._prefetched(self.read, range(first, last))
+
+    def rows(self, groups: Iterable[Sequence[int]]) -> Iterator[list[StageInputs]]:
+        """Yield a micro-batch of each row, by number, group by group. Raises UserError as :meth:`read` does."""
+        return self._prefetched(lambda group: [self._microbatch([self._packs[index]]) for index in group], groups)
+
+    def _prefetched(self, read: Callable[[_Asked], _Read], asked: Iterable[_Asked]) -> Iterator[_Read]:
+        """Yield what ``read`` returns for each, in order, read by the threads."""
         if self._pool is None:
-            yield from (self.read(step) for step in range(first, last))
+            yield from map(read, asked)
             return
-        waiting: deque[Future[StepBatch]] = deque()
-        for step in range(first, last):
-            waiting.append(self._pool.submit(self.read, step))
+        waiting: deque[Future[_Read]] = deque()
+        for each in asked:
+            waiting.append(self._pool.submit(read, each))
             if len(waiting) > self._ahead:
                 yield waiting.popleft().result()
         while waiting:
@@ -154,14 +166,17 @@ class BatchSource:
         microbatches, tokens, images = [], 0, 0
         for number in range(self._order.microbatches):
             rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._dp_rank, number)]
-            pixels = self._pixels(rows)
-            microbatch = stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
-            microbatches.append(pinned(microbatch) if torch.cuda.is_available() else microbatch)
+            microbatches.append(self._microbatch(rows))
             tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
             images += sum(len(row.image_row) for row in rows)
         all_rows = self._order.global_rows(consumed)
         targets = sum(self._packs.n_target(i) for i in all_rows)
         return StepBatch(tuple(microbatches), all_rows, targets, tokens, images)
+
+    def _microbatch(self, rows: list[PackRow]) -> StageInputs:
+        pixels = self._pixels(rows)
+        microbatch = stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
+        return pinned(microbatch) if torch.cuda.is_available() else microbatch
 
     def _pixels(self, rows: list[PackRow]) -> list[torch.Tensor]:
         """Return the pixels of the rows' images for each tower."""

@@ -37,6 +37,8 @@ class StageInputs:
     """The same images for each further vision tower, [n_images, 3, S_k, S_k]."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
+    per_token: bool = False
+    """The last stage returns the loss of each supervised token, and whether it is the most likely one: evaluation."""
 
     def to(self, device: torch.device | str) -> StageInputs:
         """Return the inputs on another device."""

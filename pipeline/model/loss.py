@@ -100,6 +100,34 @@ def linear_cross_entropy(
     return _ChunkedCrossEntropy.apply(h_ND, w_VD, labels_N, *options)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@torch.no_grad()
+def token_scores(
+    h_ND: torch.Tensor,
+    w_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+) -> torch.Tensor:
+    """Return float[n, 2], at least fp32: each row's cross-entropy, and 1 where its label has the highest logit, else 0.
+
+    Arguments are those of :func:`linear_cross_entropy`, from the same logits.
+    """
+    loss_dtype = torch.promote_types(h_ND.dtype, torch.float32)
+    scores_N2 = torch.zeros(len(h_ND), 2, dtype=loss_dtype, device=h_ND.device)
+    chunk_rows = chunk_rows or max(16, CHUNK_LOGITS // len(w_VD))
+    for start in range(0, len(h_ND), chunk_rows):
+        rows = slice(start, start + chunk_rows)
+        logits_CV = F.linear(h_ND[rows], w_VD).to(loss_dtype).mul_(scale)
+        if softcap is not None:
+            logits_CV = logits_CV.div_(softcap).tanh_().mul_(softcap)
+        labels_C = labels_N[rows]
+        scores_N2[rows, 0] = logits_CV.logsumexp(-1) - logits_CV.gather(1, labels_C[:, None])[:, 0]
+        scores_N2[rows, 1] = (logits_CV.argmax(-1) == labels_C).to(loss_dtype)
+    return scores_N2
+
+
 class LMHead(nn.Linear):
     """The output projection; computes the loss in its own forward, because ZeRO-3 gathers its weight only there."""
 
@@ -108,9 +136,12 @@ class LMHead(nn.Linear):
         super().__init__(width, vocab_rows, bias=False)
         self.scale, self.softcap = scale, softcap
 
-    def forward(self, hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        """Return the summed loss of hidden[n, d] against labels int64[n]."""
-        return linear_cross_entropy(hidden, self.weight, labels, scale=self.scale, softcap=self.softcap)
+    def forward(  # type: ignore[override]
+        self, hidden: torch.Tensor, labels: torch.Tensor, *, per_token: bool = False
+    ) -> torch.Tensor:
+        """Return the summed loss of hidden[n, d] against labels int64[n], or the `token_scores` float[n, 2]."""
+        score = token_scores if per_token else linear_cross_entropy
+        return score(hidden, self.weight, labels, scale=self.scale, softcap=self.softcap)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return all logits of hidden[..., d], at least fp32[..., V]; for inference on a few rows."""

@@ -144,7 +144,7 @@ class Stage(nn.Module):
 
         Returns:
             Hidden states [1, T, D] in the stage's dtype; after the model's last layer the *sum* of the losses of the
-            supervised tokens, a scalar of at least fp32.
+            supervised tokens, a scalar of at least fp32, or with ``inputs.per_token`` the scores of each, [n, 2].
         """
         hidden_1TD = self.decode(self.embed(inputs) if hidden is None else hidden, inputs, layers)
         if not self.last or (layers is not None and layers.stop < self.spec.layers):
@@ -153,7 +153,8 @@ class Stage(nn.Module):
         if supervised is None:
             supervised = (inputs.labels != IGNORE).nonzero().squeeze(1)
         hidden_ND = self.model.norm(hidden_1TD[0].index_select(0, supervised))
-        return self.lm_head(hidden_ND, inputs.labels.index_select(0, supervised))  # type: ignore[no-any-return]
+        labels_N = inputs.labels.index_select(0, supervised)
+        return self.lm_head(hidden_ND, labels_N, per_token=inputs.per_token)  # type: ignore[no-any-return]
 
     def embed(self, inputs: StageInputs) -> torch.Tensor:
         """Return the token embeddings [1, T, D] with image tokens inserted; first stage only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from pydantic import ValidationError
@@ -24,12 +25,13 @@ _OWNED = {
     "fp16": "train.dtype (bf16; fp16 is not supported)",
     "pipeline": "parallel.pp",
     "tensorboard": "log.tensorboard",
+    "wandb": "log.wandb",
 }
 # DeepSpeed's other settings that have an effect here.
 _PASSED_ON = frozenset({
     "zero_optimization", "data_types", "communication_data_type", "prescale_gradients", "gradient_predivide_factor",
     "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "comms_logger", "flops_profiler",
-    "csv_monitor", "wandb", "comet", "timers", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
+    "csv_monitor", "comet", "timers", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "aio",
 })  # fmt: skip
 # These form groups of ranks across pipeline stages; a value of 1 or less turns them off.
 _WORLD_WIDE = ("zero_hpz_partition_size", "mics_shard_size")
@@ -187,6 +189,8 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_row
 
     The schedule runs the micro-batches, so DeepSpeed sees one accumulation step: it would otherwise divide by their
     number on every stage. ``gradient_clipping`` is always set because DeepSpeed's default is 1.0, not off.
+
+    Raises ConfigError where ``log.wandb`` is set and wandb is not installed.
     """
     done = {
         **raw,
@@ -205,6 +209,10 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_row
         done["data_types"] = {"grad_accum_dtype": "fp32", **raw.get("data_types", {})}
     if config.log.tensorboard:
         done["tensorboard"] = {"enabled": True, "output_path": config.run_dir, "job_name": "tensorboard"}
+    if config.log.wandb:
+        if find_spec("wandb") is None:
+            raise ConfigError(f"log.wandb={config.log.wandb} needs the package wandb: pip install wandb, or clear it")
+        done["wandb"] = {"enabled": True, "project": config.log.wandb}
     return done
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -10,7 +10,7 @@ from pipeline.data.batches import to_device
 from pipeline.model.inputs import StageInputs
 from pipeline.parallel.groups import Groups, connect
 from pipeline.parallel.messages import Messages
-from pipeline.parallel.schedule import SCHEDULES, Action
+from pipeline.parallel.schedule import ORDERS, Action
 from pipeline.parallel.simulation import receives
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.trace import Recorder
@@ -63,7 +63,7 @@ class Runner:
             groups: Its process groups.
             width: Hidden size.
             dtype: Type of hidden states.
-            schedule: A key of `SCHEDULES`.
+            schedule: A key of `SCHEDULES` in `pipeline.parallel.schedule`.
             virtual_stages: Decoder layers of each virtual stage; None = all layers of the stage.
             progress_callback: Called with each activity as it begins, for the report on a rank that hangs.
         """
@@ -86,19 +86,44 @@ class Runner:
         Returns:
             float64 [len(microbatches)]: the *sum* of token losses of each micro-batch (0 except on the last stage).
         """
-        place = self._topology.stage, self._topology.pp, len(microbatches), len(self._virtual_stages)
-        order = SCHEDULES[self._schedule](*place)
         step = _Step(microbatches, scale, self._messages(microbatches), self._device)
         with self._stage.accumulate():
-            for action, coming in zip(order, receives(self._schedule, *place), strict=True):
-                for upcoming in coming:
-                    step.messages.post(upcoming)
+            for action in self._actions(self._schedule, step):
                 if action.kind == "F":
                     self._forward(step, action)
                 else:
                     self._backward(step, action)
             step.messages.finish()
         return step.losses
+
+    def evaluate(self, microbatches: Sequence[StageInputs]) -> list[torch.Tensor]:
+        """Forward micro-batches without gradients, inside `Zero3Stage.inference`.
+
+        Returns the model's output for each, in order; on all stages but the last an empty list.
+        """
+        step, outputs = _Step(microbatches, 1.0, self._messages(microbatches), self._device), []
+        for action in self._actions("forward_only", step):
+            output = self._output(step, action, self._receive(step, action))
+            if action.virtual_stage == len(self._virtual_stages) - 1:
+                step.drop(action.microbatch)
+            if self._ends(action):
+                outputs.append(output)
+            else:
+                step.messages.send(action, output)
+        step.messages.finish()
+        return outputs
+
+    def _actions(self, schedule: str, step: _Step) -> Iterator[Action]:
+        """Yield this stage's actions in the order of a schedule; receives are posted before the action they precede."""
+        place = self._topology.stage, self._topology.pp, len(step.microbatches), len(self._virtual_stages)
+        for action, coming in zip(ORDERS[schedule](*place), receives(schedule, *place), strict=True):
+            for upcoming in coming:
+                step.messages.post(upcoming)
+            yield action
+
+    def _ends(self, action: Action) -> bool:
+        """Whether a forward ends with the loss."""
+        return self._topology.last and action.virtual_stage == len(self._virtual_stages) - 1
 
     def _messages(self, microbatches: Sequence[StageInputs]) -> Messages:
         return Messages(
@@ -124,16 +149,19 @@ class Runner:
         hidden = self._receive(step, action)
         if hidden is not None:
             hidden.requires_grad_()
-        self._progress_callback(f"forward of {self._name(action)}")
-        with self.recorder.span("forward", f"F {self._name(action)}", action):
-            output = self._stage.forward(
-                hidden, step.inputs(action.microbatch), self._virtual_stages[action.virtual_stage]
-            )
+        output = self._output(step, action, hidden)
         step.live[action.microbatch, action.virtual_stage] = hidden, output
-        if self._topology.last and action.virtual_stage == len(self._virtual_stages) - 1:
+        if self._ends(action):
             step.losses[action.microbatch] = output.detach()
         else:
             step.messages.send(action, output.detach())
+
+    def _output(self, step: _Step, action: Action, hidden: torch.Tensor | None) -> torch.Tensor:
+        self._progress_callback(f"forward of {self._name(action)}")
+        with self.recorder.span("forward", f"F {self._name(action)}", action):
+            return self._stage.forward(
+                hidden, step.inputs(action.microbatch), self._virtual_stages[action.virtual_stage]
+            )
 
     def _backward(self, step: _Step, action: Action) -> None:
         grad = self._receive(step, action)

@@ -62,6 +62,11 @@ def interleaved(stage: int, stages: int, microbatches: int, virtual_stages: int)
     return [action for action in _alternate(forwards, backwards, warm) if action is not None]
 
 
+def forward_only(stage: int, stages: int, microbatches: int, virtual_stages: int = 1) -> Sequence[Action]:
+    """All forwards, one virtual stage after the other: evaluation."""
+    return [Action("F", m, v) for v in range(virtual_stages) for m in range(microbatches)]
+
+
 def _alternate(forwards: Sequence[_Kind], backwards: Sequence[_Kind], warm: int) -> Sequence[_Kind]:
     """Run ``warm`` forwards, then a forward and a backward in turn, then the backwards that are left."""
     actions = list(forwards[:warm])
@@ -74,6 +79,8 @@ Schedule = Callable[[int, int, int, int], Sequence[Action]]
 """(stage, stages, micro-batches, virtual stages) -> the stage's order."""
 
 SCHEDULES: Mapping[str, Schedule] = {"1f1b": one_f_one_b, "gpipe": gpipe, "interleaved": interleaved}
+ORDERS: Mapping[str, Schedule] = {**SCHEDULES, "forward_only": forward_only}
+"""The schedules of training, and that of evaluation."""
 
 
 def downstream(stage: int, action: Action, stages: int, virtual_stages: int) -> tuple[int, Action] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-from pipeline.parallel.schedule import SCHEDULES, Action, upstream
+from pipeline.parallel.schedule import ORDERS, Action, upstream
 
 Cost = Callable[[int, Action], float]
 """(stage, action) -> its duration, in any unit."""
@@ -48,7 +48,7 @@ class Simulation:
 
 def orders(schedule: str, stages: int, microbatches: int, virtual_stages: int = 1) -> list[Sequence[Action]]:
     """Return the order of every stage."""
-    return [SCHEDULES[schedule](stage, stages, microbatches, virtual_stages) for stage in range(stages)]
+    return [ORDERS[schedule](stage, stages, microbatches, virtual_stages) for stage in range(stages)]
 
 
 def simulate(

@@ -51,6 +51,7 @@ _GATHER_PERSISTENT = partition_parameters.Init._allgather_params_coalesced
 _GATHER_ONE = partition_parameters.Init._allgather_params_sequential
 _PREFETCHED = 0.05  # share of a stage that may be prefetched where weights are released after each use
 _DEFAULTS = {"stage3_prefetch_bucket_size": 5e7, "stage3_max_live_parameters": 1e9}
+_TRACE_MODE = "_PartitionedParameterCoordinator__trace_mode"
 _HOLD = -1  # not the id of any module: a parameter held under it stays gathered until the optimizer step
 
 
@@ -339,6 +340,8 @@ class Zero3Stage:
         missing = [name for name in needed if self._trains and not hasattr(self._zero, name)]
         if missing or not hasattr(self._offload, "fwd_pre_hook"):
             raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks {missing or 'fwd_pre_hook'}: see zero3.py")
+        if not hasattr(self._offload.get_param_coordinator(), _TRACE_MODE):
+            raise RuntimeError(f"DeepSpeed {deepspeed.__version__} lacks {_TRACE_MODE}: see zero3.py")
 
     @property
     def module(self) -> nn.Module:
@@ -361,6 +364,29 @@ class Zero3Stage:
         if self._tied is not None:
             self._sum_tied(self.gradient_shard(self._tied))
 
+    @contextlib.contextmanager
+    def inference(self) -> Iterator[None]:
+        """Surround forwards between two optimizer steps that must leave no trace in training.
+
+        DeepSpeed neither records them nor takes them for the beginning of a step: its record of the order of modules,
+        by which it prefetches, stays as it is. Weights are held as in a step and released at the end.
+        """
+        coordinator = self._offload.get_param_coordinator()
+        mode, was_training = getattr(coordinator, _TRACE_MODE), self.module.training
+        setattr(coordinator, _TRACE_MODE, partitioned_param_coordinator.ZeRoTraceMode.INVALID)
+        self.module.eval()
+        self._hold()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(was_training)
+            del parameter_offload.FWD_MODULE_STACK[self._running :]  # correction 6
+            setattr(coordinator, _TRACE_MODE, mode)
+        self._offload.partition_all_parameters()
+        self.refresh_persistent()
+        self.traffic.take()  # not that of a step
+
     def _sum_tied(self, shard: torch.Tensor) -> None:
         """Add the gradient of the other copy: shape and dp are equal, so the shards match and are summed pairwise."""
         on_device = shard.to(self.engine.device)  # NCCL cannot send host memory
@@ -378,7 +404,8 @@ class Zero3Stage:
 
     def forward(self, hidden: torch.Tensor | None, inputs: Any, layers: range | None = None) -> torch.Tensor:
         """Run one micro-batch forward, through one virtual stage or all layers of the stage."""
-        run = self.engine if self._trains else self.module  # correction 8
+        as_module = not (self._trains and torch.is_grad_enabled())
+        run = self.module if as_module else self.engine  # correction 8
         return run(hidden, inputs, layers)  # type: ignore[no-any-return]
 
     def backward(self, output: torch.Tensor, grad: torch.Tensor | None = None) -> None:

@@ -18,7 +18,7 @@ CHANGES_RESULT = frozenset({
 })  # fmt: skip
 """Keys that may only change on resume with ``--allow-change``. All others concern logging, saving, ranks and timeouts;
 the function of the model is compared by `check_same_model`."""
-_WHOLE = frozenset({"train.lr_of"})
+_WHOLE = frozenset({"train.lr_of", "eval.packs"})
 """Mappings that are compared as a whole: their keys are the user's."""
 _NO_CHANGE = frozenset({"run_dir", "init_from"})
 _FREE = ("model.llm.config.", "model.vision.config.", "model.connector.")

@@ -5,6 +5,7 @@ Every rank builds the same plan from the same files, so an error found here is t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,8 @@ class RunPlan(ParallelSettings):
     split: StageSplit
     steps: int
     """Optimizer steps of the whole run."""
+    held_out: Mapping[str, PackReader]
+    """Folders of `eval.packs`, if the run evaluates."""
 
     @classmethod
     def build(cls, invocation: Invocation, *, rank: int, world: int) -> RunPlan:
@@ -104,7 +107,10 @@ class RunPlan(ParallelSettings):
             spec, config,
             image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
         )  # fmt: skip
-        return cls(**vars(settings), packs=packs, policy=policy, spec=spec, split=split, steps=steps)
+        return cls(
+            **vars(settings), packs=packs, policy=policy, spec=spec, split=split, steps=steps,
+            held_out=_open_held_out(config, manifest),
+        )  # fmt: skip
 
     @property
     def virtual_stages(self) -> VirtualStages:
@@ -120,14 +126,40 @@ def _open_packs(config: RunConfig, topology: Topology) -> PackReader:
         from data_prep.verify import verify_share
 
         verify_share(packs.directory, topology.rank, topology.world)
-    store = packs.manifest.image_store
-    if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
-        raise ConfigError(
-            f"{config.data.packs} was built with other images than {packs.directory / store} has: run mma-prep again"
-        )
+    _check_images(packs)
     if packs.manifest.targets == 0:
         raise ConfigError(f"{config.data.packs} has no supervised tokens to learn from: see mma-prep stats")
     return packs
+
+
+def _check_images(packs: PackReader) -> None:
+    store = packs.manifest.image_store
+    if store and ImageStore(packs.directory / store).identity != packs.manifest.image_store_sha256:
+        raise ConfigError(
+            f"{packs.directory} was built with other images than {packs.directory / store} has: run mma-prep again"
+        )
+
+
+def _open_held_out(config: RunConfig, trained: Manifest) -> dict[str, PackReader]:
+    """Open the folders of `eval.packs`. Raises ConfigError where one does not fit the run or is what it trains on."""
+    if not config.eval.every_steps:
+        return {}
+    folders = {name: PackReader(folder) for name, folder in config.eval.packs.items()}
+    for name, packs in folders.items():
+        manifest = packs.manifest
+        for key in ("tokenizer_sha256", "image_tokens", "template"):
+            ours, theirs = getattr(trained, key), getattr(manifest, key)
+            if ours != theirs:
+                raise ConfigError(
+                    f"eval.packs: {name} ({packs.directory}) has {key}={theirs}, {config.data.packs} {ours}: "
+                    "prepare both with one recipe"
+                )
+        if manifest.plan_sha256 == trained.plan_sha256:
+            raise ConfigError(f"eval.packs: {name} ({packs.directory}) has the rows the run trains on: hold some out")
+        if not manifest.targets:
+            raise ConfigError(f"eval.packs: {name} ({packs.directory}) has no supervised tokens: see mma-prep stats")
+        _check_images(packs)
+    return folders
 
 
 def _check_layers(policy: Policy, spec: ModelSpec) -> None:

@@ -88,11 +88,25 @@ class History:
         """Time of all its steps, and of waiting for saves."""
         return float(np.nansum(self.series("step_s")) + np.nansum(self.series("save_s")))
 
+    def held_out(self, metric: str) -> tuple[FloatArray, FloatArray]:
+        """Return (steps, values) of a metric of `eval.every_steps`, float64[evaluations]; nan where a line lacks it."""
+        lines = [line for line in self.steps if isinstance(line.get("eval"), dict) and line["eval"]]
+        values = [_number(line["eval"].get(metric)) for line in lines]
+        return np.array([float(line["step"]) for line in lines]), np.array(values, dtype=np.float64)
+
+    @property
+    def held_out_metrics(self) -> list[str]:
+        """The metrics of its evaluations, in the order of the first lines that have them."""
+        found = (line["eval"] for line in self.steps if isinstance(line.get("eval"), dict))
+        return list(dict.fromkeys(str(metric) for values in found for metric in values))
+
     def series(self, key: str) -> FloatArray:
         """Return one number per step, float64[steps]; nan where a line lacks it."""
-        values = (line.get(key) for line in self.steps)
-        known = [value if isinstance(value, int | float) and abs(value) < _HUGE else np.nan for value in values]
-        return np.array(known, dtype=np.float64)
+        return np.array([_number(line.get(key)) for line in self.steps], dtype=np.float64)
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and abs(value) < _HUGE else np.nan
 
 
 def _text(path: Path) -> str:

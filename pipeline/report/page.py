@@ -13,6 +13,7 @@ from data_prep.show.web_page import Html, el, page, table, tiles
 from pipeline.report.accuracy import accuracy, answers
 from pipeline.report.chart import COLOURS, Line, chart, smoothed
 from pipeline.report.facts import data, environment, events
+from pipeline.report.held_out import held_out
 from pipeline.report.history import History
 from pipeline.training.run.state import format_duration
 
@@ -29,7 +30,7 @@ def report(runs: Sequence[History], packs: Path | None = None) -> bytes:
     """
     title = f"Report: {', '.join(run.name for run in runs)}"
     folder = None if packs is None else PackFolder(packs)
-    body = [el("h1", title), _legend(runs), *_overview(runs), *_curves(runs), *accuracy(runs)]
+    body = [el("h1", title), _legend(runs), *_overview(runs), *_curves(runs), *held_out(runs), *accuracy(runs)]
     for run in runs:
         body += [*answers(run, folder), *data(run), *events(run)]
     return page(title, [*body, *environment(runs)])

@@ -21,7 +21,7 @@ from rich.table import Table
 from data_prep.common.errors import UserError
 from data_prep.common.files import write_atomic
 from data_prep.images.store import ImageStore
-from data_prep.packs import PackReader, PackRow
+from data_prep.packs import PackReader, PackRow, last_answer
 from data_prep.text.encoding import Encoded
 from data_prep.text.tokenizer import Tokenizer
 from pipeline.serving.flow import AdaptiveFlow
@@ -86,22 +86,16 @@ def questions(packs: PackReader) -> Iterator[Question]:
 
 
 def _question(row: PackRow, number: int) -> tuple[Encoded, tuple[int, ...], tuple[int, ...]] | None:
-    own = np.flatnonzero(row.segment == number)
-    generated = row.generated[own]
-    written = np.flatnonzero(generated)
-    if not len(written):
+    answer = last_answer(row, number)
+    if answer is None:
         return None
-    stop = int(written[-1]) + 1
-    given = np.flatnonzero(generated[:stop] == 0)
-    start = int(given[-1]) + 1 if len(given) else 0
-    if start == 0:  # no prompt: a text-only document
-        return None
-    instance = row.instance[own][:start]
+    prompt = np.flatnonzero((row.segment == number) & (np.arange(len(row.segment)) < answer.start))
+    instance = row.instance[prompt]
     media = np.unique(instance[instance >= 0])
     local = np.where(instance >= 0, np.searchsorted(media, instance), -1).astype(np.int16)
-    ids = row.input_ids[own]
-    prompt = Encoded(ids[:start].copy(), row.modality[own][:start].copy(), local, generated[:start].copy())
-    return prompt, tuple(int(row.image_row[index]) for index in media), tuple(ids[start:stop].tolist())
+    encoded = Encoded(row.input_ids[prompt], row.modality[prompt], local, row.generated[prompt])
+    reference = row.input_ids[answer.start : answer.stop]
+    return encoded, tuple(int(row.image_row[index]) for index in media), tuple(reference.tolist())
 
 
 def normal(text: str) -> str:

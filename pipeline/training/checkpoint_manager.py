@@ -23,6 +23,7 @@ from pipeline.checkpoints.writing import DivergedError, HostCopy, Phase, Target,
 from pipeline.parallel.zero3 import Zero3Stage
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.origin import FROM_SCRATCH, Origin
+from pipeline.training.run.best import Best
 from pipeline.training.run.folder import RunFolder
 
 
@@ -35,17 +36,26 @@ class CheckpointManager:
     """
 
     def __init__(
-        self, plan: RunPlan, folder: RunFolder, stage: Zero3Stage, *, step: int, origin: Origin = FROM_SCRATCH
+        self,
+        plan: RunPlan,
+        folder: RunFolder,
+        stage: Zero3Stage,
+        *,
+        step: int,
+        origin: Origin = FROM_SCRATCH,
+        best: Best | None = None,
     ) -> None:
         """Save ``stage`` into ``folder``; ``step`` is that of its newest checkpoint (0 = none). Collective.
 
-        ``origin`` has the base weights of a run with LoRA, which are not saved.
+        ``origin`` has the base weights of a run with LoRA, which are not saved; ``best`` is the best evaluation so far,
+        whose checkpoint is kept.
         """
         self._plan, self._folder, self._stage, self._origin = plan, folder, stage, origin
         self._is_rank0 = plan.topology.rank == 0
         self._place = folder.path / "checkpoints"
         self._newest, self._proven = step, step - 1
         self._unpruned: Path | None = None
+        self._best = self._best_saved = best
         self._due = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._host = HostCopy(stage, origin.stores) if plan.config.checkpoint.asynchronous else None
@@ -54,6 +64,7 @@ class CheckpointManager:
         self._waited = 0.0
         if self._is_rank0:
             remove_unfinished(folder.path)
+            folder.set_best(best)
         gathered: list[Any] = [None] * plan.topology.world
         dist.all_gather_object(gathered, (describe(stage, origin.stores), uuid.uuid4().hex[:8]))
         self._params = {name: entry for params, _ in gathered for name, entry in params.items()}
@@ -64,14 +75,17 @@ class CheckpointManager:
         """Step of the newest published checkpoint; 0 = none."""
         return self._newest
 
-    def after_step(self, step: int, *, healthy: bool, stop: bool) -> None:
-        """Save after a step if a save is due, or on a stop. Collective.
+    def after_step(self, step: int, *, healthy: bool, stop: bool, best: Best | None = None) -> None:
+        """Save after a step if a save is due, on a stop, or where ``best`` is of this step. Collective.
 
         ``healthy``: the step was applied and all of its losses are finite, which proves the weights before it. After
         any other step nothing is saved; a save that is due waits for the next healthy step.
+
+        ``best`` is the best evaluation so far. Its checkpoint replaces the former best one once it is published.
         """
         every = self._plan.config.checkpoint.every_steps
-        due_now = stop or bool(every and step % every == 0)
+        self._best = best
+        due_now = stop or bool(every and step % every == 0) or (best is not None and best.step == step)
         self._due |= due_now
         if healthy:
             self._proven = step - 1
@@ -165,9 +179,12 @@ class CheckpointManager:
 
     def _saved(self) -> None:
         self._newest = self._step
+        if self._best is not None and self._best.step == self._step:
+            self._best_saved = self._best
         if self._is_rank0:
             self._unpruned = self._target.final
             self._prune()
+            self._folder.set_best(self._best_saved)
             self._folder.set_status("running", self._step)
             print(f"saved {self._target.final}", flush=True)
 
@@ -176,7 +193,8 @@ class CheckpointManager:
         newest, kept = self._unpruned, self._plan.config.checkpoint
         if newest is not None:
             prune(
-                self._folder.path, kept.keep_last, newest=newest, proven=self._proven, keep_every=kept.keep_every
+                self._folder.path, kept.keep_last, newest=newest, proven=self._proven, keep_every=kept.keep_every,
+                best=self._best_saved.step if self._best_saved else None,
             )  # fmt: skip
             self._unpruned = newest if self._proven < step_of(newest) else None
 

@@ -58,6 +58,12 @@ class StepStats:
     """Digest of the step's samples, in order: equal in two runs exactly if the samples are (see `samples_digest`)."""
     save_s: float = 0.0
     """Seconds since the previous step that training waited for a checkpoint; not part of step_s."""
+    eval: Mapping[str, float | None] | None = None
+    """Held-out metrics after the step, where `eval.every_steps` asks for them: ``val/loss`` is the mean cross-entropy
+    per supervised token in nats, ``val/teacher_forced_accuracy`` the share of answers in 0..1, both also by corpus or
+    family; null in the file when not finite."""
+    eval_s: float = 0.0
+    """Seconds of the evaluation; not part of step_s."""
     traffic: StepTraffic | None = None
     """Of rank 0; None unless log.traffic is set."""
     bubble: float | None = None
@@ -83,7 +89,8 @@ class MetricsFile:
 
     def write(self, stats: StepStats) -> None:
         """Append one step. Raises UserError when the disk is full."""
-        line = {name: None if _is_not_finite(value) else value for name, value in asdict(stats).items()}
+        line = _finite(asdict(stats))
+        line["eval"] = line["eval"] and _finite(line["eval"])
         try:
             self._stream.write(json.dumps(line, allow_nan=False) + "\n")  # JSON knows no NaN
             self._stream.flush()
@@ -122,8 +129,8 @@ def recent_losses(path: Path, step: int, count: int) -> list[float]:
     return [float(loss) for loss in losses if type(loss) in (int, float)][-count:]
 
 
-def _is_not_finite(value: object) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+def _finite(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(value, float) and not math.isfinite(value) else value for k, value in line.items()}
 
 
 def _step_of(line: bytes) -> float:
@@ -147,10 +154,11 @@ class Console:
     def show(self, stats: StepStats) -> None:
         """Print a line if one is due at this step; values are means since the last one."""
         self._since.append(stats)
-        if stats.step % self._every and stats.step != self._steps and stats.step != self._first + 1:
-            return
-        print(self._line(), flush=True)
-        self._since.clear()
+        if not (stats.step % self._every and stats.step != self._steps and stats.step != self._first + 1):
+            print(self._line(), flush=True)
+            self._since.clear()
+        if stats.eval:
+            print(eval_line(stats.step, stats.eval, stats.eval_s), flush=True)
 
     def _line(self) -> str:
         now, count = self._since[-1], len(self._since)
@@ -178,6 +186,12 @@ class Console:
         return format_duration(left)
 
 
+def eval_line(step: int, found: Mapping[str, float | None], seconds: float) -> str:
+    """Return the totals of an evaluation in one line; metrics by corpus and family are in metrics.jsonl."""
+    shown = [f"{name} {value:.4f}" for name, value in found.items() if value is not None and name.count("/") == 1]
+    return "  ".join([f"eval {step}", *shown, f"in {format_duration(seconds)}"])
+
+
 def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:
     """Return a step's events for DeepSpeed's monitor."""
     shown: dict[str, float | None] = {
@@ -188,4 +202,6 @@ def monitor_events(stats: StepStats) -> list[tuple[str, Any, int]]:
         "mfu": stats.mfu,
     }
     shown |= {f"lr/{label}": rate for label, rate in stats.lr_of.items()} if len(set(stats.lr_of.values())) > 1 else {}
-    return [(f"train/{name}", value, stats.step) for name, value in shown.items() if value is not None]
+    shown = {f"train/{name}": value for name, value in shown.items()}
+    shown |= {f"eval/{name}": value for name, value in (stats.eval or {}).items()}
+    return [(name, value, stats.step) for name, value in shown.items() if value is not None]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 
-from data_prep.common.errors import UserError
+from data_prep.common.errors import UserError, did_you_mean
 from pipeline.checkpoints import checkpoint
 from pipeline.checkpoints.checkpoint import Checkpoint
 from pipeline.checkpoints.writing import DivergedError
@@ -24,6 +24,7 @@ from pipeline.planning.changes import settings_changed
 from pipeline.planning.run_plan import RunPlan
 from pipeline.training.checkpoint_manager import CheckpointManager
 from pipeline.training.engine import build_engine
+from pipeline.training.evaluation import Evaluator
 from pipeline.training.incidents import Incidents, Outcome
 from pipeline.training.lr_schedule import learning_rate
 from pipeline.training.metrics import (
@@ -36,6 +37,7 @@ from pipeline.training.metrics import (
     samples_digest,
 )
 from pipeline.training.origin import Origin, find_origin
+from pipeline.training.run.best import Best, evaluations_up_to
 from pipeline.training.run.folder import RunFolder, State
 from pipeline.training.start_events import record_source_events
 from pipeline.training.supervise import collective_limit
@@ -84,8 +86,25 @@ class Trainer:
         self._peak = peak_flops(self._device)
         heartbeat.report("loading a checkpoint")
         self.step = self._load(origin)
-        self._checkpoints = CheckpointManager(plan, folder, self._stage, step=self.step, origin=origin)
+        self._evaluator = Evaluator(plan, self._stage, self._runner, self._device)
+        self._best = self._best_before()
+        self._checkpoints = CheckpointManager(
+            plan, folder, self._stage, step=self.step, origin=origin, best=self._best
+        )  # fmt: skip
         self._incidents = Incidents(plan, folder, step=self.step)
+
+    def _best_before(self) -> Best | None:
+        """Return the best evaluation of earlier starts, the same on every rank. Raises UserError for a wrong metric."""
+        metric = self._plan.config.checkpoint.best
+        if not metric:
+            return None
+        if metric not in (known := self._evaluator.metrics):
+            raise UserError(
+                f"checkpoint.best={metric} is not measured{did_you_mean(metric, known)}: {', '.join(known)}"
+            )
+        found = [Best.of(metric, evaluations_up_to(self._folder.path / "metrics.jsonl", self.step))]
+        dist.broadcast_object_list(found)
+        return found[0]
 
     def _say(self, text: str) -> None:
         if self._is_rank0:
@@ -144,14 +163,16 @@ class Trainer:
         began = time.monotonic()
         for batch, data_s in self._batches():
             stats, stop = self._train_step(batch, data_s, began)
+            if self._evaluator.is_due(self.step):
+                stats = self._evaluate(stats)
             if metrics is not None:
                 metrics.write(stats)
                 console.show(stats)
-                if config.log.tensorboard:
+                if config.log.tensorboard or config.log.wandb:
                     self._stage.engine.monitor.write_events(monitor_events(stats))
             stop = stop and self.step < plan.steps
             self._heartbeat.report("saving")
-            self._checkpoints.after_step(self.step, healthy=self._incidents.healthy, stop=stop)
+            self._checkpoints.after_step(self.step, healthy=self._incidents.healthy, stop=stop, best=self._best)
             if stop:
                 state = "stopped"
                 break
@@ -162,6 +183,14 @@ class Trainer:
         if self._device.type == "cuda":
             self._say(memory_line(plan, self._device))
         return state
+
+    def _evaluate(self, stats: StepStats) -> StepStats:
+        """Add the held-out metrics; note the best evaluation, unless the step was not healthy. Collective."""
+        self._heartbeat.report("evaluating")
+        found, eval_s = self._evaluator.run()
+        if self._incidents.healthy and self._plan.config.checkpoint.best:
+            self._best = Best.after(self._best, self._plan.config.checkpoint.best, self.step, found)
+        return replace(stats, eval=found, eval_s=eval_s)
 
     def _close(self, state: State) -> None:
         """Save the last step. Raises DivergedError where it was skipped: the run is neither done nor saved then."""

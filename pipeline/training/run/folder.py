@@ -8,6 +8,7 @@ runs/NAME/metrics.jsonl   one line a step
 runs/NAME/events.jsonl    skipped steps, changed settings, damaged files, failures: see `data_prep.common.events`
 runs/NAME/logs/           rank-N.log: warnings, errors with tracebacks and, after a hang, stacks of that rank
 runs/NAME/checkpoints/    see `pipeline.checkpoints.checkpoint`
+runs/NAME/best.json       {"metric", "value", "step", "checkpoint"} of the best checkpoint, see ``checkpoint.best``
 runs/NAME/lock            held while the run trains, see `lock_of`
 runs/NAME/STOP            created by the user or the batch script: save and end after this step
 """
@@ -20,6 +21,7 @@ import stat
 import tempfile
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -30,6 +32,7 @@ from data_prep.common.files import write_atomic
 from data_prep.common.folder_lock import FolderLock
 from pipeline.config.recipes import to_yaml
 from pipeline.config.schema import RunConfig
+from pipeline.training.run.best import Best
 from pipeline.training.run.environment import environment
 from pipeline.training.run.redact import redact
 
@@ -89,6 +92,14 @@ class RunFolder:
             raise UserError(
                 f"{self.path} cannot be written ({error.strerror}): fix that and run the same command again"
             ) from error
+
+    def set_best(self, best: Best | None) -> None:
+        """Write best.json, or remove it. Raises UserError if the disk is full."""
+        if best is None:
+            (self.path / "best.json").unlink(missing_ok=True)
+            return
+        checkpoint = f"checkpoints/step-{best.step:08d}"
+        self._write("best.json", json.dumps({**asdict(best), "checkpoint": checkpoint}) + "\n")
 
     def set_failed(self, error: BaseException | str, step: int | None = None) -> None:
         """Record a failure, from any rank; the first one stays.

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.model.loss import LMHead, linear_cross_entropy
+from pipeline.model.loss import LMHead, linear_cross_entropy, token_scores
 
 N, D, V = 37, 12, 50
 
@@ -114,3 +114,18 @@ def test_the_loss_is_computed_from_the_returned_logits() -> None:
     head = LMHead(D, V, scale=0.5, softcap=4.0).double()
     h, _, y = draw()
     assert torch.allclose(F.cross_entropy(head.logits(h), y, reduction="sum"), head(h, y), rtol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 4.0])
+def test_scores_of_tokens_are_loss_and_hit(softcap: float | None) -> None:
+    generator = torch.Generator().manual_seed(5)
+    h, w = (torch.randn(rows, D, generator=generator, dtype=torch.float64) for rows in (7, V))
+    labels = torch.randint(V, (7,), generator=generator)
+    logits = 0.5 * h @ w.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    labels[:3] = logits[:3].argmax(-1)
+    scores = token_scores(h, w, labels, scale=0.5, softcap=softcap, chunk_rows=2)
+    assert torch.allclose(scores[:, 0], torch.nn.functional.cross_entropy(logits, labels, reduction="none"))
+    assert scores[:, 1].tolist() == (logits.argmax(-1) == labels).double().tolist()
+    assert torch.allclose(scores[:, 0].sum(), linear_cross_entropy(h, w, labels, scale=0.5, softcap=softcap))
+    assert token_scores(h[:0], w, labels[:0]).shape == (0, 2)

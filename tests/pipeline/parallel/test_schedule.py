@@ -69,6 +69,17 @@ def test_every_action_runs_once_and_after_what_it_needs() -> None:
                 assert action.kind == "F" or ends[stage, action._replace(kind="F")] <= start
 
 
+def test_evaluation_runs_every_forward_once_without_a_deadlock() -> None:
+    for stages, microbatches, virtual_stages in itertools.product((1, 2, 3, 4), (1, 2, 3, 7), (1, 2, 3)):
+        step = simulate(orders("forward_only", stages, microbatches, virtual_stages), cost, virtual_stages)
+        wanted = {Action("F", m, v) for m in range(microbatches) for v in range(virtual_stages)}
+        for stage, slots in enumerate(step.slots):
+            assert {slot.action for slot in slots} == wanted and len(slots) == len(wanted)
+            coming = receives("forward_only", stage, stages, microbatches, virtual_stages)
+            posted = [action for before in coming for action in before]
+            assert len(posted) == sum(upstream(stage, a, stages, virtual_stages) is not None for a in wanted)
+
+
 def test_the_bubble_is_that_of_theory_on_any_number_of_micro_batches() -> None:
     """For every number at least that of the stages, where Megatron's interleaved order needs a multiple."""
     for name, stages, microbatches, virtual_stages in SHAPES:

@@ -34,7 +34,13 @@ def run_folder(path: Path, packs: Path, *, evaluated: bool = True) -> Path:
         for step in range(1, STEPS + 1):
             line = {"step": step, "loss": None if step in (5, 6) else 3 / step, "grad_norm": 1 / step, "lr": 1e-3}
             speed = {"tokens": 1000, "tokens_per_s": 500.0, "step_s": 2.0, "data_s": 0.1, "save_s": 0.0, "mfu": None}
-            stream.write(json.dumps({**line, **speed}) + "\n")
+            held_out = {
+                "val/loss": 2 / step,
+                "val/loss/vqa": 1 / step,
+                "val/loss/cap": None,
+                "val/teacher_forced_accuracy": 0.5,
+            }
+            stream.write(json.dumps({**line, **speed, "eval": held_out if step % 40 == 0 else None}) + "\n")
         stream.write('{"step": 12')
     folder.set_status("done", STEPS)
     if evaluated:
@@ -68,7 +74,7 @@ def test_a_page_about_two_runs(small_demo: Path, tmp_path: Path, capsys: pytest.
     assert "75.0% [53.1%, 88.8%]" in page and "25.0% [11.2%, 46.9%]" in page, "the other model is in the same file"
     assert "loss-spike" in page and "2 lines of metrics.jsonl cannot be read" in page
     assert "no packs is not a pack folder" in page
-    assert page.count("<svg") == 5
+    assert page.count("<svg") == 7, "five of training, two of held-out metrics"
 
 
 def test_the_demo_packs_show_their_pictures(small_demo: Path, tmp_path: Path) -> None:
@@ -105,6 +111,17 @@ def test_the_page_fits_its_window(width: int, dark: bool, small_demo: Path, tmp_
 
 def brightness(colour: str) -> int:
     return sum(map(int, re.findall(r"\d+", colour)))
+
+
+def test_held_out_metrics_are_lines(small_demo: Path, tmp_path: Path) -> None:
+    folder = run_folder(tmp_path / "run", small_demo / "packs/sft")
+    (run,) = History.read_all([folder])
+    steps, values = run.held_out("val/loss")
+    assert steps.tolist() == [40, 80, 120] and np.allclose(values, [2 / 40, 2 / 80, 2 / 120])
+    assert np.isnan(run.held_out("val/loss/cap")[1]).all() and np.isnan(run.held_out("unknown")[1]).all()
+    write_report([folder], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert all(f">{name}</span>" in page for name in ("all", "vqa", "cap")) and "val: teacher forced accuracy" in page
 
 
 @pytest.mark.parametrize("window", [1, 3, 10])

@@ -105,9 +105,10 @@ def _ratio(total: npt.NDArray[np.float64], over: int, under: int) -> float:
 class Evaluator:
     """Evaluates a run's stages on its held-out folders."""
 
-    def __init__(self, plan: RunPlan, stage: Zero3Stage, runner: Runner, device: torch.device) -> None:
-        """Read which corpora and families the folders hold. Raises UserError if `checkpoint.best` is none of theirs."""
+    def __init__(self, plan: RunPlan, stage: Zero3Stage, runner: Runner, device: torch.device, *, threads: int) -> None:
+        """Read which corpora and families the folders hold; ``threads`` decode images."""
         self._plan, self._stage, self._runner, self._device = plan, stage, runner, device
+        self._threads = threads
         self._folders = [HeldOut(name, packs, plan.config.eval.samples) for name, packs in plan.held_out.items()]
 
     @property
@@ -161,5 +162,5 @@ class Evaluator:
         return BatchSource(
             folder.packs, order=plan.order, dp_rank=plan.topology.dp_rank, policy=plan.policy,
             preprocess=[tower.preprocess for tower in plan.spec.towers.values()] if plan.topology.first else (),
-            threads=min(1, plan.config.data.decode_threads), ahead=1,
+            threads=self._threads, ahead=1,
         )  # fmt: skip

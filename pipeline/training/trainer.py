@@ -86,7 +86,7 @@ class Trainer:
         self._peak = peak_flops(self._device)
         heartbeat.report("loading a checkpoint")
         self.step = self._load(origin)
-        self._evaluator = Evaluator(plan, self._stage, self._runner, self._device)
+        self._evaluator = Evaluator(plan, self._stage, self._runner, self._device, threads=self._decode_threads)
         self._best = self._best_before()
         self._checkpoints = CheckpointManager(
             plan, folder, self._stage, step=self.step, origin=origin, best=self._best

@@ -193,3 +193,17 @@ def test_shipped_deepspeed_files_are_found_by_name(tmp_path: Path, monkeypatch: 
     }.items():
         with pytest.raises(UserError, match=words):
             ds_config_path(name)
+
+
+@pytest.mark.parametrize(("stage", "paper_row"), [("pt", 2048), ("sft", 1024)])
+def test_recipes_for_8_gpus_scale_the_papers_rate_with_the_root_of_the_batch(
+    stage: str, paper_row: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLM_DIR", "l")
+    monkeypatch.setenv("VISION_DIR", "v")
+    paper, large = (load_config(f"aki_4b_{stage}{more}") for more in ("", "_8gpu"))
+    times = large.train.global_batch_size * 8192 / (paper.train.global_batch_size * paper_row)
+    assert large.train.lr == pytest.approx(paper.train.lr * times**0.5, rel=0.01)
+    assert large.train.min_lr == pytest.approx(paper.train.min_lr * times**0.5, rel=0.01)
+    same = {"global_batch_size", "lr", "min_lr"}
+    assert large.train.model_dump(exclude=same) == paper.train.model_dump(exclude=same)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 from pipeline.commands.estimate import build_workload_estimate
@@ -21,6 +22,7 @@ from pipeline.planning.estimate import GIB
 from pipeline.planning.hardware import Hardware
 from pipeline.planning.roofline import Roofline, Workload
 
+MODELS = Path(__file__).parent / "models"
 SEQ_LEN, IMAGES, TARGETS, SAMPLE_TOKENS = 8192, 27, 0.3, 300
 NOTABLE = 0.1
 """An overhead below this share of the step limits nothing."""
@@ -57,7 +59,7 @@ COLUMNS = ("GPUs", "rows", "flags", "GiB", "ZeRO GB", "hidden GB", "bubble", "st
 
 @cache
 def _spec(model: str) -> ModelSpec:
-    config = parse(["--recipe", f"benchmarks/models/{model}.yaml"]).config.model
+    config = parse(["--recipe", str(MODELS / f"{model}.yaml")]).config.model
     return _resolved(config)
 
 
@@ -68,7 +70,7 @@ def _resolved(config: ModelConfig) -> ModelSpec:
 def predict(case: Case) -> Roofline:
     """Return the predicted step of a case, as ``mma estimate`` computes it."""
     batch = ["--train.global-batch-size", str(case.rows)]
-    config = parse(["--recipe", f"benchmarks/models/{case.model}.yaml", *batch, *case.flags.split()]).config
+    config = parse(["--recipe", str(MODELS / f"{case.model}.yaml"), *batch, *case.flags.split()]).config
     work = Workload(IMAGES / SEQ_LEN, TARGETS, SAMPLE_TOKENS)
     sharding = Sharding.of(read_ds_config("zero3"), config.parallel)
     load = build_workload_estimate(

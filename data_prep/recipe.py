@@ -20,6 +20,7 @@ from data_prep.common.validation import Place, problems, report
 from data_prep.common.yaml_files import expand, read_mapping
 from data_prep.corpora import corpus_problems
 from data_prep.images.augment import Augment, allowed
+from data_prep.media.spec import MediaSpec
 from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
 from data_prep.text.turns import Turns
 
@@ -106,6 +107,8 @@ class PackConfig(_Strict):
     """Maximum tokens of the text of a sample, including the template, without its images."""
     max_images: int | None = Field(None, ge=1)
     """Maximum images in one row, which bounds shapes in training; unset: no limit."""
+    max_image_tokens: int | None = Field(None, ge=1)
+    """Maximum image tokens in one row, for images of different sizes; instead of ``max_images``."""
     too_long: Literal["reject", "truncate"] = "reject"
     """A sample above the limits is rejected, or truncated in its generated tail and left without an end token."""
 
@@ -150,6 +153,8 @@ class PackConfig(_Strict):
             )
         if self.aki_parity and self.turns == "expand":
             yield "aki_parity=true truncates conversations after their first exchange: remove turns=expand"
+        if self.max_images is not None and self.max_image_tokens is not None:
+            yield "give either max_images or max_image_tokens"
         if self.chat_format and self.template != OWN:
             yield f"chat_format belongs to template={OWN}: remove it"
 
@@ -177,8 +182,11 @@ class Recipe(_Strict):
     """Output folder: tokenizer, image store, packs, rejects and events."""
     tokenizer: TokenizerConfig
     """The tokenizer of all pack sets: its path, or ``train`` to train one."""
-    image_tokens: int = Field(ge=1)
-    """Token positions of one image; the model's connector must produce as many."""
+    image_tokens: int | None = Field(None, ge=1)
+    """Token positions of one image; the model's connector must produce as many (give this or ``media``)."""
+    media: MediaSpec | None = None
+    """How images of any size become tokens, where they differ: tiles or native resolution (instead of
+    ``image_tokens``)."""
     corpora: dict[str, CorpusConfig] = Field(min_length=1)
     """Name -> raw corpus."""
     packs: dict[str, PackConfig] = Field(min_length=1)
@@ -209,13 +217,29 @@ class Recipe(_Strict):
         return value
 
     @model_validator(mode="after")
+    def _one_media_spec(self) -> Recipe:
+        if (self.image_tokens is None) == (self.media is None):
+            raise ValueError("give either image_tokens, for images of one size, or media")
+        return self
+
+    @property
+    def media_spec(self) -> MediaSpec:
+        """How media become tokens."""
+        return self.media if self.media is not None else MediaSpec.fixed(self.image_tokens or 0)
+
+    @model_validator(mode="after")
     def _packs_fit(self) -> Recipe:
         lines = _undefined_corpora(self.corpora, {name: pack.corpora for name, pack in self.packs.items()})
         for name, pack in self.packs.items():
-            if pack.seq_len <= self.image_tokens:
+            if self.image_tokens is not None and pack.seq_len <= self.image_tokens:
                 lines.append(
                     f"packs.{name}.seq_len={pack.seq_len} cannot hold one image of image_tokens={self.image_tokens} "
                     "and any text: raise seq_len or lower image_tokens"
+                )
+            elif pack.seq_len <= self.media_spec.image.most_tokens:
+                lines.append(
+                    f"packs.{name}.seq_len={pack.seq_len} cannot hold one image of up to "
+                    f"{self.media_spec.image.most_tokens} tokens and any text: raise seq_len or lower media.image"
                 )
             lines += self._disabled_augmentations(name, pack)
         if lines:

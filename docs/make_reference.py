@@ -68,21 +68,24 @@ def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Row]:
     """Yield every key of a model, those of its sections and of the values of its mappings too."""
     for name, field in model.model_fields.items():
         key = prefix + name
-        inner, step = section_of(field.annotation)
+        sections, step = sections_of(field.annotation)
         yield key, type_name(field), default_of(field), one_line(field.description)
-        if inner is not None:
-            yield from keys(inner, f"{key}{step}.")
+        for inner in sections:
+            about = f"{typing.get_args(inner.model_fields['kind'].annotation)[0]}: " if len(sections) > 1 else ""
+            rows = keys(inner, f"{key}{step}.")
+            yield from (
+                (own, kind, default, about * (not own.endswith(".kind")) + text) for own, kind, default, text in rows
+            )
 
 
-def section_of(annotation: Any) -> tuple[type[BaseModel] | None, str]:
-    """Return the model that a key holds, and ``.NAME`` where it holds a mapping of them."""
+def sections_of(annotation: Any) -> tuple[list[type[BaseModel]], str]:
+    """Return the models that a key may hold, and ``.NAME`` where it holds a mapping of them."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, ""
+        return [annotation], ""
     inner = typing.get_args(annotation)
     if typing.get_origin(annotation) is dict and isinstance(inner[1], type) and issubclass(inner[1], BaseModel):
-        return inner[1], ".NAME"
-    found = [each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)]
-    return (found[0], "") if found else (None, "")
+        return [inner[1]], ".NAME"
+    return [each for each in inner if isinstance(each, type) and issubclass(each, BaseModel)], ""
 
 
 def type_name(field: FieldInfo) -> str:
@@ -103,7 +106,7 @@ def _type_name(annotation: Any) -> str:
     if origin is typing.Annotated:
         return _type_name(inner[0])
     if origin in (typing.Union, types.UnionType):
-        return " or ".join("none" if each is type(None) else _type_name(each) for each in inner)
+        return " or ".join(dict.fromkeys("none" if each is type(None) else _type_name(each) for each in inner))
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "section"
     if origin is dict:

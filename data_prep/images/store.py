@@ -232,7 +232,8 @@ class ImageStore:
 
     def size(self, row: int) -> tuple[int, int]:
         """Return (width, height) in pixels, upright."""
-        return self._cell("width", row).as_py(), self._cell("height", row).as_py()
+        batch, place = self._locate(row)
+        return batch.column("width")[place].as_py(), batch.column("height")[place].as_py()
 
     def verify(self) -> None:
         """Hash every shard. Raises UserError naming the first missing or altered one."""
@@ -256,11 +257,16 @@ class ImageStore:
         return self.shards[which] if self._starts[which : which + 2].tolist() == [start, stop] else None
 
     def _cell(self, column: str, row: int) -> Any:
+        batch, place = self._locate(row)
+        return batch.column(column)[place]
+
+    def _locate(self, row: int) -> tuple[pa.RecordBatch, int]:
+        """Return the record batch that holds an image, and its place there."""
         if not 0 <= row < len(self):
             raise IndexError(f"image {row} of {len(self)} in {self.directory}")
         which = int(np.searchsorted(self._starts, row, side="right")) - 1
         batch, place = divmod(row - int(self._starts[which]), SHARD_BATCH_ROWS)
-        return self._batch(which, batch).column(column)[place]
+        return self._batch(which, batch), place
 
     def _batch(self, which: int, number: int) -> pa.RecordBatch:
         """Return a record batch of a shard, whose offsets are checked: damaged ones would be read out of bounds."""

@@ -35,6 +35,7 @@ _STAT_FIELDS = [
     ("images", "<i4"),
     ("targets", "<i4"),  # supervised tokens
     ("repeated", "<i4"),  # tokens of earlier turns that another sample of the conversation also holds
+    ("image_tokens", "<i4"),  # of all its images
     ("left_out", "<i4"),  # answers of the conversation that no sample holds
     ("prompted", "?"),  # whether it takes a prompt
     ("truncated", "?"),

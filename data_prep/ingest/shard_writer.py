@@ -7,7 +7,7 @@ import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from data_prep.ingest import image_hashes, sources
 from data_prep.ingest.prompts import NO_PROMPT, prompt_ids
 from data_prep.ingest.samples import SAMPLE_SCHEMA, SAMPLE_STATS
 from data_prep.ingest.workspace import CorpusVariant, EncodingConfig, ShardOutput, ShardReport
+from data_prep.media.spec import Header
 from data_prep.quarantine import CODES, BadSample, Tally
 from data_prep.text.documents import Limits, Size, split_to_fit, without_images
 from data_prep.text.encoding import Encoded
@@ -163,12 +164,24 @@ class ShardWriter:
             yield from excerpts(example, self._encoding.template.turns)
             return
         encoding = self._encoding
-        limits = Limits(encoding.seq_len, encoding.max_text_tokens, encoding.max_images)
+        caps = (encoding.max_text_tokens, encoding.max_images, encoding.max_image_tokens)
+        limits = Limits(encoding.seq_len, *caps)
         yield from map(Excerpt, split_to_fit(example, limits, self._measure))
 
     def _measure(self, example: Example) -> Size:
-        tokens = len(self._tokenizer.encode(self._encoding.template.pieces(example), self._encoding.image_tokens))
-        return Size(tokens, len(example.images), self._encoding.image_tokens)
+        try:
+            image_tokens = self._image_tokens(example)
+        except BadSample:  # whatever the split, the part with this image is rejected
+            image_tokens = [1] * len(example.images)
+        tokens = len(self._tokenizer.encode(self._encoding.template.pieces(example), image_tokens))
+        return Size(tokens, len(example.images), sum(image_tokens))
+
+    def _image_tokens(self, example: Example) -> list[int]:
+        """Return the tokens of each image. Raises BadSample if an image whose size matters cannot be used."""
+        spec = self._encoding.media
+        if spec.is_fixed:
+            return [spec.image.view_tokens] * len(example.images)
+        return [spec.image.extent(Header(*size)).tokens for _, _, size in self._validated(example)]
 
     def _tally(self) -> Tally:
         repairs = {code: count for code, count in sorted(self._repairs.items()) if count}
@@ -187,25 +200,26 @@ class ShardWriter:
         """Add a sample with its images. Raises BadSample, and adds nothing, if it cannot be used."""
         example = excerpt.example
         check_text(example)
-        encoded, truncated = self._encode(example)
+        image_tokens = self._image_tokens(example)
+        encoded, truncated = self._encode(example, image_tokens)
         images = [self._register(*image) for image in self._validated(example)]
         supervised = np.flatnonzero(encoded.generated[1:])
         ended = bool(len(supervised)) and int(encoded.ids[supervised[-1] + 1]) in self._ends
         prompt_at = self._prompt_at(example, encoded)
         arrays = (encoded.ids, encoded.generated, images)
         self._samples.append((example.id, example.family, *arrays, prompt_at, allowed_by(example)))
-        counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt), excerpt.left_out)
+        counts = (len(encoded), len(images), len(supervised), self._repeated(excerpt, image_tokens))
         stats = np.zeros((), dtype=SAMPLE_STATS)  # zeros: padding bytes are written too
-        stats[()] = (*counts, prompt_at != NO_PROMPT, truncated, ended)
+        stats[()] = (*counts, sum(image_tokens), excerpt.left_out, prompt_at != NO_PROMPT, truncated, ended)
         self._stats.write(stats.tobytes())
         self._kept += 1
 
-    def _repeated(self, excerpt: Excerpt) -> int:
+    def _repeated(self, excerpt: Excerpt, image_tokens: Sequence[int]) -> int:
         """Return the tokens of the turns that the previous excerpt also holds."""
         if not excerpt.repeated:
             return 0
         before = replace(excerpt.example, turns=excerpt.example.turns[: excerpt.repeated])
-        return len(self._tokenizer.encode(self._encoding.template.pieces(before), self._encoding.image_tokens))
+        return len(self._tokenizer.encode(self._encoding.template.pieces(before), image_tokens))
 
     def _prompt_at(self, example: Example, encoded: Encoded) -> int:
         """Return the position for a prompt: before or after the given part, as the template writes it."""
@@ -214,16 +228,18 @@ class ShardWriter:
             return NO_PROMPT
         return 0 if template.order == "text_first" else int(np.argmax(encoded.generated))
 
-    def _encode(self, example: Example) -> tuple[Encoded, bool]:
-        encoding, count = self._encoding, len(example.images)
+    def _encode(self, example: Example, image_tokens: Sequence[int]) -> tuple[Encoded, bool]:
+        encoding, count, held = self._encoding, len(example.images), sum(image_tokens)
         if encoding.max_images is not None and count > encoding.max_images:
             raise BadSample("too-many-images", f"{count} images, max_images={encoding.max_images}")
-        encoded = self._tokenizer.encode(encoding.template.pieces(example), encoding.image_tokens)
+        if encoding.max_image_tokens is not None and held > encoding.max_image_tokens:
+            raise BadSample("too-many-images", f"{held} image tokens, max_image_tokens={encoding.max_image_tokens}")
+        encoded = self._tokenizer.encode(encoding.template.pieces(example), image_tokens)
         if not encoded.generated[1:].any():
             raise BadSample("no-target", "no generated token after the first")
         limit = encoding.seq_len
         if encoding.max_text_tokens is not None:
-            limit = min(limit, encoding.max_text_tokens + count * encoding.image_tokens)
+            limit = min(limit, encoding.max_text_tokens + held)
         if encoding.template.takes_prompt(example):
             limit -= self._prompt_room  # the longest prompt fits
         if len(encoded) <= limit:

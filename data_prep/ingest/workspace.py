@@ -37,6 +37,7 @@ from data_prep.common.files import FileEntry, hash_json, is_of_size, read_hashed
 from data_prep.common.folder_lock import FolderLock
 from data_prep.corpora import CORPORA, build_corpus, with_parity
 from data_prep.ingest.pins import pin_datasets
+from data_prep.media.spec import MediaSpec
 from data_prep.quarantine import Tally
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.template import Template
@@ -44,7 +45,7 @@ from data_prep.text.template import Template
 if TYPE_CHECKING:
     from data_prep.corpora.base import Corpus
 
-INGEST_VERSION = 13
+INGEST_VERSION = 14
 """Incremented when the same raw sample would give different files; older outputs are then rebuilt."""
 _DAMAGED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """Errors that reading a damaged done-marker raises."""
@@ -56,17 +57,23 @@ class EncodingConfig:
     """How a pack set encodes its samples: every setting that shapes tokens."""
 
     template: Template
-    image_tokens: int
+    media: MediaSpec
     seq_len: int
     max_text_tokens: int | None
     max_images: int | None
+    max_image_tokens: int | None
     too_long: Literal["reject", "truncate"]
 
     @classmethod
-    def of(cls, pack: PackConfig, image_tokens: int) -> EncodingConfig:
+    def of(cls, pack: PackConfig, media: MediaSpec) -> EncodingConfig:
         """Return the encoding of a pack set."""
         template = pack.to_template()
-        return cls(template, image_tokens, pack.seq_len, pack.max_text_tokens, pack.max_images, pack.too_long)
+        caps = (pack.max_text_tokens, pack.max_images, pack.max_image_tokens)
+        return cls(template, media, pack.seq_len, *caps, pack.too_long)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings as JSON-ready values."""
+        return {**asdict(self), "media": self.media.model_dump(mode="json")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,10 +311,9 @@ class Workspace:
         """Return the variant of a corpus that a pack set uses."""
         config = self.recipe.corpora[corpus]
         options = with_parity(config.type, config.options) if pack.aki_parity else config.options
-        encoding = EncodingConfig.of(pack, self.recipe.image_tokens)
-        key = hash_json([INGEST_VERSION, CORPORA.identity(config.type), options, asdict(encoding), tokenizer_sha256])[
-            :12
-        ]
+        encoding = EncodingConfig.of(pack, self.recipe.media_spec)
+        identity = CORPORA.identity(config.type)
+        key = hash_json([INGEST_VERSION, identity, options, encoding.to_dict(), tokenizer_sha256])[:12]
         folder = self.out / "ingest" / corpus / key
         return CorpusVariant(
             corpus=corpus,

@@ -27,6 +27,8 @@ FILLER_SHARE = 10
 """The shortest ``1 / FILLER_SHARE`` of the others are placed last: they fit where nothing else does."""
 WINDOW_DRAWS = 1 << 15
 """Samples packed together: enough to fill rows, few enough for the blend to stay even over the run."""
+MAX_SLOTS = 64
+"""Slots of a row for a limit of image tokens."""
 _JUDGED_DRAWS = 1 << 13
 _SCATTER = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly
 
@@ -77,6 +79,16 @@ def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
     if not times:
         return np.empty(0, dtype=np.int16)
     return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")]
+
+
+def token_slots(image_tokens: Counts, most: int) -> tuple[Ints, int]:
+    """Return a limit of image tokens in slots: those of each sample, rounded up, and those of a row, at most 64.
+
+    Packing tries every number of free slots, so their number must be small.
+    """
+    slot = -(-most // MAX_SLOTS)
+    slots = most // slot
+    return np.minimum(-(-image_tokens.astype(np.int64) // slot), slots), slots
 
 
 def pack_in_order(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> Ints:

@@ -35,16 +35,17 @@ from data_prep.planning.packing import (
     pack_windows,
     packing_efficiency,
     sample_order,
+    token_slots,
 )
 from data_prep.progress import Reporter
 from data_prep.recipe import PackConfig, Recipe
 from data_prep.text.tokenizer import Tokenizer
 
-PLAN_VERSION = 8
+PLAN_VERSION = 9
 _REPLAN = "run `mma-prep plan` with this recipe"
 _NOTEWORTHY_WASTE = 0.06
 _FEW_SAMPLES = 1000
-_PLAN_KEYS = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "prompts"}
+_PLAN_KEYS = {"corpora", "seq_len", "draws", "epochs", "shuffle", "max_images", "max_image_tokens", "prompts"}
 PLAN_SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -236,7 +237,14 @@ class _Draws:
     tokens: npt.NDArray[np.int32]
     """Tokens, including the prompt."""
     images: npt.NDArray[np.int32]
+    image_tokens: npt.NDArray[np.int32]
     prompt: npt.NDArray[np.int16]
+
+    def image_slots(self, pack: PackConfig) -> tuple[Ints | npt.NDArray[np.int32], int | None]:
+        """Return what the images of each draw take of a row's room for images, and that room; None: no limit."""
+        if pack.max_image_tokens is None:
+            return self.images, pack.max_images
+        return token_slots(self.image_tokens, pack.max_image_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,7 +293,8 @@ def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
     for name, pack in recipe.packs.items():
         sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))
         draws = _blended(name, pack, recipe.seed, sources, tokenizer)[0].draws
-        found[name] = efficiency_by_seq_len(draws.tokens, draws.images, pack.seq_len, pack.max_images)
+        needs, slots = draws.image_slots(pack)
+        found[name] = efficiency_by_seq_len(draws.tokens, needs, pack.seq_len, slots)
     return found
 
 
@@ -338,7 +347,14 @@ def _drawn(
     part = read_sample_stats(source.outputs, source.kept, chosen)
     prompt = draw_prompts(part.place, part.stats["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
     tokens = part.stats["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(part.shard + np.int32(first_output), part.index, tokens, part.stats["images"], prompt)
+    draws = _Draws(
+        part.shard + np.int32(first_output),
+        part.index,
+        tokens,
+        part.stats["images"],
+        part.stats["image_tokens"],
+        prompt,
+    )
     return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
 
 
@@ -353,9 +369,10 @@ def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[i
 
 
 def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
+    needs, slots = draws.image_slots(pack)
     if not pack.shuffle:
-        return pack_in_order(draws.tokens, draws.images, pack.seq_len, pack.max_images)
-    return pack_windows(draws.tokens, draws.images, pack.seq_len, pack.max_images, seed)
+        return pack_in_order(draws.tokens, needs, pack.seq_len, slots)
+    return pack_windows(draws.tokens, needs, pack.seq_len, slots, seed)
 
 
 def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
@@ -363,7 +380,8 @@ def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]
     full = packing_efficiency(draws.tokens, rows, pack.seq_len)
     if not pack.shuffle or full > 1 - _NOTEWORTHY_WASTE or len(rows) < _FEW_SAMPLES:
         return []
-    best, better = better_seq_len(draws.tokens, draws.images, pack.seq_len, pack.max_images)
+    needs, slots = draws.image_slots(pack)
+    best, better = better_seq_len(draws.tokens, needs, pack.seq_len, slots)
     if better < full + _NOTEWORTHY_WASTE / 2:
         return []
     return [

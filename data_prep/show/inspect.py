@@ -119,7 +119,8 @@ def _segment_text(folder: PackFolder, row: PackRow, segment: int) -> Text:
     for part in folder.token_spans(row, segment):
         if part.instance >= 0:
             image, about = int(row.image_row[part.instance]), folder.describe_image(row, part.instance)
-            words = f"[image {image}: {about}, {part.tokens} of {folder.manifest.image_tokens} tokens]"
+            tokens = folder.manifest.image_tokens if row.media is None else int(row.media[part.instance, 4])
+            words = f"[image {image}: {about}, {part.tokens} of {tokens} tokens]"
             shown.append(words, style=SHOWN)
             continue
         written = GENERATED if part.generated else GIVEN

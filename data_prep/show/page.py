@@ -118,7 +118,7 @@ def _summary(folder: PackFolder) -> Iterator[Html]:
             (f"{efficiency(manifest):.1%}", "of all positions used"),
             (f"{manifest.tokens:,}", "tokens"),
             (f"{manifest.targets / max(1, manifest.tokens):.1%}", "of tokens supervised"),
-            (f"{manifest.images:,}", f"images, {manifest.image_tokens} tokens each"),
+            (f"{manifest.images:,}", f"images, {manifest.media_spec.image.describe()}"),
             (f"{manifest.max_images:,}", "images in a row at most"),
         ]
     )

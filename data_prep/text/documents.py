@@ -22,6 +22,7 @@ class Limits:
     """Including image tokens."""
     text_tokens: int | None
     images: int | None
+    image_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +32,19 @@ class Size:
     tokens: int
     images: int
     image_tokens: int
-    """Tokens per image."""
+    """Tokens of all its images."""
 
     def __add__(self, other: Size) -> Size:
-        return Size(self.tokens + other.tokens, self.images + other.images, self.image_tokens)
+        return Size(self.tokens + other.tokens, self.images + other.images, self.image_tokens + other.image_tokens)
 
     def fits(self, limits: Limits) -> bool:
         """Return whether it fits together with an end token."""
-        text = self.tokens - self.images * self.image_tokens
+        text = self.tokens - self.image_tokens
         return (
             self.tokens < limits.tokens
             and (limits.text_tokens is None or text < limits.text_tokens)
             and (limits.images is None or self.images <= limits.images)
+            and (limits.image_tokens is None or self.image_tokens <= limits.image_tokens)
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -80,8 +80,8 @@ class PieceEncoder:
             raise UserError(f"the tokenizer has no special token {token!r}: prepare the packs with a template using it")
         return self.markers.tokens[token]
 
-    def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
-        """Return ids and sidecars of pieces; every image takes ``image_tokens`` positions.
+    def encode(self, pieces: Iterable[Piece], image_tokens: int | Sequence[int]) -> Encoded:
+        """Return ids and sidecars of pieces; ``image_tokens`` are the positions of every image, or of each by index.
 
         Neighbouring texts are encoded together, but never given text with generated text, or isolated text with any
         other: a prompt at inference has exactly the ids of the training prefix.
@@ -94,14 +94,15 @@ class PieceEncoder:
         modality = np.where(instance >= 0, np.int8(IMAGE), np.int8(TEXT))
         return Encoded(ids, modality, instance, generated)
 
-    def _runs(self, pieces: Iterable[Piece], image_tokens: int) -> Iterator[tuple[Ids, int, int]]:
+    def _runs(self, pieces: Iterable[Piece], image_tokens: int | Sequence[int]) -> Iterator[tuple[Ids, int, int]]:
         """Yield (ids, image index or -1, generated flag) for runs of pieces."""
         strip = False
         for piece in _joined(pieces):
             if isinstance(piece, Special):
                 yield self._mark(piece.token), -1, int(piece.generated)
             elif isinstance(piece, Image):
-                yield np.full(image_tokens, self.markers.image_id, dtype=np.int32), piece.index, 0
+                tokens = image_tokens if isinstance(image_tokens, int) else image_tokens[piece.index]
+                yield np.full(tokens, self.markers.image_id, dtype=np.int32), piece.index, 0
             else:
                 yield self._ordinary(piece.text.lstrip() if strip else piece.text), -1, int(piece.generated)
             strip = isinstance(piece, Special) and piece.token in self.markers.stripping

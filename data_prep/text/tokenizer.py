@@ -259,7 +259,7 @@ class Tokenizer:
         """Return the id of a special token by its name in templates. Raises UserError if it was never added."""
         return self._encoder.id_of(token)
 
-    def encode(self, pieces: Iterable[Piece], image_tokens: int) -> Encoded:
+    def encode(self, pieces: Iterable[Piece], image_tokens: int | Sequence[int]) -> Encoded:
         """Return ids and sidecars of pieces; see :meth:`PieceEncoder.encode`."""
         return self._encoder.encode(pieces, image_tokens)
 

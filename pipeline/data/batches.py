@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,6 +43,8 @@ class StepBatch:
     """Tokens of this data-parallel rank, padding excluded."""
     images: int
     """Images of this data-parallel rank."""
+    media_tokens: int = 0
+    """Image tokens of this data-parallel rank."""
 
 
 def default_threads(cores: int) -> int:
@@ -63,7 +66,8 @@ def stage_inputs(
     Args:
         rows: of one micro-batch, at least one.
         policy: mask policy of the attention plan.
-        pixels: uint8[n_images, 3, S, S] of the rows' images in order; None on stages without the vision tower.
+        pixels: uint8[n_views, 3, S, S] of the rows' images in order, an image being one view or several; None on
+            stages without the vision tower.
         extra_pixels: the same for each further tower.
 
     Raises:
@@ -130,7 +134,8 @@ class BatchSource:
         store = packs.manifest.image_store
         self._reads_images = bool(preprocess)
         opens = self._reads_images and store is not None
-        self._images = ImageLoader(ImageStore(packs.directory / store), preprocess, draft) if opens else None
+        spec = packs.manifest.media_spec
+        self._images = ImageLoader(ImageStore(packs.directory / store), preprocess, draft, spec) if opens else None
         self._ahead = max(1, ahead)
         self._pool = self._decoders = None
         if threads:
@@ -163,20 +168,24 @@ class BatchSource:
         """Build the micro-batches of one step. Raises UserError naming the image that cannot be decoded."""
         size = self._order.global_batch_size
         consumed = step % (len(self._packs) // size) * size  # another pass begins again at the first row
-        microbatches, tokens, images = [], 0, 0
+        microbatches, tokens, images, media_tokens = [], 0, 0, 0
         for number in range(self._order.microbatches):
             rows = [self._packs[i] for i in self._order.rows_of_microbatch(consumed, self._dp_rank, number)]
             microbatches.append(self._microbatch(rows))
+            media_tokens += microbatches[-1].image_positions.numel()
             tokens += sum(int(np.count_nonzero(row.segment)) for row in rows)
             images += sum(len(row.image_row) for row in rows)
         all_rows = self._order.global_rows(consumed)
         targets = sum(self._packs.n_target(i) for i in all_rows)
-        return StepBatch(tuple(microbatches), all_rows, targets, tokens, images)
+        return StepBatch(tuple(microbatches), all_rows, targets, tokens, images, media_tokens)
+
+    def inputs(self, rows: list[PackRow]) -> StageInputs:
+        """Return rows as one micro-batch, with their pixels. Raises UserError as :meth:`read` does."""
+        pixels = self._pixels(rows)
+        return stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
 
     def _microbatch(self, rows: list[PackRow]) -> StageInputs:
-        pixels = self._pixels(rows)
-        microbatch = stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
-        return pinned(microbatch) if torch.cuda.is_available() else microbatch
+        return pinned(self.inputs(rows)) if torch.cuda.is_available() else self.inputs(rows)
 
     def _pixels(self, rows: list[PackRow]) -> list[torch.Tensor]:
         """Return the pixels of the rows' images for each tower."""
@@ -185,7 +194,7 @@ class BatchSource:
         assert self._images is not None, "rows with images, but the packs name no image store"
         spread = map if self._decoders is None else self._decoders.map
         loaded = spread(self._images.load, images_of(rows))
-        return [stacked(of_tower) for of_tower in zip(*loaded, strict=True)]
+        return [stacked([*itertools.chain.from_iterable(of_tower)]) for of_tower in zip(*loaded, strict=True)]
 
     def close(self) -> None:
         """Stop the loader threads."""

@@ -14,8 +14,10 @@ from PIL import Image
 from data_prep.common.errors import UserError
 from data_prep.images.augment import UNIT, apply_augmentation
 from data_prep.images.store import BadImage, ImageStore, decode_rgb
+from data_prep.media.spec import Extent, MediaSpec, extents
 from data_prep.packs import PackRow
 from pipeline.model.preprocess import Preprocess
+from pipeline.model.views import views_of
 
 
 class ImageReference(NamedTuple):
@@ -25,13 +27,16 @@ class ImageReference(NamedTuple):
     """Row of the image store."""
     augmentation: npt.NDArray[np.int16] | None
     """As the packed row records it; None = as it is."""
+    extent: Extent | None = None
+    """As the packed row records it; None = one view."""
 
 
 def images_of(rows: Sequence[PackRow]) -> Iterator[ImageReference]:
     """Yield the images of rows, in order."""
     for row in rows:
-        for number, index in enumerate(row.image_row.tolist()):
-            yield ImageReference(index, None if row.augmentation is None else row.augmentation[number])
+        found = [None] * len(row.image_row) if row.media is None else extents(row.media)
+        for number, (index, extent) in enumerate(zip(row.image_row.tolist(), found, strict=True)):
+            yield ImageReference(index, None if row.augmentation is None else row.augmentation[number], extent)
 
 
 @dataclass(frozen=True)
@@ -42,16 +47,21 @@ class ImageLoader:
     towers: Sequence[Preprocess]
     draft: bool = False
     """Decode JPEGs at a reduced size, see ``decode_rgb``."""
+    spec: MediaSpec | None = None
+    """How images become tokens; None: each is one view."""
 
-    def load(self, reference: ImageReference) -> tuple[npt.NDArray[np.uint8], ...]:
-        """Return an image for each tower, uint8[S, S, 3]. Raises UserError naming an image that cannot be decoded."""
+    def load(self, reference: ImageReference) -> tuple[list[npt.NDArray[np.uint8]], ...]:
+        """Return the views of an image for each tower, uint8[S, S, 3]. Raises UserError if it cannot be decoded."""
         image = self._decoded(reference)
         if reference.augmentation is not None:
             image = apply_augmentation(image, reference.augmentation)
-        return tuple(tower.resize(image) for tower in self.towers)
+        return tuple(
+            [tower.resize(view) for view in views_of(image, reference.extent, self.spec, tower.size_px)]
+            for tower in self.towers
+        )
 
     def _decoded(self, reference: ImageReference) -> Image.Image:
-        draft_px = self._draft_px(reference.augmentation) if self.draft else 0
+        draft_px = self._draft_px(reference) if self.draft else 0
         try:
             return decode_rgb(self.store.read(reference.store_row), draft_px=draft_px)
         except BadImage as error:
@@ -59,10 +69,11 @@ class ImageLoader:
                 f"image {reference.store_row} of the image store cannot be decoded ({error}): run mma-prep verify"
             ) from error
 
-    def _draft_px(self, augmentation: npt.NDArray[np.int16] | None) -> int:
+    def _draft_px(self, reference: ImageReference) -> int:
         """Return the shortest sides of the whole image whose kept part is still as large as the towers' input."""
         side = max(tower.size_px for tower in self.towers)
-        kept = UNIT if augmentation is None else int(augmentation[3:].min())
+        side *= max(reference.extent.view) if reference.extent else 1
+        kept = UNIT if reference.augmentation is None else int(reference.augmentation[3:].min())
         return -(-side * UNIT // kept)
 
 

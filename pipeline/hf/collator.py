@@ -125,7 +125,7 @@ class PackedRows(Dataset[dict[str, Any]]):
             preprocess: RGB images -> ``pixel_values`` float[images, 3, H, W].
 
         Raises:
-            UserError: the folder cannot be read, or the model has too few embeddings, other image lengths or mRoPE.
+            UserError: the folder cannot be read, or the model has too few embeddings, other images or mRoPE.
         """
         self._packs = PackReader(directory)
         self._preprocess = preprocess
@@ -143,6 +143,8 @@ class PackedRows(Dataset[dict[str, Any]]):
             )
         if _rope_index(model) is not None:
             raise UserError("the model's positions depend on its image grids (mRoPE), which packs do not hold")
+        if manifest.media is not None:
+            raise UserError(f"{directory} has images of different sizes: rebuild the packs with image_tokens")
         store = manifest.image_store
         self._images = ImageStore(self._packs.directory / store) if store else None
 

@@ -242,8 +242,8 @@ def _one_policy(name: str, allow_leak: bool, grid: tuple[int, int] | None) -> Po
     if policy.needs_grid and grid is None:
         raise UserError(
             f"mask policy '{name}' orders image tokens by their place in the image, which this connector does not "
-            "keep: choose a model.connector.kind that keeps it, such as mlp or cabstractor (in mma mask and mma prove: "
-            "give --grid), or use policy 'mma'"
+            "keep, nor images of different sizes (media): choose a model.connector.kind that keeps it, such as mlp or "
+            "cabstractor (in mma mask and mma prove: give --grid), or use policy 'mma'"
         )
     return replace(policy, grid=grid) if policy.needs_grid else policy
 

@@ -104,7 +104,7 @@ class ParamCounts(Sizes):
         trained = self.trained.in_stage(layers, first=first, last=last)
         return trained, self.in_stage(layers, first=first, last=last) - trained
 
-    def step_flops(self, *, tokens: int, targets: int, images: int) -> float:
+    def step_flops(self, *, tokens: int, targets: int, images: float) -> float:
         """Return the FLOPs of a step: 6 per parameter and token (2 forward, 4 backward), see :meth:`part_costs`.
 
         Attention scores of decoder and tower and recomputation are excluded, so an MFU based on this is a lower bound.

@@ -29,12 +29,12 @@ class StageInputs:
     labels: torch.Tensor
     """int64[T]: the token that position t predicts (already shifted), or IGNORE."""
     image_positions: torch.Tensor
-    """int64[n_images * image_tokens]: positions of the image tokens, image by image; empty without images."""
+    """int64[n_views * image_tokens]: positions of the image tokens, view by view; empty without images."""
     pixels: torch.Tensor | None = None
-    """[n_images, 3, S, S]: uint8, which the stage normalises on its device, or float32, normalised; None on stages
-    that do not hold the vision tower."""
+    """[n_views, 3, S, S]: uint8, which the stage normalises on its device, or float32, normalised; an image is one view
+    or several (anyres). None on stages that do not hold the vision tower."""
     extra_pixels: tuple[torch.Tensor, ...] = ()
-    """The same images for each further vision tower, [n_images, 3, S_k, S_k]."""
+    """The same views for each further vision tower, [n_views, 3, S_k, S_k]."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
     per_token: bool = False

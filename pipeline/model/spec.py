@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from data_prep.common.errors import one_line
+from data_prep.media.spec import AnyresImages, Extent, Header, MediaSpec, NativeImages
 from pipeline.attention.gate import GateShape, attach_gate, gate_shape
 from pipeline.config.schema import ConfigError, GateConfig, LoraConfig, ModelConfig
 from pipeline.model import lora as lora_layers
@@ -35,7 +36,7 @@ class ModelSpec:
     connector: Connector
     preprocess: Preprocess
     image_tokens: int
-    """Tokens of one image after the connector."""
+    """Tokens of one image, or of one tile (anyres), after the connector."""
     vision_frozen: bool = True
     """The vision tower is not trained."""
     llm_source: str = ""
@@ -48,15 +49,20 @@ class ModelSpec:
     """Adapters, with the global names of all layers that have one."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Bias of query-key pairs in every decoder layer."""
+    media: MediaSpec | None = None
+    """How images become tokens; None: each is one view."""
 
     @classmethod
-    def resolve(cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None) -> ModelSpec:
+    def resolve(
+        cls, config: ModelConfig, *, vocab_size: int, image_tokens: int | None, media: MediaSpec | None = None
+    ) -> ModelSpec:
         """Check a recipe's model section against the packs it will be trained on.
 
         Args:
             config: the recipe's ``model`` section.
             vocab_size: embedding rows that the packs' token ids need.
-            image_tokens: tokens of one image in the packs; None = as many as the connector makes.
+            image_tokens: tokens of one image, or of one tile, in the packs; None = as many as the connector makes.
+            media: how images become tokens in the packs; None = each is one view.
 
         Raises:
             ConfigError: naming the key and the fix.
@@ -75,6 +81,7 @@ class ModelSpec:
             vision_source=vision.source,
             extra_towers=tuple(extra),
             gate=config.gate,
+            media=media,
         )
         spec._check_gates(config)
         spec._check_connector()
@@ -82,6 +89,7 @@ class ModelSpec:
         if image_tokens is None:
             return replace(spec, image_tokens=spec.connector_tokens)
         spec._check_image_tokens()
+        spec._check_media()
         return spec
 
     def _check_connector(self) -> None:
@@ -118,6 +126,35 @@ class ModelSpec:
                 f"image takes {self.image_tokens} tokens in the packs: {self.connector.fix_for(self.image_tokens)}, "
                 f"or rebuild the packs with image_tokens {made}"
             )
+
+    def _check_media(self) -> None:
+        """Refuse images that the tower does not read as the packs count them. Raises ConfigError."""
+        if self.media is None:
+            return
+        image, side = self.media.image, self.preprocess.size_px
+        if isinstance(image, NativeImages):
+            raise ConfigError(
+                f"the packs hold images of their own sizes, which no {self.vision.model_type} tower reads here: rebuild "
+                "them with media.image.kind=anyres, or with image_tokens"
+            )
+        if isinstance(image, AnyresImages) and image.tile_px != side:
+            raise ConfigError(
+                f"the tower reads images of {side} pixels, but a tile has {image.tile_px} in the packs: set "
+                f"model.vision.size_px to {image.tile_px}, or rebuild the packs with media.image.tile_px {side}"
+            )
+
+    @property
+    def media_spec(self) -> MediaSpec:
+        """How media become tokens; equal to that of the packs the model is trained on."""
+        return self.media or MediaSpec.fixed(self.image_tokens)
+
+    def extents(self, sizes: Iterable[tuple[int, int]]) -> list[Extent]:
+        """Return the tokens of images of these (width, height) in pixels."""
+        return [self.media_spec.image.extent(Header(*size)) for size in sizes]
+
+    def views(self, media_tokens: int) -> float:
+        """Return how many images of the tower's own size make as many tokens: the unit of its work."""
+        return media_tokens / self.connector_tokens
 
     def check_segments(self, longest: int) -> None:
         """Check that the longest packed sample, of ``longest`` tokens, fits the model's positions.
@@ -201,8 +238,8 @@ class ModelSpec:
 
     @property
     def mask_grid(self) -> Grid | None:
-        """Grid of the image tokens for mask policies that need one; None when the connector keeps none."""
-        return self.connector.grid(self.grid)
+        """Grid of the image tokens for mask policies that need one; None where an image has none, or its own."""
+        return self.connector.grid(self.grid) if self.media is None else None
 
     def meta_llm(self) -> PreTrainedModel:
         """Return the whole language model on the meta device. Raises ConfigError when its config cannot be built."""
@@ -255,6 +292,7 @@ class ModelSpec:
             "extra_towers": {str(place): tower.to_dict() for place, tower in enumerate(self.extra_towers)},
             "lora": self.lora.model_dump() if self.lora else None,
             "gate": self.gate.model_dump(),
+            **({} if self.media is None else {"media": self.media.model_dump(mode="json")}),
         }
 
     @classmethod
@@ -272,10 +310,12 @@ class ModelSpec:
                 extra_towers=tuple(Tower.from_dict(own) for own in raw.get("extra_towers", {}).values()),
                 lora=LoraConfig.model_validate(raw["lora"]) if raw.get("lora") else None,
                 gate=GateConfig.model_validate(raw.get("gate", {})),  # older descriptions have none
+                media=MediaSpec.model_validate(raw["media"]) if raw.get("media") else None,
             )
             spec._check_connector()
             if spec.connector_tokens != spec.image_tokens:
                 raise ValueError(f"image_tokens {spec.image_tokens}, but its connector gives {spec.connector_tokens}")
+            spec._check_media()
             return spec
         except ConfigError:
             raise

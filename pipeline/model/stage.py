@@ -168,12 +168,12 @@ class Stage(nn.Module):
     def image_tokens(
         self, pixels: torch.Tensor | None, like: torch.Tensor, extra: Sequence[torch.Tensor] = ()
     ) -> torch.Tensor:
-        """Return image tokens [images * image_tokens, D] in the dtype of ``like``; each tower sees all images at once.
+        """Return image tokens [views * image_tokens, D] in the dtype of ``like``; each tower sees all views at once.
 
         Without images, a blank image is processed instead: ZeRO-3 hangs when a rank skips a module.
 
         Args:
-            pixels: [images, 3, S, S] of the first tower: uint8, or normalised floats.
+            pixels: [views, 3, S, S] of the first tower: uint8, or normalised floats.
             like: a tensor of the stage's dtype on its device.
             extra: of the further towers.
         """

@@ -45,6 +45,8 @@ def check_same_model(origin: str, theirs: Mapping[str, Any], spec: ModelSpec, *,
     if new_gates and old["gate.kind"] == "none":
         old = {key: value for key, value in old.items() if not key.startswith("gate.")}
     for key in sorted(old.keys() & new.keys()):
+        if key.startswith("media."):  # other sizes of images: the same function of each view
+            continue
         if old[key] != new[key] and key.rpartition(".")[2] not in _NOT_THE_FUNCTION:
             raise ConfigError(
                 f"{origin} was trained with {key}={old[key]!r}, but it is {new[key]!r} now: keep the model section"

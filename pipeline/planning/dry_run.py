@@ -42,7 +42,7 @@ def _data_lines(plan: RunPlan) -> Iterator[str]:
     filled = manifest.tokens / (manifest.rows * manifest.seq_len)
     yield (
         f"data     {plan.config.data.packs}: {manifest.rows:,} rows x {manifest.seq_len:,} tokens, {filled:.1%} full, "
-        f"{manifest.targets:,} supervised tokens, {manifest.image_tokens} tokens an image"
+        f"{manifest.targets:,} supervised tokens, {manifest.media_spec.image.describe()}"
     )
     for name, corpus in sorted(manifest.corpora.items()):
         yield f"           {name}: {corpus.draws:,} draws of {corpus.samples:,} samples ({corpus.epochs:.2f} epochs)"

@@ -90,7 +90,9 @@ class RunPlan(ParallelSettings):
         settings = read_parallel_settings(invocation, rank=rank, world=world)
         packs = _open_packs(config, settings.topology)
         manifest = packs.manifest
-        spec = ModelSpec.resolve(config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens)
+        spec = ModelSpec.resolve(
+            config.model, vocab_size=manifest.vocab_size, image_tokens=manifest.image_tokens, media=manifest.media
+        )
         spec.check_segments(manifest.max_segment_tokens)
         policy = get_policy(config.mask.name, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         _check_layers(policy, spec)
@@ -105,7 +107,8 @@ class RunPlan(ParallelSettings):
             check_rows(policy, packs, range(min(config.mask.prove_rows, len(packs))), layers=spec.layers)
         split = StageSplit.of(
             spec, config,
-            image_share=manifest.images / manifest.tokens, target_share=manifest.targets / manifest.tokens,
+            image_share=spec.views(manifest.all_media_tokens) / manifest.tokens,
+            target_share=manifest.targets / manifest.tokens,
         )  # fmt: skip
         return cls(
             **vars(settings), packs=packs, policy=policy, spec=spec, split=split, steps=steps,

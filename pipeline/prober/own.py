@@ -11,6 +11,7 @@ from torch import nn
 
 from data_prep.common.errors import UserError
 from data_prep.images.store import ImageStore, decode_rgb
+from data_prep.media.spec import extents
 from data_prep.packs import PackReader, PackRow
 from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, position_ids
@@ -37,7 +38,7 @@ class StageSubject(nn.Module):
         generated: torch.Tensor,
         pixel_values: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return logits [B, T, V]; all columns are integers [B, T], pixels [images, 3, S, S]."""
+        """Return logits [B, T, V]; all columns are integers [B, T], pixels [views, 3, S, S]."""
         columns = (segment, modality, instance, generated.long())
         sidecars = Sidecars.concat([Sidecars(*(column[row] for column in columns)) for row in range(len(input_ids))])
         ids = input_ids.flatten()
@@ -68,4 +69,5 @@ def pack_batch(packs: PackReader, row: int, preprocess: Preprocess) -> dict[str,
 
 def _pixels(packs: PackReader, row: PackRow, preprocess: Preprocess) -> torch.Tensor:
     store = ImageStore(packs.directory / packs.manifest.image_store)
-    return preprocess.batch([decode_rgb(store.read(index)) for index in row.image_row.tolist()])
+    images = [decode_rgb(store.read(index)) for index in row.image_row.tolist()]
+    return preprocess.views(images, [] if row.media is None else extents(row.media), packs.manifest.media_spec)

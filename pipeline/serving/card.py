@@ -56,7 +56,7 @@ def write_card(
     lines = {
         "language model": f"{spec.llm.model_type}, {spec.layers} layers, width {spec.width}",
         "vision tower": f"{spec.vision.model_type}, {spec.preprocess.size_px} px",
-        "connector": f"{spec.connector.kind}, {spec.image_tokens} tokens per image",
+        "connector": f"{spec.connector.kind}, {spec.media_spec.image.describe()}",
         "mask policy": f"`{policy.name}`: {policy.summary}",
         "chat template": export_config.template.name,
         "weights": f"{export_config.dtype}, optimizer step {export_config.step:,}",

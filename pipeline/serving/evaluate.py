@@ -145,6 +145,11 @@ def evaluate(
 
 def _check_same(model: MultimodalModel, packs: PackReader) -> None:
     manifest = packs.manifest
+    if manifest.media != model.spec.media:
+        theirs, own = manifest.media_spec.image, model.spec.media_spec.image
+        raise UserError(
+            f"{packs.directory} has {theirs.describe()}, the model {own.describe()}: rebuild the packs with the model's"
+        )
     if manifest.image_tokens != model.spec.image_tokens:
         raise UserError(
             f"{packs.directory} has {manifest.image_tokens} tokens per image, the model {model.spec.image_tokens}: "

@@ -131,7 +131,7 @@ def export(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        if export_config.spec.extra_towers:  # the processor for transformers prepares one size of image
+        if export_config.spec.extra_towers or export_config.spec.media:  # its processor prepares one size of image
             layout = "flat"
         _write_weights(export_config, _checked(export_config, saved), hidden, layout)
         _write_files(export_config, tokenizer, hidden, layout)

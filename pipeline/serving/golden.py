@@ -118,13 +118,14 @@ def _fitting(export_config: ExportConfig, tokenizer: Tokenizer) -> list[tuple[tu
     limits = [x for x in (spec.longest_segment, spec.llm_family.sliding_window(spec.llm)) if x is not None]
     found = []
     for turns in golden_turns(documents=template.chat_format is None):
-        encoded = tokenizer.encode(template.prompt_pieces(turns), spec.image_tokens)
+        pictures = [decode_rgb(part.read()) for turn in turns for part in turn.parts if not isinstance(part, str)]
+        tokens = [extent.tokens for extent in spec.extents(picture.size for picture in pictures)]
+        encoded = tokenizer.encode(template.prompt_pieces(turns), tokens)
         if len(encoded) <= min(limits, default=len(encoded)):
-            pictures = [decode_rgb(part.read()) for turn in turns for part in turn.parts if not isinstance(part, str)]
             found.append((turns, Prompt(encoded, tuple(pictures))))
     if not any(prompt.images for _, prompt in found):
         raise UserError(
-            f"an image takes {spec.image_tokens} tokens, and no prompt with one fits the model's {min(limits)} "
+            f"{spec.media_spec.image.describe()}, and no prompt with one fits the model's {min(limits)} "
             "positions: export a model that can be asked about an image"
         )
     return found

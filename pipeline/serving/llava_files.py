@@ -33,6 +33,7 @@ def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
         "norm after the connector (model.connector.norm)": bool(getattr(spec.connector, "norm", False)),
         "gates (model.gate)": spec.gate.kind != "none",
         "second tower (model.extra_vision)": bool(spec.extra_towers),
+        "images of different sizes (media.image)": spec.media is not None,
         f"tower of type {spec.vision.model_type}": spec.vision_family.last_norm is None,
         f"scaled or capped logits of {config.model_type}": capped or family.logit_scale(config) != 1.0,
         f"positions of policy '{policy.name}'": policy.grid is not None,

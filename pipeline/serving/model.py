@@ -71,9 +71,9 @@ class MultimodalModel:
         Earlier assistant turns are kept as history. Raises UserError for an image that cannot be read.
         """
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
-        images = [part for turn in asked for part in turn.parts if not isinstance(part, str)]
-        encoded = self.tokenizer.encode(self.template.prompt_pieces(turns), self.spec.image_tokens)
-        return Prompt(encoded, tuple(read_image(image) for image in images))
+        images = [read_image(part) for turn in asked for part in turn.parts if not isinstance(part, str)]
+        tokens = [extent.tokens for extent in self.spec.extents(image.size for image in images)]
+        return Prompt(self.tokenizer.encode(self.template.prompt_pieces(turns), tokens), tuple(images))
 
     @torch.inference_mode()
     def logits(self, prompt: Prompt) -> torch.Tensor:

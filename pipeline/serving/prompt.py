@@ -47,7 +47,8 @@ def stage_inputs(
     sidecars = prompt.sidecars
     ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
     towers = spec.towers.values() if prompt.images else ()
-    pixels = [tower.preprocess.batch(prompt.images).to(device) for tower in towers]
+    extents = spec.extents(image.size for image in prompt.images)
+    pixels = [tower.preprocess.views(prompt.images, extents, spec.media_spec).to(device) for tower in towers]
     return StageInputs(
         input_ids=ids,
         position_ids=position_ids(sidecars, policy.grid).to(device),

@@ -53,6 +53,7 @@ class _Totals:
     """Summed token loss of every micro-batch, in order of rows."""
     tokens: int
     images: int
+    media_tokens: int
     stop: bool
     saving: float
     """See `CheckpointManager.advance`."""
@@ -271,7 +272,7 @@ class Trainer:
     def _sum_over_ranks(self, losses: torch.Tensor, batch: StepBatch, stop: bool) -> _Totals:
         """Sum the step's totals over ranks, and pass rank 0's request to stop to all of them at the same step."""
         topology, count = self._plan.topology, len(losses)
-        shown = (batch.tokens, batch.images) if topology.first else (0, 0)
+        shown = (batch.tokens, batch.images, batch.media_tokens) if topology.first else (0, 0, 0)
         own = [*shown, float(stop), self._checkpoints.pending]
         sums = torch.zeros(len(own) + topology.dp * count, dtype=torch.float64)
         sums[: len(own)] = torch.tensor(own, dtype=torch.float64)
@@ -280,9 +281,9 @@ class Trainer:
         sums[start : start + count] = losses
         self._heartbeat.report("waiting for all ranks: the step's totals")  # on GPUs, this also waits for the device
         dist.all_reduce(sums)
-        tokens, images, stops, saving, *every_loss = sums.tolist()
+        tokens, images, media_tokens, stops, saving, *every_loss = sums.tolist()
         self._heartbeat.report("recording the step")
-        return _Totals(tuple(every_loss), int(tokens), int(images), stops > 0, saving)
+        return _Totals(tuple(every_loss), int(tokens), int(images), int(media_tokens), stops > 0, saving)
 
     def _stats(
         self, batch: StepBatch, result: StepResult, totals: _Totals, rate: float, data_s: float, step_s: float
@@ -293,7 +294,7 @@ class Trainer:
             memory = torch.cuda.max_memory_allocated(self._device) / 2**30
         if self._peak is not None:
             flops = self._plan.split.counts.step_flops(
-                tokens=totals.tokens, targets=batch.targets, images=totals.images
+                tokens=totals.tokens, targets=batch.targets, images=self._plan.spec.views(totals.media_tokens)
             )
             mfu = flops / step_s / (self._peak * self._plan.topology.world)
         norm = result.grad_norm if result.applied else None

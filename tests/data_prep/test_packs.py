@@ -123,7 +123,7 @@ def test_a_row_file_of_another_size_is_refused(folder: tuple[Path, list[PackRow]
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "mma-pack", "version": 2})]
+    "text", ["{", "[]", json.dumps({"format": "other"}), json.dumps({"format": "mma-pack", "version": 1})]
 )
 def test_a_foreign_manifest_is_a_user_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "manifest.json").write_text(text)
@@ -206,7 +206,7 @@ DEEP = "[" * 10_000 + "]" * 10_000
         ("rows-00000.arrow", "../../etc/passwd", "files.0.name: must be a relative path"),
         ("rows-00000.arrow", "/etc/passwd", "files.0.name: must be a relative path"),
         ('"corpora": {}', '"corpora": {"a": {"draws": -1}}', "corpora.a.draws"),
-        ('"version": 2', '"version": [2]', r"version \[2\], this release reads version 2"),
+        ('"version": 3', '"version": [2]', r"version \[2\], this release reads version 3"),
         ('"format": "mma-pack"', f'"format": "{"x" * 9999}"', "not a file of format mma-pack"),
         ("{", "\udcff{", "malformed"),
         ("{", "7 {", "malformed"),

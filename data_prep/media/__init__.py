@@ -1,0 +1,1 @@
+"""Media: how many tokens a medium takes, known from its header before training."""

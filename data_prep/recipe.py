@@ -283,7 +283,7 @@ class Recipe(_Strict):
 
 _LEVELS: Mapping[int, Mapping[str, type[BaseModel]]] = {
     1: {"": Recipe},
-    2: {"tokenizer": TokenizerConfig},
+    2: {"tokenizer": TokenizerConfig, "media": MediaSpec},
     3: {"tokenizer": TrainTokenizer, "packs": PackConfig},
     4: {"corpora": Augment},
 }

@@ -134,8 +134,8 @@ class ModelSpec:
         image, side = self.media.image, self.preprocess.size_px
         if isinstance(image, NativeImages):
             raise ConfigError(
-                f"the packs hold images of their own sizes, which no {self.vision.model_type} tower reads here: rebuild "
-                "them with media.image.kind=anyres, or with image_tokens"
+                f"the packs hold images of their own sizes, which no {self.vision.model_type} tower reads here: "
+                "rebuild them with media.image.kind=anyres, or with image_tokens"
             )
         if isinstance(image, AnyresImages) and image.tile_px != side:
             raise ConfigError(

@@ -18,6 +18,7 @@ from pipeline.masks import Policy, Sidecars, position_ids
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.preprocess import Preprocess
 from pipeline.model.stage import Stage
+from pipeline.model.views import view_pixels
 
 
 class StageSubject(nn.Module):
@@ -70,4 +71,4 @@ def pack_batch(packs: PackReader, row: int, preprocess: Preprocess) -> dict[str,
 def _pixels(packs: PackReader, row: PackRow, preprocess: Preprocess) -> torch.Tensor:
     store = ImageStore(packs.directory / packs.manifest.image_store)
     images = [decode_rgb(store.read(index)) for index in row.image_row.tolist()]
-    return preprocess.views(images, [] if row.media is None else extents(row.media), packs.manifest.media_spec)
+    return view_pixels(preprocess, images, [] if row.media is None else extents(row.media), packs.manifest.media_spec)

@@ -13,6 +13,7 @@ from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, position_ids
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.spec import ModelSpec
+from pipeline.model.views import view_pixels
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def stage_inputs(
     ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
     towers = spec.towers.values() if prompt.images else ()
     extents = spec.extents(image.size for image in prompt.images)
-    pixels = [tower.preprocess.views(prompt.images, extents, spec.media_spec).to(device) for tower in towers]
+    pixels = [view_pixels(tower.preprocess, prompt.images, extents, spec.media_spec).to(device) for tower in towers]
     return StageInputs(
         input_ids=ids,
         position_ids=position_ids(sidecars, policy.grid).to(device),

@@ -50,13 +50,16 @@ class ImageLoader:
     spec: MediaSpec | None = None
     """How images become tokens; None: each is one view."""
 
-    def load(self, reference: ImageReference) -> tuple[list[npt.NDArray[np.uint8]], ...]:
-        """Return the views of an image for each tower, uint8[S, S, 3]. Raises UserError if it cannot be decoded."""
+    def load(self, reference: ImageReference) -> tuple[npt.NDArray[np.uint8], ...]:
+        """Return the views of an image for each tower, uint8[views, S, S, 3].
+
+        Raises UserError naming an image that cannot be decoded.
+        """
         image = self._decoded(reference)
         if reference.augmentation is not None:
             image = apply_augmentation(image, reference.augmentation)
         return tuple(
-            [tower.resize(view) for view in views_of(image, reference.extent, self.spec, tower.size_px)]
+            np.stack([tower.resize(view) for view in views_of(image, reference.extent, self.spec, tower.size_px)])
             for tower in self.towers
         )
 

@@ -14,7 +14,7 @@ from pipeline.model.preprocess import Preprocess
 
 
 def view_pixels(
-    preprocess: Preprocess, images: Sequence[Image.Image], extents: Sequence[Extent], spec: MediaSpec
+    preprocess: Preprocess, images: Sequence[Image.Image], extents: Sequence[Extent | None], spec: MediaSpec
 ) -> torch.Tensor:
     """Return the normalised pixels of all views of images, float32[views, 3, S, S], in the order of their tokens."""
     pairs = zip(images, extents, strict=True)

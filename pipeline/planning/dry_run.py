@@ -100,7 +100,8 @@ def describe_loader(plan: RunPlan) -> str:
     if not shown:
         return "loader   no images in the first rows"
     towers = [tower.preprocess for tower in plan.spec.towers.values()]
-    loader = ImageLoader(ImageStore(plan.packs.directory / manifest.image_store), towers, data.draft_jpeg)
+    store = ImageStore(plan.packs.directory / manifest.image_store)
+    loader = ImageLoader(store, towers, data.draft_jpeg, manifest.media_spec)
     rate = images_per_core_s(loader, shown)
     cores = len(os.sched_getaffinity(0)) // min(8, local_ranks(os.environ, plan.topology.world))
     threads = default_threads(cores) if data.decode_threads is None else max(1, data.decode_threads)

@@ -150,7 +150,7 @@ def _open_held_out(config: RunConfig, trained: Manifest) -> dict[str, PackReader
     folders = {name: PackReader(folder) for name, folder in config.eval.packs.items()}
     for name, packs in folders.items():
         manifest = packs.manifest
-        for key in ("tokenizer_sha256", "image_tokens", "template"):
+        for key in ("tokenizer_sha256", "image_tokens", "media", "template"):
             ours, theirs = getattr(trained, key), getattr(manifest, key)
             if ours != theirs:
                 raise ConfigError(

@@ -71,4 +71,5 @@ def pack_batch(packs: PackReader, row: int, preprocess: Preprocess) -> dict[str,
 def _pixels(packs: PackReader, row: PackRow, preprocess: Preprocess) -> torch.Tensor:
     store = ImageStore(packs.directory / packs.manifest.image_store)
     images = [decode_rgb(store.read(index)) for index in row.image_row.tolist()]
-    return view_pixels(preprocess, images, [] if row.media is None else extents(row.media), packs.manifest.media_spec)
+    found = [None] * len(images) if row.media is None else extents(row.media)
+    return view_pixels(preprocess, images, found, packs.manifest.media_spec)

@@ -55,7 +55,7 @@ def test_every_shipped_recipe_is_valid(name: str, monkeypatch: pytest.MonkeyPatc
         ("tokenizer.train.vocab", 9, "unknown key tokenizer.train.vocab (did you mean 'vocab_size'?)"),
         ("image_tokens", ..., "give either image_tokens, for images of one size, or media"),
         ("media", {"image": {"kind": "fixed", "tokens": 4}}, "give either image_tokens, for images of one size, or"),
-        ("media", {"imag": 3}, "media.imag is not known (did you mean 'image'?)"),
+        ("media", {"imag": 3}, "unknown key media.imag (did you mean 'image'?)"),
         ("packs.pt", {"corpora": ["captions"], "template": "caption", "seq_len": 64, "epochs": 1, "max_images": 1,
                       "max_image_tokens": 9}, "give either max_images or max_image_tokens"),
         ("packs.pt.template", "phi", "packs.pt: template 'phi' is unknown (did you mean 'phi3'?)"),

@@ -71,7 +71,8 @@ def attend(
     """
     _check(q_BHTD, k_BHkTD, plan)
     if backend == "auto":
-        backend = choose_backend(plan, q_BHTD.device.type, softcap, flash_fits=_flash_fits(q_BHTD))
+        flash_fits = _flash_fits(q_BHTD)
+        backend = plan.backend or choose_backend(plan, q_BHTD.device.type, softcap, flash_fits=flash_fits)
     if backend not in BACKENDS:
         raise UserError(
             f"unknown attention backend '{backend}'{did_you_mean(backend, BACKENDS)}; known: {', '.join(BACKENDS)}"

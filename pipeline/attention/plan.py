@@ -40,6 +40,8 @@ class AttentionPlan:
     run_split: RunSplit | None
     """See :attr:`runs`; None where too many keys would be gathered."""
     device: torch.device
+    backend: str | None = None
+    """The backend that ``auto`` selects; None: by device and policy."""
     others: tuple[AttentionPlan, ...] = ()
     """Plans of the policy's other parts, where it changes with the layer; see :meth:`at`."""
     layers: tuple[tuple[range, int], ...] = ()

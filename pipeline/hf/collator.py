@@ -5,7 +5,7 @@ R rows of L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,17 @@ class PackedRows(Dataset[dict[str, Any]]):
         }
         return columns if not len(row.image_row) else {**columns, "pixel_values": self._pixels(row)}
 
+    def as_dataset(self) -> Any:
+        """Return the rows as a ``datasets.Dataset``, which TRL's trainers require. A row is read when it is needed."""
+        from datasets import Dataset as Table
+
+        def read(batch: Mapping[str, list[int]]) -> dict[str, list[Any]]:
+            rows = [self[index] for index in batch["row"]]
+            keys = dict.fromkeys(key for row in rows for key in row)
+            return {key: [row.get(key) for row in rows] for key in keys}
+
+        return Table.from_dict({"row": list(range(len(self)))}).with_transform(read)
+
     def _pixels(self, row: PackRow) -> torch.Tensor:
         assert self._images is not None, "rows with images, but the packs name no image store"
         images = [decode_rgb(self._images.read(index)) for index in row.image_row.tolist()]
@@ -190,22 +201,30 @@ def _checked(sample: Sample, number: int) -> Sample:
     return {**sample, "input_ids": ids, "labels": labels}
 
 
-def _join_media(rows: Iterable[Sequence[Sample]]) -> dict[str, torch.Tensor]:
+def _join_media(rows: Sequence[Sequence[Sample]]) -> dict[str, torch.Tensor]:
     """Concatenate images in the order of the rows; where a class takes images by row, pad with blank ones."""
     found = {}
+    tiled = any("image_sizes" in sample for row in rows for sample in row)
     for key in MEDIA_KEYS:
-        by_row = [[torch.as_tensor(sample[key]) for sample in row if key in sample] for row in rows]
-        if not any(by_row):
+        by_row = [[torch.as_tensor(sample[key]) for sample in row if sample.get(key) is not None] for row in rows]
+        parts = [part for row in by_row for part in row]
+        if not parts:
             continue
-        if key == "pixel_attention_mask" or next(part for row in by_row for part in row).dim() == 5:
-            joined = [torch.cat(row, dim=1)[0] if row else None for row in by_row]
-            like = next(part for part in joined if part is not None)
-            most = max(0 if part is None else len(part) for part in joined)
-            full = [like.new_zeros(0, *like.shape[1:]) if part is None else part for part in joined]
-            found[key] = torch.stack([torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]) for x in full])
+        if key == "pixel_attention_mask" or (parts[0].dim() == 5 and not tiled):
+            found[key] = _by_row(by_row, parts[0])
+        elif parts[0].dim() == 5:  # [images, tiles, 3, H, W]
+            most = max(part.shape[1] for part in parts)
+            found[key] = torch.cat([F.pad(part, (0, 0) * 3 + (0, most - part.shape[1])) for part in parts])
         else:
-            found[key] = torch.cat([part for row in by_row for part in row])
+            found[key] = torch.cat(parts)
     return found
+
+
+def _by_row(by_row: Sequence[Sequence[torch.Tensor]], like: torch.Tensor) -> torch.Tensor:
+    """Join the images [1, images, ...] of every row, and pad the rows to the same number of images."""
+    rows = [torch.cat(list(row), dim=1)[0] if row else like.new_zeros(0, *like.shape[2:]) for row in by_row]
+    most = max(len(row) for row in rows)
+    return torch.stack([torch.cat([row, row.new_zeros(most - len(row), *row.shape[1:])]) for row in rows])
 
 
 def _rope_index(model: Any) -> Callable[..., Any] | None:

@@ -6,7 +6,7 @@ B rows, Q queries, K keys.
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.masks import Policy, Sidecars
 from pipeline.masks.sidecars import SpanColumns
 
 NAME = "mma_policy"
-BACKENDS = ("sdpa", "runsplit")
+BACKENDS = ("sdpa", "runsplit", "flex")
 
 
 @dataclass
@@ -42,8 +42,9 @@ class Call:
 
     @cached_property
     def plan(self) -> AttentionPlan:
-        """The plan of all rows joined."""
-        return build_plan(self.policy, Sidecars.concat(self.rows)).to(self.device)
+        """The plan of all rows joined, without a mask in memory."""
+        plan = build_plan(self.policy, Sidecars.concat(self.rows)).to(self.device)
+        return replace(plan, backend="flex") if self.backend == "flex" else plan
 
     @cached_property
     def mask(self) -> torch.Tensor:
@@ -62,6 +63,7 @@ def register() -> str:
     return NAME
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # built outside the compiled graph
 def policy_mask(
     batch_size: int,
     q_length: int,
@@ -79,7 +81,8 @@ def policy_mask(
     a layer has a window of ``local_size`` tokens, it limits how far back a token sees.
 
     Returns:
-        bool[B, 1, Q, K]; the plan of the batch with the ``runsplit`` backend; None where transformers needs no mask.
+        bool[B, 1, Q, K]; the plan of the batch with the other backends than ``sdpa``; None where transformers needs
+        no mask.
 
     Raises:
         UserError: the model was not called itself, or its cache is static.
@@ -94,7 +97,7 @@ def policy_mask(
             "MMA builds its mask inside the model's own forward: call the enabled model itself, not a part of it, and "
             "generate without a static cache (cache_implementation)"
         )
-    if call.backend == "runsplit" and q_offset == 0 and kv_length == q_length:
+    if call.backend != "sdpa" and q_offset == 0 and kv_length == q_length:
         return call.plan
     return _with_cache(call, batch_size, kv_length, q_offset, kv_offset, attention_mask, local_size)
 

@@ -67,9 +67,9 @@ class Media:
                 "enable MMA on a vision-language model, or set config.image_token_id"
             )
         merge = getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1)
-        return cls(
-            {int(key): value for key, value in ids.items() if key is not None}, _first(config, _LENGTH_NAMES), merge
-        )
+        # Images that are cut into tiles have as many tokens as their tiles need.
+        lengths = None if getattr(config, "image_grid_pinpoints", None) else _first(config, _LENGTH_NAMES)
+        return cls({int(key): value for key, value in ids.items() if key is not None}, lengths, merge)
 
 
 @dataclass
@@ -86,8 +86,9 @@ class BatchReader:
 
         Args:
             call: the arguments of forward. ``segment`` int[B, T] and ``generated`` bool[B, T] are optional; otherwise
-                samples come from restarts of ``position_ids`` and from a 2-D ``attention_mask`` (0 = padding; values
-                above 1 number the packed samples), and generated tokens from the assistant spans or ``labels``.
+                samples come from ``cu_seq_lens_q``, or from restarts of ``position_ids`` and a 2-D ``attention_mask``
+                (0 = padding; values above 1 number the packed samples), and generated tokens from the assistant spans
+                or ``labels``.
             training: refuse batches that do not say which tokens are generated. At inference all of them count as a
                 prompt, but ``use_cache=False`` is refused: ``generate`` would pass its own tokens as a prompt.
 
@@ -168,7 +169,9 @@ def _segments(call: Mapping[str, Any], ids: torch.Tensor) -> torch.Tensor:
         given: torch.Tensor = call["segment"].cpu().long()
         return given
     segment = torch.ones_like(ids)
-    mask, positions = call.get("attention_mask"), call.get("position_ids")
+    mask, positions, bounds = (call.get(name) for name in ("attention_mask", "position_ids", "cu_seq_lens_q"))
+    if bounds is not None:  # the samples of one joined row, as for flash attention; positions need not restart
+        return torch.bucketize(torch.arange(ids.shape[1]), bounds.cpu(), right=True)[None]
     real = torch.ones_like(ids, dtype=torch.bool)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         segment = mask[:, -ids.shape[1] :].cpu().long()

@@ -188,12 +188,13 @@ def _take_images(
 ) -> dict[str, torch.Tensor]:
     """Return images [first, last) of ``total``; ``in_row`` is the row and the first image's number in it."""
     taken = {}
+    tiled = "image_sizes" in given  # pixels [images, tiles, ...], not [rows, images, ...]
     grid = given.get("image_grid_thw")
     patches = None if grid is None else F.pad(grid.prod(1).cumsum(0), (1, 0)).tolist()
     for key, value in given.items():
         if key == "pixel_values" and patches is not None:
             taken[key] = value[patches[first] : patches[last]]
-        elif key == "pixel_attention_mask" or (key == "pixel_values" and value.dim() == 5):
+        elif key == "pixel_attention_mask" or (key == "pixel_values" and value.dim() == 5 and not tiled):
             row, begin = in_row
             taken[key] = value[row : row + 1, begin : begin + last - first]
         elif value.shape[0] == total:

@@ -35,6 +35,25 @@ def _llava() -> Any:
     return hf.LlavaForConditionalGeneration(config)
 
 
+def _llava_next() -> Any:
+    vision = {"model_type": "siglip_vision_model", **SMALL, "image_size": 8, "patch_size": 8}
+    config = hf.LlavaNextConfig(
+        text_config={"model_type": "llama", **TEXT}, vision_config=vision, image_token_index=IMAGE_ID,
+        vision_feature_select_strategy="full", vision_feature_layer=-1, image_grid_pinpoints=[[8, 16], [16, 8]],
+    )  # fmt: skip
+    return hf.LlavaNextForConditionalGeneration(config)
+
+
+def _llava_onevision() -> Any:
+    vision = {"model_type": "siglip_vision_model", **SMALL, "image_size": 8, "patch_size": 8}
+    config = hf.LlavaOnevisionConfig(
+        text_config={"model_type": "qwen2", **TEXT}, vision_config=vision, image_token_index=IMAGE_ID,
+        video_token_index=VIDEO_ID, vision_feature_select_strategy="full", vision_feature_layer=-1,
+        image_grid_pinpoints=[[8, 16], [16, 8]],
+    )  # fmt: skip
+    return hf.LlavaOnevisionForConditionalGeneration(config)
+
+
 def _qwen(name: str, vision: dict[str, Any], **text: Any) -> Any:
     config = getattr(hf, f"{name}Config")(
         text_config={**TEXT, "rope_parameters": ROPE, **text},
@@ -82,6 +101,8 @@ def _internvl() -> Any:
 
 CLASSES: dict[str, Callable[[], Any]] = {
     "llava": _llava,
+    "llava_next": _llava_next,
+    "llava_onevision": _llava_onevision,
     "qwen2_5_vl": _qwen25,
     "qwen3_vl": _qwen3,
     "gemma3": _gemma3,
@@ -154,6 +175,11 @@ class Rows:
         if self.name.startswith("qwen"):
             patches = torch.cat([image.view(-1).repeat(2)[: 16 * 96].view(16, 96) for image in images])
             return {"pixel_values": patches, "image_grid_thw": torch.tensor([[1, 4, 4]] * len(images))}
+        if self.name in ("llava_next", "llava_onevision"):  # one tile of the whole image and two of its halves
+            tiles = torch.stack(
+                [torch.stack([image[:, :8, :8], image[:, 8:, :8], image[:, :8, 8:]]) for image in images]
+            )
+            return {"pixel_values": tiles, "image_sizes": torch.tensor([[8, 16]] * len(images))}
         if self.name in ("idefics3", "smolvlm"):
             most, queue = max(counts), iter(images)
             rows = [[next(queue) for _ in range(count)] for count in counts]

@@ -23,7 +23,7 @@ def columns(reader: BatchReader, **call: Any) -> tuple[list[int], list[int], lis
 def test_every_class_names_its_media(name: str) -> None:
     media = Media.of(tiny(name).config)
     assert media.tokens[IMAGE_ID] == 1
-    assert media.tokens.get(VIDEO_ID) == (2 if name.startswith("qwen") else None)
+    assert media.tokens.get(VIDEO_ID) == (2 if name.startswith(("qwen", "llava_one")) else None)
     assert media.lengths in (None, IMAGE_TOKENS)
 
 
@@ -63,11 +63,12 @@ def test_spans_begin_after_the_header_and_hold_the_end() -> None:
         ({"position_ids": [0, 1, 2, 0, 0, 1]}, [1, 1, 1, 2, 3, 3]),
         ({"position_ids": [1, 1, 0, 1, 2, 3], "attention_mask": [0, 0, 1, 1, 1, 1]}, [0, 0, 1, 1, 1, 1]),
         ({"position_ids": [0, 1, 0, 1, 0, 0], "attention_mask": [1, 1, 1, 1, 0, 0]}, [1, 1, 2, 2, 0, 0]),
+        ({"position_ids": [0, 1, 2, 3, 4, 5], "cu_seq_lens_q": [0, 2, 5, 6]}, [1, 1, 2, 2, 2, 3]),
         ({"segment": [4, 4, 4, 5, 5, 0], "position_ids": [0, 1, 0, 1, 0, 0]}, [4, 4, 4, 5, 5, 0]),
     ],
 )
 def test_samples(call: dict[str, list[int]], expected: list[int]) -> None:
-    given = {key: torch.tensor([value]) for key, value in call.items()}
+    given = {key: torch.tensor(value if key == "cu_seq_lens_q" else [value]) for key, value in call.items()}
     reader = BatchReader(Media({IMG: 1}))
     assert columns(reader, input_ids=torch.arange(1, 7)[None], **given)[0] == expected
 

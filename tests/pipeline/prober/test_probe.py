@@ -48,6 +48,10 @@ def test_no_fixed_form_is_reported(name: str) -> None:
 
 @pytest.fixture(scope="module")
 def stage() -> Any:
+    return own_stage()
+
+
+def own_stage() -> Any:
     config = model_config("llama").model_copy(update={"connector": ConnectorConfig(kind="mlp")})
     return whole_stage(ModelSpec.resolve(config, vocab_size=VOCAB, image_tokens=4)).eval()
 

@@ -53,15 +53,15 @@ def stock(name: str) -> tuple[Callable[..., Any], list[Mapping[str, Any]]]:
 def main() -> None:
     """Print the table; the last column is the probe's time over that of one forward pass of the same batch."""
     torch.set_num_threads(1)
-    print("| case | verdict | probe s | x forward |\n|---|---|---:|---:|")
+    print("| case | result | probe s | x forward |\n|---|---|---:|---:|")
     for name, model, batches in cases():
         probe(model, batches)  # the first run pays for imports and caches
         forward = min(_seconds(lambda: _forward(model, batches)) for _ in range(5))  # noqa: B023
         start = time.process_time()
         report = probe(model, batches)
         seconds = time.process_time() - start
-        verdict = "clean" if report.ok else report.findings[0].check
-        print(f"| {name} | {verdict} | {seconds:.2f} | {seconds / forward:.0f} |", flush=True)
+        result = "clean" if report.ok else report.findings[0].check
+        print(f"| {name} | {result} | {seconds:.2f} | {seconds / forward:.0f} |", flush=True)
 
 
 def _forward(model: Callable[..., Any], batches: list[Mapping[str, Any]]) -> None:

@@ -144,8 +144,8 @@ class Manifest:
     tokens: Count
     """Tokens that are not padding, over all rows."""
     image_tokens: Count
-    """Token positions of one image, or of one tile (anyres); the model's connector must produce as many. 0: images have
-    their own size."""
+    """Token positions of one image, or of one tile (anyres); the model's connector must produce as many. 1 where images
+    have their own sizes (native)."""
     images: Count
     """Images over all rows, repeats counted."""
     max_images: Count

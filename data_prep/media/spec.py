@@ -72,7 +72,7 @@ class _Images(BaseModel):
 
     @property
     def view_tokens(self) -> int:
-        """Tokens of one view, which the tower reads as one picture; 0 where views have no common size."""
+        """Tokens of one view: of one picture that the tower reads, or 1 where images have their own sizes."""
         raise NotImplementedError
 
     @property
@@ -216,8 +216,8 @@ class NativeImages(_Images):
 
     @property
     def view_tokens(self) -> int:
-        """Return 0: every image has its own size."""
-        return 0
+        """Return 1: the smallest image is one token."""
+        return 1
 
     @property
     def most_tokens(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -10,7 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import BlockMask
 
 from data_prep.common.errors import UserError
-from data_prep.common.modalities import TEXT
+from data_prep.common.modalities import IMAGE, TEXT
 from pipeline.attention.flex import build_block_mask
 from pipeline.attention.lse import Rectangles, build_rectangles
 from pipeline.attention.runs import PADDING_CHUNK, QueryRuns, RunSplit, query_runs, split_runs
@@ -145,6 +146,17 @@ def build_plan(policy: Policy | str, sidecars: Sidecars) -> AttentionPlan:
     base, *others = (_build_part(part, local) for part in policy.parts)
     layers = tuple((where, names.index(part.name) - 1) for where, part in policy.layers if part.name != names[0])
     return replace(base, others=tuple(others), layers=layers)
+
+
+def build_separate_plan(lengths: Sequence[int]) -> AttentionPlan:
+    """Build the plan of images packed into one sequence, patches that all see all patches of their own image.
+
+    Args:
+        lengths: patches of each image.
+    """
+    number = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    text = torch.zeros_like(number)
+    return build_plan("mixed", Sidecars(segment=number + 1, modality=text + IMAGE, instance=number, generated=text))
 
 
 def _build_part(policy: Policy, local: Sidecars) -> AttentionPlan:

@@ -15,12 +15,14 @@ import torch
 
 from data_prep.common.supervision import predicts_target
 from data_prep.images.store import ImageStore
+from data_prep.media.spec import NativeImages, extents
 from data_prep.packs import PackReader, PackRow
 from pipeline.attention import build_plan
 from pipeline.data.images import ImageLoader, images_of
 from pipeline.data.order import BatchOrder
 from pipeline.masks import Policy, Sidecars, position_ids
 from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.patches import PatchLayout
 from pipeline.model.preprocess import Preprocess, stacked
 
 MAX_DEFAULT_THREADS = 16
@@ -89,7 +91,8 @@ def stage_inputs(
 
 def pinned(inputs: StageInputs) -> StageInputs:
     """Return a micro-batch in page-locked memory, so its copy to the GPU can overlap with computation."""
-    return replace(inputs.mapped(torch.Tensor.pin_memory), plan=inputs.plan.pin_memory())
+    layout = None if inputs.layout is None else inputs.layout.pin_memory()
+    return replace(inputs.mapped(torch.Tensor.pin_memory), plan=inputs.plan.pin_memory(), layout=layout)
 
 
 def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
@@ -97,7 +100,8 @@ def to_device(inputs: StageInputs, device: torch.device) -> StageInputs:
     if device.type == "cpu":
         return inputs
     moved = inputs.mapped(partial(torch.Tensor.to, device=device, non_blocking=True))
-    return replace(moved, plan=inputs.plan.to(device))
+    layout = None if inputs.layout is None else inputs.layout.to(device)
+    return replace(moved, plan=inputs.plan.to(device), layout=layout)
 
 
 class BatchSource:
@@ -134,8 +138,10 @@ class BatchSource:
         store = packs.manifest.image_store
         self._reads_images = bool(preprocess)
         opens = self._reads_images and store is not None
-        spec = packs.manifest.media_spec
-        self._images = ImageLoader(ImageStore(packs.directory / store), preprocess, draft, spec) if opens else None
+        self._spec = packs.manifest.media_spec
+        self._images = (
+            ImageLoader(ImageStore(packs.directory / store), preprocess, draft, self._spec) if opens else None
+        )
         self._ahead = max(1, ahead)
         self._pool = self._decoders = None
         if threads:
@@ -182,7 +188,11 @@ class BatchSource:
     def inputs(self, rows: list[PackRow]) -> StageInputs:
         """Return rows as one micro-batch, with their pixels. Raises UserError as :meth:`read` does."""
         pixels = self._pixels(rows)
-        return stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
+        inputs = stage_inputs(rows, self._policy, pixels[0] if pixels else None, tuple(pixels[1:]))
+        if not pixels or not isinstance(self._spec.image, NativeImages):
+            return inputs
+        grids = [extent.view for row in rows if row.media is not None for extent in extents(row.media)]
+        return replace(inputs, layout=PatchLayout.of(grids, self._spec.image.merge))
 
     def _microbatch(self, rows: list[PackRow]) -> StageInputs:
         return pinned(self.inputs(rows)) if torch.cuda.is_available() else self.inputs(rows)

@@ -14,10 +14,10 @@ from PIL import Image
 from data_prep.common.errors import UserError
 from data_prep.images.augment import UNIT, apply_augmentation
 from data_prep.images.store import BadImage, ImageStore, decode_rgb
-from data_prep.media.spec import Extent, MediaSpec, extents
+from data_prep.media.spec import Extent, MediaSpec, NativeImages, extents
 from data_prep.packs import PackRow
 from pipeline.model.preprocess import Preprocess
-from pipeline.model.views import views_of
+from pipeline.model.views import pictures_of
 
 
 class ImageReference(NamedTuple):
@@ -51,17 +51,14 @@ class ImageLoader:
     """How images become tokens; None: each is one view."""
 
     def load(self, reference: ImageReference) -> tuple[npt.NDArray[np.uint8], ...]:
-        """Return the views of an image for each tower, uint8[views, S, S, 3].
+        """Return the views of an image for each tower, uint8[views, S, S, 3], or its patches (native).
 
         Raises UserError naming an image that cannot be decoded.
         """
         image = self._decoded(reference)
         if reference.augmentation is not None:
             image = apply_augmentation(image, reference.augmentation)
-        return tuple(
-            np.stack([tower.resize(view) for view in views_of(image, reference.extent, self.spec, tower.size_px)])
-            for tower in self.towers
-        )
+        return tuple(pictures_of(image, reference.extent, self.spec, tower) for tower in self.towers)
 
     def _decoded(self, reference: ImageReference) -> Image.Image:
         draft_px = self._draft_px(reference) if self.draft else 0
@@ -74,7 +71,8 @@ class ImageLoader:
 
     def _draft_px(self, reference: ImageReference) -> int:
         """Return the shortest sides of the whole image whose kept part is still as large as the towers' input."""
-        side = max(tower.size_px for tower in self.towers)
+        image = None if self.spec is None else self.spec.image
+        side = image.patch_px if isinstance(image, NativeImages) else max(tower.size_px for tower in self.towers)
         side *= max(reference.extent.view) if reference.extent else 1
         kept = UNIT if reference.augmentation is None else int(reference.augmentation[3:].min())
         return -(-side * UNIT // kept)

@@ -91,7 +91,8 @@ class ParamCounts(Sizes):
         sizes = {name: prod(shape) for name, shape in shapes or parameter_shapes(spec)}
         trained = {name: size for name, size in sizes.items() if trains(name)}
         towers = [sum(size for name, size in sizes.items() if name.startswith(f"{own}.")) for own in spec.towers]
-        work = [size * tower.features.patches for size, tower in zip(towers, spec.towers.values(), strict=True)]
+        features = (spec.features, *spec.features.others)
+        work = [size * own.patches for size, own in zip(towers, features, strict=True)]
         return cls(
             **vars(Sizes.add_up(sizes, spec.layers)),
             trained=Sizes.add_up(trained, spec.layers),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.attention import AttentionPlan
+from pipeline.model.patches import PatchLayout
 
 IGNORE = -100
 
@@ -35,6 +36,8 @@ class StageInputs:
     or several (anyres). None on stages that do not hold the vision tower."""
     extra_pixels: tuple[torch.Tensor, ...] = ()
     """The same views for each further vision tower, [n_views, 3, S_k, S_k]."""
+    layout: PatchLayout | None = None
+    """Of images of their own sizes, whose pixels are patches [N, 3, S, S]; None on stages without the vision tower."""
     supervised: torch.Tensor | None = None
     """int64[n]: positions that have a label; precomputed, because finding them on a GPU would make the host wait."""
     per_token: bool = False
@@ -43,7 +46,8 @@ class StageInputs:
     def to(self, device: torch.device | str) -> StageInputs:
         """Return the inputs on another device."""
         moved = self.mapped(lambda tensor: tensor.to(device))
-        return replace(moved, plan=self.plan.to(device))
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(moved, plan=self.plan.to(device), layout=layout)
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> StageInputs:
         """Return the inputs with every tensor changed; the plan is kept."""

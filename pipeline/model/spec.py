@@ -84,12 +84,12 @@ class ModelSpec:
             media=media,
         )
         spec._check_gates(config)
+        spec._check_media()
         spec._check_connector()
         spec = replace(spec, lora=lora_layers.resolve(config.lora, spec._layers()))
         if image_tokens is None:
             return replace(spec, image_tokens=spec.connector_tokens)
         spec._check_image_tokens()
-        spec._check_media()
         return spec
 
     def _check_connector(self) -> None:
@@ -129,24 +129,45 @@ class ModelSpec:
 
     def _check_media(self) -> None:
         """Refuse images that the tower does not read as the packs count them. Raises ConfigError."""
-        if self.media is None:
-            return
-        image, side = self.media.image, self.preprocess.size_px
-        if isinstance(image, NativeImages):
+        image = self.media_spec.image
+        if isinstance(image, AnyresImages) and image.tile_px != self.preprocess.size_px:
             raise ConfigError(
-                f"the packs hold images of their own sizes, which no {self.vision.model_type} tower reads here: "
-                "rebuild them with media.image.kind=anyres, or with image_tokens"
+                f"the tower reads images of {self.preprocess.size_px} pixels, but a tile has {image.tile_px} in the "
+                f"packs: set model.vision.size_px to {image.tile_px}, or rebuild the packs with media.image.tile_px "
+                f"{self.preprocess.size_px}"
             )
-        if isinstance(image, AnyresImages) and image.tile_px != side:
+        if isinstance(image, NativeImages):
+            self._check_native(image)
+
+    def _check_native(self, image: NativeImages) -> None:
+        """Refuse a tower or connector that cannot read images of their own sizes. Raises ConfigError."""
+        if not self.vision_family.native:
             raise ConfigError(
-                f"the tower reads images of {side} pixels, but a tile has {image.tile_px} in the packs: set "
-                f"model.vision.size_px to {image.tile_px}, or rebuild the packs with media.image.tile_px {side}"
+                f"the packs hold images of their own sizes (media.image.kind=native), which a tower of type "
+                f"{self.vision.model_type} does not read: use a SigLIP 2 NaFlex tower, or rebuild the packs"
+            )
+        if int(self.vision.patch_size) != image.patch_px:
+            raise ConfigError(
+                f"the tower reads patches of {self.vision.patch_size} pixels, the packs have {image.patch_px}: rebuild "
+                f"them with media.image.patch_px {self.vision.patch_size}"
+            )
+        if self.extra_towers or self.connector.tower_layers:
+            raise ConfigError(
+                "images of their own sizes (media.image.kind=native) need one tower, read at its end: remove "
+                "model.extra_vision and model.connector.layers"
+            )
+        block = image.merge, image.merge
+        if self.connector.grid(block) != (1, 1):
+            raise ConfigError(
+                f"model.connector.kind={self.connector.kind} does not make one token of {image.merge} x {image.merge} "
+                "patches, as the packs count them (media.image.merge): use mlp for merge 1, or pixel_shuffle with "
+                "factor, or attention_pool with window, equal to merge"
             )
 
     @property
     def media_spec(self) -> MediaSpec:
         """How media become tokens; equal to that of the packs the model is trained on."""
-        return self.media or MediaSpec.fixed(self.image_tokens)
+        return self.media or MediaSpec.fixed(max(1, self.image_tokens))
 
     def extents(self, sizes: Iterable[tuple[int, int]]) -> list[Extent]:
         """Return the tokens of images of these (width, height) in pixels."""
@@ -226,10 +247,15 @@ class ModelSpec:
 
     @property
     def features(self) -> Features:
-        """Width and grid of the patch features of the first tower, and of the others."""
+        """Width and grid of the patch features of the first tower, and of the others.
+
+        Where images have their own sizes, the grid is that of the patches of one token.
+        """
         first, *others = (tower.features for tower in self.towers.values())
         width = first.width * max(1, len(self.connector.tower_layers))
-        return first._replace(width=width, others=tuple(others))
+        image = self.media_spec.image
+        grid = (image.merge, image.merge) if isinstance(image, NativeImages) else first.grid
+        return first._replace(width=width, grid=grid, others=tuple(others))
 
     @property
     def connector_tokens(self) -> int:
@@ -312,10 +338,10 @@ class ModelSpec:
                 gate=GateConfig.model_validate(raw.get("gate", {})),  # older descriptions have none
                 media=MediaSpec.model_validate(raw["media"]) if raw.get("media") else None,
             )
+            spec._check_media()
             spec._check_connector()
             if spec.connector_tokens != spec.image_tokens:
                 raise ValueError(f"image_tokens {spec.image_tokens}, but its connector gives {spec.connector_tokens}")
-            spec._check_media()
             return spec
         except ConfigError:
             raise

@@ -15,10 +15,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from data_prep.media.spec import NativeImages
 from pipeline.attention import register
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.lora import add_adapters
 from pipeline.model.loss import LMHead
+from pipeline.model.patches import PatchLayout
 from pipeline.model.spec import ModelSpec
 
 
@@ -159,14 +161,18 @@ class Stage(nn.Module):
     def embed(self, inputs: StageInputs) -> torch.Tensor:
         """Return the token embeddings [1, T, D] with image tokens inserted; first stage only."""
         embeds_1TD: torch.Tensor = self.model.embed_tokens(inputs.input_ids[None])
-        images_MD = self.image_tokens(inputs.pixels, embeds_1TD, inputs.extra_pixels)
+        images_MD = self.image_tokens(inputs.pixels, embeds_1TD, inputs.extra_pixels, inputs.layout)
         if inputs.pixels is None:
             assert not len(inputs.image_positions), "image positions without pixels"
             return embeds_1TD + images_MD.sum() * 0.0
         return embeds_1TD[0].index_copy(0, inputs.image_positions, images_MD)[None]
 
     def image_tokens(
-        self, pixels: torch.Tensor | None, like: torch.Tensor, extra: Sequence[torch.Tensor] = ()
+        self,
+        pixels: torch.Tensor | None,
+        like: torch.Tensor,
+        extra: Sequence[torch.Tensor] = (),
+        layout: PatchLayout | None = None,
     ) -> torch.Tensor:
         """Return image tokens [views * image_tokens, D] in the dtype of ``like``; each tower sees all views at once.
 
@@ -176,7 +182,10 @@ class Stage(nn.Module):
             pixels: [views, 3, S, S] of the first tower: uint8, or normalised floats.
             like: a tensor of the stage's dtype on its device.
             extra: of the further towers.
+            layout: of the images whose patches the pixels are, for models of images of their own sizes.
         """
+        if isinstance(image := self.spec.media_spec.image, NativeImages):
+            return self._native_tokens(pixels, like, layout, image)
         sides = [tower.preprocess.size_px for tower in self.spec.towers.values()]
         blank = (torch.zeros(1, 3, side, side, device=like.device) for side in sides)
         given = blank if pixels is None else (pixels, *extra)
@@ -187,6 +196,20 @@ class Stage(nn.Module):
             with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains(name)):
                 features.append(tower.family.features(module, tower.config, own, layers))
         return self.connector(*features).flatten(0, 1)  # type: ignore[no-any-return]
+
+    def _native_tokens(
+        self, pixels: torch.Tensor | None, like: torch.Tensor, layout: PatchLayout | None, image: NativeImages
+    ) -> torch.Tensor:
+        """Return the tokens of images of their own sizes [M, D]; without images, that of a blank image."""
+        merge, side = image.merge, image.patch_px
+        if pixels is None or layout is None:
+            pixels = torch.zeros(merge**2, 3, side, side, device=like.device)
+            layout = PatchLayout.of([(merge, merge)], merge).to(like.device)
+        tower = self.spec.towers["vision"]
+        own = (tower.preprocess.normalize(pixels) if pixels.dtype == torch.uint8 else pixels).to(like.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.trains("vision")):
+            features_NC = tower.family.packed(self.vision, own, layout)
+        return self.connector(layout.blocks(features_NC)).flatten(0, 1)  # type: ignore[no-any-return]
 
     def decode(self, hidden_1TD: torch.Tensor, inputs: StageInputs, layers: range | None = None) -> torch.Tensor:
         """Run decoder layers, by default all of the stage's: [1, T, D] -> [1, T, D]."""

@@ -1,45 +1,63 @@
-"""Cuts images into the views that a tower reads: the image itself, or its tiles and a thumbnail."""
+"""Cuts images into what a tower reads: the image itself, its tiles and a thumbnail, or its patches."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from PIL.Image import Resampling
 
-from data_prep.media.spec import AnyresImages, Extent, MediaSpec
-from pipeline.model.preprocess import Preprocess
+from data_prep.media.spec import AnyresImages, Extent, MediaSpec, NativeImages
+from pipeline.model.preprocess import Preprocess, stacked
 
 
 def view_pixels(
     preprocess: Preprocess, images: Sequence[Image.Image], extents: Sequence[Extent | None], spec: MediaSpec
 ) -> torch.Tensor:
-    """Return the normalised pixels of all views of images, float32[views, 3, S, S], in the order of their tokens."""
-    pairs = zip(images, extents, strict=True)
-    side = preprocess.size_px
-    return preprocess.batch([view for image, extent in pairs for view in views_of(image, extent, spec, side)])
+    """Return the normalised pictures of images, float32[n, 3, S, S], in the order of their tokens; at least one."""
+    cut = [pictures_of(image, extent, spec, preprocess) for image, extent in zip(images, extents, strict=True)]
+    return preprocess.normalize(stacked([*itertools.chain.from_iterable(cut)]))
 
 
-def views_of(image: Image.Image, extent: Extent | None, spec: MediaSpec | None, side: int) -> Iterator[Image.Image]:
-    """Yield the views of an image: itself, or its tiles row by row with the whole image before or after them.
+def pictures_of(
+    image: Image.Image, extent: Extent | None, spec: MediaSpec | None, preprocess: Preprocess
+) -> npt.NDArray[np.uint8]:
+    """Return the pictures that a tower reads of an image, uint8[n, S, S, 3].
 
     Args:
         image: decoded and augmented.
-        extent: of the image; None: one view.
+        extent: of the image; None: it is one view.
         spec: how images become tokens; None: each is one view.
-        side: of the tower's pictures, in pixels. Tiles have that size, the image itself any.
+        preprocess: of the tower.
+
+    Returns:
+        One picture, or tiles row by row with the whole image before or after them (S: side of the tower's images), or
+        patches row by row (S: side of a patch).
     """
-    if spec is None or extent is None or not isinstance(spec.image, AnyresImages):
-        yield image
-        return
+    if extent is not None and spec is not None and isinstance(spec.image, NativeImages):
+        return _patches(image, extent, spec.image.patch_px)
+    if extent is not None and spec is not None and isinstance(spec.image, AnyresImages):
+        return np.stack([preprocess.resize(view) for view in _tiles(image, extent, spec.image, preprocess.size_px)])
+    return preprocess.resize(image)[None]
+
+
+def _tiles(image: Image.Image, extent: Extent, spec: AnyresImages, side: int) -> Iterator[Image.Image]:
     rows, columns = extent.view
     several = rows * columns > 1
-    if several and spec.image.thumbnail == "first":
+    if several and spec.thumbnail == "first":
         yield image
     whole = image.convert("RGB").resize((columns * side, rows * side), Resampling.BICUBIC)
     for row, column in itertools.product(range(rows), range(columns)):
         yield whole.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
-    if several and spec.image.thumbnail == "last":
+    if several and spec.thumbnail == "last":
         yield image
+
+
+def _patches(image: Image.Image, extent: Extent, side: int) -> npt.NDArray[np.uint8]:
+    rows, columns = extent.view
+    whole = np.asarray(image.convert("RGB").resize((columns * side, rows * side), Resampling.BICUBIC))
+    return whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)

@@ -131,7 +131,8 @@ def export(
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
     try:
-        if export_config.spec.extra_towers or export_config.spec.media:  # its processor prepares one size of image
+        spec = export_config.spec
+        if spec.extra_towers or spec.media or spec.vision_family.native:  # the processor prepares squares of one size
             layout = "flat"
         _write_weights(export_config, _checked(export_config, saved), hidden, layout)
         _write_files(export_config, tokenizer, hidden, layout)

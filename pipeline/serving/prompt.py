@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.media.spec import NativeImages
 from data_prep.text.encoding import Encoded
 from pipeline.attention import build_plan
 from pipeline.masks import Policy, Sidecars, position_ids
 from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.patches import PatchLayout
 from pipeline.model.spec import ModelSpec
 from pipeline.model.views import view_pixels
 
@@ -48,7 +50,7 @@ def stage_inputs(
     sidecars = prompt.sidecars
     ids = torch.from_numpy(prompt.encoded.ids.astype(np.int64)).to(device)
     towers = spec.towers.values() if prompt.images else ()
-    extents = spec.extents(image.size for image in prompt.images)
+    extents, image = spec.extents(image.size for image in prompt.images), spec.media_spec.image
     pixels = [view_pixels(tower.preprocess, prompt.images, extents, spec.media_spec).to(device) for tower in towers]
     return StageInputs(
         input_ids=ids,
@@ -58,4 +60,7 @@ def stage_inputs(
         image_positions=(sidecars.instance >= 0).nonzero().squeeze(1).to(device),
         pixels=pixels[0] if pixels else None,
         extra_pixels=tuple(pixels[1:]),
+        layout=PatchLayout.of([one.view for one in extents], image.merge).to(device)
+        if pixels and isinstance(image, NativeImages)
+        else None,
     )

@@ -11,6 +11,7 @@ from pipeline.model.families.decoders import DECODERS
 from pipeline.model.families.dinov2 import DINOV2
 from pipeline.model.families.gemma import GEMMAS
 from pipeline.model.families.llm import LlmFamily
+from pipeline.model.families.siglip2 import SIGLIP2
 from pipeline.model.families.towers import TOWERS
 from pipeline.model.families.vision import VisionFamily
 
@@ -38,17 +39,14 @@ LLM_FAMILIES: Registry[LlmFamily] = Registry(
 )
 """Decoders by ``model_type``."""
 VISION_FAMILIES: Registry[VisionFamily] = Registry(
-    "mma.families", "vision tower", {family.model_type: family for family in (*TOWERS, *DINOV2)}, _accept(VisionFamily)
+    "mma.families",
+    "vision tower",
+    {family.model_type: family for family in (*TOWERS, SIGLIP2, *DINOV2)},
+    _accept(VisionFamily),
 )
 """Vision towers by ``model_type``."""
-_NAFLEX = (
-    "SigLIP 2 NaFlex takes patches of any aspect ratio, images here are squares of one size: use a SigLIP 2 of fixed "
-    "resolution, such as siglip2-so400m-patch14-384, whose model_type is siglip"
-)
 _EXPERTS = "only dense decoders are; it is a mixture of experts"
 REFUSED: Mapping[str, str] = {
-    "siglip2": _NAFLEX,
-    "siglip2_vision_model": _NAFLEX,
     "gemma3n": "its layers read a second embedding of the tokens and share keys and values across pipeline stages",
     "gemma3n_text": "its layers read a second embedding of the tokens and share keys and values across pipeline stages",
     "gpt_oss": "its attention has learned sinks, which the attention backends do not compute",

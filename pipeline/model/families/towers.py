@@ -12,7 +12,7 @@ from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from pipeline.model.families.vision import VisionFamily
 
-_TEXT_AND_POOLING = re.compile(
+TEXT_AND_POOLING = re.compile(
     r"(text_model\.|logit_|visual_projection|text_projection|text_embed|head\.|post_layernorm\.|.*position_ids$)"
 )
 
@@ -20,7 +20,7 @@ _TEXT_AND_POOLING = re.compile(
 class Siglip(VisionFamily):
     """SigLIP (arXiv 2303.15343) without its pooling head, which no connector uses."""
 
-    not_read = _TEXT_AND_POOLING
+    not_read = TEXT_AND_POOLING
     last_norm = True
 
     def prepared(self, raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,7 +32,7 @@ class Clip(VisionFamily):
     """CLIP (arXiv 2103.00020): a class token before the patches, and a last norm for its pooled output only."""
 
     mean, std = tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD)
-    not_read = _TEXT_AND_POOLING
+    not_read = TEXT_AND_POOLING
     last_norm = False
 
     def extra_tokens(self, config: PreTrainedConfig) -> int:

@@ -41,6 +41,9 @@ class VisionFamily:
     extra_keys: frozenset[str] = frozenset()
     """Keys that its config reads but does not declare."""
 
+    native: bool = False
+    """Whether it reads images of their own sizes, see :meth:`packed`."""
+
     def __init__(self, model_type: str, *, composites: tuple[str, ...] = (), prefixes: tuple[str, ...] = ()) -> None:
         """Describe a family.
 
@@ -145,6 +148,10 @@ class VisionFamily:
         options = {"interpolate_pos_encoding": True} if resized else {}
         features: torch.Tensor = tower(pixel_values=pixels_B3SS, **options).last_hidden_state
         return features
+
+    def packed(self, tower: nn.Module, patches_N3SS: torch.Tensor, layout: Any) -> torch.Tensor:
+        """Return the features of the patches of images of their own sizes, [N, D]; `native` families only."""
+        raise NotImplementedError
 
     # ---- weights
 

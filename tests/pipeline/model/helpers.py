@@ -68,6 +68,11 @@ TOWER = {
     "patch_size": 8,
 }
 VISION = {**TOWER, **VISION_KEYS["siglip_vision_model"]}
+NAFLEX = {
+    **{"model_type": "siglip2_vision_model", "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2},
+    **{"num_attention_heads": 2, "patch_size": 8, "num_patches": 9},
+}
+"""Config of a tower for images of their own sizes."""
 
 
 def model_config(family: str = "llama", *, vision: str = "siglip_vision_model", **llm: Any) -> ModelConfig:

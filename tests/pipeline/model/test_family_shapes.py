@@ -213,8 +213,6 @@ def test_gemma_4s_factors_are_loaded_but_not_trained(tmp_path: Path) -> None:
 # ---- refusals
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "naflex": ("vision", {"model_type": "siglip2"}, "'siglip2' is not supported: SigLIP 2 NaFlex .*siglip2-so400m"),
-    "naflex-tower": ("vision", {"model_type": "siglip2_vision_model"}, "NaFlex"),
     "sinks": ("llm", {"model_type": "gpt_oss"}, "learned sinks"),
     "experts": ("llm", {"model_type": "qwen3_moe"}, "mixture of experts"),
     "per-layer-inputs": (

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3, utils
 from pytest import MonkeyPatch
 
+from data_prep.media.spec import MediaSpec, NativeImages
 from pipeline.config.schema import ModelConfig, RunConfig, TrainSection
 from pipeline.masks import Sidecars
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE, StageInputs
+from pipeline.model.patches import PatchLayout
 from pipeline.model.preprocess import Preprocess
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel import zero3
@@ -36,7 +38,7 @@ from pipeline.parallel.topology import Topology
 from pipeline.parallel.zero3 import Zero3Stage, sharder
 from pipeline.training.engine import parameter_groups
 from tests.pipeline.model.connectors import SECOND, TINY
-from tests.pipeline.model.helpers import VOCAB, model_config, random_sidecars, stage_inputs
+from tests.pipeline.model.helpers import NAFLEX, VOCAB, model_config, random_sidecars, stage_inputs
 
 RANKS = 4
 MICROS, EIGHT, DEEP = (4, 8, 4), (4, 16, 4), 24
@@ -45,6 +47,7 @@ LR = 1e-3
 # Adam divides a gradient by its own size: with the usual eps, entries near zero would turn rounding into full steps.
 TRAIN = TrainSection(lr=LR, clip_norm=0.1, weight_decay=0.1, eps=1e-5)
 POISONED_RANK = 3
+NATIVE = MediaSpec(image=NativeImages(kind="native", patch_px=8, merge=2, max_tokens=6))
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,7 @@ class Case:
     bf16: bool = False
     """Train in bf16, and reduce in fp32."""
     connector: str = "perceiver"
-    """Kind of connector; sva reads two towers."""
+    """Kind of connector; sva reads two towers; native: images of their own sizes."""
 
     @property
     def virtual_stages(self) -> int:
@@ -156,7 +159,7 @@ BF16 = [
 ]
 CONNECTED = [
     Case(2, gathered_fraction=0.0, reduce_once=False, microbatches=(4, 4), connector=kind)
-    for kind in ("mlp", "cabstractor", "dabstractor", "pixel_shuffle", "attention_pool", "sva")
+    for kind in ("mlp", "cabstractor", "dabstractor", "pixel_shuffle", "attention_pool", "sva", "native")
 ]
 ALL = [*EQUAL, *BROKEN, *POISONED, RELEASED, LEAVES, *BF16, *CONNECTED]
 
@@ -170,7 +173,11 @@ def grid_spec(tied: bool, layers: int, connector: str = "perceiver") -> ModelSpe
     if connector != "perceiver":
         raw["connector"] = {"kind": connector, **TINY[connector]}
         raw["extra_vision"] = [{"config": SECOND}] if connector == "sva" else []
-    return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+    if connector == "native":
+        raw["vision"]["config"] = {**NAFLEX, "num_hidden_layers": 1}
+        raw["connector"] = {"kind": "pixel_shuffle"}
+    media = NATIVE if connector == "native" else None
+    return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None, media=media)
 
 
 def micro_batch(step: int, index: int, connector: str = "perceiver", *, as_bytes: bool = False) -> StageInputs:
@@ -179,7 +186,7 @@ def micro_batch(step: int, index: int, connector: str = "perceiver", *, as_bytes
     Pixels are bytes, as the loader hands them over, or the plain way: normalised before they reach the stage.
     """
     seed = 100 * step + index
-    image_tokens = grid_spec(False, 4, connector).image_tokens
+    image_tokens = 6 if connector == "native" else grid_spec(False, 4, connector).image_tokens
     kind = ("chats", "text", "unsupervised", "captions")[(step + index) % 4]
     if kind == "captions":
         sidecars = captions(seed, 3, padding=index % 3, image_tokens=image_tokens)
@@ -196,6 +203,10 @@ def micro_batch(step: int, index: int, connector: str = "perceiver", *, as_bytes
         if not as_bytes:
             first, *more = map(normalized, (first, *more), towers)
         inputs = replace(inputs, pixels=first, extra_pixels=tuple(more))
+    if connector == "native" and inputs.pixels is not None:
+        grids = [((4, 6), (6, 4), (2, 12))[number % 3] for number in range(len(inputs.pixels))]
+        patches = torch.randn(24 * len(grids), 3, 8, 8, generator=torch.Generator().manual_seed(seed))
+        inputs = replace(inputs, pixels=patches, layout=PatchLayout.of(grids, 2))
     return replace(inputs, labels=torch.full_like(inputs.labels, IGNORE)) if kind == "unsupervised" else inputs
 
 

@@ -170,12 +170,12 @@ def grid_spec(tied: bool, layers: int, connector: str = "perceiver") -> ModelSpe
     raw = model_config(**llm).model_dump()  # type: ignore[arg-type]
     raw["vision"]["config"]["num_hidden_layers"] = 1
     raw["connector"] |= {"depth": 1}
-    if connector != "perceiver":
-        raw["connector"] = {"kind": connector, **TINY[connector]}
-        raw["extra_vision"] = [{"config": SECOND}] if connector == "sva" else []
     if connector == "native":
         raw["vision"]["config"] = {**NAFLEX, "num_hidden_layers": 1}
         raw["connector"] = {"kind": "pixel_shuffle"}
+    elif connector != "perceiver":
+        raw["connector"] = {"kind": connector, **TINY[connector]}
+        raw["extra_vision"] = [{"config": SECOND}] if connector == "sva" else []
     media = NATIVE if connector == "native" else None
     return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None, media=media)
 

@@ -24,12 +24,14 @@ _EVERY_S = 0.02
 
 
 class Peak(NamedTuple):
-    """Peak memory of a process in MiB."""
+    """Peak memory of a process in MiB, and its time."""
 
     own: float
     """What it asked for: anonymous pages, sampled."""
     resident: float
     """With the pages of mapped files that were in memory anyway."""
+    seconds: float
+    """Of the processor."""
 
     def __str__(self) -> str:
         return f"{self.own:,.0f} ({self.resident:,.0f})"
@@ -56,15 +58,16 @@ def run(options: argparse.Namespace) -> Iterator[str]:
 def peak_of(step: str, recipe: Path, shares: int) -> Peak:
     """Run a step in one process, ingest in so many; return the peak of the largest."""
     if step == "verify":
-        return _measured([step, str(recipe.parent / "out")])
+        return measured([step, str(recipe.parent / "out")])
     words = [step, str(recipe), "--workers", "1"]
     if step != "ingest" or shares == 1:
-        return _measured(words)
-    peaks = [_measured([*words, "--shard", f"{share}/{shares}"]) for share in range(shares)]
+        return measured(words)
+    peaks = [measured([*words, "--shard", f"{share}/{shares}"]) for share in range(shares)]
     return Peak(*map(max, zip(*peaks, strict=True)))
 
 
-def _measured(words: list[str]) -> Peak:
+def measured(words: list[str]) -> Peak:
+    """Run ``mma-prep`` with these words in a process of its own."""
     process = subprocess.Popen([sys.executable, "-m", "data_prep", *words], stdout=subprocess.DEVNULL)
     own = 0.0
     while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
@@ -72,7 +75,7 @@ def _measured(words: list[str]) -> Peak:
         time.sleep(_EVERY_S)
     if ended[1]:
         raise SystemExit(f"mma-prep {' '.join(words)} failed")
-    return Peak(own, ended[2].ru_maxrss / 1024)
+    return Peak(own, ended[2].ru_maxrss / 1024, ended[2].ru_utime + ended[2].ru_stime)
 
 
 def _anonymous_mib(process: int) -> float:

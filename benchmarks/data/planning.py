@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.data.aki import Ints, make_workspace
+from benchmarks.data.memory import Peak, measured
 from data_prep.common.events import EVENTS_FILE, EventLedger
-from data_prep.ingest.samples import read_sample_stats
+from data_prep.ingest.samples import read_stats
 from data_prep.ingest.step import require_ingested
 from data_prep.ingest.workspace import Workspace
 from data_prep.planning.packing import pack_in_order, pack_windows, packing_efficiency
-from data_prep.planning.step import PackingPlan, plan, plan_path
-from data_prep.progress import Reporter
+from data_prep.planning.step import PackingPlan, plan_path
 from data_prep.recipe import Recipe
 
 DRAWS = 1_600_000
@@ -28,19 +28,28 @@ DRAWS = 1_600_000
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--draws", type=int, default=DRAWS)
+    parser.add_argument("--step-only", action="store_true", help="do not compare other ways to pack")
     parser.add_argument("--scale", type=float, default=1.0, help="fraction of the published corpus sizes")
 
 
 def run(options: argparse.Namespace) -> Iterator[str]:
     """Yield the tables, line by line."""
     with tempfile.TemporaryDirectory() as folder:
-        yield "| row length | whole plan step: draws / s | full |"
-        yield "|---:|---:|---:|"
+        yield "| row length | draws | whole plan step: s | draws / s | own (resident) MiB | full |"
+        yield "|---:|---:|---:|---:|---:|---:|"
         for seq_len in options.lengths:
             recipe = make_workspace(Path(folder), seq_len, options.draws, options.scale)
-            seconds, made = _whole_step(recipe)
+            peak, made = _whole_step(recipe, Path(folder) / f"recipe-{seq_len}.yaml")
             tokens = sum(audit.tokens for audit in made.audits.values())
-            yield f"| {seq_len:,} | {len(made.row) / seconds:,.0f} | {tokens / (made.rows * seq_len):.2%} |"
+            cells = [
+                f"{seq_len:,}",
+                f"{len(made.row):,}",
+                f"{peak.seconds:.0f}",
+                f"{len(made.row) / peak.seconds:,.0f}",
+            ]
+            yield f"| {' | '.join(cells)} | {peak} | {tokens / (made.rows * seq_len):.2%} |"
+        if options.step_only:
+            return
         tokens_of_draws = _tokens(recipe, made)
     yield ""
     yield "| packing alone | row length | samples / s | full |"
@@ -53,14 +62,13 @@ def run(options: argparse.Namespace) -> Iterator[str]:
         yield from _trl(tokens_of_draws, seq_len)
 
 
-def _whole_step(recipe: Recipe) -> tuple[float, PackingPlan]:
-    """Plan as ``mma-prep plan`` does after ingest; processor seconds, and the plan."""
+def _whole_step(recipe: Recipe, path: Path) -> tuple[Peak, PackingPlan]:
+    """Run ``mma-prep plan`` in a process of its own, after ingest; return what it took, and the plan."""
     space = Workspace(recipe)
     require_ingested(space, EventLedger(space.out / EVENTS_FILE))  # builds the store, as the end of ingest does
     shutil.rmtree(space.packs("sft"), ignore_errors=True)
-    start = time.process_time()
-    plan(recipe, Reporter(quiet=True))
-    return time.process_time() - start, PackingPlan.load(plan_path(space.packs("sft")))
+    peak = measured(["plan", str(path)])
+    return peak, PackingPlan.load(plan_path(space.packs("sft")))
 
 
 def _tokens(recipe: Recipe, made: PackingPlan) -> Ints:
@@ -73,9 +81,9 @@ def _tokens(recipe: Recipe, made: PackingPlan) -> Ints:
     ]
     kept = [output.report().tally.kept for output in outputs]
     starts = np.cumsum([0, *kept])
+    stats = [read_stats(output, count)["tokens"] for output, count in zip(outputs, kept, strict=True)]
     tokens = np.empty(len(made.row), dtype=np.int64)
-    chosen = read_sample_stats(outputs, kept, starts[made.shard] + made.index)
-    tokens[made.draw[chosen.place]] = chosen.stats["tokens"]
+    tokens[made.draw] = np.concatenate(stats)[starts[made.shard] + made.index]
     return tokens
 
 

@@ -26,25 +26,29 @@ def prompt_ids(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     return [tokenizer.encode([Text(prompt)], image_tokens=1).ids.tolist() for prompt in prompts]
 
 
-def draw_prompts(
-    numbers: npt.NDArray[np.int64], prompted: npt.NDArray[np.bool_], prompts: int, seed: int, corpus: str
-) -> npt.NDArray[np.int16]:
-    """Return which prompt each draw of a corpus gets, determined by seed, corpus and draw number.
+class PromptDraws:
+    """Which prompt each draw of a corpus gets, determined by seed, corpus and draw number; draws come in order."""
 
-    Args:
-        numbers: draw numbers of the corpus, in any order.
-        prompted: whether the sample of each draw takes a prompt.
-        prompts: number of prompts.
-        seed: of the recipe.
-        corpus: name of the corpus.
+    def __init__(self, prompts: int, seed: int, corpus: str) -> None:
+        """Start at a corpus's first draw.
 
-    Returns:
-        int16[draws]; ``NO_PROMPT`` where a draw gets none.
-    """
-    if not prompts:
-        return np.full(len(prompted), NO_PROMPT, dtype=np.int16)
-    drawn = seeded(seed, corpus, "prompts").integers(prompts, size=len(prompted))
-    return np.where(prompted, drawn[numbers], NO_PROMPT).astype(np.int16)
+        Args:
+            prompts: number of prompts.
+            seed: of the recipe.
+            corpus: name of the corpus.
+        """
+        self._prompts, self._generator = prompts, seeded(seed, corpus, "prompts")
+
+    def take(self, prompted: npt.NDArray[np.bool_]) -> npt.NDArray[np.int16]:
+        """Return the prompts of the next draws, int16[draws]; ``NO_PROMPT`` where a draw gets none.
+
+        Args:
+            prompted: whether the sample of each draw takes a prompt.
+        """
+        if not self._prompts:
+            return np.full(len(prompted), NO_PROMPT, dtype=np.int16)
+        drawn = self._generator.integers(self._prompts, size=len(prompted))
+        return np.where(prompted, drawn, NO_PROMPT).astype(np.int16)
 
 
 def insert_prompt(sample: Sample, ids: Sequence[int]) -> Sample:

@@ -45,61 +45,16 @@ SAMPLE_STATS = np.dtype(_STAT_FIELDS, align=True)
 """What a plan needs to know about a sample. In a separate file, because planning reads nothing else."""
 
 
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """Chosen samples of one corpus, in storage order; arrays of equal length."""
-
-    place: npt.NDArray[np.int64]
-    """Position of the sample in the order it was chosen."""
-    shard: npt.NDArray[np.int32]
-    """Index into ``outputs``."""
-    index: npt.NDArray[np.int32]
-    """Index of the sample in its shard output."""
-    stats: npt.NDArray[np.void]
-    """``SAMPLE_STATS`` of the sample."""
-
-    def __len__(self) -> int:
-        return len(self.shard)
-
-
-def read_sample_stats(outputs: Sequence[ShardOutput], kept: Sequence[int], chosen: npt.NDArray[np.int64]) -> Chosen:
-    """Read the stats of chosen samples; one shard output is open at a time.
-
-    Args:
-        outputs: shard outputs of one corpus.
-        kept: number of samples of each.
-        chosen: sample numbers over all of them, in any order, with repeats.
+def read_stats(output: ShardOutput, kept: int) -> npt.NDArray[np.void]:
+    """Return the ``SAMPLE_STATS`` of all samples of a shard output.
 
     Raises:
-        UserError: a file cannot be read, is damaged, or holds a different number of samples.
+        UserError: the file cannot be read, is damaged, or holds a number of samples other than ``kept``.
     """
-    numbers, place = _sorted_with_places(chosen)
-    starts = np.cumsum([0, *kept])
-    bounds = np.searchsorted(numbers, starts)
-    which = np.repeat(np.arange(len(outputs), dtype=np.int32), np.diff(bounds))
-    numbers -= starts[which]
-    stats = np.empty(len(chosen), dtype=SAMPLE_STATS)
-    for output, count, (first, last) in zip(outputs, kept, itertools.pairwise(bounds.tolist()), strict=True):
-        if first < last:
-            _stats_of(output, count).take(
-                numbers[first:last], out=stats[first:last], mode="clip"
-            )  # fancy indexing: 30 x
-    return Chosen(place, which, numbers.astype(np.int32), stats)
-
-
-def _stats_of(output: ShardOutput, kept: int) -> npt.NDArray[np.void]:
-    """Return the stats of all samples of a shard output. Raises UserError."""
     data = Hashed(output.stats, output.report().stats_sha256, output.marker.name).read()
     if len(data) != kept * SAMPLE_STATS.itemsize:
         raise _unreadable(output.stats, f"{len(data) / SAMPLE_STATS.itemsize:g} samples, its marker says {kept}")
     return np.frombuffer(data, dtype=SAMPLE_STATS)
-
-
-def _sorted_with_places(numbers: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return sorted numbers and the position of each; sorting packed keys takes half the time of an ``argsort``."""
-    bits = len(numbers).bit_length()
-    keys = np.sort(numbers << bits | np.arange(len(numbers)))
-    return keys >> bits, keys & ((1 << bits) - 1)
 
 
 @dataclass(frozen=True, slots=True)

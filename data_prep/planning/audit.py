@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -12,8 +12,9 @@ from pydantic import ConfigDict
 
 from data_prep.common.errors import UserError
 from data_prep.common.typed_json import STRICT, Count
-from data_prep.ingest.samples import Chosen
 from data_prep.packs import CorpusStats
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +49,35 @@ class CorpusAudit:
         """Supervised tokens as a share of all tokens."""
         return self.targets / max(1, self.tokens)
 
+    def __add__(self, other: CorpusAudit) -> CorpusAudit:
+        """Return the audit of the draws of both, which are of one corpus."""
+        mine, theirs = asdict(self), asdict(other)
+        return CorpusAudit(**{name: mine[name] + theirs[name] for name in mine} | {"samples": self.samples})
 
-def audit_corpus(draws: Chosen, samples: int, n_tokens: npt.NDArray[np.int32]) -> CorpusAudit:
-    """Count the supervised tokens of draws.
+
+def audit_samples(stats: npt.NDArray[np.void], times: Ints | int, samples: int) -> CorpusAudit:
+    """Count the supervised tokens of samples, each drawn so many times; tokens without prompts.
 
     Args:
-        draws: the drawn samples of one corpus, with repeats.
+        stats: ``SAMPLE_STATS`` of the samples.
+        times: draws of each, or of all of them.
         samples: distinct samples of the corpus.
-        n_tokens: tokens of each draw, with its prompt.
     """
-    stats = draws.stats
+    drawn = np.broadcast_to(np.asarray(times, dtype=np.int64), len(stats))
+
+    def count(values: npt.NDArray[np.generic]) -> int:
+        return int(np.dot(drawn, values.astype(np.int64)))
+
     return CorpusAudit(
-        draws=len(draws),
+        draws=int(drawn.sum()),
         samples=samples,
-        tokens=int(n_tokens.sum()),
-        targets=int(stats["targets"].sum()),
-        without_target=int(np.count_nonzero(stats["targets"] == 0)),
-        truncated=int(np.count_nonzero(stats["truncated"])),
-        unended=int(np.count_nonzero(~stats["ended"])),
-        repeated=int(stats["repeated"].sum()),
-        left_out=int(stats["left_out"].sum()),
+        tokens=count(stats["tokens"]),
+        targets=count(stats["targets"]),
+        without_target=count(stats["targets"] == 0),
+        truncated=count(stats["truncated"]),
+        unended=count(~stats["ended"]),
+        repeated=count(stats["repeated"]),
+        left_out=count(stats["left_out"]),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from data_prep.common.seeding import seeded
 
 Ints = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int32] | Ints
+Numbers = npt.NDArray[np.uint32] | Ints
 LONG_SHARE = 4
 """Samples longer than a row's ``1 / LONG_SHARE`` are placed first, longest first."""
 RESERVE_SHARE = 5
@@ -29,7 +31,10 @@ WINDOW_DRAWS = 1 << 15
 """Samples packed together: enough to fill rows, few enough for the blend to stay even over the run."""
 MAX_SLOTS = 64
 """Slots of a row for a limit of image tokens."""
-_JUDGED_DRAWS = 1 << 13
+CHUNK_DRAWS = 32 * WINDOW_DRAWS
+"""Draws that are planned at a time: memory does not grow with the run."""
+JUDGED_DRAWS = 1 << 13
+"""Draws from which the efficiency of other row lengths is estimated."""
 _SCATTER = 0x9E3779B1  # 2 ** 32 / golden ratio: its multiples are spread evenly
 
 
@@ -45,14 +50,18 @@ def exact_draws(weights: Sequence[float], total: int) -> list[int]:
     return [int(count) for count in counts]
 
 
-def sample_order(samples: int, draws: int, seed: int, corpus: str) -> Ints:
-    """Return ``draws`` sample numbers: concatenated seeded permutations, so each epoch holds every sample once."""
-    whole, rest = divmod(draws, samples)
-    orders = [_permutation(seeded(seed, corpus, epoch), samples, samples) for epoch in range(whole)]
-    return np.concatenate([*orders, _permutation(seeded(seed, corpus, whole), samples, rest)])
+def sample_order(samples: int, draws: int, seed: int, corpus: str) -> Iterator[Numbers]:
+    """Yield ``draws`` sample numbers, epoch by epoch: seeded permutations, so each holds every sample once."""
+    for epoch in range(-(-draws // samples)):
+        yield epoch_order(samples, draws, seed, corpus, epoch)
 
 
-def _permutation(generator: np.random.Generator, size: int, count: int) -> Ints:
+def epoch_order(samples: int, draws: int, seed: int, corpus: str, epoch: int) -> Numbers:
+    """Return the sample numbers of one epoch of `sample_order`; the last one may be cut."""
+    return _permutation(seeded(seed, corpus, epoch), samples, min(samples, draws - epoch * samples))
+
+
+def _permutation(generator: np.random.Generator, size: int, count: int) -> Numbers:
     """Return the first ``count`` numbers of a permutation of ``size``, by sorting random keys as far as needed.
 
     The low bits of a key hold its number, so all keys differ and any sort gives the same order.
@@ -60,25 +69,42 @@ def _permutation(generator: np.random.Generator, size: int, count: int) -> Ints:
     bits = size.bit_length()
     keys = generator.integers(0, 1 << 63 - bits, size, dtype=np.int64)
     keys <<= bits
-    keys |= np.arange(size)
+    for start in range(0, size, CHUNK_DRAWS):
+        part = keys[start : start + CHUNK_DRAWS]
+        part |= np.arange(start, start + len(part))
     if count < size:
         keys.partition(count)
         keys = keys[:count].copy()
     keys.sort()
-    return keys & ((1 << bits) - 1)
+    keys &= (1 << bits) - 1
+    return keys.astype(np.uint32) if bits <= 32 else keys
 
 
-def interleave(draws: Sequence[int]) -> npt.NDArray[np.int16]:
-    """Return the corpus number of every draw, spread evenly.
+def interleave(draws: Sequence[int]) -> Iterator[npt.NDArray[np.int16]]:
+    """Yield the corpus number of every draw, spread evenly, about ``CHUNK_DRAWS`` at a time.
 
     The k-th draw of a corpus comes at time ``(k + 1/2) / draws``; after any ``n`` draws of all corpora, corpus ``i`` of
     ``C`` has been drawn ``n * draws[i] / sum(draws)`` times to within ``(1 + C) / 2``.
     """
-    times = [(np.arange(count) + 0.5) / count for count in draws if count]
-    corpora = [np.full(count, index, dtype=np.int16) for index, count in enumerate(draws) if count]
-    if not times:
-        return np.empty(0, dtype=np.int16)
-    return np.concatenate(corpora)[np.argsort(np.concatenate(times), kind="stable")]
+    chunks = max(1, -(-sum(draws) // CHUNK_DRAWS))
+    starts = [0] * len(draws)
+    for chunk in range(1, chunks + 1):
+        ends = [_draws_before(chunk / chunks, count) if chunk < chunks else count for count in draws]
+        spans = list(zip(starts, ends, strict=True))
+        times = [(np.arange(*span) + 0.5) / max(1, count) for span, count in zip(spans, draws, strict=True)]
+        corpora = np.repeat(np.arange(len(draws), dtype=np.int16), [end - start for start, end in spans])
+        yield corpora[np.argsort(np.concatenate(times), kind="stable")]
+        starts = ends
+
+
+def _draws_before(time: float, count: int) -> int:
+    """Return how many draws of a corpus come before a time, by the same rounded division as `interleave`."""
+    found = min(count, max(0, int(time * count)))
+    while found < count and (found + 0.5) / count < time:
+        found += 1
+    while found and (found - 0.5) / count >= time:
+        found -= 1
+    return found
 
 
 def token_slots(image_tokens: Counts, most: int) -> tuple[Ints, int]:
@@ -93,15 +119,34 @@ def token_slots(image_tokens: Counts, most: int) -> tuple[Ints, int]:
 
 def pack_in_order(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> Ints:
     """Return the row of each sample if rows are filled in the given order."""
-    rows = np.empty(len(lengths), dtype=np.int64)
-    cap = max_images if max_images is not None else int(images.sum())
-    row, used, held = 0, 0, 0
-    for index, (tokens, count) in enumerate(zip(lengths.tolist(), images.tolist(), strict=True)):
-        if used + tokens > seq_len or held + count > cap:
-            row, used, held = row + 1, 0, 0
-        rows[index] = row
-        used, held = used + tokens, held + count
-    return rows
+    return InOrder(seq_len, max_images).place(lengths, images)
+
+
+class Packer(Protocol):
+    """Places samples, which come in chunks, into rows; rows of later chunks have no smaller numbers."""
+
+    def place(self, lengths: Counts, images: Counts) -> Ints:
+        """Return the row of each sample of the next chunk."""
+
+
+class InOrder:
+    """Fills rows in the given order."""
+
+    def __init__(self, seq_len: int, max_images: int | None) -> None:
+        """Pack rows of ``seq_len`` tokens and at most ``max_images`` images; None for no limit."""
+        self._length, self._cap = seq_len, max_images
+        self._row = self._used = self._held = 0
+
+    def place(self, lengths: Counts, images: Counts) -> Ints:
+        """Return the row of each sample of the next chunk."""
+        rows, row, used, held = np.empty(len(lengths), dtype=np.int64), self._row, self._used, self._held
+        for index, (tokens, count) in enumerate(zip(lengths.tolist(), images.tolist(), strict=True)):
+            if used + tokens > self._length or (self._cap is not None and held + count > self._cap):
+                row, used, held = row + 1, 0, 0
+            rows[index] = row
+            used, held = used + tokens, held + count
+        self._row, self._used, self._held = row, used, held
+        return rows
 
 
 def pack_windows(
@@ -121,15 +166,28 @@ def pack_windows(
         seed: seed of the row order inside a window.
         window: samples packed together.
     """
-    rows = np.empty(len(lengths), dtype=np.int64)
-    first, more = 0, None
-    for number, start in enumerate(range(0, len(lengths), window)):
-        part = slice(start, start + window)
-        known = more if start + window <= len(lengths) else None  # whole windows hold the same blend
-        local, count, more = _pack_window(lengths[part], images[part], seq_len, max_images, known)
-        rows[part] = first + seeded(seed, "rows", number).permutation(count)[local]
-        first += count
-    return rows
+    return InWindows(seq_len, max_images, seed, window).place(lengths, images)
+
+
+class InWindows:
+    """Packs window after window, see `pack_windows`. Only the last chunk may end inside a window."""
+
+    def __init__(self, seq_len: int, max_images: int | None, seed: int, window: int = WINDOW_DRAWS) -> None:
+        """Pack rows of ``seq_len`` tokens; the other arguments are those of `pack_windows`."""
+        self._limits, self._seed, self._window = (seq_len, max_images), seed, window
+        self._first, self._number = 0, 0
+        self._more: int | None = None
+
+    def place(self, lengths: Counts, images: Counts) -> Ints:
+        """Return the row of each sample of the next chunk."""
+        rows = np.empty(len(lengths), dtype=np.int64)
+        for start in range(0, len(lengths), self._window):
+            part = slice(start, start + self._window)
+            known = self._more if start + self._window <= len(lengths) else None  # whole windows hold the same blend
+            local, count, self._more = _pack_window(lengths[part], images[part], *self._limits, known)
+            rows[part] = self._first + seeded(self._seed, "rows", self._number).permutation(count)[local]
+            self._first, self._number = self._first + count, self._number + 1
+        return rows
 
 
 def better_seq_len(lengths: Counts, images: Counts, seq_len: int, max_images: int | None) -> tuple[int, float]:
@@ -144,7 +202,7 @@ def efficiency_by_seq_len(lengths: Counts, images: Counts, seq_len: int, max_ima
 
     Estimated from the first draws; lengths that cannot hold the longest sample are skipped.
     """
-    lengths, images = lengths[:_JUDGED_DRAWS], images[:_JUDGED_DRAWS]
+    lengths, images = lengths[:JUDGED_DRAWS], images[:JUDGED_DRAWS]
     nearby = sorted({seq_len, *range(max(64, seq_len // 128 * 64), 2 * seq_len + 1, 64)})
     rows = {size: pack_windows(lengths, images, size, max_images, 0) for size in nearby if size >= lengths.max()}
     return {size: packing_efficiency(lengths, placed, size) for size, placed in rows.items()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,22 +20,18 @@ from data_prep.common.errors import UserError, one_line
 from data_prep.common.events import EVENTS_FILE, EventLedger
 from data_prep.common.files import check_sums, sha256_file, sha256_line, write_atomic
 from data_prep.common.typed_json import STRICT, Text, check_typed, parse_object
-from data_prep.ingest.prompts import draw_prompts, prompt_ids
-from data_prep.ingest.samples import read_sample_stats
 from data_prep.ingest.step import require_ingested
 from data_prep.ingest.workspace import CorpusVariant, ShardOutput, ShardReport, Workspace
-from data_prep.planning.audit import CorpusAudit, audit_corpus, check_audit, warnings
+from data_prep.planning.audit import CorpusAudit, warnings
+from data_prep.planning.draws import BlendedDraws, DrawChunk, image_needs, image_slots, open_draws, prompt_lengths
 from data_prep.planning.packing import (
+    CHUNK_DRAWS,
+    JUDGED_DRAWS,
+    InOrder,
     Ints,
+    InWindows,
     better_seq_len,
     efficiency_by_seq_len,
-    exact_draws,
-    interleave,
-    pack_in_order,
-    pack_windows,
-    packing_efficiency,
-    sample_order,
-    token_slots,
 )
 from data_prep.progress import Reporter
 from data_prep.recipe import PackConfig, Recipe
@@ -144,7 +140,8 @@ def plan(recipe: Recipe, reporter: Reporter) -> None:
         settings = _settings(recipe, pack, sources)
         if not _is_current(path, settings):
             reporter.events(space.out).record("plan-rebuilt", int(path.exists()), packs=name)
-            made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made = _make(name, pack, recipe.seed, sources, Tokenizer.load(space.tokenizer), path.parent)
             for line in made.advice:
                 reporter.say(line)
             _write(path, made, settings)
@@ -229,54 +226,11 @@ def _is_current(path: Path, settings: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Draws:
-    """Draws; arrays of equal length."""
-
-    shard: npt.NDArray[np.int32]
-    index: npt.NDArray[np.int32]
-    tokens: npt.NDArray[np.int32]
-    """Tokens, including the prompt."""
-    images: npt.NDArray[np.int32]
-    image_tokens: npt.NDArray[np.int32]
-    prompt: npt.NDArray[np.int16]
-
-    def image_slots(self, pack: PackConfig) -> tuple[Ints | npt.NDArray[np.int32], int | None]:
-        """Return what the images of each draw take of a row's room for images, and that room; None: no limit."""
-        if pack.max_image_tokens is None:
-            return self.images, pack.max_images
-        return token_slots(self.image_tokens, pack.max_image_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Blend:
-    """All draws of a pack set in blended order."""
-
-    corpus: npt.NDArray[np.int16]
-    draws: _Draws
-
-    @classmethod
-    def of(cls, pack: PackConfig, parts: Sequence[tuple[Ints, _Draws]]) -> _Blend:
-        """Blend the numbered draws of several corpora; without shuffling, corpus after corpus."""
-        corpus = interleave([len(numbers) for numbers, _ in parts])
-        corpus = corpus if pack.shuffle else np.sort(corpus)
-        places = np.argsort(corpus, kind="stable")  # draws of the first corpus, then of the second, ...
-        starts = itertools.accumulate((len(numbers) for numbers, _ in parts), initial=0)
-        at = np.concatenate([places[start:][numbers] for start, (numbers, _) in zip(starts, parts, strict=False)])
-
-        def spread(name: str) -> npt.NDArray[Any]:
-            joined = np.concatenate([getattr(draws, name) for _, draws in parts])
-            blended = np.empty_like(joined)
-            blended[at] = joined
-            return blended
-
-        return cls(corpus, _Draws(*(spread(field.name) for field in fields(_Draws))))
-
-
-@dataclass(frozen=True, slots=True)
 class _NewPlan:
     """A plan before it is written."""
 
-    table: pa.Table
+    columns: dict[str, npt.NDArray[Any]]
+    """Of `PLAN_SCHEMA`."""
     audits: dict[str, CorpusAudit]
     advice: list[str]
 
@@ -292,96 +246,55 @@ def seq_lens_by_efficiency(recipe: Recipe) -> dict[str, dict[int, float]]:
     tokenizer, found = Tokenizer.load(space.tokenizer), {}
     for name, pack in recipe.packs.items():
         sources = _read_sources(pack_variants(space, pack, ready.tokenizer_sha256))
-        draws = _blended(name, pack, recipe.seed, sources, tokenizer)[0].draws
-        needs, slots = draws.image_slots(pack)
-        found[name] = efficiency_by_seq_len(draws.tokens, needs, pack.seq_len, slots)
+        drawn = open_draws(name, pack, recipe.seed, _kept(sources), prompt_lengths(tokenizer, pack))
+        first = next(drawn.chunks(JUDGED_DRAWS), None)
+        lengths, images = (first.tokens, first.images) if first else (np.empty(0, np.int32),) * 2
+        found[name] = efficiency_by_seq_len(lengths, image_needs(pack, images), pack.seq_len, image_slots(pack))
     return found
 
 
-def _make(name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer) -> _NewPlan:
-    blend, audits = _blended(name, pack, seed, sources, tokenizer)
-    rows = _rows(pack, seed, blend.draws)
-    order = np.argsort(rows, kind="stable")
-    draws = blend.draws
-    values: list[npt.NDArray[Any]] = [
-        rows,
-        blend.corpus,
-        draws.shard,
-        draws.index,
-        np.arange(len(order)),
-        draws.prompt,
-    ]
-    arrays = [pa.array(value[order], type=field.type) for value, field in zip(values, PLAN_SCHEMA, strict=True)]
-    advice = [*warnings(name, audits), *_advice(name, pack, draws, rows)]
-    return _NewPlan(pa.Table.from_arrays(arrays, schema=PLAN_SCHEMA), audits, advice)
+def _kept(sources: Sequence[_Source]) -> dict[str, list[tuple[ShardOutput, int]]]:
+    """Return the shard outputs of every corpus, and their numbers of samples."""
+    return {source.corpus: list(zip(source.outputs, source.kept, strict=True)) for source in sources}
 
 
-def _blended(
-    name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer
-) -> tuple[_Blend, dict[str, CorpusAudit]]:
-    """Return all draws of a pack set in blended order, and their audits. Raises UserError if an audit fails."""
-    orders = _draw(pack, seed, [source.corpus for source in sources], [sum(source.kept) for source in sources])
-    first_outputs = itertools.accumulate((len(source.outputs) for source in sources), initial=0)
-    prompt_tokens = np.array([*(len(ids) for ids in prompt_ids(tokenizer, pack.prompts)), 0], dtype=np.int32)
-    drawn = [
-        _drawn(source, chosen, first_output, seed, prompt_tokens)
-        for source, chosen, first_output in zip(sources, orders, first_outputs, strict=False)
-    ]
-    audits = {source.corpus: audit for source, (_, _, audit) in zip(sources, drawn, strict=True)}
-    check_audit(name, audits)
-    return _Blend.of(pack, [(numbers, draws) for numbers, draws, _ in drawn]), audits
+def _make(
+    name: str, pack: PackConfig, seed: int, sources: Sequence[_Source], tokenizer: Tokenizer, folder: Path
+) -> _NewPlan:
+    """Plan chunk by chunk; the columns are mapped from files in ``folder`` that have no name."""
+    drawn = open_draws(name, pack, seed, _kept(sources), prompt_lengths(tokenizer, pack))
+    columns = {field.name: _mapped(folder, field, len(drawn)) for field in PLAN_SCHEMA}
+    limits = pack.seq_len, image_slots(pack)
+    packer = InWindows(*limits, seed) if pack.shuffle else InOrder(*limits)
+    start, rows_made, judged = 0, 0, None
+    for chunk in drawn.chunks(CHUNK_DRAWS):
+        rows = packer.place(chunk.tokens, image_needs(pack, chunk.images))
+        order = np.argsort(rows, kind="stable")
+        values = {"row": rows, "draw": np.arange(start, start + len(rows)), **chunk.planned}
+        for column, value in values.items():
+            columns[column][start : start + len(rows)] = value[order]
+        judged = judged or chunk
+        start, rows_made = start + len(rows), int(rows.max()) + 1
+    advice = _advice(name, pack, judged, rows_made, drawn) if judged else []
+    return _NewPlan(columns, drawn.audits, [*warnings(name, drawn.audits), *advice])
 
 
-def _drawn(
-    source: _Source, chosen: Ints, first_output: int, seed: int, prompt_tokens: npt.NDArray[np.int32]
-) -> tuple[Ints, _Draws, CorpusAudit]:
-    """Return the draw numbers of a corpus, its draws in storage order, and its audit.
-
-    Args:
-        source: the corpus.
-        chosen: its sample numbers in draw order.
-        first_output: index of its first shard output among those of all corpora.
-        seed: seed of the recipe.
-        prompt_tokens: length of each prompt and, last, 0 for no prompt.
-    """
-    part = read_sample_stats(source.outputs, source.kept, chosen)
-    prompt = draw_prompts(part.place, part.stats["prompted"], len(prompt_tokens) - 1, seed, source.corpus)
-    tokens = part.stats["tokens"] + prompt_tokens[prompt]  # the last entry is for NO_PROMPT
-    draws = _Draws(
-        part.shard + np.int32(first_output),
-        part.index,
-        tokens,
-        part.stats["images"],
-        part.stats["image_tokens"],
-        prompt,
-    )
-    return part.place, draws, audit_corpus(part, sum(source.kept), tokens)
+def _mapped(folder: Path, field: pa.Field, size: int) -> npt.NDArray[Any]:
+    """Return an array in a file without a name, which the system may write back instead of holding it."""
+    dtype = np.dtype(field.type.to_pandas_dtype())
+    if not size:
+        return np.empty(0, dtype)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return np.memmap(file, dtype=dtype, mode="w+", shape=size)
 
 
-def _draw(pack: PackConfig, seed: int, names: Sequence[str], samples: Sequence[int]) -> Iterator[Ints]:
-    """Yield the sample numbers of each corpus in draw order."""
-    if pack.draws is None:
-        counts = [count * (pack.epochs or 1) for count in samples]
-    else:
-        counts = exact_draws([pack.corpora[name] for name in names], pack.draws)
-    for name, size, count in zip(names, samples, counts, strict=True):
-        yield sample_order(size, count, seed, name) if pack.shuffle else np.resize(np.arange(size), count)
-
-
-def _rows(pack: PackConfig, seed: int, draws: _Draws) -> Ints:
-    needs, slots = draws.image_slots(pack)
-    if not pack.shuffle:
-        return pack_in_order(draws.tokens, needs, pack.seq_len, slots)
-    return pack_windows(draws.tokens, needs, pack.seq_len, slots, seed)
-
-
-def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]:
+def _advice(name: str, pack: PackConfig, first: DrawChunk, rows: int, drawn: BlendedDraws) -> list[str]:
     """Return a note about a clearly better row length, if there is one."""
-    full = packing_efficiency(draws.tokens, rows, pack.seq_len)
-    if not pack.shuffle or full > 1 - _NOTEWORTHY_WASTE or len(rows) < _FEW_SAMPLES:
+    full = sum(audit.tokens for audit in drawn.audits.values()) / rows / pack.seq_len
+    if not pack.shuffle or full > 1 - _NOTEWORTHY_WASTE or len(drawn) < _FEW_SAMPLES:
         return []
-    needs, slots = draws.image_slots(pack)
-    best, better = better_seq_len(draws.tokens, needs, pack.seq_len, slots)
+    needs = image_needs(pack, first.images)
+    best, better = better_seq_len(first.tokens, needs, pack.seq_len, image_slots(pack))
     if better < full + _NOTEWORTHY_WASTE / 2:
         return []
     return [
@@ -392,7 +305,8 @@ def _advice(name: str, pack: PackConfig, draws: _Draws, rows: Ints) -> list[str]
 def _write(path: Path, made: _NewPlan, settings: dict[str, Any]) -> None:
     audits = {name: asdict(entry) for name, entry in made.audits.items()}
     meta = json.dumps({"settings": settings, "corpora": list(audits), "audits": audits}, sort_keys=True)
-    table = made.table.replace_schema_metadata({"plan": meta})
+    columns = [pa.array(made.columns[field.name], type=field.type) for field in PLAN_SCHEMA]
+    table = pa.Table.from_arrays(columns, schema=PLAN_SCHEMA.with_metadata({"plan": meta}))
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as sink,

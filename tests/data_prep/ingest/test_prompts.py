@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.common.errors import UserError
 from data_prep.example import Example, ImageRef, Turn
-from data_prep.ingest.prompts import NO_PROMPT, draw_prompts
+from data_prep.ingest.prompts import NO_PROMPT, PromptDraws
 from data_prep.packs import PackReader
 from data_prep.recipe import load_recipe, read_prompts
 from data_prep.text.template import Order, Template
@@ -102,16 +102,16 @@ def _words(text: str) -> Example:
 
 
 def test_draws_depend_on_seed_and_corpus_and_spare_what_takes_none() -> None:
-    numbers = np.arange(3000)
-    prompted = numbers % 3 > 0
-    first = draw_prompts(numbers, prompted, 8, 1, "a")
+    prompted = np.arange(3000) % 3 > 0
+    first = PromptDraws(8, 1, "a").take(prompted)
     assert (first[~prompted] == NO_PROMPT).all() and set(first[prompted].tolist()) == set(range(8))
-    assert np.array_equal(first, draw_prompts(numbers, prompted, 8, 1, "a"))
-    assert np.array_equal(first[::-1], draw_prompts(numbers[::-1], prompted[::-1], 8, 1, "a"))
-    assert np.array_equal(first[:100], draw_prompts(numbers[:100], prompted[:100], 8, 1, "a"))
-    others = [draw_prompts(numbers, prompted, 8, 2, "a"), draw_prompts(numbers, prompted, 8, 1, "b")]
+    pieces = PromptDraws(8, 1, "a")
+    assert np.array_equal(
+        first, np.concatenate([pieces.take(part) for part in np.split(prompted, [1, 100, 101, 2500])])
+    )
+    others = [PromptDraws(8, 2, "a").take(prompted), PromptDraws(8, 1, "b").take(prompted)]
     assert all(0.05 < np.mean(first[prompted] == other[prompted]) < 0.2 for other in others)
-    assert (draw_prompts(numbers, prompted, 0, 1, "a") == NO_PROMPT).all()
+    assert (PromptDraws(0, 1, "a").take(prompted) == NO_PROMPT).all()
 
 
 def test_the_shipped_prompts_are_short_distinct_lines() -> None:

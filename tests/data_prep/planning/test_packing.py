@@ -5,7 +5,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_prep.planning import packing
 from data_prep.planning.packing import (
+    InOrder,
+    InWindows,
     _OpenRows,
     better_seq_len,
     exact_draws,
@@ -37,31 +40,56 @@ def test_draws_of_the_paper_are_hand_counted() -> None:
 @given(st.integers(1, 50), st.integers(0, 200), st.integers(0, 5))
 @settings(max_examples=100, deadline=None)
 def test_every_epoch_holds_every_sample_once(samples: int, draws: int, seed: int) -> None:
-    order = sample_order(samples, draws, seed, "vqa").tolist()
+    order = order_of(samples, draws, seed, "vqa")
     assert len(order) == draws
     for start in range(0, draws, samples):
         epoch = order[start : start + samples]
         assert len(set(epoch)) == len(epoch) and set(epoch) <= set(range(samples))
 
 
+def order_of(samples: int, draws: int, seed: int, corpus: str) -> list[int]:
+    return [number for epoch in sample_order(samples, draws, seed, corpus) for number in epoch.tolist()]
+
+
 def test_order_depends_on_seed_corpus_and_epoch_only() -> None:
-    one = sample_order(100, 200, 1, "vqa").tolist()
-    assert one == sample_order(100, 200, 1, "vqa").tolist()
-    assert one[:150] == sample_order(100, 150, 1, "vqa").tolist()
-    others = [sample_order(100, 200, 2, "vqa").tolist(), sample_order(100, 200, 1, "llava").tolist()]
+    one = order_of(100, 200, 1, "vqa")
+    assert one == order_of(100, 200, 1, "vqa")
+    assert one[:150] == order_of(100, 150, 1, "vqa")
+    others = [order_of(100, 200, 2, "vqa"), order_of(100, 200, 1, "llava")]
     assert one not in others and one[:100] != one[100:]
 
 
 @given(st.lists(st.integers(0, 60), min_size=1, max_size=6))
 @settings(max_examples=100, deadline=None)
+def test_chunks_change_neither_blend_nor_order(draws: list[int]) -> None:
+    whole = np.concatenate(list(interleave(draws)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "CHUNK_DRAWS", 7)
+        parts = list(interleave(draws))
+        order = order_of(40, 90, 0, "vqa")
+    assert np.array_equal(np.concatenate(parts), whole) and (len(parts) > 1) == (len(whole) > 7)
+    assert order == order_of(40, 90, 0, "vqa")
+
+
+@given(st.lists(st.integers(0, 60), min_size=1, max_size=6))
+@settings(max_examples=100, deadline=None)
 def test_every_prefix_of_the_blend_is_balanced(draws: list[int]) -> None:
-    order = interleave(draws).tolist()
+    order = np.concatenate(list(interleave(draws))).tolist()
     assert Counter(order) == Counter({corpus: count for corpus, count in enumerate(draws) if count})
     bound = (1 + len(draws)) / 2
     for n in range(len(order) + 1):
         seen = Counter(order[:n])
         for corpus, count in enumerate(draws):
             assert abs(seen[corpus] - n * count / max(1, len(order))) <= bound
+
+
+@given(st.integers(1, 1 << 40), st.integers(1, 1 << 50))
+@settings(max_examples=300, deadline=None)
+def test_draws_before_a_time_are_counted_by_the_rounded_times_themselves(count: int, chunk: int) -> None:
+    time = chunk / (1 << 50)
+    before = packing._draws_before(time, count)
+    assert before == 0 or (before - 0.5) / count < time
+    assert before == count or (before + 0.5) / count >= time
 
 
 samples_of_rows = st.lists(st.tuples(st.integers(1, 64), st.integers(0, 3)), max_size=300)
@@ -78,6 +106,12 @@ def check_rows(rows: np.ndarray, samples: list[tuple[int, int]], seq_len: int, c
     assert sorted(tokens) == list(range(len(tokens)))
 
 
+def in_chunks(packer: packing.Packer, lengths: np.ndarray, images: np.ndarray, chunk: int) -> list[int]:
+    starts = range(0, len(lengths), chunk)
+    parts = (slice(start, start + chunk) for start in starts)
+    return [row for part in parts for row in packer.place(lengths[part], images[part]).tolist()]
+
+
 @given(samples_of_rows, st.sampled_from([None, 3, 5]), st.integers(1, 100), st.integers(0, 3))
 @settings(max_examples=150, deadline=None)
 def test_no_row_is_overfull(samples: list[tuple[int, int]], cap: int | None, window: int, seed: int) -> None:
@@ -85,6 +119,7 @@ def test_no_row_is_overfull(samples: list[tuple[int, int]], cap: int | None, win
     rows = pack_windows(lengths, images, 64, cap, seed, window)
     check_rows(rows, samples, 64, cap)
     assert rows.tolist() == pack_windows(lengths, images, 64, cap, seed, window).tolist()
+    assert rows.tolist() == in_chunks(InWindows(64, cap, seed, window), lengths, images, 2 * window)
     for start in range(0, len(rows) - window, window):
         assert rows[start : start + window].max() < rows[start + window :].min()
 
@@ -109,7 +144,7 @@ def test_packing_in_order_keeps_the_order(samples: list[tuple[int, int]], cap: i
     lengths, images = (np.array([sample[k] for sample in samples], dtype=np.int64) for k in (0, 1))
     rows = pack_in_order(lengths, images, 64, cap)
     check_rows(rows, samples, 64, cap)
-    assert rows.tolist() == sorted(rows.tolist())
+    assert rows.tolist() == sorted(rows.tolist()) == in_chunks(InOrder(64, cap), lengths, images, 11)
 
 
 def aki_like(count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from benchmarks.data.aki import CORPORA, make_workspace
 from data_prep.common.errors import UserError
 from data_prep.ingest.samples import SAMPLE_STATS
 from data_prep.ingest.workspace import ShardOutput, Workspace
+from data_prep.planning import draws, packing
 from data_prep.planning.packing import exact_draws
 from data_prep.planning.step import PackingPlan, plan, plan_path
 from data_prep.progress import Reporter
@@ -48,6 +49,18 @@ def test_the_mixture_is_exact_to_one_draw_over_the_plan_and_over_every_prefix(ma
     for first in range(0, DRAWS, 500):
         seen = np.bincount(blended[:first], minlength=len(weights))
         assert np.abs(seen - exact * first / DRAWS).max() <= (1 + len(weights)) / 2
+
+
+def test_a_plan_does_not_depend_on_how_many_draws_are_in_memory(
+    made: PackingPlan, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (packing, draws):
+        monkeypatch.setattr(module, "CHUNK_DRAWS", 1000)
+    path = plan_path(Workspace(recipe).packs("sft"))
+    whole = path.read_bytes()
+    path.unlink()
+    plan(recipe, Reporter(quiet=True))
+    assert path.read_bytes() == whole
 
 
 def test_every_sample_is_drawn_equally_often(made: PackingPlan, recipe: Recipe) -> None:

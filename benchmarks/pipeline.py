@@ -24,17 +24,21 @@ COLUMNS = ("engine", "pp", "micro-batches", "ZeRO", "gathered", "reduced", "step
 
 
 def launch(out: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Run all cases in one job of four ranks; exit with its output if it fails."""
+    """Run all cases in one job."""
+    words = ["--steps", str(options.steps), *(["--quick"] if options.quick else [])]
+    words += ["--micro-batches", *map(str, options.micro_batches)]
+    return launch_worker("benchmarks.pipeline_worker", out, words, options.port)
+
+
+def launch_worker(module: str, out: Path, words: list[str], port: int) -> list[dict[str, Any]]:
+    """Run a worker on four ranks; return what it wrote to ``out``. Exit with its output if it fails."""
     program = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if program is None:
         sys.exit("the deepspeed launcher is not installed: make setup")
-    worker = ["--module", "benchmarks.pipeline_worker", str(out), "--steps", str(options.steps)]
-    command = [program, "--num_accelerators", str(RANKS), "--master_port", str(options.port), *worker]
+    command = [program, "--num_accelerators", str(RANKS), "--master_port", str(port), "--module", module, str(out)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    command += ["--quick"] if options.quick else []
-    command += ["--micro-batches", *map(str, options.micro_batches)]
     ended = subprocess.run(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*command, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if ended.returncode:
         sys.exit(f"the job failed\n{ended.stdout[-4000:]}")

@@ -33,7 +33,7 @@ from pipeline.model.stage import Stage
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.groups import create_groups
 from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
-from pipeline.parallel.partition import split_layers
+from pipeline.parallel.partition import joined, split_stages
 from pipeline.parallel.runner import Runner
 from pipeline.parallel.topology import Topology
 from pipeline.parallel.traffic import StepTraffic, Traffic
@@ -177,11 +177,14 @@ class Bench:
         raw["zero_optimization"]["stage3_param_persistence_threshold"] = 0
         return complete_ds_config(raw, run, microbatch_rows=1, bf16=False), Sharding.of(raw, run.parallel)
 
-    def stages(self, case: Case) -> tuple[Callable[[], Any], Traffic, tuple[int, int]]:
-        """This project's engine."""
+    def engine(
+        self, case: Case, *, schedule: str = "1f1b", virtual_stages: int = 1
+    ) -> tuple[Zero3Stage, Runner, nn.Module]:
+        """Return this project's engine, its runner and its sharded module."""
         grid, groups, (ds_config, sharding) = self.grids[case.pp], self.groups[case.pp], self.config(case)
+        own = split_stages(LAYERS, case.pp, virtual_stages)[grid.stage]
         module = build_stage(
-            self.spec, layers=split_layers(LAYERS, case.pp)[grid.stage], first=grid.first, last=grid.last,
+            self.spec, layers=joined(own), first=grid.first, last=grid.last,
             dtype=torch.float32, device="cpu", seed=0, reads=grid.dp_rank == 0, shard=sharder(grid, groups, ds_config),
         )  # fmt: skip
         stage = Zero3Stage(
@@ -189,7 +192,15 @@ class Bench:
             gathered_fraction=sharding.gathered_fraction,
             reduce_once=sharding.reduce_once,
         )  # fmt: skip
-        runner = Runner(stage, topology=grid, groups=groups, width=WIDTH, dtype=torch.float32, schedule="1f1b")
+        runner = Runner(
+            stage, topology=grid, groups=groups, width=WIDTH, dtype=torch.float32, schedule=schedule,
+            virtual_stages=own,
+        )  # fmt: skip
+        return stage, runner, module
+
+    def stages(self, case: Case) -> tuple[Callable[[], Any], Traffic, tuple[int, int]]:
+        """This project's engine."""
+        stage, runner, module = self.engine(case)
         rows, scale = self.rows(case), 1 / (case.microbatches * TOKENS)
 
         def step() -> None:

@@ -83,13 +83,13 @@ def _anonymous_mib(process: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
-def write_corpus(folder: Path, samples: int) -> Path:
+def write_corpus(folder: Path, samples: int, *, per_tar: int = PER_TAR) -> Path:
     """Write tars of captions with tiny images, and a recipe."""
     raw = folder / "raw"
     raw.mkdir()
-    for number, start in enumerate(range(0, samples, PER_TAR)):
+    for number, start in enumerate(range(0, samples, per_tar)):
         with tarfile.open(raw / f"{number:05d}.tar", "w") as tar:
-            for key in range(start, min(start + PER_TAR, samples)):
+            for key in range(start, min(start + per_tar, samples)):
                 _add(tar, f"{key:09d}.png", _image(key % 1000 if key % SHARED == 0 else key))
                 _add(
                     tar, f"{key:09d}.txt", f"a picture of {key % 97} red and {key % 89} green balls on a table".encode()

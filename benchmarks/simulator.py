@@ -1,7 +1,7 @@
 """The schedule simulator against measured steps: four processes, real messages, injected latencies.
 
 Run from the repository root: ``python -m benchmarks.simulator``. Layers sleep besides computing, unequally on the
-stages, and messages arrive late, so a busy machine disturbs little and latencies are those of a slow network. The last
+stages, and messages arrive late, so a busy machine disturbs little and latencies are those of a slow network. The first
 case injects nothing.
 """
 

@@ -44,13 +44,13 @@ class Case:
 
 
 EVEN, UNEVEN = (0.2, 0.2, 0.2, 0.2), (0.2, 0.3, 0.15, 0.25)
-CASES = (
+CASES = (  # two stages first: DeepSpeed numbers modules, equally on the ranks of a stage until their stages differ
+    Case(2, "1f1b", 8, (0.0, 0.0)),
+    Case(2, "1f1b", 4, (0.3, 0.15), message_s=0.2),
     Case(4, "1f1b", 4, UNEVEN),
     Case(4, "gpipe", 4, UNEVEN),
     Case(4, "interleaved", 4, EVEN, virtual_stages=2),
     Case(4, "1f1b", 4, EVEN, message_s=0.3),
-    Case(2, "1f1b", 4, (0.3, 0.15), message_s=0.2),
-    Case(2, "1f1b", 8, (0.0, 0.0)),
 )
 
 

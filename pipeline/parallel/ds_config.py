@@ -194,7 +194,7 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_row
     """
     done = {
         **raw,
-        "zero_optimization": _as_stage_3(raw["zero_optimization"]),
+        "zero_optimization": _with_plain_linears(_as_stage_3(raw["zero_optimization"]), config.parallel),
         "train_micro_batch_size_per_gpu": microbatch_rows,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": config.train.clip_norm,
@@ -214,6 +214,14 @@ def complete_ds_config(raw: dict[str, Any], config: RunConfig, *, microbatch_row
             raise ConfigError(f"log.wandb={config.log.wandb} needs the package wandb: pip install wandb, or clear it")
         done["wandb"] = {"enabled": True, "project": config.log.wandb}
     return done
+
+
+def _with_plain_linears(zero: dict[str, Any], parallel: ParallelConfig) -> dict[str, Any]:
+    """Keep torch's own linear function where weights stay gathered for the step.
+
+    DeepSpeed replaces it, in Python, by one that does not keep a released weight in memory until the backward.
+    """
+    return {"memory_efficient_linear": False, **zero} if parallel.gathered_fraction == 1 else zero
 
 
 def _as_stage_3(zero: dict[str, Any]) -> dict[str, Any]:

@@ -64,6 +64,8 @@ class Case:
     """File of ds_configs."""
     leaves: bool = False
     """Layers are gathered as one."""
+    overlapped: bool = False
+    """Weights are gathered during the first forwards, as on GPUs."""
     evaluate: bool = False
     """Run a forward without gradients before every step."""
     persist: int = 0
@@ -93,7 +95,7 @@ class Case:
             "tied": self.tied, f"pp{self.pp}": True, self.schedule: True, "checkpointing": self.checkpointing,
             self.config: True, f"gathered{self.gathered_fraction:g}": self.gathered_fraction < 1,
             "each": not self.reduce_once,
-            "leaves": self.leaves, "evaluate": self.evaluate, "persistent": self.persist,
+            "leaves": self.leaves, "overlapped": self.overlapped, "evaluate": self.evaluate, "persistent": self.persist,
             "x".join(map(str, self.microbatches)): self.microbatches != MICROS, f"without {self.without}": self.without,
             "poisoned": self.poisoned is not None, "deep": self.deep, "bf16": self.bf16,
             self.connector: self.connector != "perceiver",
@@ -101,7 +103,12 @@ class Case:
         return "-".join(word for word, so in said.items() if so)
 
 
-ONCE, EACH = Case(2, microbatches=EIGHT), Case(2, "gpipe", True, reduce_once=False, microbatches=EIGHT)
+ONCE, EACH = (
+    Case(2, microbatches=EIGHT),
+    Case(2, "gpipe", True, reduce_once=False, overlapped=True, microbatches=EIGHT),
+)
+ALONE = Case(4, "gpipe")
+"""Each rank is alone in its stage, so nothing is summed over ranks."""
 ZERO1 = Case(2, tied=True, config="zero1", microbatches=EIGHT)
 ZERO2 = Case(2, "gpipe", reduce_once=False, config="zero2", microbatches=EIGHT)
 PERSIST, ODD = 1_200, {2: (6, 10, 2), 4: (6, 9, 7)}
@@ -112,7 +119,7 @@ EQUAL = [
     ZERO1,
     ZERO2,
     Case(1, checkpointing=True, evaluate=True),
-    Case(1, "gpipe", True, config="zero1", leaves=True, evaluate=True),
+    Case(1, "gpipe", True, config="zero1", leaves=True, overlapped=True, evaluate=True),
     Case(1, "gpipe", tied=True, reduce_once=False, config="zero2", evaluate=True),
     Case(1, tied=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload", persist=PERSIST),
     Case(1, "gpipe", gathered_fraction=0.5, config="zero3_offload_params", leaves=True),
@@ -126,14 +133,15 @@ EQUAL = [
         microbatches=ODD[2],
     ),
     Case(
-        2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, evaluate=True,
-        microbatches=ODD[2],
+        2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, overlapped=True,
+        evaluate=True, microbatches=ODD[2],
     ),
     Case(2, "interleaved", True, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[2]),
     Case(2, "interleaved", True, tied=True, gathered_fraction=0.5, config="zero3_offload_params", microbatches=ODD[2]),
-    Case(2, "interleaved", True, tied=True, reduce_once=False, config="zero3_offload"),
+    Case(2, "interleaved", True, tied=True, reduce_once=False, config="zero3_offload", overlapped=True),
     Case(4, gathered_fraction=0.5, reduce_once=False, evaluate=True),
-    Case(4, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[4]),
+    ALONE,
+    Case(4, reduce_once=False, config="zero2", leaves=True, overlapped=True, microbatches=ODD[4]),
     Case(
         4, checkpointing=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST
     ),
@@ -148,7 +156,7 @@ NO_FLAG = Case(2, "gpipe", reduce_once=False, microbatches=(4,), without="backwa
 NO_NORM = Case(2, without="global norm", poisoned=2)
 ACCUMULATED = Case(2, microbatches=(4,), without="one accumulation")
 UNRELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, microbatches=(4, 8), without="release")
-UNCUT = Case(2, checkpointing=True, microbatches=(4, 4), without="cut stack")
+UNCUT = Case(2, checkpointing=True, gathered_fraction=0.0, microbatches=(4, 4), without="cut stack")
 BROKEN = [NO_FLAG, NO_NORM, ACCUMULATED, UNRELEASED, UNCUT]
 POISONED = [Case(2, poisoned=1), Case(2, "gpipe", gathered_fraction=0.0, reduce_once=False, poisoned=1)]
 RELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, deep=True, microbatches=(16, 16))
@@ -268,6 +276,7 @@ class Job:
                 module, optimizer, topology=topology, groups=groups, ds_config=ds_config,
                 gathered_fraction=sharding.gathered_fraction,
                 reduce_once=sharding.reduce_once, tied=module.tied_copy, leaves=module.blocks() if case.leaves else (),
+                gather_first=not case.overlapped,
             )  # fmt: skip
         self.runner = Runner(
             self.stage, topology=topology, groups=groups, width=self.spec.width, dtype=dtype,
@@ -424,7 +433,7 @@ def run_table(out: Path, cases: Sequence[Case]) -> None:
 
 def run_without_group_order() -> None:
     topology = Topology(RANKS, dist.get_rank(), 2)
-    job = Job(Case(2), topology, create_groups(topology, timeout_s=20))
+    job = Job(Case(2, gathered_fraction=0.0), topology, create_groups(topology, timeout_s=20))
     compare_orders_over_the_world()
     job.train()
 

@@ -1,9 +1,9 @@
 """Processor time of the trainer beside a plain torch loop, on the model and the batches of the built-in demo.
 
 Run from the repository root: ``OMP_NUM_THREADS=1 python -m benchmarks.host``. The trainer runs as users run it: ZeRO-3,
-clipping, metrics, watchdog, loader threads. After each of its steps, the plain loop takes the same batch through the same
-model: forward, backward, `clip_grad_norm_`, AdamW; nothing else. Both must reach the same losses. Processor time, not
-elapsed time, so that other work on the machine disturbs little.
+clipping, metrics, watchdog, loader threads. After each of its steps, the plain loop takes the same batch through the
+same model: forward, backward, `clip_grad_norm_`, AdamW; nothing else. Both must reach the same losses. Times are of the
+processor, so that other work on the machine disturbs little.
 """
 
 from __future__ import annotations
@@ -141,7 +141,11 @@ def table_line(recipe: str, clocks: Clocks) -> str:
     """Return a result as a row of the Markdown table."""
     steps, plain = len(clocks.tokens), clocks.plain
     shares = clocks.trainer / plain, clocks.main / plain, (clocks.trainer - clocks.main) / plain
-    cells = [recipe, f"{sum(clocks.tokens) / steps:,.0f}", *(f"{1000 * t / steps:.1f}" for t in (plain, clocks.trainer))]
+    cells = [
+        recipe,
+        f"{sum(clocks.tokens) / steps:,.0f}",
+        *(f"{1000 * t / steps:.1f}" for t in (plain, clocks.trainer)),
+    ]
     return f"| {' | '.join(cells)} | **{shares[0]:.2f}** | {shares[1]:.2f} | {shares[2]:.2f} |"
 
 

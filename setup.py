@@ -47,6 +47,7 @@ setup(
         "serve": ["fastapi", "uvicorn", "prometheus-client"],
         "real": ["accelerate", "gguf"],  # reads SmolLM2 from its wheel
         "eval": ["lmms-eval"],
+        "triton": ["triton"],  # 1 GB: torch for CUDA brings it; on CPUs, tests run its kernels in its interpreter
         "dev": [
             "mpich",
             "setuptools",

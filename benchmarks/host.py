@@ -48,7 +48,7 @@ class PlainLoop:
         self._plan, train, spec = plan, plan.config.train, plan.spec
         self._stage = build_stage(
             spec, layers=range(spec.layers), first=True, last=True, dtype=plan.dtype, device="cpu", seed=train.seed,
-            trains=plan.split.trainable.trains, gradient_checkpointing=train.gradient_checkpointing,
+            trains=plan.split.trainable.trains, gradient_checkpointing=train.recomputed_layers,
         )  # fmt: skip
         self._params = [param for param in self._stage.parameters() if param.requires_grad]
         groups = [

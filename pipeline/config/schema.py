@@ -7,6 +7,7 @@ error that suggests the closest known one.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -47,6 +48,23 @@ def _split_folders(value: Any) -> Any:
 Names = Annotated[list[str], BeforeValidator(_split_names)]
 Folders = Annotated[dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")], str], BeforeValidator(_split_folders)]
 Rates = Annotated[dict[str, Rate], BeforeValidator(_split_pairs)]
+
+
+def _recomputation(value: Any) -> Any:
+    """Return auto, all, none or a number as text; recipes may say true for all and false for none."""
+    text = str(value).strip().lower()
+    text = {"true": "all", "false": "none", "0": "none", "1": "all"}.get(text, text)
+    if text not in ("auto", "all", "none") and not re.fullmatch(r"[1-9]\d{0,8}", text, re.ASCII):
+        raise ValueError(f"'{value}' is none of auto, all, none or a number k, which recomputes every k-th layer")
+    return text
+
+
+def is_recomputed(layer: int, every: int) -> bool:
+    """Whether a decoder layer, counted from 0 in the whole model, is one of every ``every``-th; 0 = none is."""
+    return every > 0 and layer % every == 0
+
+
+Recomputation = Annotated[str, BeforeValidator(_recomputation)]
 
 
 def _from_yaml(value: Any) -> Any:
@@ -239,8 +257,10 @@ class TrainSection(Section):
     """Maximum global gradient norm, over all stages and ranks; 0 = no clipping."""
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute dtype: auto = bf16 on GPUs, fp32 on CPUs."""
-    gradient_checkpointing: bool = True
-    """Recompute each decoder layer in the backward pass."""
+    gradient_checkpointing: Recomputation = "all"
+    """Decoder layers that are recomputed in the backward pass: all, none, a number k for every k-th layer, or auto: as
+    few as the estimated memory of a rank allows. No setting changes any result; each layer that is not recomputed saves
+    a forward and needs memory for its activations."""
     seed: int = 0
     """Seed for weights built from scratch; training steps use no randomness."""
     deterministic: bool = False
@@ -250,6 +270,12 @@ class TrainSection(Section):
     """Fail the run after this many consecutive steps with a non-finite gradient."""
     max_hours: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     """Save and stop after this many hours; the same command resumes. 0 = no limit."""
+
+    @property
+    def recomputed_layers(self) -> int:
+        """K where every k-th decoder layer is recomputed; 0 = none. ``auto`` counts as all: the least memory."""
+        named = {"all": 1, "auto": 1, "none": 0}
+        return named[asked] if (asked := self.gradient_checkpointing) in named else int(asked)
 
     @model_validator(mode="after")
     def _floor_is_below_peak(self) -> TrainSection:
@@ -294,8 +320,9 @@ class ParallelConfig(Section):
     of the stage. None = chosen by the ZeRO stage of the DeepSpeed file: once for 1 and 3, per micro-batch for 2.
     Micro-batches always accumulate in fp32; ranks reduce in bf16, or in fp32 with "communication_data_type": "fp32"
     in the DeepSpeed file."""
-    leaf_layers: bool = False
-    """Gather each decoder layer and vision block as a whole: fewer, larger collectives, one more layer in memory."""
+    leaf_layers: bool | None = None
+    """Gather each decoder layer and vision block as a whole: fewer, larger collectives, one more layer in memory.
+    None = on GPUs."""
     timeout_s: Annotated[int, Field(gt=0, le=10_000_000)] = 1800
     """End the job after this many seconds without progress, and name the rank that caused it.
     Must exceed the longest step: on GPUs progress may show only at the end of a step."""

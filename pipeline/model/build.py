@@ -36,7 +36,7 @@ def build_stage(
     reads: bool = True,
     shard: Callable[[nn.Module], None] | None = None,
     trains: Callable[[str], bool] | None = None,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: int = 0,
 ) -> Stage:
     """Build the stage of decoder layers ``layers``.
 
@@ -57,7 +57,7 @@ def build_stage(
         reads: whether this rank fills the units; if False they are zeros, to be overwritten by a broadcast.
         shard: called with each finished unit (ZeRO-3 partitions it there).
         trains: whether the parameter of a global name is trained; default: everything but a frozen tower.
-        gradient_checkpointing: recompute decoder layers in the backward pass.
+        gradient_checkpointing: k: recompute every k-th decoder layer in the backward pass; 0 = none.
 
     Returns:
         The stage, in training mode.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
+from pipeline.config.schema import is_recomputed
 from pipeline.model.spec import ModelSpec
 from pipeline.model.trainable import Trainable
 from pipeline.model.weights import parameter_shapes
@@ -111,10 +112,10 @@ class ParamCounts(Sizes):
         Attention scores of decoder and tower and recomputation are excluded, so an MFU based on this is a lower bound.
         The head counts supervised tokens only; the connector's FLOPs are counted from its own forward pass.
         """
-        costs = self.part_costs(image_share=images / tokens, target_share=targets / tokens, recomputed=False)
+        costs = self.part_costs(image_share=images / tokens, target_share=targets / tokens, recomputed=0)
         return tokens * sum(map(sum, costs))
 
-    def part_costs(self, *, image_share: float, target_share: float, recomputed: bool) -> Sequence[Cost]:
+    def part_costs(self, *, image_share: float, target_share: float, recomputed: int) -> Sequence[Cost]:
         """Return the FLOPs per packed token: before the decoder layers, of each layer, after them.
 
         Per parameter and token: 2 forward; 2 backward for its gradient if it is trained; 2 backward for the gradient of
@@ -123,7 +124,7 @@ class ParamCounts(Sizes):
         Args:
             image_share: images per packed token.
             target_share: supervised tokens per packed token.
-            recomputed: decoder layers are recomputed in the backward pass.
+            recomputed: k where every k-th decoder layer is recomputed in the backward pass; 0 = none.
         """
         flows = False  # whether a gradient passes through
 
@@ -138,8 +139,9 @@ class ParamCounts(Sizes):
         connector = cost(self.connector_flops * image_share, _ratio(trained.connector, self.connector))
         flows |= trained.embed > 0
         layers = [cost(2.0 * size, _ratio(own, size)) for size, own in zip(self.layers, trained.layers, strict=True)]
-        if recomputed:
-            layers = [Cost(each.forward, each.backward + (each.forward if each.backward else 0.0)) for each in layers]
+        for index, layer in enumerate(layers):
+            if layer.backward and is_recomputed(index, recomputed):
+                layers[index] = Cost(layer.forward, layer.backward + layer.forward)
         head = (self.head, trained.head) if self.head else (self.embed, trained.embed)
         after = cost(2.0 * head[0] * target_share, _ratio(head[1], head[0]))
         before = Cost(vision.forward + connector.forward, vision.backward + connector.backward)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from data_prep.media.spec import NativeImages
 from pipeline.attention import register
+from pipeline.config.schema import is_recomputed
 from pipeline.model.inputs import IGNORE, StageInputs
 from pipeline.model.lora import add_adapters
 from pipeline.model.loss import LMHead
@@ -51,7 +52,7 @@ class Stage(nn.Module):
         layers: Sequence[int],
         first: bool,
         last: bool,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: int = 0,
     ) -> None:
         """Lay out a stage.
 
@@ -62,7 +63,7 @@ class Stage(nn.Module):
             layers: global indices of its decoder layers, ascending; one run of layers, or several virtual stages.
             first: holds vision tower, connector and embedding.
             last: holds the final norm, the head and the loss.
-            gradient_checkpointing: recompute each decoder layer in the backward pass.
+            gradient_checkpointing: k: recompute every k-th decoder layer of the model in the backward pass; 0 = none.
         """
         super().__init__()
         self.spec, self.first, self.last = spec, first, last
@@ -225,7 +226,7 @@ class Stage(nn.Module):
                 "position_ids": positions_1T,
                 "position_embeddings": rotary[self._rotary_kind(index)],
             }
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if is_recomputed(index, self.gradient_checkpointing) and torch.is_grad_enabled():
                 hidden_1TD = checkpoint(layer, hidden_1TD, use_reentrant=False, preserve_rng_state=False, **options)
             else:
                 hidden_1TD = layer(hidden_1TD, **options)

@@ -17,6 +17,8 @@ _CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory
 _LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_TASKS_PER_NODE")
 CUDA_BYTES = 1.5 * GIB
 """Allowance for CUDA's context, its kernels, which are all loaded at the start, and NCCL's buffers on a GPU."""
+_USED = 0.85
+"""Share of a rank's memory that ``gradient_checkpointing: auto`` fills by estimate; the rest is for its error."""
 _SAVED_BYTES = 12
 """Host memory of asynchronous saves per trained parameter of a rank."""
 
@@ -50,13 +52,8 @@ def memory_problems(plan: RunPlan, *, gpu_bytes: float | None, host_bytes: float
 
 def check_memory(plan: RunPlan) -> list[str]:
     """Return the problems that ``parallel.allow_oversubscription`` accepts. Raises ConfigError if it does not."""
-    gpu = None
-    if torch.cuda.is_available():
-        gpu = float(
-            torch.cuda.get_device_properties(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()).total_memory
-        )
     problems = memory_problems(
-        plan, gpu_bytes=gpu, host_bytes=host_memory(), local_ranks=local_ranks(os.environ, plan.topology.world)
+        plan, gpu_bytes=gpu_memory(), host_bytes=host_memory(), local_ranks=local_ranks(os.environ, plan.topology.world)
     )
     if problems and not plan.config.parallel.allow_oversubscription:
         raise ConfigError(
@@ -64,6 +61,27 @@ def check_memory(plan: RunPlan) -> list[str]:
             "micro-batches; --parallel.allow-oversubscription true starts anyway"
         )
     return problems
+
+
+def gpu_memory() -> float | None:
+    """Return the bytes of this rank's GPU; None on CPUs."""
+    if not torch.cuda.is_available():
+        return None
+    local = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    return float(torch.cuda.get_device_properties(local).total_memory)
+
+
+def recomputed_layers(plan: RunPlan) -> int:
+    """Return k where this rank recomputes every k-th decoder layer, 0 = none; ``auto`` goes by its device's memory.
+
+    Ranks may differ: no choice changes any result.
+    """
+    train, topology = plan.config.train, plan.topology
+    if train.gradient_checkpointing != "auto":
+        return train.recomputed_layers
+    gpu = gpu_memory()
+    own = host_memory() / local_ranks(os.environ, topology.world) if gpu is None else gpu - CUDA_BYTES
+    return WorkloadEstimate.of(plan).recomputation_for(topology.stage, _USED * own)
 
 
 def _host_bytes(plan: RunPlan, load: WorkloadEstimate, stage: int, *, on_gpu: bool) -> float:

@@ -81,7 +81,7 @@ def _stage_lines(plan: RunPlan) -> Iterator[str]:
         f"ranks    {topology.world} = {topology.pp} stages x {topology.dp} dp ranks, {parallel.schedule}, "
         f"expected bubble {shown_bubble(load)}"
     )
-    yield f"sharding {plan.sharding}{', each layer gathered at once' if parallel.leaf_layers else ''}"
+    yield f"sharding {plan.sharding}{', each layer gathered at once' if plan.leaf_layers else ''}"
     for stage, virtual_stages in enumerate(plan.split.stage_layers):
         trained, frozen = load.split.parameters(stage)
         need = load.memory(stage)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.config.schema import RunConfig
+from pipeline.config.schema import RunConfig, is_recomputed
 from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding
 from pipeline.parallel.partition import joined
@@ -19,6 +19,8 @@ from pipeline.planning.run_plan import RunPlan
 from pipeline.planning.stage_split import StageSplit
 
 GIB = 2**30
+_RECOMPUTED = (0, 8, 4, 3, 2, 1)
+"""What ``gradient_checkpointing: auto`` tries: every k-th layer, from the fastest to the smallest."""
 
 
 @dataclass(frozen=True)
@@ -92,16 +94,20 @@ class WorkloadEstimate:
 
         return simulate(self.orders, cost, len(self.split.stage_layers[0])).bubble
 
-    def memory(self, stage: int) -> MemoryEstimate:
-        """Estimate the peak device memory of a rank of one stage."""
+    def memory(self, stage: int, recomputed: int | None = None) -> MemoryEstimate:
+        """Estimate the peak device memory of a rank of one stage.
+
+        ``recomputed`` is k where every k-th decoder layer is recomputed, 0 = none; None = as configured.
+        """
         trained, frozen = self.split.parameters(stage)
         size, sharding = (2 if self.bf16 else 4), self.sharding
         shards, optimizer = (trained + frozen) * size / self.dp, trained * (4 + 8 + 4) / self.dp
         host = shards * sharding.offload_params + optimizer * sharding.offload_optimizer
         whole = max(sharding.gathered_fraction * (trained + frozen), self._largest_module(stage))
         gathered = whole * size + (trained * 4 if sharding.reduce_once else 0)
+        every = self.config.train.recomputed_layers if recomputed is None else recomputed
         losses = 4 * self.spec.vocab_rows * self.spec.width * self._open_losses(stage)
-        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size), losses, host)
+        return MemoryEstimate(shards + optimizer - host, gathered, self._activations(stage, size, every), losses, host)
 
     def _largest_module(self, stage: int) -> int:
         """Parameters of the largest module, which is gathered while it runs even if nothing stays gathered."""
@@ -112,17 +118,19 @@ class WorkloadEstimate:
             modules.append(self.split.counts.head or self.split.counts.embed)
         return max(modules)
 
-    def _activations(self, stage: int, size: int) -> float:
-        """With checkpointing one saved input a layer, else about 16 + 3 feed-forward widths per layer and token."""
+    def recomputation_for(self, stage: int, available: float) -> int:
+        """Return the k of ``auto``: recompute as few layers as ``available`` bytes on the device allow; 0 = none."""
+        return next((k for k in _RECOMPUTED if self.memory(stage, k).total <= available), 1)
+
+    def _activations(self, stage: int, size: int, every: int) -> float:
+        """One saved input for a recomputed layer; for others about 16 + 3 feed-forward widths per layer and token."""
         width = self.spec.width
         feed_forward = self.spec.llm_family.feed_forward_width(self.spec.llm)
         one_layer = float(self.microbatch_tokens * (16 * width + 3 * feed_forward) * size)
-        layers = peak_in_flight(
-            self.orders[stage], [len(virtual_stage) for virtual_stage in self.split.stage_layers[stage]]
-        )
-        if self.config.train.gradient_checkpointing:
-            return layers * self.microbatch_tokens * width * size + one_layer
-        return layers * one_layer
+        saved_input = float(self.microbatch_tokens * width * size)
+        again = [[is_recomputed(layer, every) for layer in own] for own in self.split.stage_layers[stage]]
+        saved = [sum(saved_input if recomputed else one_layer for recomputed in own) for own in again]
+        return peak_in_flight(self.orders[stage], saved) + one_layer * any(map(any, again))
 
     def _open_losses(self, stage: int) -> float:
         """Peak number of micro-batches between the loss, which computes the head's gradient, and its backward."""

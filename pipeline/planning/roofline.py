@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+from pipeline.config.schema import is_recomputed
 from pipeline.model.counts import Cost
 from pipeline.parallel.schedule import Action
 from pipeline.parallel.simulation import Simulation, simulate
@@ -199,17 +200,17 @@ class Roofline:
         before, *layers, after = split.costs
         total = (ActionTime(), ActionTime())
         for layer in split.stage_layers[stage][number]:
-            total = _added(total, self._of_layer(layers[layer]))
+            total = _added(total, self._of_layer(layers[layer], layer))
         if (stage, number) == (0, 0):
             total = _added(total, self._of_images(before))
         if (stage, number) == last:
             total = _added(total, self._of_head(after))
         return total
 
-    def _of_layer(self, cost: Cost) -> tuple[ActionTime, ActionTime]:
-        """Return forward and backward of one decoder layer."""
+    def _of_layer(self, cost: Cost, layer: int) -> tuple[ActionTime, ActionTime]:
+        """Return forward and backward of one decoder layer, counted from 0."""
         tokens, hardware = self.load.microbatch_tokens, self.hardware
-        again = 1 if self.load.config.train.gradient_checkpointing else 0
+        again = int(is_recomputed(layer, self.load.config.train.recomputed_layers))
         matrices = [self._matrices(flops) for flops in cost]
         attention = tokens * self._attention_flops / (hardware.peak_flops * hardware.attention_share)
         pointwise = tokens * self._pointwise_bytes / hardware.bytes_per_s

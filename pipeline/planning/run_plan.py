@@ -116,6 +116,12 @@ class RunPlan(ParallelSettings):
         )  # fmt: skip
 
     @property
+    def leaf_layers(self) -> bool:
+        """Whether each decoder layer and vision block is gathered as a whole."""
+        asked = self.config.parallel.leaf_layers
+        return torch.cuda.is_available() if asked is None else asked
+
+    @property
     def virtual_stages(self) -> VirtualStages:
         """Decoder layers of this rank's stage, by virtual stage."""
         return self.split.stage_layers[self.topology.stage]

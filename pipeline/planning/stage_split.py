@@ -45,7 +45,7 @@ class StageSplit:
         trainable = Trainable.of(spec, config.train, shapes)
         counts = ParamCounts.of(spec, trainable.trains, shapes.items())
         costs = counts.part_costs(
-            image_share=image_share, target_share=target_share, recomputed=config.train.gradient_checkpointing
+            image_share=image_share, target_share=target_share, recomputed=config.train.recomputed_layers
         )
         stage_layers = split_stages(
             spec.layers, parallel.pp, parallel.virtual_stages,

@@ -13,6 +13,7 @@ from pipeline.model.weights import WeightSource
 from pipeline.parallel.groups import Groups
 from pipeline.parallel.partition import joined
 from pipeline.parallel.zero3 import Zero3Stage, check_version, sharder
+from pipeline.planning.capacity import recomputed_layers
 from pipeline.planning.run_plan import RunPlan
 from pipeline.watchdog.heartbeat import Heartbeat
 
@@ -58,12 +59,16 @@ def build_engine(
     warning = check_version()
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
+    every = recomputed_layers(plan)
+    if config.train.gradient_checkpointing == "auto" and topology.rank == 0:
+        shown = {0: "no layer", 1: "all layers"}.get(every, f"every {every}th layer")
+        print(f"recomputing {shown} in the backward pass, by estimated memory", flush=True)
     module = build_stage(
         plan.spec, layers=joined(plan.virtual_stages),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
         seed=config.train.seed, source=source,
         reads=topology.dp_rank == 0 and not (empty and source is None), shard=shard, trains=plan.split.trainable.trains,
-        gradient_checkpointing=config.train.gradient_checkpointing,
+        gradient_checkpointing=every,
     )  # fmt: skip
     param_groups = parameter_groups(module, config.train, plan.split.trainable)
     optimizer = _adamw(param_groups, config.train, fused=device.type == "cuda") if param_groups else None
@@ -71,7 +76,7 @@ def build_engine(
         module, optimizer, topology=topology, groups=groups, ds_config=plan.ds_config,
         gathered_fraction=plan.sharding.gathered_fraction, reduce_once=plan.sharding.reduce_once,
         tied=module.tied_copy,
-        leaves=module.blocks() if config.parallel.leaf_layers else (), progress_callback=heartbeat.report,
+        leaves=module.blocks() if plan.leaf_layers else (), progress_callback=heartbeat.report,
     )  # fmt: skip
 
 

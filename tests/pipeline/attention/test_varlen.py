@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from torch.nn.attention import varlen as torch_varlen
 
 from data_prep.common.errors import UserError
 from pipeline.attention import build_plan, varlen
@@ -16,7 +18,7 @@ from pipeline.attention.backends import runsplit
 from pipeline.attention.lse import attend_lse
 from pipeline.attention.runs import VarlenBatch
 from pipeline.attention.self_check import HEAD_SIZE, check_alignment, check_flash
-from pipeline.masks import POLICIES, Sidecars, get_policy
+from pipeline.masks import POLICIES, Sidecars, get_policy, parse_layout
 from tests.pipeline.attention.tensors import Inputs, distance
 from tests.pipeline.masks.rows import GRID, rows
 
@@ -83,6 +85,34 @@ def worst(found: torch.Tensor, inputs: Inputs, row: Sidecars, exact: list[torch.
 @settings(max_examples=10, deadline=None)
 def test_one_flash_call_per_batch_is_exact(name: str, row: Sidecars) -> None:
     plan, inputs = build_plan(get_policy(name, allow_leak=True, grid=GRID), row), Inputs.draw(row)
+    out = runsplit(inputs.q, inputs.k, inputs.v, plan.runs, partial(varlen.attend_varlen, scaling=0.3))
+    assert worst(out, inputs, row, inputs.results(plan, "dense", scaling=0.3)) <= 1e-12
+
+
+def attn_of_torch_2_10(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, is_causal: bool = False, return_aux: Any = None,
+) -> torch.Tensor:  # fmt: skip
+    return reference_forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal)[0]
+
+
+def attn_of_torch_2_13(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor,
+    max_q: int, max_k: int, *, return_aux: Any = None, scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1), enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return reference_forward(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0), scale)[0]
+
+
+@pytest.mark.parametrize("attn", [attn_of_torch_2_10, attn_of_torch_2_13])
+@pytest.mark.parametrize("name", ["mma", "mixed"])
+def test_the_call_suits_the_signature_of_each_torch(name: str, attn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older releases have no scale and say is_causal, newer ones a window; causal is aligned bottom-right in both."""
+    monkeypatch.setattr(torch_varlen, "varlen_attn", attn)
+    monkeypatch.setattr(varlen, "_PARAMETERS", frozenset(inspect.signature(attn).parameters))
+    row = parse_layout("S2 V9 Q4 A5 | V9 V9 Q3 A2 Q2 A3 | Q4 A9 P10")
+    plan, inputs = build_plan(name, row), Inputs.draw(row, (4, 2))
     out = runsplit(inputs.q, inputs.k, inputs.v, plan.runs, partial(varlen.attend_varlen, scaling=0.3))
     assert worst(out, inputs, row, inputs.results(plan, "dense", scaling=0.3)) <= 1e-12
 

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pipeline.attention import build_plan
 from pipeline.masks import POLICIES, Sidecars
+from pipeline.model import stage as stage_module
 from pipeline.model.build import build_stage
 from pipeline.model.inputs import IGNORE
 from pipeline.model.spec import ModelSpec
@@ -161,12 +165,27 @@ def test_checkpointing_changes_nothing(vision: str) -> None:
     spec = tiny_spec(vision=vision)
     inputs = stage_inputs(random_sidecars(9, 3, padding=1), dtype=F32)
     results = []
-    for checkpointing in (False, True):
-        stage = whole_stage(spec, gradient_checkpointing=checkpointing)
+    for every in (0, 1, 2):
+        stage = whole_stage(spec, gradient_checkpointing=every)
         stage(None, inputs).backward()
         results.append(gradients(stage))
-    assert results[0].keys() == results[1].keys()
-    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+    for other in results[1:]:
+        assert results[0].keys() == other.keys()
+        assert all(torch.equal(value, other[name]) for name, value in results[0].items())
+
+
+def test_every_other_layer_of_the_model_is_recomputed_whatever_stage_it_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    recomputed: list[nn.Module] = []
+
+    def noted(layer: nn.Module, *args: Any, **options: Any) -> Any:
+        recomputed.append(layer)
+        return checkpoint(layer, *args, **options)
+
+    monkeypatch.setattr(stage_module, "checkpoint", noted)
+    stage = whole_stage(tiny_spec(), gradient_checkpointing=2)
+    stage(None, stage_inputs(random_sidecars(1, 2, padding=0), dtype=F32))
+    assert recomputed == [layer for index, layer in stage.model.layers.items() if int(index) % 2 == 0]
+    assert 0 < len(recomputed) < len(stage.model.layers)
 
 
 def test_a_frozen_tower_stays_in_evaluation_and_gets_no_gradient() -> None:

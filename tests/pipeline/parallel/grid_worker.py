@@ -56,7 +56,8 @@ class Case:
 
     pp: int
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
-    checkpointing: bool = False
+    checkpointing: int = 0
+    """k: every k-th layer is recomputed; 0 = none."""
     tied: bool = False
     gathered_fraction: float = 1.0
     reduce_once: bool = True
@@ -92,7 +93,7 @@ class Case:
 
     def __str__(self) -> str:
         said = {
-            "tied": self.tied, f"pp{self.pp}": True, self.schedule: True, "checkpointing": self.checkpointing,
+            "tied": self.tied, f"pp{self.pp}": True, self.schedule: True, "checkpointing": self.checkpointing > 0,
             self.config: True, f"gathered{self.gathered_fraction:g}": self.gathered_fraction < 1,
             "each": not self.reduce_once,
             "leaves": self.leaves, "overlapped": self.overlapped, "evaluate": self.evaluate, "persistent": self.persist,
@@ -105,7 +106,7 @@ class Case:
 
 ONCE, EACH = (
     Case(2, microbatches=EIGHT),
-    Case(2, "gpipe", True, reduce_once=False, overlapped=True, microbatches=EIGHT),
+    Case(2, "gpipe", 1, reduce_once=False, overlapped=True, microbatches=EIGHT),
 )
 ALONE = Case(4, "gpipe")
 """Each rank is alone in its stage, so nothing is summed over ranks."""
@@ -118,8 +119,8 @@ EQUAL = [
     EACH,
     ZERO1,
     ZERO2,
-    Case(1, checkpointing=True, evaluate=True),
-    Case(1, "gpipe", True, config="zero1", leaves=True, overlapped=True, evaluate=True),
+    Case(1, checkpointing=1, evaluate=True),
+    Case(1, "gpipe", 1, config="zero1", leaves=True, overlapped=True, evaluate=True),
     Case(1, "gpipe", tied=True, reduce_once=False, config="zero2", evaluate=True),
     Case(1, tied=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload", persist=PERSIST),
     Case(1, "gpipe", gathered_fraction=0.5, config="zero3_offload_params", leaves=True),
@@ -136,14 +137,14 @@ EQUAL = [
         2, "interleaved", tied=True, reduce_once=False, config="zero3_offload_params", leaves=True, overlapped=True,
         evaluate=True, microbatches=ODD[2],
     ),
-    Case(2, "interleaved", True, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[2]),
-    Case(2, "interleaved", True, tied=True, gathered_fraction=0.5, config="zero3_offload_params", microbatches=ODD[2]),
-    Case(2, "interleaved", True, tied=True, reduce_once=False, config="zero3_offload", overlapped=True),
+    Case(2, "interleaved", 1, reduce_once=False, config="zero2", leaves=True, microbatches=ODD[2]),
+    Case(2, "interleaved", 1, tied=True, gathered_fraction=0.5, config="zero3_offload_params", microbatches=ODD[2]),
+    Case(2, "interleaved", 2, tied=True, reduce_once=False, config="zero3_offload", overlapped=True),
     Case(4, gathered_fraction=0.5, reduce_once=False, evaluate=True),
     ALONE,
     Case(4, reduce_once=False, config="zero2", leaves=True, overlapped=True, microbatches=ODD[4]),
     Case(
-        4, checkpointing=True, gathered_fraction=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST
+        4, checkpointing=1, gathered_fraction=0.0, reduce_once=False, config="zero3_offload_params", persist=PERSIST
     ),
     Case(
         4, "gpipe", tied=True, gathered_fraction=0.0, config="zero3_offload", leaves=True, evaluate=True,
@@ -156,13 +157,13 @@ NO_FLAG = Case(2, "gpipe", reduce_once=False, microbatches=(4,), without="backwa
 NO_NORM = Case(2, without="global norm", poisoned=2)
 ACCUMULATED = Case(2, microbatches=(4,), without="one accumulation")
 UNRELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, microbatches=(4, 8), without="release")
-UNCUT = Case(2, checkpointing=True, gathered_fraction=0.0, microbatches=(4, 4), without="cut stack")
+UNCUT = Case(2, checkpointing=1, gathered_fraction=0.0, microbatches=(4, 4), without="cut stack")
 BROKEN = [NO_FLAG, NO_NORM, ACCUMULATED, UNRELEASED, UNCUT]
 POISONED = [Case(2, poisoned=1), Case(2, "gpipe", gathered_fraction=0.0, reduce_once=False, poisoned=1)]
 RELEASED = Case(2, gathered_fraction=0.0, reduce_once=False, deep=True, microbatches=(16, 16))
 LEAVES = replace(RELEASED, leaves=True)
 BF16 = [
-    Case(2, "interleaved", True, tied=True, leaves=True, microbatches=(16,), bf16=True),
+    Case(2, "interleaved", 1, tied=True, leaves=True, microbatches=(16,), bf16=True),
     Case(2, config="zero3_offload", gathered_fraction=0.0, reduce_once=False, microbatches=(16,), bf16=True),
 ]
 CONNECTED = [

@@ -150,7 +150,8 @@ def settings(case: Case) -> dict[str, Any]:
     everything = asdict(case)
     apart = ("without", "poisoned", "deep", "bf16", "microbatches", "connector")
     odd = case.microbatches[0] // (RANKS // case.pp) % case.pp > 0
-    return {name: value for name, value in everything.items() if name not in apart} | {"odd": odd}
+    everything |= {"checkpointing": case.checkpointing > 0, "odd": odd}
+    return {name: value for name, value in everything.items() if name not in apart}
 
 
 def go_together(one: tuple[str, Any], other: tuple[str, Any]) -> bool:

@@ -151,6 +151,17 @@ def test_no_receive_is_posted_before_what_its_message_waits_for_may_be_launched(
         assert step_ends(of_stages, posted, virtual_stages), (name, stages, microbatches, virtual_stages)
 
 
+@pytest.mark.slow
+def test_no_shape_of_up_to_eight_stages_micro_batches_and_virtual_stages_deadlocks() -> None:
+    """Every shape, with streams that synchronise at each launch: the worst case of receives that are posted ahead."""
+    shapes = [(name, *grid, 1) for name in ("1f1b", "gpipe") for grid in itertools.product(range(1, 9), repeat=2)]
+    shapes += [("interleaved", *grid) for grid in itertools.product(range(2, 9), range(1, 9), range(2, 9))]
+    for name, stages, microbatches, virtual_stages in shapes:
+        of_stages = orders(name, stages, microbatches, virtual_stages)
+        posted = [receives(name, stage, stages, microbatches, virtual_stages) for stage in range(stages)]
+        assert step_ends(of_stages, posted, virtual_stages), (name, stages, microbatches, virtual_stages)
+
+
 def test_receives_two_actions_ahead_would_hang_a_step_that_synchronises() -> None:
     of_stages = orders("1f1b", 2, 4)
     ahead = [

@@ -70,8 +70,19 @@ def test_activations_follow_schedule_and_recomputation() -> None:
 
     assert activations(0) == 2 * 2 * activations(1), "two micro-batches alive, two layers each, against one and one"
     assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"
-    assert activations(0, "--train.gradient-checkpointing", "true") < activations(0) / 2
+    recomputed = [activations(0, "--train.gradient-checkpointing", value) for value in ("all", "auto", "true")]
+    assert recomputed == [recomputed[0]] * 3 and recomputed[0] < activations(0) / 2
     assert activations(0, "--train.dtype", "fp32") == 2 * activations(0)
+
+
+def test_auto_recomputes_as_few_layers_as_fit() -> None:
+    load = load_of("--model.llm.config.num_hidden_layers", "12", "--train.gradient-checkpointing", "auto")
+    need = {every: load.memory(0, every).total for every in (0, 8, 4, 3, 2, 1)}
+    assert list(need.values()) == sorted(need.values(), reverse=True) and need[1] < need[2] < need[0]
+    assert [load.recomputation_for(0, available) for available in need.values()] == list(need)
+    assert load.recomputation_for(0, need[0] - 1) == 8
+    assert load.recomputation_for(0, 0.0) == 1, "the least memory there is; whether it fits is checked apart"
+    assert load.memory(0) == load.memory(0, 1), "a start is refused where not even that fits"
 
 
 def test_open_losses_hold_the_heads_gradient() -> None:

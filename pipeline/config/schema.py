@@ -273,7 +273,7 @@ class TrainSection(Section):
 
     @property
     def recomputed_layers(self) -> int:
-        """K where every k-th decoder layer is recomputed; 0 = none. ``auto`` counts as all: the least memory."""
+        """The k where every k-th decoder layer is recomputed; 0 = none. ``auto`` counts as all: the least memory."""
         named = {"all": 1, "auto": 1, "none": 0}
         return named[asked] if (asked := self.gradient_checkpointing) in named else int(asked)
 

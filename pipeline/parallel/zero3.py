@@ -22,7 +22,7 @@ works with any external schedule, given these corrections:
 9. *No hooks once everything is gathered*: where a stage keeps all its weights for the step, the hooks that every module
    runs before and after its forward and backward have nothing left to do, and are off until the step ends. On a GPU
    they gather during the first forwards, beside the computation; on a CPU, where nothing overlaps, everything is
-   gathered first. In a small model the hooks cost as much time as a fifth of the matrix products.
+   gathered first. In a small model the hooks cost up to a fifth of a step.
 """
 
 from __future__ import annotations

@@ -72,10 +72,7 @@ def gpu_memory() -> float | None:
 
 
 def recomputed_layers(plan: RunPlan) -> int:
-    """Return k where this rank recomputes every k-th decoder layer, 0 = none; ``auto`` goes by its device's memory.
-
-    Ranks may differ: no choice changes any result.
-    """
+    """Return k where this rank recomputes every k-th decoder layer, 0 = none; ``auto`` goes by its device's memory."""
     train, topology = plan.config.train, plan.topology
     if train.gradient_checkpointing != "auto":
         return train.recomputed_layers

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import product
 
 import torch
+import torch.distributed as dist
 
 from pipeline.config.schema import TrainSection
 from pipeline.model.build import build_stage
@@ -60,9 +61,11 @@ def build_engine(
     if warning and topology.rank == 0:
         print(f"warning: {warning}", flush=True)
     every = recomputed_layers(plan)
-    if config.train.gradient_checkpointing == "auto" and topology.rank == 0:
-        shown = {0: "no layer", 1: "all layers"}.get(every, f"every {every}th layer")
-        print(f"recomputing {shown} in the backward pass, by estimated memory", flush=True)
+    if config.train.gradient_checkpointing == "auto":
+        every = _most_recomputed(every, device, groups)
+        shown = {0: "no decoder layer", 1: "every decoder layer"}.get(every, f"one decoder layer in {every}")
+        if topology.rank == 0:
+            print(f"recomputing {shown}, by estimated memory", flush=True)
     module = build_stage(
         plan.spec, layers=joined(plan.virtual_stages),
         first=topology.first, last=topology.last, dtype=plan.dtype, device=device,
@@ -78,6 +81,13 @@ def build_engine(
         tied=module.tied_copy,
         leaves=module.blocks() if plan.leaf_layers else (), progress_callback=heartbeat.report,
     )  # fmt: skip
+
+
+def _most_recomputed(every: int, device: torch.device, groups: Groups) -> int:
+    """Return the setting of the stage's rank with the least memory: its ranks must run modules in the same order."""
+    share = torch.tensor([1 / every if every else 0.0], dtype=torch.float64, device=device)
+    dist.all_reduce(share, op=dist.ReduceOp.MAX, group=groups.data)
+    return round(1 / float(share)) if share else 0
 
 
 def _adamw(groups: list[dict[str, object]], train: TrainSection, *, fused: bool) -> torch.optim.AdamW:

@@ -15,6 +15,7 @@ setup(
     package_data={
         "pipeline": ["recipes/*.yaml"],
         "pipeline.server": ["page.html"],
+        "pipeline.study": ["studies/*.yaml"],
         "data_prep": ["recipes/*.yaml", "recipes/*.txt"],
         "pipeline.shipped.ds_configs": ["*.json"],
         "pipeline.shipped.slurm": ["*.sh", "*.py"],

@@ -373,6 +373,13 @@ class PackReader:
         (batch, _), local = self._locate(index)
         return _sources(batch, local)
 
+    def rows_that_hold(self, samples: int) -> int:
+        """Return how many rows from the first on hold ``samples`` samples together; all rows if 0 or fewer do."""
+        rows, held = 0, 0
+        while rows < len(self) and (not samples or held < samples):
+            rows, held = rows + 1, held + len(self.sources(rows))
+        return rows
+
     def verify(self) -> None:
         """Hash every file of the folder. Raises UserError naming the first missing or altered one."""
         for entry in self.manifest.files:

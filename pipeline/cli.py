@@ -36,6 +36,7 @@ examples:
   mma prove --model models/demo --batches data/demo/packs/sft    probe a model for leaks
   mma schedule --pp 4 --micro-batches 8             draw one pipeline step
   mma report runs/demo_sft                          one page: curves, accuracy, data, events
+  mma study run masks_demo                          arms x seeds of runs, compared
   mma slurm init                                    copy the Slurm scripts into ./slurm
   mma export runs/demo_sft models/demo              newest checkpoint -> safetensors, config, tokenizer
   mma generate scene.png "How many circles are there?" --model models/demo
@@ -133,6 +134,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "prove": ("prove that a mask leaks no answer; with --model, probe a model", None),
     "schedule": ("draw one step of a pipeline schedule", parsers.add_schedule),
     "report": ("write one page about runs: curves, accuracy, data, events", parsers.add_report),
+    "study": ("train arms with several seeds and compare them", parsers.add_study),
     "slurm": ("copy the Slurm scripts", parsers.add_slurm),
     "smollm2": ("write a small language model with real weights", parsers.add_smollm2),
     "export": ("export a trained run as a model folder", add_export),
@@ -152,6 +154,7 @@ _DESCRIPTIONS = {
     "estimate": parsers.ESTIMATE,
     "schedule": parsers.SCHEDULE,
     "report": parsers.REPORT,
+    "study": parsers.STUDY,
     "slurm": parsers.SLURM,
     "smollm2": parsers.SMOLLM2,
     "export": EXPORT,

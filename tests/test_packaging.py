@@ -86,6 +86,7 @@ def test_the_wheel_holds_every_shipped_file(wheel: Path) -> None:
         ("ds_configs", "*.json", "pipeline/shipped/ds_configs"),
         ("slurm", "*.*", "pipeline/shipped/slurm"),
         ("pipeline/recipes", "*.yaml", "pipeline/recipes"),
+        ("pipeline/study/studies", "*.yaml", "pipeline/study/studies"),
         ("data_prep/recipes", "*.*", "data_prep/recipes"),
     ):
         shipped = {f"{place}/{path.name}" for path in (ROOT / folder).glob(pattern) if path.name != "__pycache__"}

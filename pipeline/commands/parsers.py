@@ -51,6 +51,17 @@ intervals, right and wrong answers; corpora and mask; events and environment. Se
 
   mma report runs/demo_sft --packs data/demo/packs/eval
   mma report runs/mma runs/causal --out compared.html"""
+STUDY = """\
+Train every arm of a study with every seed, ask all models the same held-out questions, and compare the arms. Runs are
+ordinary run folders; finished ones are skipped, killed ones resume.
+
+  mma study run masks_demo                    what is missing, one run after another; 2 at a time: --workers 2
+  mma study run masks_demo --arms causal,mma  a part of it; the report names what is missing
+  mma study status masks_demo
+  mma study report masks_demo                 at any time
+  mma study run masks_demo --slurm 16         a Slurm array of 16 tasks, which share the runs
+
+FILE is a shipped study or a YAML file, see docs/study.md."""
 SLURM = """\
 Copy the Slurm scripts into DIR/slurm; jobs put runs/ and data/ beside it. An existing slurm/env.sh is kept, because it
 holds the settings of your site. Other files that differ are replaced only with --force.
@@ -183,6 +194,17 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=_report)
 
 
+def add_study(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma study``."""
+    parser.add_argument("action", choices=("run", "status", "report"), help="what to do")
+    parser.add_argument("study", metavar="FILE", help="shipped study or YAML file")
+    parser.add_argument("--workers", type=positive_int, default=1, metavar="N", help="runs at a time (default: 1)")
+    parser.add_argument("--arms", default="", metavar="A,B", help="only these arms, and the stages they need")
+    parser.add_argument("--slurm", type=positive_int, metavar="N", help="submit an array of N tasks with sbatch")
+    parser.add_argument("--dry-run", action="store_true", help="print the sbatch command instead, or the missing runs")
+    parser.set_defaults(command=_study)
+
+
 def add_slurm(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma slurm``."""
     parser.add_argument("action", choices=("init",), help="init: copy the scripts")
@@ -245,6 +267,12 @@ def _report(options: argparse.Namespace) -> int:
     from pipeline.commands.report import report
 
     return report(options)
+
+
+def _study(options: argparse.Namespace) -> int:
+    from pipeline.commands.study import study
+
+    return study(options)
 
 
 def _slurm(options: argparse.Namespace) -> int:

@@ -75,9 +75,9 @@ class Answer:
     right: bool
 
 
-def questions(packs: PackReader) -> Iterator[Question]:
-    """Yield the questions of a pack folder in order; segments without a prompt or an answer are skipped."""
-    for row in packs:
+def questions(packs: PackReader, rows: range | None = None) -> Iterator[Question]:
+    """Yield the questions of these rows (default: all) in order; segments without prompt or answer are skipped."""
+    for row in map(packs.__getitem__, range(len(packs)) if rows is None else rows):
         for number, source in enumerate(row.source, start=1):
             found = _question(row, number)
             if found is not None:
@@ -107,6 +107,7 @@ def evaluate(
     model: MultimodalModel,
     packs: PackReader,
     *,
+    skip: int = 0,
     limit: int | None = None,
     batch: int = 16,
     flow: AdaptiveFlow | None = None,
@@ -116,7 +117,8 @@ def evaluate(
     Args:
         model: an exported model.
         packs: a held-out folder, built with the model's tokenizer.
-        limit: ask only the first ``limit`` questions.
+        skip: leave out the first ``skip`` questions.
+        limit: ask only ``limit`` questions.
         batch: questions per batch.
         flow: cut what text reads of the images; None: read everything.
 
@@ -127,7 +129,7 @@ def evaluate(
         UserError: the packs were built with a different tokenizer or ``image_tokens``, or hold no question.
     """
     _check_same(model, packs)
-    asked = list(islice(questions(packs), limit))
+    asked = list(islice(questions(packs), skip, None if limit is None else skip + limit))
     if not asked:
         raise UserError(f"{packs.directory} holds no question with an answer: give a held-out pack folder")
     store = packs.manifest.image_store

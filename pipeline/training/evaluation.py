@@ -42,12 +42,9 @@ class HeldOut:
     def __init__(self, name: str, packs: PackReader, samples: int) -> None:
         """Take the first rows that hold ``samples`` samples; 0 = all rows."""
         self.name, self.packs = name, packs
-        held, rows, parts = 0, 0, dict[_Part, int]()
-        while rows < len(packs) and (not samples or held < samples):
-            for source in packs.sources(rows):
-                parts.setdefault(_Part.of(source), len(parts))
-            held, rows = held + len(packs.sources(rows)), rows + 1
-        self.rows, self.parts = rows, parts
+        self.rows = packs.rows_that_hold(samples)
+        found = (_Part.of(source) for row in range(self.rows) for source in packs.sources(row))
+        self.parts = {part: number for number, part in enumerate(dict.fromkeys(found))}
 
     @property
     def metrics(self) -> list[str]:

@@ -1,0 +1,330 @@
+"""Studies: their runs and rates, kills and resumes of the real command, and the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_prep.common.errors import UserError
+from data_prep.packs import PackReader
+from pipeline.cli import main
+from pipeline.commands.study import status
+from pipeline.config.recipes import load_config
+from pipeline.masks import get_policy
+from pipeline.study.folder import StudyFolder, best_rate
+from pipeline.study.graph import as_word
+from pipeline.study.page import conclusions, write_report
+from pipeline.study.results import results
+from pipeline.study.runner import StudyRunner
+from pipeline.study.spec import STUDIES, load_study
+from pipeline.study.statistics import holm, permutation_p
+from tests.browser import browsing, chromium
+from tests.launch import ROOT, environment
+from tests.launch import run as launch
+from tests.pipeline.report.test_report import brightness
+from tests.pipeline.study.studies import made_up, write_study
+
+COMPARED = ("results.json", "results.csv")
+
+
+class WarmRunner(StudyRunner):
+    """A runner whose processes are forked from one that has imported torch: the same code, cheaper starts."""
+
+    def _call(self, name: str, module: str, words: Any) -> int:
+        script, rest = ROOT / "pipeline/train.py", [*words]
+        if module == "pipeline.study.measure":
+            script = ROOT / "tests/pipeline/study/measure_worker.py"
+        else:
+            at = rest.index("--ranks")
+            rest = [*rest[1:at], *rest[at + 2 :]]
+        ended = launch(1, script, *rest, env={"PYTHONPATH": str(ROOT)}, launcher="srun")
+        with self._open_log(name) as log:
+            log.write(ended.output)
+        return ended.code
+
+
+def finish(path: Path) -> StudyFolder:
+    folder = StudyFolder(load_study(str(path)))
+    WarmRunner(folder, str(path), lambda line: None).run(1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> StudyFolder:
+    folder = finish(write_study(tmp_path_factory.mktemp("undisturbed"), small_demo))
+    write_report(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_study_killed_three_times_reports_the_same(
+    undisturbed: StudyFolder, small_demo: Path, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, small_demo)
+    folder = StudyFolder(load_study(str(path)))
+    first = folder.run_dir("final/causal-s3")
+    for moment in (
+        lambda: (first / "metrics.jsonl").exists(),  # in the middle of training
+        lambda: (first / "export").exists(),  # while it answers
+        lambda: folder.run_dir("final/mma-s3").joinpath("checkpoints").exists(),  # as the second run begins
+    ):
+        kill_when(moment, path)
+    assert "1 of 4 runs done" in status(folder)[-1] and any("running" not in line for line in status(folder))
+    finish(path)
+    write_report(folder)
+    for name in COMPARED:
+        assert (folder.path / name).read_bytes() == (undisturbed.path / name).read_bytes(), name
+
+
+def kill_when(moment: Any, path: Path) -> None:
+    """Start the real command, and kill -9 it, and only it, once ``moment`` is true."""
+    command = [sys.executable, "-m", "pipeline.cli", "study", "run", str(path)]
+    env = environment({"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    deadline = time.monotonic() + 240
+    while not moment():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0].decode()[-2000:]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=30)
+
+
+@pytest.mark.slow
+def test_the_answers_are_those_of_the_test_rows(undisturbed: StudyFolder, small_demo: Path) -> None:
+    packs = PackReader(small_demo / "packs/eval")
+    validated = packs.rows_that_hold(12)
+    expected = [source.sample for row in range(validated, len(packs)) for source in packs.sources(row)]
+    run = undisturbed.runs()[0]
+    found = undisturbed.answers(run)
+    assert found is not None and found["flops"] > 1e6
+    assert [answer["sample"] for answer in found["sets"]["plain"]] == expected
+    assert [step for step, _ in undisturbed.curve(run)] == [3, 6]
+    assert all(len(right) == len(expected) for right in found["guesses"].values())
+    assert not (undisturbed.run_dir(run) / "export").exists()
+
+
+@pytest.mark.slow
+def test_a_run_of_other_settings_is_refused(undisturbed: StudyFolder, small_demo: Path, tmp_path: Path) -> None:
+    shutil.copytree(undisturbed.path, tmp_path / "out")
+    path = write_study(tmp_path, small_demo, arms={"causal": {"set": {"train.lr": 5e-3}}})
+    shutil.rmtree(tmp_path / "out/final/causal-s4")
+    (tmp_path / "out/final/causal-s3/status.json").write_text("{}")
+    with pytest.raises(UserError, match=r"2 runs failed \(final/causal-s3: .*made with other settings"):
+        folder = StudyFolder(load_study(str(path)))
+        folder.study.stages["sft"].set["train.lr_of"] = "nothing=1"  # and one that the trainer refuses
+        WarmRunner(folder, str(path), lambda line: None).run(1)
+
+
+def test_chains_share_stages_and_name_what_they_need(small_demo: Path, tmp_path: Path) -> None:
+    stages = {
+        "pt": {"recipe": "demo_pt"},
+        "mid": {"recipe": "demo_pt", "after": "pt"},
+        "sft": {"recipe": "demo_sft", "after": "mid"},
+    }
+    arms = {"causal": {"set": {"mask.policy": "causal"}}, "mma": {}, "own": {"set_all": {"mask.policy": "prefix"}}}
+    tuning = {"lr": [1e-3, 2e-3], "seeds": [1]}
+    study = load_study(str(write_study(tmp_path, small_demo, stages=stages, arms=arms, tuning=tuning)))
+    folder = StudyFolder(study)
+    runs = {run.name: run for run in folder.runs()}
+    assert {run.kind for run in runs.values()} == {"stages", "tuning"}, "no rate is chosen yet"
+    assert [name for name in runs if name.startswith("stages/")] == [
+        "stages/pt-s1",
+        "stages/mid-s1",
+        "stages/own.pt-s1",
+        "stages/own.mid-s1",
+    ]
+    trial = runs["tuning/own-lr0.002-s1"]
+    assert trial.after == "stages/own.mid-s1" and runs[trial.after].after == "stages/own.pt-s1"
+    assert (
+        dict(trial.settings)["train.lr"] == 2e-3 and dict(runs["stages/own.pt-s1"].settings)["mask.policy"] == "prefix"
+    )
+    assert "mask.policy" not in dict(runs["stages/pt-s1"].settings)
+    assert folder.total == 4 + 6 + 8 + 6
+
+
+def test_a_budget_in_tokens_becomes_steps(small_demo: Path, tmp_path: Path) -> None:
+    manifest = PackReader(small_demo / "packs/sft").manifest
+    of_step = manifest.tokens / manifest.rows * 6
+    for steps in (5, 4 * manifest.rows // 6):
+        stages = {"sft": {"recipe": "demo_sft", "tokens": round(steps * of_step)}}
+        folder = StudyFolder(load_study(str(write_study(tmp_path, small_demo, stages=stages))))
+        words = folder.command(folder.runs()[0])
+        length = {words[at]: words[at + 1] for at in range(0, len(words), 2)}
+        planned = int(length["--train.steps"]) or round(float(length["--train.epochs"]) * (manifest.rows // 6))
+        assert planned == steps
+        assert int(length["--eval.every-steps"]) == max(1, steps // 2)
+
+
+def test_the_best_rate() -> None:
+    assert best_rate({1e-3: [0.5, 0.7], 2e-3: [0.6, 0.6], 3e-3: [0.1, 0.2]}, higher=True) == 1e-3
+    assert best_rate({1e-3: [2.0], 2e-3: [1.5]}, higher=False) == 2e-3
+    assert best_rate({1e-3: [float("nan")], 2e-3: [9.0]}, higher=False) == 2e-3
+    assert best_rate({1e-3: [float("nan")], 2e-3: [0.0]}, higher=True) == 2e-3
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in STUDIES.glob("*.yaml")))
+def test_shipped_studies_are_whole(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Every run's settings resolve to a configuration, its policy exists, and test and validation are apart."""
+    for variable in ("NLVR_DIR", "SMOLLM2_DIR", "CC12M_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    folder = StudyFolder(load_study(name))
+    study = folder.study
+    assert len(study.seeds) >= 5 and study.about and all(step.run.startswith("mma-prep ") for step in study.prepare)
+    runs = [*folder.runs(), *finals(folder)]
+    assert {run.arm for run in runs if run.kind == "final"} == set(study.arms)
+    for run in runs:
+        config = load_config(study.stages[run.stage].recipe, [(key, as_word(value)) for key, value in run.settings])
+        get_policy(config.mask.name, allow_leak=config.mask.allow_leak, grid=(4, 4))
+        assert config.train.seed == run.seed and study.stages[run.stage].tokens > 0
+        assert run.kind == "stages" or config.data.packs
+
+
+def finals(folder: StudyFolder) -> list[Any]:
+    from pipeline.study.graph import runs_of
+
+    return runs_of(folder.study, dict.fromkeys(folder.study.arms, 1e-3))
+
+
+def test_masks_demo_has_every_arm() -> None:
+    study = load_study("masks_demo")
+    policies = {str(arm.set.get("mask.policy", "")) for arm in study.arms.values()}
+    assert {
+        "causal",
+        "mma",
+        "mma_general",
+        "mixed",
+        "mma_mixed",
+        "prefix",
+        "cca",
+        "future_v2v",
+        "image_to_answer",
+    } <= policies
+    assert {"text_first", "dot", "mma_prompted_pt", "rave_style"} <= set(study.arms)
+    chain, stage = [], study.last_stage("dot")
+    while stage:
+        chain.append(stage)
+        stage = study.stages[stage].after
+    assert len(chain) == 4, "dual-order training has four stages"
+    equal = sum(study.stages[name].tokens for name in chain)
+    assert equal == study.stages["pt"].tokens + study.stages["sft"].tokens, "at equal tokens"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"baseline": "cuasal"}, r"baseline: unknown arm 'cuasal' \(did you mean 'causal'\?\)"),
+        ({"tuning": {"lr": [1e-3, 2e-3]}}, r"tuning\.seeds is empty"),
+        ({"tuning": {"lr": [1e-3, 2e-3], "seeds": [4]}}, r"seeds: \[4\] also choose the learning rate"),
+        ({"stages": {"sft": {"recipe": "demo_sft", "after": "pt"}}}, r"stages\.sft\.after: no stage 'pt' above it"),
+        ({"arms": {"causal": {"sets": {}}}}, r"unknown key arms\.causal\.sets"),
+        ({"held_out": {"validation": "x", "test": "x"}}, r"set validation_samples"),
+    ],
+)
+def test_wrong_studies_are_one_line(more: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_study(str(write_study(tmp_path, tmp_path, **more)))
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_names_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", "status", "mask_demo"]) == 2 and "did you mean 'masks_demo'" in capsys.readouterr().err
+    path = str(write_study(tmp_path, tmp_path))
+    assert main(["study", "run", path, "--arms", "mna"]) == 2 and "did you mean 'mma'" in capsys.readouterr().err
+    assert main(["study", "run", path, "--slurm", "4"]) == 2 and "mma slurm init first" in capsys.readouterr().err
+    assert main(["study", "run", path, "--dry-run"]) == 0
+    assert capsys.readouterr().out.split() == ["final/causal-s3", "final/mma-s3", "final/causal-s4", "final/mma-s4"]
+
+
+def test_preparation_runs_only_mma_prep(tmp_path: Path) -> None:
+    path = write_study(tmp_path, tmp_path, prepare=[{"run": "touch made", "makes": str(tmp_path / "made")}])
+    with pytest.raises(UserError, match="is not a command of mma-prep"):
+        StudyRunner(StudyFolder(load_study(str(path))), str(path), print).prepare()
+
+
+def test_numbers_of_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = made_up(tmp_path, arms={"causal": 0.4, "mma": 0.8, "same": 0.4}, seeds=8, missing=("same-s12",))
+    assert main(["study", "report", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"mma - causal: BETTER: \+\d", said) and "same - causal: NO DIFFERENCE SHOWN" in said
+    folder = StudyFolder(load_study(str(path)))
+    found = json.loads((folder.path / "results.json").read_text())
+    by_arm = {entry["arm"]: entry for entry in found["comparisons"]}
+    assert by_arm["same"]["seeds"] == [10, 11, 13, 14, 15, 16, 17] and found["arms"]["same"]["missing"] == [12]
+    right = {seed: slow_means(folder, seed) for seed in found["seeds"]}
+    differences = np.array([right[seed]["mma"] - right[seed]["causal"] for seed in found["seeds"]])
+    assert by_arm["mma"]["mean"] == pytest.approx(differences.mean())
+    assert by_arm["mma"]["p"] == permutation_p(differences) == 2 / 256
+    assert [by_arm[arm]["p_holm"] for arm in ("mma", "same")] == holm([by_arm["mma"]["p"], by_arm["same"]["p"]])
+    assert found["guesses"]["constant"] == {"all": 0.5, "colour": 0.0, "count": 1.0}, "even questions are of count"
+    assert found["arms"]["mma"]["curve"][-1] | {"teacher_forced": 0} == {
+        "step": 4, "tokens": 4000, "runs": 8, "loss": 0.75, "teacher_forced": 0,
+    }  # fmt: skip
+    lines = list(csv.DictReader((folder.path / "results.csv").open()))
+    assert len(lines) == 3 * 2 * 3 and float(lines[0]["mean"]) == pytest.approx(
+        np.mean([r["causal"] for r in right.values()])
+    )
+
+
+def slow_means(folder: StudyFolder, seed: int) -> dict[str, float]:
+    """The accuracy of each arm's run of a seed, from its file."""
+    found = {}
+    for arm in folder.study.arms:
+        path = folder.path / f"final/{arm}-s{seed}/answers.json"
+        if path.exists():
+            asked = json.loads(path.read_text())["sets"]["plain"]
+            found[arm] = sum(answer["right"] for answer in asked) / len(asked)
+    return found
+
+
+def test_few_seeds_are_said_to_decide_nothing(tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(str(made_up(tmp_path, arms={"causal": 0.2, "mma": 0.9}, seeds=3))))
+    (line,) = conclusions(results(folder))
+    assert "NOT DECIDABLE with so few seeds" in line and "p=0.2500" in line
+
+
+def test_runs_that_were_asked_other_questions_are_refused(tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(str(made_up(tmp_path, arms={"causal": 0.2, "mma": 0.9}, seeds=2))))
+    path = folder.path / "final/mma-s11/answers.json"
+    path.write_text(path.read_text().replace('"q7"', '"other"'))
+    with pytest.raises(UserError, match=r"mma-s11 was asked other questions than causal-s10"):
+        results(folder)
+
+
+def test_an_empty_study_has_a_report_too(tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(str(write_study(tmp_path, tmp_path))))
+    write_report(folder)
+    page = (folder.path / "report.html").read_text()
+    assert "0 of 4" in page and "NOT FINISHED" in page and "Nothing to compare yet" in page
+    assert status(folder)[-1] == "0 of 4 runs done"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(chromium() is None, reason="Chromium is not on PATH")
+def test_the_page_fits_its_window(tmp_path: Path) -> None:
+    arms = {"causal": 0.4, "mma": 0.8, "a_mask_with_a_long_name": 0.41, "worse": 0.2}
+    folder = StudyFolder(load_study(str(made_up(tmp_path, arms=arms, seeds=8, missing=("worse-s12",)))))
+    write_report(folder)
+    path = folder.path / "report.html"
+    assert path.stat().st_size < 5e6 and not re.findall(r"(?:src|href)=\"(?!data:)", path.read_text())
+    with browsing() as page:
+        for width in (500, 1600):
+            for dark in (False, True):
+                page.open(path.as_uri(), width=width, height=1400, dark=dark)
+                assert page.value("document.documentElement.scrollWidth") <= width
+                ink, paper = (
+                    page.value(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor")
+                )
+                assert (brightness(ink) > brightness(paper)) == dark
+                page.photograph(tmp_path / f"{width}-{dark}.png")
+        assert page.complaints == []

@@ -32,6 +32,7 @@ NOT_RUN = {
     r"--hostfile": "needs several nodes; tests/slurm/test_ranks.py has two",
     r"^deepspeed .*zero3\.json( --recipe demo_sft)?$": "trains the whole demo; tests/pipeline/training are shorter",
     r"^mma train .*--run-dir runs/mine$": "trains for minutes; docs/your-data.md has shorter ones",
+    r"^mma study run (masks_demo --(arms|work)|masks_nlvr)": "trains for hours; tests/pipeline/study has a small one",
     r"mma bench|bench_data": "needs the benchmarks' files; tests/pipeline/evaluation run it on small ones",
     r"verify-export .*--url": "needs a server; tests/pipeline/serving/test_verify.py starts one",
     r"lmms_eval|run\.py": "needs another toolkit and its data; tests/pipeline/serving/test_lmms_eval.py runs lmms-eval",

@@ -17,6 +17,7 @@ from pipeline.study.folder import StudyFolder
 from pipeline.study.results import ALPHA, costs, results
 
 _WIDTH, _LEFT, _ROW = 700, 190, 24
+_CURVES = {"teacher_forced": "teacher-forced accuracy", "loss": "loss, nats per supervised token"}
 
 
 def write_report(folder: StudyFolder) -> list[str]:
@@ -112,11 +113,11 @@ def _differences(found: Mapping[str, Any]) -> Iterator[Html]:
         numbers += [str(len(entry["seeds"])), f"{entry['p']:.4f}", f"{entry['p_holm']:.4f}"]
         rows.append([entry["arm"], _outcome(entry), *numbers])
     yield table(["arm", "outcome", "difference", "95 % interval", "seeds", "p", "p, Holm"], rows, texts=2)
-    least = min(entry["smallest_p_holm"] for entry in entries)
     yield el(
         "p",
         "p: paired permutation test over seeds, two-sided; Holm's correction over all rows. The interval is a "
-        f"bootstrap over seeds and questions. With these seeds and arms no corrected p can be below {least:.4f}.",
+        "bootstrap over seeds and questions. NOT DECIDABLE: even if all seeds had agreed, the corrected p would be "
+        f"above {ALPHA:g}.",
         class_="quiet",
     )
 
@@ -172,12 +173,12 @@ def _learning(found: Mapping[str, Any]) -> Iterator[Html]:
     if not arms:
         return
     yield el("h2", "Learning curves on the validation rows")
-    keys = (el("span", name, class_=f"key k{at % COLOURS}") for at, name in enumerate(arms))
-    yield el("p", *keys, class_="quiet")
+    base = [found["baseline"]] if found["baseline"] in arms else []
+    others = [name for name in arms if name not in base]
     figures = []
-    for metric, title in (("teacher_forced", "teacher-forced accuracy"), ("loss", "loss, nats per supervised token")):
-        lines = [_line(name, arm["curve"], metric, at) for at, (name, arm) in enumerate(arms.items())]
-        figures.append(el("div", el("p", title, class_="quiet"), chart(lines, x_label="thousand tokens")))
+    for first in range(0, max(1, len(others)), COLOURS - 1):  # as many lines as there are colours
+        shown = {name: arms[name]["curve"] for name in [*base, *others[first : first + COLOURS - 1]]}
+        figures += [_curves(shown, metric, title) for metric, title in _CURVES.items()]
     yield el("div", *figures, class_="charts")
     rows = [[name, _percent(arm["teacher_forced"]), _percent(_plain(arm))] for name, arm in arms.items()]
     yield table(["arm", "teacher-forced, training mask", "answered by itself"], rows)
@@ -187,6 +188,12 @@ def _learning(found: Mapping[str, Any]) -> Iterator[Html]:
         "first number is of validation rows, the second of test questions.",
         class_="quiet",
     )
+
+
+def _curves(curves: Mapping[str, list[dict[str, Any]]], metric: str, title: str) -> Html:
+    keys = (el("span", name, class_=f"key k{at}") for at, name in enumerate(curves))
+    lines = [_line(name, curve, metric, at) for at, (name, curve) in enumerate(curves.items())]
+    return el("div", el("p", title, " ", *keys, class_="quiet"), chart(lines, x_label="thousand tokens"))
 
 
 def _plain(arm: Mapping[str, Any]) -> float | None:

@@ -142,9 +142,11 @@ def _comparisons(folder: StudyFolder, arms: Mapping[str, ArmData]) -> list[dict[
         differences = arm.right(way, shared) - base.right(way, shared)
         p_value = permutation_p(differences.mean(1))
         found.append({"arm": name, "seeds": shared, "p": p_value, **asdict(estimate(differences))})
-    for entry, adjusted in zip(found, holm([entry["p"] for entry in found]), strict=True):
+    p_values = [entry["p"] for entry in found]
+    for at, (entry, adjusted) in enumerate(zip(found, holm(p_values), strict=True)):
         entry["p_holm"] = adjusted
-        entry["smallest_p_holm"] = min(1.0, smallest_p(len(entry["seeds"])) * len(found))
+        best = [*p_values[:at], smallest_p(len(entry["seeds"])), *p_values[at + 1 :]]
+        entry["smallest_p_holm"] = holm(best)[at]  # if all of its seeds had agreed
         entry["separated"] = adjusted <= ALPHA
     return found
 

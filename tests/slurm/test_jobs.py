@@ -50,7 +50,7 @@ def limited(slurm: Cluster) -> str:
     return job
 
 
-@pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])
+@pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh", "study.sh"])
 def test_slurm_accepts_the_request(slurm: Cluster, script: str) -> None:
     done = slurm.call("sbatch", "--test-only", f"slurm/{script}")
     assert done.returncode == 0, done.stderr

@@ -87,7 +87,7 @@ def test_a_run_has_the_name_of_its_recipe_in_any_folder() -> None:
     assert done.stdout.split() == ["demo_pt", "my", "stage", "stage.v3", "lr1e-4.5"]
 
 
-@pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh"])
+@pytest.mark.parametrize("script", ["data_prep.sh", "pt.sh", "sft_mma.sh", "evaluate.sh", "study.sh"])
 def test_a_job_script_outside_slurm_prints_how_to_submit_it(script: str) -> None:
     done = subprocess.run(
         ["bash", f"slurm/{script}"], cwd=ROOT, env=environment(), text=True, capture_output=True, check=False

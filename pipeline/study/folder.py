@@ -60,7 +60,7 @@ class StudyFolder:
         ]
         if run.after:
             words += ["--init-from", str(self.run_dir(run.after))]
-        return [*words, "--ranks", str(self.study.ranks), "--run-dir", str(self.run_dir(run))]
+        return [*words, "--run-dir", str(self.run_dir(run)), "--ranks", str(self.study.ranks)]
 
     def _steps(self, run: Run) -> tuple[int, int]:
         """Return (steps, steps of one pass over the rows); 0 steps = as the recipe says."""
@@ -93,7 +93,7 @@ class StudyFolder:
     def define(self, run: Run, command: list[str]) -> None:
         """Record how a run is made. Raises UserError if its folder was made in another way."""
         path = self.run_dir(run) / DEFINITION
-        made = hash_json([command, VERSION])
+        made = hash_json([command[:-1], VERSION])  # the ranks may change: the result does not depend on them
         before = _json(path).get("made")
         if before not in (None, made):
             raise UserError(f"{path.parent} was made with other settings: name another 'out', or remove that folder")

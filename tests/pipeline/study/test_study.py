@@ -46,7 +46,7 @@ class WarmRunner(StudyRunner):
         if module == "pipeline.study.measure":
             script = ROOT / "tests/pipeline/study/measure_worker.py"
         else:
-            at = rest.index("--ranks")
+            at = rest.index("--ranks")  # the last flag
             rest = [*rest[1:at], *rest[at + 2 :]]
         ended = launch(1, script, *rest, env={"PYTHONPATH": str(ROOT)}, launcher="srun")
         with self._open_log(name) as log:

@@ -36,7 +36,7 @@ def main() -> None:
         found = backward(x, table, gradient)
         gather._sum_rows = reference
         assert torch.equal(found[0].double(), exact[0])
-        bound = 1e-6 if dtype == torch.float32 else 2**-8
+        bound = 1e-6 if dtype == torch.float32 else 2**-7  # one unit in the last place: the interpreter truncates
         assert found[1].dtype == dtype
         assert float(((found[1].double() - exact[1]).abs() / exact[1].abs().clamp(min=1)).max()) <= bound, (
             shape,

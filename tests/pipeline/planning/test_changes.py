@@ -19,7 +19,7 @@ from pipeline.planning.changes import (
 )
 from pipeline.planning.run_plan import count_steps
 
-ACCEPTED = {"parallel", "checkpoint", "log", "run_dir", "init_from", "data", "model"}
+ACCEPTED = {"parallel", "checkpoint", "eval", "log", "run_dir", "init_from", "data", "model"}
 """Sections of which no key but those in `CHANGES_RESULT` changes the result; of train and mask, these keys do not."""
 ACCEPTED_KEYS = {"train.gradient_checkpointing", "train.seed", "train.deterministic", "train.max_skipped_steps",
                  "train.max_hours", "mask.allow_leak", "mask.prove_rows"}  # fmt: skip

@@ -67,5 +67,7 @@ def open_source(spec: ModelSpec, bases: Iterable[BaseWeights]) -> WeightSource |
     extra = tuple(
         replace(tower, source=paths.get(f"extra_vision.{place}", "")) for place, tower in enumerate(spec.extra_towers)
     )
+    if spec.start is not None and "start" in paths:
+        return WeightSource.open(replace(spec, start=replace(spec.start, source=paths["start"])))
     llm, vision = paths.get("llm", ""), paths.get("vision", "")
     return WeightSource.open(replace(spec, llm_source=llm, vision_source=vision, extra_towers=extra))

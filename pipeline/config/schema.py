@@ -166,6 +166,10 @@ class GateConfig(Section):
 class ModelConfig(Section):
     """The multimodal model: vision tower -> connector -> language model."""
 
+    source: str = ""
+    """Folder of an existing Hugging Face vision-language model, or one of the Hub as org/name or org/name@revision: all
+    three parts and their weights (docs/starting-points.md lists the models). Replaces llm.source, vision.source and
+    connector; `mma export --format hf-vlm` writes its own layout."""
     llm: LlmConfig = LlmConfig()
     """Language model."""
     vision: VisionConfig = VisionConfig()

@@ -60,11 +60,13 @@ def pin_sources(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
     Raises ConfigError as :func:`folder_of` does.
     """
-    if not any(map(_hub_id, (model.llm.source, model.vision.source, *(tower.source for tower in model.extra_vision)))):
+    parts = (model, model.llm, model.vision, *model.extra_vision)
+    if not any(_hub_id(part.source) for part in parts):
         return model
     before = _recorded(run_dir)
     return model.model_copy(
         update={
+            "source": _pinned(model, "model", before).source,
             "llm": _pinned(model.llm, "model.llm", before),
             "vision": _pinned(model.vision, "model.vision", before),
             "extra_vision": [_pinned(tower, "model.extra_vision", before) for tower in model.extra_vision],
@@ -78,14 +80,15 @@ def local_sources(model: ModelConfig) -> ModelConfig:
     def local(key: str, part: Any) -> Any:
         return part.model_copy(update={"source": str(folder_of(key, part.source))}) if _hub_id(part.source) else part
 
+    source = str(folder_of("model", model.source)) if _hub_id(model.source) else model.source
     towers = [local("model.extra_vision", tower) for tower in model.extra_vision]
     parts = {"llm": local("model.llm", model.llm), "vision": local("model.vision", model.vision)}
-    return model.model_copy(update={**parts, "extra_vision": towers})
+    return model.model_copy(update={**parts, "source": source, "extra_vision": towers})
 
 
 def fetch_weights(model: ModelConfig) -> None:
     """Fetch the weights of every Hub source, before ranks wait for each other. Raises ConfigError."""
-    sources = {"model.llm": [model.llm.source], "model.vision": [model.vision.source]}
+    sources = {"model": [model.source], "model.llm": [model.llm.source], "model.vision": [model.vision.source]}
     for key, own in (sources | {"model.extra_vision": [tower.source for tower in model.extra_vision]}).items():
         for source in own:
             folder_of(key, source, weights=True)
@@ -110,7 +113,7 @@ def _recorded(run_dir: Path) -> dict[str, str]:
     try:
         text = (run_dir / "config.yaml").read_text(encoding="utf-8")
         model = dict(read_yaml(text, "config.yaml"))["model"]
-        parts = [model["llm"], model["vision"], *model.get("extra_vision", [])]
+        parts = [model, model["llm"], model["vision"], *model.get("extra_vision", [])]
         found = [_ID.fullmatch(str(part.get("source", ""))) for part in parts]
     except (OSError, UserError, KeyError, TypeError, ValueError, AttributeError):
         return {}  # no earlier start, or a damaged file, which this start replaces

@@ -5,12 +5,13 @@ They exist to reject typos and hostile files at once: each is several times what
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_prep.common.errors import short_repr
+from data_prep.common.errors import one_line, short_repr
 from pipeline.config.schema import ConfigError
 
 LIMITS: Mapping[str, int] = {
@@ -62,6 +63,17 @@ def read_bounded(path: Path) -> str:
     if len(data) > MAX_CONFIG_BYTES:
         raise ValueError(f"larger than {MAX_CONFIG_BYTES >> 20} MiB")
     return data.decode("utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of at most ``MAX_CONFIG_BYTES``. Raises ConfigError naming the file."""
+    try:
+        raw = json.loads(read_bounded(path))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({one_line(error)}): copy the folder again") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} is not a JSON object: copy the folder again")
+    return raw
 
 
 def _problems(value: Any, depth: int) -> Iterator[str]:

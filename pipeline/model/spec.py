@@ -24,6 +24,7 @@ from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
 from pipeline.model.hub import local_sources
 from pipeline.model.preprocess import Preprocess
+from pipeline.model.starting_point import StartingPoint
 from pipeline.model.towers import Tower, config_errors
 
 
@@ -43,6 +44,8 @@ class ModelSpec:
     """Folder with the language model's weights; empty = from scratch."""
     vision_source: str = ""
     """Folder with the vision tower's weights; empty = from scratch."""
+    whole_tower: bool = False
+    """The vision tower keeps parts whose output is unused (`Tower.whole`)."""
     extra_towers: tuple[Tower, ...] = ()
     """Further vision towers, for connectors that read several."""
     lora: LoraConfig | None = None
@@ -51,6 +54,8 @@ class ModelSpec:
     """Bias of query-key pairs in every decoder layer."""
     media: MediaSpec | None = None
     """How images become tokens; None: each is one view."""
+    start: StartingPoint | None = None
+    """The vision-language model that all parts come from."""
 
     @classmethod
     def resolve(
@@ -68,12 +73,13 @@ class ModelSpec:
             ConfigError: naming the key and the fix.
         """
         config = local_sources(config)
-        vision = Tower.resolve(config.vision, "model.vision")
+        start = StartingPoint.read(config) if config.source else None
+        vision = Tower.resolve(config.vision, "model.vision", start)
         extra = [Tower.resolve(own, f"model.extra_vision.{place}") for place, own in enumerate(config.extra_vision)]
         spec = cls(
-            llm=llm_config(config.llm, vocab_size=vocab_size),
+            llm=llm_config(config.llm, vocab_size=vocab_size, base=start and start.family.text(start.config)),
             vision=vision.config,
-            connector=read_connector(config.connector),
+            connector=read_connector(config.connector if start is None else start.connector),
             preprocess=vision.preprocess,
             image_tokens=image_tokens or 0,
             vision_frozen=config.vision.frozen,
@@ -82,6 +88,8 @@ class ModelSpec:
             extra_towers=tuple(extra),
             gate=config.gate,
             media=media,
+            start=start,
+            whole_tower=vision.whole,
         )
         spec._check_gates(config)
         spec._check_media()
@@ -106,10 +114,13 @@ class ModelSpec:
         blocks = int(self.vision.num_hidden_layers)
         if wrong := [index for index in layers if not -blocks <= index < blocks]:
             raise ConfigError(f"model.connector.layers: the tower has {blocks} blocks, but no block {wrong[0]}: fix it")
-        if layers and not self.vision_frozen:
-            raise ConfigError(
-                "model.connector.layers leaves the end of the tower without a gradient: set model.vision.frozen to true"
-            )
+
+    @cached_property
+    def unread(self) -> tuple[str, ...]:
+        """Global names of the units of the tower that nothing reads; they stay as they are."""
+        layers = self.connector.tower_layers
+        tower = self.towers["vision"]
+        return tuple(f"vision.{name}" for name in tower.family.after(tower.meta(), layers)) if layers else ()
 
     def _layers(self) -> Iterator[tuple[str, nn.Module]]:
         """Yield (global name, module) of every module of the towers and of the decoder layers."""
@@ -232,7 +243,7 @@ class ModelSpec:
     @property
     def towers(self) -> Mapping[str, Tower]:
         """All vision towers, by the name under which a stage holds them."""
-        first = Tower(self.vision, self.preprocess, self.vision_source)
+        first = Tower(self.vision, self.preprocess, self.vision_source, self.whole_tower)
         return {"vision": first} | {f"extra_vision.{place}": tower for place, tower in enumerate(self.extra_towers)}
 
     @property
@@ -319,6 +330,7 @@ class ModelSpec:
             "lora": self.lora.model_dump() if self.lora else None,
             "gate": self.gate.model_dump(),
             **({} if self.media is None else {"media": self.media.model_dump(mode="json")}),
+            **({} if self.start is None else {"start": self.start.to_dict()}),
         }
 
     @classmethod
@@ -333,6 +345,8 @@ class ModelSpec:
                 preprocess=vision.preprocess,
                 image_tokens=int(raw["image_tokens"]),
                 vision_frozen=bool(raw["vision_frozen"]),
+                whole_tower=vision.whole,
+                start=StartingPoint.from_dict(raw["start"]) if raw.get("start") else None,
                 extra_towers=tuple(Tower.from_dict(own) for own in raw.get("extra_towers", {}).values()),
                 lora=LoraConfig.model_validate(raw["lora"]) if raw.get("lora") else None,
                 gate=GateConfig.model_validate(raw.get("gate", {})),  # older descriptions have none

@@ -18,8 +18,9 @@ from pipeline.model.connectors import Features
 from pipeline.model.families.configs import config_from_dict, vision_config
 from pipeline.model.families.registry import VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
-from pipeline.model.limits import LIMITS, read_bounded
+from pipeline.model.limits import LIMITS, read_json
 from pipeline.model.preprocess import Preprocess
+from pipeline.model.starting_point import StartingPoint
 
 
 @dataclass(frozen=True)
@@ -30,16 +31,25 @@ class Tower:
     preprocess: Preprocess
     source: str = ""
     """Folder with its weights; empty = from scratch."""
+    whole: bool = False
+    """It keeps parts whose output is unused."""
 
     @classmethod
-    def resolve(cls, config: TowerConfig, key: str) -> Tower:
-        """Check a tower of a recipe; ``key`` names it in messages. Raises ConfigError naming the key and the fix."""
-        made = vision_config(config, key)
+    def resolve(cls, config: TowerConfig, key: str, start: StartingPoint | None = None) -> Tower:
+        """Check a tower of a recipe, or that of a starting point; ``key`` names it in messages.
+
+        Raises ConfigError naming the key and the fix.
+        """
+        made = vision_config(config, key, None if start is None else start.family.vision(start.config))
         family = VISION_FAMILIES[made.model_type]
         side = config.size_px or family.size_px(made)
         if 0 in family.grid(made, side) or side > LIMITS["image_size"]:
             raise ConfigError(f"{key}.size_px={side}: give at least one patch, at most {LIMITS['image_size']} pixels")
-        return cls(made, _preprocess(config.source, made, side), config.source)
+        if start is not None:
+            return cls(made, _preprocess(start.image_processor, start.source, made, side), whole=True)
+        path = Path(config.source) / "preprocessor_config.json"
+        saved = read_json(path) if config.source and path.is_file() else {}
+        return cls(made, _preprocess(saved, str(path), made, side), config.source)
 
     @property
     def family(self) -> VisionFamily:
@@ -58,17 +68,19 @@ class Tower:
         Raises ConfigError when its config cannot be built.
         """
         with torch.device("meta"), config_errors("model.vision"):
-            return self.family.build(self.config)
+            return self.family.build(self.config, whole=self.whole)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready description, without the source folder."""
         vision = json.loads(self.config.to_json_string(use_diff=False))
-        return {"vision": vision, "preprocess": self.preprocess.to_dict()}
+        whole = {"whole": True} if self.whole else {}
+        return {"vision": vision, "preprocess": self.preprocess.to_dict(), **whole}
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> Tower:
         """Rebuild a tower from :meth:`to_dict`. Raises ConfigError, or KeyError or ValueError when it is damaged."""
-        tower = cls(config_from_dict(raw["vision"], VISION_FAMILIES), Preprocess.from_dict(raw["preprocess"]))
+        config = config_from_dict(raw["vision"], VISION_FAMILIES)
+        tower = cls(config, Preprocess.from_dict(raw["preprocess"]), whole=bool(raw.get("whole")))
         side = tower.preprocess.size_px
         if 0 in tower.family.grid(tower.config, side) or not 0 < side <= LIMITS["image_size"]:
             raise ValueError(f"preprocess.size_px {side}")
@@ -84,17 +96,18 @@ def config_errors(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _preprocess(source: str, vision: PreTrainedConfig, size_px: int) -> Preprocess:
-    """Return mean and std from the tower's folder if it states them, else those its family was trained with."""
-    path = Path(source) / "preprocessor_config.json"
+def _preprocess(saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, size_px: int) -> Preprocess:
+    """Return mean, std and filter as saved if stated, else the mean and std that the tower's family was trained with.
+
+    Raises ConfigError naming ``where``.
+    """
     family = VISION_FAMILIES[vision.model_type]
     try:
-        saved = json.loads(read_bounded(path)) if source and path.is_file() else {}
-        mean = saved.get("image_mean", family.mean)
-        std = saved.get("image_std", family.std)
+        mean = saved.get("image_mean") or family.mean
+        std = saved.get("image_std") or family.std
         return Preprocess(size_px, _channels(mean), _channels(std))
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{where}: the image processor is damaged ({one_line(error)}): copy it again") from error
 
 
 def _channels(values: Any) -> tuple[float, float, float]:

@@ -45,6 +45,8 @@ class Trainable:
     tied: bool = False
     """The head is the embedding: one weight under two names."""
     vision_frozen: bool = True
+    unread: tuple[str, ...] = ()
+    """Units of the tower whose output nothing reads."""
     lora: bool = False
     """Decoder and tower train nothing but their adapters."""
     freeze: tuple[str, ...] = ()
@@ -82,13 +84,15 @@ class Trainable:
     @classmethod
     def everything_of(cls, spec: ModelSpec) -> Trainable:
         """Return the rule without ``train.freeze``: everything trains but a frozen tower."""
-        return cls(spec.tied, spec.vision_frozen, spec.lora is not None)
+        return cls(spec.tied, spec.vision_frozen, spec.unread, spec.lora is not None)
 
     def trains(self, name: str) -> bool:
         """Whether a parameter is trained."""
         name = self._own_name(name)
         part = part_of(name)
         if not is_adapter(name) and ((self.vision_frozen and part == "vision") or (self.lora and part != "connector")):
+            return False
+        if any(name.startswith(f"{unit}.") for unit in self.unread):
             return False
         return not any(matches(pattern, name) for pattern in self.freeze)
 

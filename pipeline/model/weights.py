@@ -1,7 +1,8 @@
 """Pretrained weights, read from safetensors one tensor at a time by global name.
 
-A source is either a Hugging Face model folder (a language model, or a vision tower) or an export of this
-project, which holds every part. Names and shapes are checked when the source is opened, before anything is built.
+A source is a Hugging Face model folder (a language model, a vision tower, or a whole vision-language model) or an
+export of this project, which holds every part. Names and shapes are checked when the source is opened, before anything
+is built.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from data_prep.common.errors import UserError, one_line
 from pipeline.attention.gate import is_gate
-from pipeline.model.export_names import exported_name, is_spare, layout_of
+from pipeline.model.export_names import exported_name, is_spare, layout_in, layout_of
 from pipeline.model.families.llm import Piece
 from pipeline.model.limits import read_bounded
 from pipeline.model.lora import adapter_shapes
@@ -109,6 +110,8 @@ class WeightSource:
         Raises UserError listing missing or unexpected tensors, or naming a tensor of the wrong shape.
         """
         source = cls()
+        if spec.start is not None and spec.start.source:
+            source._add_start(spec, TensorFolder(spec.start.source))
         if spec.llm_source:
             source._add_llm(spec, TensorFolder(spec.llm_source))
         for name, tower in spec.towers.items():
@@ -121,9 +124,12 @@ class WeightSource:
         """Open an export of this project as the source of every part. Raises UserError as :meth:`open` does."""
         source, folder = cls(), TensorFolder(directory)
         shapes = dict(global_shapes(spec))
+        layout = layout_of(folder.files, spec.start)
+        if layout == "vlm":
+            source._add_start(spec, folder)
+            return source
         if not any(is_gate(key) for key in folder.files):  # trained without gates: new ones start at zero
             shapes = {name: shape for name, shape in shapes.items() if not is_gate(name)}
-        layout = layout_of(folder.files)
         found = [key for key in folder.files if not is_spare(key, layout)]
         source._add(folder, shapes, {name: Piece(exported_name(name, layout)) for name in shapes}, found)
         source._share_head(spec)
@@ -151,6 +157,39 @@ class WeightSource:
         """Release the memory of everything read so far; reading remains possible."""
         for folder, _ in self._where.values():
             folder.close()
+
+    def _add_start(self, spec: ModelSpec, folder: TensorFolder) -> None:
+        """Add every part from the folder of a vision-language model, in one of its layouts."""
+        assert spec.start is not None
+        model, tower = spec.start.family, spec.towers["vision"]
+        names = layout_in(folder.files, model)
+        shapes = {name: shape for name, shape in global_shapes(spec) if not is_gate(name)}
+        pieces = {}
+        for name in shapes:
+            part, _, own = name.partition(".")
+            if part == "vision":
+                options = [each._replace(key=names.vision + each.key) for each in tower.family.pieces(own)]
+            elif part == "connector":
+                options = [Piece(names.connector + model.connector_name(own))]
+            else:
+                options = [*spec.llm_family.pieces(name, names.text)]
+            pieces[name] = _first(options, folder)
+        used = {piece.key for piece in pieces.values()}
+        heads = [each.key for each in spec.llm_family.pieces("lm_head.weight", names.text)] if spec.tied else []
+        for key in folder.files.keys() & heads:
+            if not torch.equal(folder.read(key), folder.read(pieces[_VOCABULARY[0]].key)):
+                raise UserError(
+                    f"{folder.directory}: {key} differs from the embedding, but the config ties them: set "
+                    "model.llm.config.tie_word_embeddings to false"
+                )
+
+        def rightly_unread(key: str) -> bool:
+            tower_key = key.removeprefix(names.vision)
+            of_tower = tower_key != key and tower.family.unread(tower_key, tower.config)
+            return key in heads or key.endswith("inv_freq") or of_tower
+
+        self._add(folder, shapes, pieces, [key for key in folder.files if key in used or not rightly_unread(key)])
+        self._share_head(spec)
 
     def _add_llm(self, spec: ModelSpec, folder: TensorFolder) -> None:
         family = spec.llm_family

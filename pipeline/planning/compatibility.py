@@ -103,20 +103,21 @@ def initial_policy(config: RunConfig) -> str | None:
 
 
 def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
-    """Compare the vocabulary of ``model.llm.source`` with the packs' tokenizer. Raises ConfigError where ids differ.
+    """Compare the vocabulary of the model's source with the packs' tokenizer. Raises ConfigError where ids differ.
 
     The packs' tokenizer may have more tokens (markers added at the end), but shared tokens must have equal ids.
     Models built from a config have no tokenizer of their own and use that of the packs.
     """
-    source = folder_of("model.llm", config.model.llm.source) / "tokenizer.json"
-    if not config.model.llm.source or not source.is_file():
+    key, given = ("model", config.model.source) if config.model.source else ("model.llm", config.model.llm.source)
+    source = folder_of(key, given) / "tokenizer.json"
+    if not given or not source.is_file():
         return
     own, packed = read_vocabulary(source), read_vocabulary(packs_tokenizer / "tokenizer.json")
     wrong = next((token for token, number in own.items() if packed.get(token) != number), None)
     if wrong is not None:
         raise ConfigError(
-            f"the packs in {config.data.packs} were built with a different tokenizer than model.llm.source="
-            f"{config.model.llm.source} has (token {wrong!r} is {packed.get(wrong)} there, {own[wrong]} here): "
+            f"the packs in {config.data.packs} were built with a different tokenizer than {key}.source="
+            f"{given} has (token {wrong!r} is {packed.get(wrong)} there, {own[wrong]} here): "
             "rebuild the packs with the model's tokenizer"
         )
 

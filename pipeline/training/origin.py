@@ -104,6 +104,7 @@ def _new_base(plan: RunPlan, given: Checkpoint | None) -> tuple[BaseWeights, ...
         folders = {"export": source}
     else:
         folders = {"llm": spec.llm_source} | {name: tower.source for name, tower in spec.towers.items()}
+        folders["start"] = spec.start.source if spec.start else ""
     return tuple(
         base_weights(kind, folder, _hash_together(weight_files(kind, Path(folder)), plan))
         for kind, folder in folders.items()

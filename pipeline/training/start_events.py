@@ -30,6 +30,7 @@ def record_start_events(plan: RunPlan, folder: RunFolder, *, watched: bool, over
     for problem in oversubscribed:
         folder.record("memory-oversubscribed", reason=problem)
     sources = {Path(tower.source) for tower in plan.spec.towers.values()} | {Path(plan.spec.llm_source)}
+    sources |= {Path(plan.spec.start.source)} if plan.spec.start else set()
     for path in sources & ignored_keys.keys():
         folder.record("config-key-ignored", count=len(ignored_keys[path]), path=path, keys=ignored_keys[path])
     softcap = getattr(plan.spec.llm, "attn_logit_softcapping", None)

@@ -16,6 +16,7 @@ from data_prep.common.plugins import Registry, must_subclass
 from data_prep.common.validation import problems, report
 from pipeline.config.schema import ConfigError, ConnectorConfig
 from pipeline.model.connectors.attention_pool import AttentionPooling
+from pipeline.model.connectors.average_pool import AveragePool
 from pipeline.model.connectors.base import Connector, Features, Grid
 from pipeline.model.connectors.cabstractor import CAbstractor
 from pipeline.model.connectors.dabstractor import DAbstractor
@@ -26,7 +27,7 @@ from pipeline.model.connectors.sva import Sva
 
 __all__ = ["CONNECTORS", "Connector", "Features", "Grid", "read_connector", "read_saved_connector"]
 
-_KINDS = (Perceiver, Mlp, CAbstractor, DAbstractor, PixelShuffle, AttentionPooling, Sva)
+_KINDS = (Perceiver, Mlp, CAbstractor, DAbstractor, PixelShuffle, AttentionPooling, AveragePool, Sva)
 CONNECTORS: Registry[type[Connector]] = Registry(
     "mma.connectors",
     "connector kind",

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.config.schema import ConfigError
-from pipeline.model.connectors.base import Connector, Features, Grid, Heads, Width
+from pipeline.model.connectors.base import Connector, Features, Grid, Heads, Layers, Width
 
 
 class AttentionPool(nn.Module):
@@ -73,8 +73,8 @@ class AttentionPooling(Connector):
     """Patches per side of a window."""
     heads: Heads = 16
     """Attention heads."""
-    layers: tuple[Annotated[int, Field(ge=-1_024, lt=1_024)], ...] = ()
-    """Blocks of a frozen tower whose outputs are read side by side, such as [24, 18] (Molmo 2); negative = counted
+    layers: Layers = ()
+    """Blocks of the tower whose outputs are read side by side, such as [24, 18] (Molmo 2); negative = counted
     from the last; empty = the tower's output."""
     hidden: Width = 18_944
     """Width of the gated projector; Molmo 2 takes the feed-forward width of its decoder."""

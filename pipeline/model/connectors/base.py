@@ -20,6 +20,8 @@ Count = Annotated[int, Field(gt=0, le=256)]
 """A number of layers, or a factor. Limits reject typos and hostile files; each is far above any published model."""
 Heads = Annotated[int, Field(gt=0, le=1_024)]
 """A number of attention heads."""
+Layers = tuple[Annotated[int, Field(ge=-1_024, lt=1_024)], ...]
+"""Blocks of a tower."""
 Width = Annotated[int, Field(gt=0, le=65_536)]
 """A width, or a number of tokens."""
 

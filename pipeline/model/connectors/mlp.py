@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from pipeline.model.connectors.base import Connector, Features, Grid
+from pipeline.model.connectors.base import Connector, Features, Grid, Layers
 
 
 class MlpConnector(nn.Sequential):
@@ -21,6 +21,15 @@ class Mlp(Connector):
 
     kind: ClassVar[str] = "mlp"
     module: ClassVar[type[nn.Module]] = MlpConnector
+
+    layers: Layers = ()
+    """Blocks of the tower whose outputs are read side by side, such as [-2] (LLaVA-1.5); negative = counted from the
+    last; empty = the tower's output."""
+
+    @property
+    def tower_layers(self) -> tuple[int, ...]:
+        """Return `layers`."""
+        return self.layers
 
     def tokens(self, grid: Grid) -> int:
         """Return one token per patch."""

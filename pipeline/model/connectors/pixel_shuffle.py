@@ -1,11 +1,13 @@
-"""The pixel shuffle of InternVL (arXiv 2312.14238, 2404.16821): neighbouring patches become channels of one token.
+"""The pixel shuffle of InternVL (arXiv 2312.14238, 2404.16821) and Idefics 3 (arXiv 2408.12637).
+
+Neighbouring patches become channels of one token.
 
 B images, C feature width, f factor, D output width.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -16,12 +18,20 @@ from pipeline.model.connectors.base import Connector, Features, Grid, resized
 
 
 class PixelShuffleConnector(nn.Module):
-    """Maps features [B, P, C] to tokens [B, P / f^2, D]: f x f patches side by side, LayerNorm, two linear layers."""
+    """Maps features [B, P, C] to tokens [B, P / f^2, D]: f x f patches side by side, LayerNorm, two linear layers.
 
-    def __init__(self, width: int, out_width: int, *, grid: Grid, fitted: Grid, factor: int) -> None:
+    With ``projection="linear"`` one linear layer without bias takes the place of these three.
+    """
+
+    def __init__(
+        self, width: int, out_width: int, *, grid: Grid, fitted: Grid, factor: int, projection: str = "mlp"
+    ) -> None:
         super().__init__()
         self.grid, self.fitted, self.factor = grid, fitted, factor
         wide = width * factor**2
+        if projection == "linear":
+            self.mlp = nn.Sequential(nn.Linear(wide, out_width, bias=False))
+            return
         self.mlp = nn.Sequential(
             nn.LayerNorm(wide), nn.Linear(wide, out_width), nn.GELU(), nn.Linear(out_width, out_width)
         )
@@ -46,6 +56,8 @@ class PixelShuffle(Connector):
 
     factor: Annotated[int, Field(gt=0, le=64)] = 2
     """Patches per side that become one token; InternVL's scale is 1 / factor."""
+    projection: Literal["mlp", "linear"] = "mlp"
+    """mlp: LayerNorm and two linear layers (InternVL); linear: one linear layer without bias (Idefics 3, SmolVLM)."""
     resize: bool = False
     """Interpolate features to the next grid that the factor divides (27 x 27 to 28 x 28); false = refuse such grids."""
 
@@ -71,5 +83,5 @@ class PixelShuffle(Connector):
         """Return the arguments of `PixelShuffleConnector`."""
         rows, columns = self.grid(features.grid)
         fitted = rows * self.factor, columns * self.factor
-        sizes = {"grid": features.grid, "fitted": fitted, "factor": self.factor}
+        sizes = {"grid": features.grid, "fitted": fitted, "factor": self.factor, "projection": self.projection}
         return {"width": features.width, "out_width": out_width, **sizes}

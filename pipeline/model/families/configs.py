@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -18,7 +17,7 @@ from pipeline.config.schema import ConfigError, LlmConfig, TowerConfig
 from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.registry import LLM_FAMILIES, REFUSED, VISION_FAMILIES
 from pipeline.model.families.vision import VisionFamily
-from pipeline.model.limits import check_config_values, read_bounded
+from pipeline.model.limits import check_config_values, read_json
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +62,13 @@ ignored_keys: dict[Path, list[str]] = {}
 _REFUSED_IN_FOLDERS = tuple(name for name, reason in FORBIDDEN.items() if reason is _WEIGHTS)
 
 
-def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
+def llm_config(config: LlmConfig, *, vocab_size: int, base: Mapping[str, Any] | None = None) -> PreTrainedConfig:
     """Return the decoder's config with at least ``vocab_size`` embedding rows and no dropout.
 
-    Raises ConfigError naming the key for a missing folder, an unsupported family, or a value it refuses.
+    ``base`` takes the place of the config in the source's folder. Raises ConfigError naming the key for a missing
+    folder, an unsupported family, or a value it refuses.
     """
-    raw = _merged("model.llm", config.source, config.config)
+    raw = _merged("model.llm", config.source, config.config) if base is None else base
     raw = {**_nested("model.llm", raw, "text_config", LLM_FAMILIES), **config.config}
     family = _family("model.llm", raw, LLM_FAMILIES)
     rows = raw.get("vocab_size", 0)
@@ -78,13 +78,15 @@ def llm_config(config: LlmConfig, *, vocab_size: int) -> PreTrainedConfig:
     return _without_dropout(_make("model.llm", family, family.prepared(raw), config.config))
 
 
-def vision_config(config: TowerConfig, key: str = "model.vision") -> PreTrainedConfig:
+def vision_config(
+    config: TowerConfig, key: str = "model.vision", base: Mapping[str, Any] | None = None
+) -> PreTrainedConfig:
     """Return the tower's config without dropout and without the pooling head, which no connector uses.
 
-    ``key`` names the tower in messages. Raises ConfigError as :func:`llm_config` does, and for an image size smaller
-    than a patch.
+    ``key`` names the tower in messages. ``base`` and errors are as in :func:`llm_config`; an image size smaller than a
+    patch is refused, too.
     """
-    raw = _merged(key, config.source, config.config)
+    raw = _merged(key, config.source, config.config) if base is None else base
     raw = {**_nested(key, raw, "vision_config", VISION_FAMILIES), **config.config}
     family = _family(key, raw, VISION_FAMILIES)
     return _without_dropout(_make(key, family, family.prepared(raw), config.config))
@@ -126,24 +128,25 @@ def _without_dropout(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def _merged(key: str, source: str, overlay: Mapping[str, Any]) -> dict[str, Any]:
-    if not source:
-        return dict(overlay)
+    return {**(folder_config(key, source) if source else {}), **overlay}
+
+
+def folder_config(key: str, source: str) -> dict[str, Any]:
+    """Return the ``config.json`` of a model folder without keys about code, which are named in a warning.
+
+    Raises ConfigError naming ``key`` where there is none, or it is damaged or about quantized weights.
+    """
     path = Path(source) / "config.json"
     if not path.is_file():
         raise ConfigError(
             f"{key}.source={source} holds no config.json: give a local Hugging Face folder, or org/name of the Hub"
         )
-    try:
-        raw = json.loads(read_bounded(path))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({one_line(error)}): copy the model's folder again") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} is not a JSON object: copy the model's folder again")
+    raw = read_json(path)
     refuse_forbidden(str(path), raw, _REFUSED_IN_FOLDERS)
     if ignored := [name for name in FORBIDDEN if raw.get(name)]:
         ignored_keys[path.parent] = ignored
         _warn_once(f"{path}: ignored {', '.join(ignored)}: nothing named in a config is run or downloaded")
-    return {**{name: value for name, value in raw.items() if name not in FORBIDDEN}, **overlay}
+    return {name: value for name, value in raw.items() if name not in FORBIDDEN}
 
 
 @lru_cache(maxsize=64)
@@ -151,11 +154,11 @@ def _warn_once(message: str) -> None:
     log.warning(message)
 
 
-def _nested(key: str, raw: dict[str, Any], inner: str, known: Mapping[str, Family]) -> dict[str, Any]:
+def _nested(key: str, raw: Mapping[str, Any], inner: str, known: Mapping[str, Family]) -> dict[str, Any]:
     """Return the part's own config where ``raw`` describes a composite model that holds it under the key ``inner``."""
     owners = {name: family.model_type for family in known.values() for name in family.composites}
     if raw.get("model_type") not in owners:
-        return raw
+        return dict(raw)
     nested = raw.get(inner) or {}
     if not isinstance(nested, dict):
         raise ConfigError(f"{key}: {inner} of its config.json is not a mapping: copy the folder again")

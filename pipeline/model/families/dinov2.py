@@ -45,7 +45,7 @@ class Dinov2(VisionFamily):
         """Return 1 for the class token, plus the registers."""
         return 1 + int(getattr(config, "num_register_tokens", 0))
 
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def build(self, config: PreTrainedConfig, *, whole: bool = False) -> PreTrainedModel:
         """Build the tower without a mask token, also where the config cannot leave it out."""
         tower = super().build(config)
         if tower.embeddings.mask_token is not None:

@@ -14,6 +14,7 @@ from pipeline.model.families.llm import LlmFamily
 from pipeline.model.families.siglip2 import SIGLIP2
 from pipeline.model.families.towers import TOWERS
 from pipeline.model.families.vision import VisionFamily
+from pipeline.model.families.vlm_towers import VLM_TOWERS
 
 F = TypeVar("F", LlmFamily, VisionFamily)
 
@@ -41,7 +42,7 @@ LLM_FAMILIES: Registry[LlmFamily] = Registry(
 VISION_FAMILIES: Registry[VisionFamily] = Registry(
     "mma.families",
     "vision tower",
-    {family.model_type: family for family in (*TOWERS, SIGLIP2, *DINOV2)},
+    {family.model_type: family for family in (*TOWERS, SIGLIP2, *DINOV2, *VLM_TOWERS)},
     _accept(VisionFamily),
 )
 """Vision towers by ``model_type``."""

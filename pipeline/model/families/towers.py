@@ -39,10 +39,11 @@ class Clip(VisionFamily):
         """Return 1: the class token."""
         return 1
 
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """Build the tower without the norm of its pooled output."""
+    def build(self, config: PreTrainedConfig, *, whole: bool = False) -> PreTrainedModel:
+        """Build the tower without the norm of its pooled output, unless ``whole``."""
         tower = super().build(config)
-        tower.post_layernorm = nn.Identity()
+        if not whole:
+            tower.post_layernorm = nn.Identity()
         return tower
 
 

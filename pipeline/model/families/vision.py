@@ -99,8 +99,13 @@ class VisionFamily:
 
     # ---- modules
 
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """Build the tower without the parts whose output is unused; called on the meta device."""
+    def build(self, config: PreTrainedConfig, *, whole: bool = False) -> PreTrainedModel:
+        """Build the tower; called on the meta device.
+
+        Args:
+            config: of the tower.
+            whole: keep parts whose output is unused, so that a starting point can be written back with all its weights.
+        """
         return self.model_class(config)
 
     def blocks(self, tower: nn.Module) -> nn.ModuleList:
@@ -117,6 +122,11 @@ class VisionFamily:
                 yield from ((f"{self.encoder}.{index}", block) for index, block in enumerate(self.blocks(tower)))
             else:
                 yield name, module
+
+    def after(self, tower: nn.Module, layers: Sequence[int]) -> list[str]:
+        """Return the names within the tower of the units after all of these blocks, whose output nothing reads."""
+        names, blocks = [name for name, _ in self.units(tower)], len(self.blocks(tower))
+        return names[names.index(f"{self.encoder}.{max(index % blocks for index in layers)}") + 1 :]
 
     # ---- forward
 

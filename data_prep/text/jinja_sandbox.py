@@ -29,7 +29,9 @@ MEMORY_BYTES = 1 << 29
 MAX_CHARACTERS = 1 << 20
 """Longest text that is accepted of one conversation."""
 _CHILD = "from data_prep.text.jinja_sandbox import serve; serve()"
-Message: TypeAlias = tuple[str, str]
+Content: TypeAlias = str | tuple[str | None, ...]
+"""Text, or parts as models with images take them; None is an image."""
+Message: TypeAlias = tuple[str, Content]
 """Role and content."""
 
 
@@ -114,7 +116,7 @@ def render_here(source: str, settings: Mapping[str, str], requests: Sequence[Req
     for request in requests:
         try:
             [text], [spans] = render_jinja_template(
-                [[{"role": role, "content": content} for role, content in request.messages]],
+                [[{"role": role, "content": _parts(content)} for role, content in request.messages]],
                 chat_template=source,
                 add_generation_prompt=request.prompt,
                 return_assistant_tokens_mask=True,
@@ -128,6 +130,12 @@ def render_here(source: str, settings: Mapping[str, str], requests: Sequence[Req
         else:
             found.append(Rendering(text, tuple((start, end) for start, end in spans)))
     return found
+
+
+def _parts(content: Content) -> str | list[dict[str, str]]:
+    if isinstance(content, str):
+        return content
+    return [{"type": "image"} if part is None else {"type": "text", "text": part} for part in content]
 
 
 def _limit() -> None:

@@ -53,6 +53,8 @@ class Image:
 
 
 Piece: TypeAlias = Text | Special | Image
+ImageMarks: TypeAlias = tuple[tuple[tuple[str, bool], ...], ...]
+"""Pieces before and after an image, each (text, whether it names a special token); empty for none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,10 @@ class ChatFormat:
     """Set if the system text has no turn of its own: it begins the first user turn, followed by this text."""
     answer_prefix: str = ""
     """Generated text before every answer."""
+    image_gap: str | None = None
+    """Text between two images inside a turn; None: ``image_separator``."""
+    text_start: str = ""
+    """Text before the content of a user's turn that begins with text."""
 
     @property
     def takes_system(self) -> bool:
@@ -120,6 +126,15 @@ CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
         image_separator="\n",
         system_joiner="\n\n",
     ),
+    "vicuna": ChatFormat(
+        {"user": (Text("USER: "),), "assistant": (Text("ASSISTANT:"),)},
+        "</s>",
+        start=(Special("<s>"),),
+        image_separator="\n",
+        footers={"user": (Text(" "),)},
+        system_joiner="\n\n",
+        answer_prefix=" ",
+    ),
     "mistral": ChatFormat(
         {"system": (Special("[SYSTEM_PROMPT]"),), "user": (Special("[INST]"),), "assistant": ()},
         "</s>",
@@ -131,7 +146,7 @@ CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
 """Templates by name. ``caption`` writes documents only; the others write documents and conversations.
 
 ``gemma`` is Gemma 2 and 3; ``mistral`` is Mistral's V7-Tekken format (Mistral Small 3 and later; without a system turn
-also V3-Tekken: Nemo, Pixtral). No name adds a default system turn: set ``system``.
+also V3-Tekken: Nemo, Pixtral); ``vicuna`` is Vicuna 1.1's as LLaVA-1.5 was trained on it. No name adds a default system turn: set ``system``.
 """
 OWN = "tokenizer"
 """Name of the template that follows the tokenizer's own chat template (``data_prep.text.chat_template``)."""
@@ -157,6 +172,8 @@ def _chat_format_from_json(own: str) -> ChatFormat:
         by_role(raw.get("footers", {})),
         raw.get("system_joiner"),
         raw.get("answer_prefix", ""),
+        raw.get("image_gap"),
+        raw.get("text_start", ""),
     )
 
 
@@ -184,6 +201,8 @@ class Template:
     """The chat format of the template ``tokenizer``, as JSON."""
     chunk_end: str = ""
     """Special token after every generated text of a document; empty for none."""
+    image_marks: ImageMarks = ()
+    """What stands before and after the tokens of every image, if anything, as the model's processor writes it."""
 
     def __post_init__(self) -> None:
         if self.name not in CHAT_FORMATS and not (self.name == OWN and self.own):
@@ -200,7 +219,9 @@ class Template:
             raise UserError(
                 f"template {self.name!r} has no given text to put first: set prompts, or remove order=text_first"
             )
-        object.__setattr__(self, "prompts", tuple(self.prompts))  # settings from JSON hold a list
+        object.__setattr__(self, "prompts", tuple(self.prompts))  # settings from JSON hold lists
+        marks = tuple(tuple((str(text), bool(special)) for text, special in side) for side in self.image_marks)
+        object.__setattr__(self, "image_marks", marks)
 
     @property
     def chat_format(self) -> ChatFormat | None:
@@ -211,7 +232,8 @@ class Template:
     def specials(self) -> tuple[str, ...]:
         """Special tokens the tokenizer must have."""
         chunk_end = (self.chunk_end,) if self.chunk_end else ()
-        return (EOS, *chunk_end, *(self.chat_format.specials if self.chat_format else ()))
+        marks = dict.fromkeys(text for side in self.image_marks for text, special in side if special)
+        return (EOS, *chunk_end, *(self.chat_format.specials if self.chat_format else ()), *marks)
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -229,8 +251,8 @@ class Template:
             BadSample: the template cannot write this kind of example.
         """
         if example.kind == "document":
-            return self._document(example.turns, prompt, open_ended=example.continues)
-        return self._chat(example.turns, answered=True)
+            return self._marked(self._document(example.turns, prompt, open_ended=example.continues))
+        return self._marked(self._chat(example.turns, answered=True))
 
     def takes_prompt(self, example: Example) -> bool:
         """Return whether an example takes a prompt: a document of images followed by one text."""
@@ -246,10 +268,20 @@ class Template:
         asked = turns[:-1] if turns and turns[-1].role == "assistant" else turns
         if self.chat_format is None:
             prompt = self.prompts[0] if self.prompts and _only_images(asked) else ""
-            return self._document(asked, prompt, open_ended=True)
+            return self._marked(self._document(asked, prompt, open_ended=True))
         chat_format = self.chat_format
         before = [Text(chat_format.turn_separator)] if chat_format.turn_separator and self._with_system(asked) else []
-        return [*self._chat(asked, answered=False), *before, *chat_format.headers["assistant"]]
+        return self._marked([*self._chat(asked, answered=False), *before, *chat_format.headers["assistant"]])
+
+    def _marked(self, pieces: list[Piece]) -> list[Piece]:
+        """Write the marks around every image."""
+        if not self.image_marks:
+            return pieces
+        before, after = (
+            [Special(text) if special else Text(text) for text, special in side] for side in self.image_marks
+        )
+        around = ([*before, piece, *after] if isinstance(piece, Image) else [piece] for piece in pieces)
+        return [each for pieces_of_one in around for each in pieces_of_one]
 
     def _document(self, turns: Sequence[Turn], prompt: str, *, open_ended: bool = False) -> list[Piece]:
         numbers = count()
@@ -293,7 +325,7 @@ class Template:
             if turn.role == "assistant":
                 pieces += self._answer(turn, numbers, generated=position >= history)
                 continue
-            pieces += _parts(self._arranged(turn, chat_format.image_separator), numbers, generated=False)
+            pieces += _parts(self._arranged(turn, chat_format), numbers, generated=False)
             pieces += chat_format.footers.get(turn.role, (Special(chat_format.end),))
         return pieces
 
@@ -304,14 +336,22 @@ class Template:
         said = _parts((*prefix, *turn.parts), numbers, generated=generated, isolated=True)
         return [*said, Special(self.chat_format.end, generated)]
 
-    def _arranged(self, turn: Turn, image_separator: str) -> Sequence[Part]:
-        if turn.role != "user" or self.order == "as_written":
+    def _arranged(self, turn: Turn, chat_format: ChatFormat) -> Sequence[Part]:
+        if turn.role != "user":
             return turn.parts
+        if self.order == "as_written":
+            first = turn.parts[0] if turn.parts else ""
+            return [chat_format.text_start, *turn.parts] if isinstance(first, str) else turn.parts
+        separator, gap = chat_format.image_separator, chat_format.image_gap
+        gap = separator if gap is None else gap
         images = [part for part in turn.parts if not isinstance(part, str)]
         text = _sentence([part for part in turn.parts if isinstance(part, str)])
+        between = [part for image in images for part in (image, gap)][:-1]
+        if not images:
+            return [chat_format.text_start, text]
         if self.order == "image_first":
-            return [*(part for image in images for part in (image, image_separator)), text]
-        return [text, *(part for image in images for part in (image_separator, image))]
+            return [*between, separator, text]
+        return [chat_format.text_start, text, separator, *between]
 
 
 def _sentence(texts: Sequence[str]) -> str:
@@ -361,4 +401,5 @@ def template_of(manifest: Manifest) -> Template:
         turns=settings.get("turns", "every"),
         own=settings.get("chat_format", ""),
         chunk_end=AKI_CHUNK_END if settings.get("aki_parity") else "",
+        image_marks=settings.get("image_marks", ()),
     )

@@ -15,6 +15,8 @@ from PIL.Image import Resampling
 
 from data_prep.common.errors import UserError
 
+FILTERS = {"bicubic": Resampling.BICUBIC, "bilinear": Resampling.BILINEAR, "lanczos": Resampling.LANCZOS}
+
 
 @dataclass(frozen=True)
 class Preprocess:
@@ -33,10 +35,14 @@ class Preprocess:
     """Per channel, for values in 0..1."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Per channel, for values in 0..1."""
+    resample: str = "bicubic"
+    """Filter: ``bicubic``, ``bilinear`` or ``lanczos``."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise UserError(f"image mean {self.mean} and std {self.std} must be three numbers each, std above 0")
+        if self.resample not in FILTERS:
+            raise UserError(f"image filter {self.resample!r} is not known: use one of {', '.join(FILTERS)}")
 
     def batch(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Return the pixels of n images, float32[n, 3, S, S] with S = ``size_px``."""
@@ -46,7 +52,7 @@ class Preprocess:
 
     def resize(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return an image resized to the square, uint8[S, S, 3]."""
-        return np.asarray(image.convert("RGB").resize((self.size_px, self.size_px), Resampling.BICUBIC))
+        return np.asarray(image.convert("RGB").resize((self.size_px, self.size_px), FILTERS[self.resample]))
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return uint8[n, 3, S, S] as normalised float32 on the same device, contiguous.
@@ -60,12 +66,12 @@ class Preprocess:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as JSON-ready values."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("resample", "bicubic")}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Preprocess:
         """Rebuild what :meth:`to_dict` returned."""
-        return cls(int(raw["size_px"]), tuple(raw["mean"]), tuple(raw["std"]))
+        return cls(int(raw["size_px"]), tuple(raw["mean"]), tuple(raw["std"]), raw.get("resample", "bicubic"))
 
 
 def stacked(squares: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:

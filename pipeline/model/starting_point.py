@@ -12,6 +12,7 @@ from data_prep.vlms import REFUSED_VLMS, VLMS, Vlm
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.families.configs import folder_config
 from pipeline.model.limits import read_json
+from pipeline.model.preprocess import FILTERS
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,18 @@ class StartingPoint:
         """Settings of its image processor; transformers 5 saves them inside those of the processor."""
         inside = self.files.get("processor_config.json", {}).get("image_processor")
         return inside or self.files.get("preprocessor_config.json", {})
+
+    @property
+    def resample(self) -> str:
+        """The filter with which its processor resizes images. Raises ConfigError for one that is not supported."""
+        code = self.image_processor.get("resample", int(FILTERS["bicubic"]))
+        for name, known in FILTERS.items():
+            if code == int(known):
+                return name
+        raise ConfigError(
+            f"model.source={self.source}: the image processor's resample={short_repr(code)} is not supported: set it to "
+            + ", ".join(f"{int(known)} ({name})" for name, known in FILTERS.items())
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON-ready description, without the source folder."""

@@ -46,7 +46,8 @@ class Tower:
         if 0 in family.grid(made, side) or side > LIMITS["image_size"]:
             raise ConfigError(f"{key}.size_px={side}: give at least one patch, at most {LIMITS['image_size']} pixels")
         if start is not None:
-            return cls(made, _preprocess(start.image_processor, start.source, made, side), whole=True)
+            pixels = _preprocess(start.image_processor, start.source, made, side, start.resample)
+            return cls(made, pixels, whole=True)
         path = Path(config.source) / "preprocessor_config.json"
         saved = read_json(path) if config.source and path.is_file() else {}
         return cls(made, _preprocess(saved, str(path), made, side), config.source)
@@ -96,8 +97,10 @@ def config_errors(key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: its config cannot be built ({type(error).__name__}: {one_line(error)})") from error
 
 
-def _preprocess(saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, size_px: int) -> Preprocess:
-    """Return mean, std and filter as saved if stated, else the mean and std that the tower's family was trained with.
+def _preprocess(
+    saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, size_px: int, resample: str = "bicubic"
+) -> Preprocess:
+    """Return mean and std as saved if stated, else those that the tower's family was trained with.
 
     Raises ConfigError naming ``where``.
     """
@@ -105,7 +108,7 @@ def _preprocess(saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, 
     try:
         mean = saved.get("image_mean") or family.mean
         std = saved.get("image_std") or family.std
-        return Preprocess(size_px, _channels(mean), _channels(std))
+        return Preprocess(size_px, _channels(mean), _channels(std), resample)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: the image processor is damaged ({one_line(error)}): copy it again") from error
 

@@ -49,6 +49,7 @@ def write_hf_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Pa
         "size": {"height": preprocess.size_px, "width": preprocess.size_px},
         "image_mean": list(preprocess.mean),
         "image_std": list(preprocess.std),
+        **({} if preprocess.resample == "bicubic" else {"filter_name": preprocess.resample}),
     }
     write_json(folder / "preprocessor_config.json", image)
     processor = {

@@ -29,18 +29,20 @@ class MmaImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         size: dict[str, int] | None = None,
         image_mean: Sequence[float] = (0.5, 0.5, 0.5),
         image_std: Sequence[float] = (0.5, 0.5, 0.5),
+        filter_name: str = "bicubic",
         **kwargs: Any,
     ) -> None:
-        """Take the side of the square in pixels (``size["height"]``), and mean and std per channel."""
+        """Take the side of the square in pixels (``size["height"]``), mean and std per channel, and the filter."""
         super().__init__(**kwargs)
         self.size = size or {"height": 224, "width": 224}
         self.image_mean, self.image_std = list(image_mean), list(image_std)
+        self.filter_name = filter_name
 
     def preprocess(self, images: Any, return_tensors: Any = None, **kwargs: Any) -> BatchFeature:
         """Return ``pixel_values``, float32[n, 3, S, S], of one image or a list of images, paths or URLs."""
         listed = images if isinstance(images, list | tuple) else [images]
         mean, std = ((row[0], row[1], row[2]) for row in (self.image_mean, self.image_std))
-        pixels = Preprocess(int(self.size["height"]), mean, std).batch([load_image(image) for image in listed])
+        pixels = Preprocess(int(self.size["height"]), mean, std, self.filter_name).batch([*map(load_image, listed)])
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def __call__(self, images: Any, **kwargs: Any) -> BatchFeature:

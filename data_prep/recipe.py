@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -21,8 +21,11 @@ from data_prep.common.yaml_files import expand, read_mapping
 from data_prep.corpora import corpus_problems
 from data_prep.images.augment import Augment, allowed
 from data_prep.media.spec import MediaSpec
-from data_prep.text.template import AKI_CHUNK_END, OWN, Order, Template
+from data_prep.text.template import AKI_CHUNK_END, OWN, ImageMarks, Order, Template
 from data_prep.text.turns import Turns
+
+if TYPE_CHECKING:
+    from data_prep.text.vlm_folder import VlmFolder
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -82,6 +85,8 @@ class PackConfig(_Strict):
     """How text is written: caption, plain, phi3, llama3, qwen, or tokenizer for the chat template of the tokenizer."""
     chat_format: str = ""
     """How ``template: tokenizer`` writes turns; filled in from the tokenizer, leave it out."""
+    image_marks: ImageMarks = ()
+    """What stands around an image; filled in from ``model``, leave it out."""
     seq_len: int = Field(ge=8, le=1 << 24)
     """Tokens per row."""
     draws: int | None = Field(None, ge=1, le=10**9)
@@ -167,6 +172,7 @@ class PackConfig(_Strict):
             order=self.order,
             turns=self.turns,
             own=self.chat_format,
+            image_marks=self.image_marks,
         )
         if not self.aki_parity:
             return plain
@@ -180,6 +186,9 @@ class Recipe(_Strict):
     """Folder of the raw data."""
     out: str
     """Output folder: tokenizer, image store, packs, rejects and events."""
+    model: str = ""
+    """Folder of an existing Hugging Face vision-language model, relative to ``root``: gives the tokenizer, the tokens
+    of an image with what stands around them, and the templates, where the recipe does not (docs/starting-points.md)."""
     tokenizer: TokenizerConfig
     """The tokenizer of all pack sets: its path, or ``train`` to train one."""
     image_tokens: int | None = Field(None, ge=1)
@@ -276,6 +285,13 @@ class Recipe(_Strict):
         """The existing tokenizer's folder or file; None if one is trained."""
         return self.root_dir / Path(self.tokenizer.path).expanduser() if self.tokenizer.path else None
 
+    @property
+    def vlm(self) -> VlmFolder | None:
+        """The folder ``model``. Raises UserError if it is unusable."""
+        from data_prep.text.vlm_folder import VlmFolder
+
+        return VlmFolder.open(self.root_dir / Path(self.model).expanduser()) if self.model else None
+
     def specials(self) -> list[str]:
         """Return the special tokens of all templates, sorted."""
         return sorted({token for pack in self.packs.values() for token in pack.to_template().specials})
@@ -339,7 +355,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None, *, check_
         UserError: the file is missing, not YAML, or a key or value is wrong; the message names each.
     """
     path = find_recipe(name)
-    raw = expand({**read_mapping(path), **(overrides or {})}, path.name)
+    raw = _with_model(expand({**read_mapping(path), **(overrides or {})}, path.name))
     recipe, lines = None, list[str]()
     try:
         recipe = Recipe.model_validate(raw)
@@ -348,7 +364,7 @@ def load_recipe(name: str, overrides: Mapping[str, str] | None = None, *, check_
     lines += [line for line in _problems_beside(raw, recipe, check_files=check_files) if line not in lines]
     if recipe is None or lines:
         raise UserError(report(path.name, lines))
-    return _with_tokenizer_chat_formats(recipe)
+    return _with_chat_formats(recipe)
 
 
 def _problems_beside(raw: Mapping[str, Any], recipe: Recipe | None, *, check_files: bool) -> Iterator[str]:
@@ -394,18 +410,38 @@ def _elsewhere(path: str) -> str:
     return f"; paths are relative to root, so write {here}" if here.exists() else "; paths are relative to root"
 
 
-def _with_tokenizer_chat_formats(recipe: Recipe) -> Recipe:
+def _with_model(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a recipe with what the folder ``model`` gives. Raises UserError for an unusable folder."""
+    given = raw.get("model")
+    if not isinstance(given, str) or not given:
+        return dict(raw)
+    from data_prep.text.vlm_folder import VlmFolder
+
+    folder = VlmFolder.open(Path(str(raw.get("root") or "")).expanduser() / Path(given).expanduser())
+    own: dict[str, Any] = {"tokenizer": given}
+    if "image_tokens" not in raw and "media" not in raw:
+        own["image_tokens"] = folder.image_tokens
+    packs = raw.get("packs")
+    if isinstance(packs, dict):
+        marks = {"template": folder.family.template, "image_marks": folder.image_marks}
+        own["packs"] = {name: {**marks, **pack} if isinstance(pack, dict) else pack for name, pack in packs.items()}
+    return {**own, **raw, **({"packs": own["packs"]} if "packs" in own else {})}
+
+
+def _with_chat_formats(recipe: Recipe) -> Recipe:
     """Return a recipe with the chat format filled in for every pack set with ``template: tokenizer``."""
     waiting = {name: pack for name, pack in recipe.packs.items() if pack.template == OWN and not pack.chat_format}
     if not waiting:
         return recipe
     from data_prep.text.chat_template import chat_format_of
 
-    folder = recipe.tokenizer_path
+    folder, model = recipe.tokenizer_path, recipe.vlm
     if folder is None:
         raise UserError(f"packs.{min(waiting)}.template={OWN}: a trained tokenizer has no chat template")
     filled = {
-        name: pack.model_copy(update={"chat_format": chat_format_of(folder, pack.system)})
+        name: pack.model_copy(
+            update={"chat_format": model.chat_format(pack.system) if model else chat_format_of(folder, pack.system)}
+        )
         for name, pack in waiting.items()
     }
     return recipe.model_copy(update={"packs": {**recipe.packs, **filled}})

@@ -39,7 +39,8 @@ def prepare_tokenizer(space: Workspace, reporter: Reporter) -> str:
         source = space.tokenizer / "trained.model"
         texts = _training_texts(space.corpora, config.train.samples)
         train_sentencepiece(texts, config.train.vocab_size, recipe.specials(), source)
-    tokenizer = Tokenizer.open(source, recipe.specials())
+    model = recipe.vlm
+    tokenizer = Tokenizer.open(source, recipe.specials(), *([model.image_token] if model else []))
     tokenizer.save(space.tokenizer)
     write_atomic(_marker(space), with_hash({"inputs": inputs, "sha256": tokenizer.sha256}))
     reporter.events(space.out).record("tokenizer-rebuilt", int(existed), path=space.tokenizer)

@@ -146,7 +146,7 @@ CHAT_FORMATS: Mapping[str, ChatFormat | None] = {
 """Templates by name. ``caption`` writes documents only; the others write documents and conversations.
 
 ``gemma`` is Gemma 2 and 3; ``mistral`` is Mistral's V7-Tekken format (Mistral Small 3 and later; without a system turn
-also V3-Tekken: Nemo, Pixtral); ``vicuna`` is Vicuna 1.1's as LLaVA-1.5 was trained on it. No name adds a default system turn: set ``system``.
+also V3-Tekken: Nemo, Pixtral); ``vicuna`` is LLaVA-1.5's. No name adds a default system turn: set ``system``.
 """
 OWN = "tokenizer"
 """Name of the template that follows the tokenizer's own chat template (``data_prep.text.chat_template``)."""

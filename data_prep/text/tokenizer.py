@@ -187,12 +187,13 @@ class Tokenizer:
         self._encoder = PieceEncoder(backend.encode, self.markers)
 
     @classmethod
-    def open(cls, path: Path, specials: Sequence[str]) -> Tokenizer:
+    def open(cls, path: Path, specials: Sequence[str], image_token: str = IMAGE_TOKEN) -> Tokenizer:
         """Open raw tokenizer files; add those of ``specials``, ``<pad>``, ``<eos>`` and ``<image>`` that are missing.
 
         Args:
             path: a folder with ``tokenizer.json`` or ``tokenizer.model``, or one such file.
             specials: names of the special tokens that templates write.
+            image_token: the tokenizer's name of the token at image positions.
 
         Raises:
             UserError: ``path`` holds no tokenizer, or it cannot be read.
@@ -200,10 +201,10 @@ class Tokenizer:
         file = _tokenizer_file(path)
         companions = {name: (file.parent / name).read_bytes() for name in COMPANIONS if (file.parent / name).is_file()}
         probe = _backend(file, companions, ())
-        names = {name: name for name in (*specials, IMAGE_TOKEN)}
+        names = {**{name: name for name in specials}, IMAGE_TOKEN: image_token}
         names |= {alias: probe.own(role) or alias for alias, role in ((EOS, "eos"), (PAD, "pad"))}
-        if IMAGE_TOKEN in (names[EOS], names[PAD]):
-            raise UserError(f"tokenizer: {path} uses {IMAGE_TOKEN} as its eos or pad token: use another token for that")
+        if image_token in (names[EOS], names[PAD]):
+            raise UserError(f"tokenizer: {path} uses {image_token} as its eos or pad token: use another token for that")
         backend = _backend(file, companions, sorted(set(names.values())))
         tokens = {alias: index for alias, name in names.items() if (index := backend.find(name)) is not None}
         assert tokens.keys() == names.keys()

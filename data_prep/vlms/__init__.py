@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from data_prep.vlms.base import Names, Vlm
+from data_prep.vlms.base import IMAGE_PROCESSOR, PROCESSOR, Names, Vlm
 from data_prep.vlms.gemma3 import GEMMA3
 from data_prep.vlms.idefics3 import IDEFICS3
 from data_prep.vlms.internvl import INTERNVL
 from data_prep.vlms.llava import LLAVA
 
-__all__ = ["REFUSED_VLMS", "VLMS", "Names", "Vlm"]
+__all__ = ["IMAGE_PROCESSOR", "PROCESSOR", "REFUSED_VLMS", "VLMS", "Names", "Vlm"]
 
 VLMS: Mapping[str, Vlm] = {one.model_type: one for one in (LLAVA, GEMMA3, *IDEFICS3, INTERNVL)}
 """Descriptors by ``model_type``."""

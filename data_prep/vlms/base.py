@@ -11,6 +11,10 @@ Marks = Sequence[tuple[str, bool]]
 """Pieces of text around an image: (text, whether it is the name of a special token)."""
 
 
+PROCESSOR, IMAGE_PROCESSOR = "processor_config.json", "preprocessor_config.json"
+"""Files of a processor; transformers 5 keeps the settings of the image processor in the first, as a section."""
+
+
 class Names(NamedTuple):
     """Prefixes of the tensors of a model's parts in its folder."""
 
@@ -96,6 +100,10 @@ class Vlm:
         """Return what the processor writes before and after the tokens of an image."""
         return (), ()
 
+    def one_square(self, side_px: int) -> dict[str, Any]:
+        """Return the image processor's settings that squash every image to one square, as training does."""
+        return {"do_resize": True, "size": {"height": side_px, "width": side_px}}
+
     # ---- weights
 
     def connector_name(self, name: str) -> str:
@@ -107,7 +115,7 @@ class Vlm:
 
     def files(self) -> Iterator[str]:
         """Yield the names of its processor's files, which exports keep."""
-        yield from ("preprocessor_config.json", "processor_config.json")
+        yield from (IMAGE_PROCESSOR, PROCESSOR, "chat_template.json")
 
 
 def side_px(vision: Config) -> int:

@@ -37,6 +37,10 @@ class Gemma3(Vlm):
         window = patches_per_side(vision) // math.isqrt(self.image_tokens(config))
         return {"kind": "average_pool", "window": window, "eps": vision.get("layer_norm_eps", 1e-6)}
 
+    def one_square(self, side_px: int) -> dict[str, Any]:
+        """Return a squash to the square, without further crops."""
+        return {**super().one_square(side_px), "do_pan_and_scan": False}
+
     def image_tokens(self, config: Config) -> int:
         """Return ``mm_tokens_per_image``."""
         return int(config.get("mm_tokens_per_image", 256))

@@ -27,6 +27,11 @@ class Idefics3(Vlm):
         """Return the pixel shuffle with one linear layer."""
         return {"kind": "pixel_shuffle", "factor": int(config.get("scale_factor", 2)), "projection": "linear"}
 
+    def one_square(self, side_px: int) -> dict[str, Any]:
+        """Return a squash to the square, without tiles and without the step before them that keeps the shape."""
+        edge = {"longest_edge": side_px}
+        return {"do_resize": False, "do_image_splitting": False, "size": edge, "max_image_size": edge}
+
     def image_tokens(self, config: Config) -> int:
         """Return the tokens of one square."""
         return (patches_per_side(self.vision(config)) // int(config.get("scale_factor", 2))) ** 2

@@ -32,6 +32,10 @@ class InternVL(Vlm):
         """Return the pixel shuffle with LayerNorm and two linear layers."""
         return {"kind": "pixel_shuffle", "factor": _factor(config)}
 
+    def one_square(self, side_px: int) -> dict[str, Any]:
+        """Return a squash to the square, without tiles."""
+        return {**super().one_square(side_px), "crop_to_patches": False}
+
     def image_tokens(self, config: Config) -> int:
         """Return the tokens of one square."""
         return (patches_per_side(self.vision(config)) // _factor(config)) ** 2

@@ -49,6 +49,10 @@ class Llava(Vlm):
         layers = [_block(index, blocks) for index in (named if isinstance(named, list) else [named])]
         return {"kind": "mlp", "layers": layers}
 
+    def one_square(self, side_px: int) -> dict[str, Any]:
+        """Return a squash to the square in place of the crop of its middle."""
+        return {**super().one_square(side_px), "do_center_crop": False}
+
     def image_tokens(self, config: Config) -> int:
         """Return one token per patch."""
         return patches_per_side(self.vision(config)) ** 2

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.model.export_names import Layout
 
 EXPORT = """\
 Write a trained run as a model folder. Formats:
@@ -12,6 +16,9 @@ Write a trained run as a model folder. Formats:
   llava  loads with the stock LlavaForConditionalGeneration, without code of its own; connector mlp and policy causal.
          The stock class prefills prompts causally. Another policy needs --prefill-causal, and its answers then differ
          from those of this project's commands on the same folder.
+  hf-vlm the layout of the model that training started from (model.source), loaded by its stock class without code of
+         its own. Most stock classes prefill prompts causally, Gemma 3 with full attention inside each image: a model
+         trained otherwise needs --prefill-causal, too.
 
 Every export holds golden logits, by which mma verify-export checks any loader."""
 VERIFY = """\
@@ -37,8 +44,9 @@ def _export(arguments: argparse.Namespace) -> None:
             raise UserError("--adapter: adapters are fp32, as trained, in peft's format: remove --dtype and --format")
         print(f"exported the adapter to {export_adapter(arguments.run, arguments.out)}")
         return
+    layout: Layout = "vlm" if arguments.format == "hf-vlm" else arguments.format
     made = export_run(
-        arguments.run, arguments.out, dtype=arguments.dtype, layout=arguments.format,
+        arguments.run, arguments.out, dtype=arguments.dtype, layout=layout,
         prefill_causal=arguments.prefill_causal,
     )  # fmt: skip
     print(f"exported to {made}")
@@ -75,11 +83,12 @@ def add_export(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="dtype of the weights (default: as trained)",
     )
-    parser.add_argument("--format", choices=("hf", "llava"), default="hf", help="see above (default: hf)")
+    parser.add_argument("--format", choices=("hf", "llava", "hf-vlm"), default="hf", help="see above (default: hf)")
     parser.add_argument(
         "--prefill-causal",
         action="store_true",
-        help="with llava: accept that the stock class prefills causally, although the model was trained otherwise",
+        help="with llava and hf-vlm: accept that the stock class runs prompts under its own mask, although the model "
+        "was trained under another",
     )
     parser.add_argument(
         "--adapter",

@@ -60,8 +60,8 @@ def pin_sources(model: ModelConfig, run_dir: Path) -> ModelConfig:
 
     Raises ConfigError as :func:`folder_of` does.
     """
-    parts = (model, model.llm, model.vision, *model.extra_vision)
-    if not any(_hub_id(part.source) for part in parts):
+    towers = (tower.source for tower in model.extra_vision)
+    if not any(map(_hub_id, (model.source, model.llm.source, model.vision.source, *towers))):
         return model
     before = _recorded(run_dir)
     return model.model_copy(

@@ -77,7 +77,9 @@ class ModelSpec:
         vision = Tower.resolve(config.vision, "model.vision", start)
         extra = [Tower.resolve(own, f"model.extra_vision.{place}") for place, own in enumerate(config.extra_vision)]
         spec = cls(
-            llm=llm_config(config.llm, vocab_size=vocab_size, base=start and start.family.text(start.config)),
+            llm=llm_config(
+                config.llm, vocab_size=vocab_size, base=None if start is None else start.family.text(start.config)
+            ),
             vision=vision.config,
             connector=read_connector(config.connector if start is None else start.connector),
             preprocess=vision.preprocess,

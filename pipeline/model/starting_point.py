@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import did_you_mean, one_line, short_repr
-from data_prep.vlms import REFUSED_VLMS, VLMS, Vlm
+from data_prep.vlms import IMAGE_PROCESSOR, PROCESSOR, REFUSED_VLMS, VLMS, Vlm
 from pipeline.config.schema import ConfigError, ConnectorConfig, ModelConfig
 from pipeline.model.families.configs import folder_config
 from pipeline.model.limits import read_json
@@ -56,8 +56,15 @@ class StartingPoint:
     @property
     def image_processor(self) -> Mapping[str, Any]:
         """Settings of its image processor; transformers 5 saves them inside those of the processor."""
-        inside = self.files.get("processor_config.json", {}).get("image_processor")
-        return inside or self.files.get("preprocessor_config.json", {})
+        inside: Mapping[str, Any] | None = self.files.get(PROCESSOR, {}).get("image_processor")
+        return inside or self.files.get(IMAGE_PROCESSOR) or {}
+
+    def files_for(self, side_px: int) -> dict[str, Any]:
+        """Return the processor's files, by name, that make every image one square of ``side_px``, as training does."""
+        settings = {**self.image_processor, **self.family.one_square(side_px)}
+        if self.files.get(PROCESSOR, {}).get("image_processor"):
+            return {**self.files, PROCESSOR: {**self.files[PROCESSOR], "image_processor": settings}}
+        return {**self.files, IMAGE_PROCESSOR: settings}
 
     @property
     def resample(self) -> str:
@@ -67,7 +74,7 @@ class StartingPoint:
             if code == int(known):
                 return name
         raise ConfigError(
-            f"model.source={self.source}: the image processor's resample={short_repr(code)} is not supported: set it to "
+            f"model.source={self.source}: its processor's resample={short_repr(code)} is not supported: set it to "
             + ", ".join(f"{int(known)} ({name})" for name, known in FILTERS.items())
         )
 

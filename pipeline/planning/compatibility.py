@@ -122,6 +122,18 @@ def check_tokenizer(config: RunConfig, packs_tokenizer: Path) -> None:
         )
 
 
+def check_image_token(spec: ModelSpec, packs_tokenizer: Path) -> None:
+    """Compare the token at image positions of the packs with that of ``model.source``. Raises ConfigError."""
+    if spec.start is None:
+        return
+    packed, own = Tokenizer.load(packs_tokenizer).image_id, spec.start.family.image_id(spec.start.config)
+    if packed != own:
+        raise ConfigError(
+            f"the packs hold token {packed} at image positions, but model.source={spec.start.source} has {own}: name "
+            "the same folder in the data recipe (model: FOLDER) and rebuild the packs"
+        )
+
+
 def read_vocabulary(path: Path) -> dict[str, int]:
     """Return token -> id of a Hugging Face tokenizer.json, added tokens included. Raises ConfigError if unreadable."""
     try:

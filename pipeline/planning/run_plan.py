@@ -24,7 +24,7 @@ from pipeline.model.spec import ModelSpec
 from pipeline.parallel.ds_config import Sharding, complete_ds_config, read_ds_config
 from pipeline.parallel.partition import VirtualStages
 from pipeline.parallel.topology import Topology, micro_batches
-from pipeline.planning.compatibility import check_init_from, check_resume, check_tokenizer
+from pipeline.planning.compatibility import check_image_token, check_init_from, check_resume, check_tokenizer
 from pipeline.planning.stage_split import StageSplit
 
 
@@ -97,6 +97,7 @@ class RunPlan(ParallelSettings):
         policy = get_policy(config.mask.name, allow_leak=config.mask.allow_leak, grid=spec.mask_grid)
         _check_layers(policy, spec)
         check_tokenizer(config, packs.directory / manifest.tokenizer)
+        check_image_token(spec, packs.directory / manifest.tokenizer)
         check_init_from(config, manifest, spec)
         check_resume(
             config, manifest, spec,

@@ -29,8 +29,11 @@ _LOAD_OWN = """\
 Models with gates or with several vision towers are loaded by the commands of the MMA pipeline only (`mma generate`)."""
 _LOAD_LLAVA = """\
 `LlavaForConditionalGeneration` and `LlavaProcessor` load this folder without code of its own."""
+_LOAD_VLM = """\
+`{model_class}` and `AutoProcessor` load this folder without code of their own. The processor squashes every image to
+one square, as training did."""
 _CAUSAL = """\
-**The stock class prefills prompts causally, but this model was trained under the policy `{policy}`.** Answers differ
+**The stock class prefills prompts {prefill}, but this model was trained under the policy `{policy}`.** Answers differ
 from those of `mma generate` on this folder, which uses the training mask."""
 _POST_NORM = """\
 The connector reads the vision tower after its last norm. The stock class does so because of `tie_last_hidden_states` in
@@ -62,9 +65,14 @@ def write_card(
         "weights": f"{export_config.dtype}, optimizer step {export_config.step:,}",
         **facts,
     }
-    stock, own = layout == "llava", layout == "flat" or spec.gate.kind != "none"
+    stock, own = layout in ("llava", "vlm"), layout == "flat" or spec.gate.kind != "none"
+    prefill = "causally"
     notes = [_LOAD_LLAVA if stock else _LOAD_OWN if own else _LOAD]
-    notes += [_CAUSAL.format(policy=policy.name)] if stock and policy.name != "causal" else []
+    if layout == "vlm" and spec.start is not None:
+        prefill, post_norm = spec.start.family.prefill, False
+        notes = [_LOAD_VLM.format(model_class=spec.start.family.model_class)]
+    if stock and (policy.name != "causal" or prefill != "causally"):
+        notes.append(_CAUSAL.format(policy=policy.name, prefill=prefill))
     notes += [_POST_NORM] if stock and post_norm else []
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [mma]\n---",

@@ -52,10 +52,18 @@ _CHAT = """\
 {%- else -%}
 {%- if message.role == 'user' and ORDER != 'as_written' -%}
 {%- set images = parts | rejectattr('type', 'equalto', 'text') | list -%}
-{%- if ORDER == 'image_first' -%}{%- for image in images -%}{{- IMAGE + BETWEEN -}}{%- endfor -%}{%- endif -%}
+{%- if ORDER == 'image_first' -%}
+{%- for image in images -%}{{- IMAGE + (BETWEEN if loop.last else GAP) -}}{%- endfor -%}
+{%- endif -%}
+{%- if ORDER == 'text_first' or not images -%}{{- OPENING -}}{%- endif -%}
 {{- sentence(parts) -}}
-{%- if ORDER == 'text_first' -%}{%- for image in images -%}{{- BETWEEN + IMAGE -}}{%- endfor -%}{%- endif -%}
-{%- else -%}{{- plain(parts) -}}{%- endif -%}
+{%- if ORDER == 'text_first' -%}
+{%- for image in images -%}{{- (BETWEEN if loop.first else GAP) + IMAGE -}}{%- endfor -%}
+{%- endif -%}
+{%- else -%}
+{%- if message.role == 'user' and (not parts or parts[0].type == 'text') -%}{{- OPENING -}}{%- endif -%}
+{{- plain(parts) -}}
+{%- endif -%}
 {{- FOOTERS[message.role] if message.role in FOOTERS else END -}}
 {%- endif -%}
 {%- endif -%}
@@ -94,7 +102,9 @@ def chat_template(template: Template, name_of: Callable[[str], str], image_token
             if isinstance(one, Special | Text)
         )
 
-    values: dict[str, object] = {"IMAGE": image_token, "ORDER": template.order}
+    marks = ["".join(name_of(one) if special else one for one, special in side) for side in template.image_marks]
+    before, after = marks or ("", "")
+    values: dict[str, object] = {"IMAGE": f"{before}{image_token}{after}", "ORDER": template.order}
     if chat is None:
         prompt = template.prompts[0] if template.prompts else ""
         chunk_end = name_of(template.chunk_end) if template.chunk_end else ""
@@ -106,6 +116,8 @@ def chat_template(template: Template, name_of: Callable[[str], str], image_token
         "JOINER": chat.system_joiner or "",
         "SEPARATOR": chat.turn_separator,
         "BETWEEN": chat.image_separator,
+        "GAP": chat.image_separator if chat.image_gap is None else chat.image_gap,
+        "OPENING": chat.text_start,
         "PREFIX": chat.answer_prefix,
         "END": name_of(chat.end),
         "HEADERS": {role: text(pieces) for role, pieces in chat.headers.items()},

@@ -27,6 +27,7 @@ from pipeline.serving.export_config import CONFIG, ExportConfig
 from pipeline.serving.golden import write_golden
 from pipeline.serving.hf_files import write_hf_files, write_json, write_own_files
 from pipeline.serving.llava_files import check_llava, extra_tensors, reads_after_norm, write_llava_files
+from pipeline.serving.vlm_files import check_vlm, write_vlm_files
 
 SHARD_BYTES = 4 << 30
 
@@ -108,8 +109,9 @@ def export(
         out: a folder that does not exist yet.
         dtype: ``bfloat16``, ``float32``, or ``auto`` for the dtype the model was trained in.
         step: optimizer steps behind the weights, recorded in the config.
-        layout: ``hf``, loaded by the export's own code; or ``llava``, loaded by the stock class.
-        prefill_causal: with ``llava``, accept that the stock class prefills causally whatever the policy.
+        layout: ``hf``, loaded by the export's own code; ``llava``, loaded by the stock class; or ``vlm``, loaded by the
+            stock class of the model that training started from.
+        prefill_causal: with ``llava`` and ``vlm``, accept that the stock class has a mask of its own for prompts.
         facts: lines about data and training for the model card.
 
     Returns:
@@ -127,6 +129,8 @@ def export(
     if layout == "llava":
         check_llava(export_config, prefill_causal=prefill_causal)
     tokenizer = Tokenizer.load(saved.meta["tokenizer"])
+    if layout == "vlm":
+        check_vlm(export_config, tokenizer, prefill_causal=prefill_causal)
     hidden = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(hidden, ignore_errors=True)
     hidden.mkdir(parents=True)
@@ -149,7 +153,7 @@ def export(
 
 def _write_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path, layout: Layout) -> None:
     """Write configs, tokenizer and processor."""
-    writers = {"hf": write_hf_files, "llava": write_llava_files, "flat": write_own_files}
+    writers = {"hf": write_hf_files, "llava": write_llava_files, "vlm": write_vlm_files, "flat": write_own_files}
     writers[layout](export_config, tokenizer, folder)
 
 
@@ -184,7 +188,9 @@ def _write_weights(
         size = tensor.numel() * export_config.torch_dtype.itemsize
         if waiting and sum(x.nbytes for x in waiting.values()) + size > SHARD_BYTES:
             flush()
-        waiting[exported_name(name, layout)] = _converted(name, tensor, export_config.torch_dtype)
+        waiting[exported_name(name, layout, export_config.spec.start)] = _converted(
+            name, tensor, export_config.torch_dtype
+        )
         total += size
     if layout == "llava":
         waiting |= extra_tensors(export_config)

@@ -31,6 +31,7 @@ def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
     problems = {
         f"connector of kind {spec.connector.kind} (only mlp)": spec.connector.kind != "mlp",
         "norm after the connector (model.connector.norm)": bool(getattr(spec.connector, "norm", False)),
+        "choice of the tower's blocks (model.connector.layers)": bool(spec.connector.tower_layers),
         "gates (model.gate)": spec.gate.kind != "none",
         "second tower (model.extra_vision)": bool(spec.extra_towers),
         "images of different sizes (media.image)": spec.media is not None,

@@ -48,8 +48,8 @@ class Vlm:
     """Whether head and embedding are one weight where the config does not say."""
     template: ClassVar[str] = "tokenizer"
     """Template of its conversations: ``tokenizer`` follows the folder's own chat template."""
-    prefill: ClassVar[str] = "causally"
-    """How the stock class runs a prompt, in words."""
+    stock_policy: ClassVar[str] = "causal"
+    """The mask policy under which the stock class runs a prompt."""
 
     def __init__(self, model_type: str, model_class: str) -> None:
         """Describe a model.

@@ -21,7 +21,7 @@ class Gemma3(Vlm):
         "norm.": "mm_soft_emb_norm.", "weight": "mm_input_projection_weight",
     }  # fmt: skip
     tied: ClassVar[bool] = True
-    prefill: ClassVar[str] = "with full attention inside each image"
+    stock_policy: ClassVar[str] = "mixed"
 
     def problem(self, config: Config) -> str:
         """Refuse token counts that windows of whole patches do not make."""

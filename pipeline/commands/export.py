@@ -17,8 +17,8 @@ Write a trained run as a model folder. Formats:
          The stock class prefills prompts causally. Another policy needs --prefill-causal, and its answers then differ
          from those of this project's commands on the same folder.
   hf-vlm the layout of the model that training started from (model.source), loaded by its stock class without code of
-         its own. Most stock classes prefill prompts causally, Gemma 3 with full attention inside each image: a model
-         trained otherwise needs --prefill-causal, too.
+         its own. Stock classes run prompts under 'causal', Gemma 3 under 'mixed': a model trained under another policy
+         needs --prefill-causal, too.
 
 Every export holds golden logits, by which mma verify-export checks any loader."""
 VERIFY = """\

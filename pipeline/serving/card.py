@@ -33,7 +33,7 @@ _LOAD_VLM = """\
 `{model_class}` and `AutoProcessor` load this folder without code of their own. The processor squashes every image to
 one square, as training did."""
 _CAUSAL = """\
-**The stock class prefills prompts {prefill}, but this model was trained under the policy `{policy}`.** Answers differ
+**The stock class runs prompts under the policy `{stock}`, but this model was trained under `{policy}`.** Answers differ
 from those of `mma generate` on this folder, which uses the training mask."""
 _POST_NORM = """\
 The connector reads the vision tower after its last norm. The stock class does so because of `tie_last_hidden_states` in
@@ -66,13 +66,13 @@ def write_card(
         **facts,
     }
     stock, own = layout in ("llava", "vlm"), layout == "flat" or spec.gate.kind != "none"
-    prefill = "causally"
+    stock_policy = "causal"
     notes = [_LOAD_LLAVA if stock else _LOAD_OWN if own else _LOAD]
     if layout == "vlm" and spec.start is not None:
-        prefill, post_norm = spec.start.family.prefill, False
+        stock_policy, post_norm = spec.start.family.stock_policy, False
         notes = [_LOAD_VLM.format(model_class=spec.start.family.model_class)]
-    if stock and (policy.name != "causal" or prefill != "causally"):
-        notes.append(_CAUSAL.format(policy=policy.name, prefill=prefill))
+    if stock and policy.name != stock_policy:
+        notes.append(_CAUSAL.format(policy=policy.name, stock=stock_policy))
     notes += [_POST_NORM] if stock and post_norm else []
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\ntags: [mma]\n---",

@@ -42,7 +42,7 @@ def check_vlm(export_config: ExportConfig, tokenizer: Tokenizer, *, prefill_caus
     if prefills_otherwise(export_config) and not prefill_causal:
         raise UserError(
             f"--format hf-vlm: the model was trained under policy '{policy.name}', but {start.family.model_class} "
-            f"prefills {start.family.prefill}, so its answers would differ: use --format hf, or add "
+            f"runs prompts under '{start.family.stock_policy}', so its answers would differ: use --format hf, or add "
             "--prefill-causal to accept that"
         )
     return start
@@ -52,7 +52,7 @@ def prefills_otherwise(export_config: ExportConfig) -> bool:
     """Return whether the stock class runs prompts under another mask than training did."""
     policy = get_policy(export_config.policy, allow_leak=True, grid=export_config.spec.mask_grid)
     start = export_config.spec.start
-    return policy.name != "causal" or (start is not None and start.family.prefill != "causally")
+    return start is not None and policy.name != start.family.stock_policy
 
 
 def write_vlm_files(export_config: ExportConfig, tokenizer: Tokenizer, folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.vlms import VLMS
 from pipeline.attention import build_plan
 from pipeline.config.schema import ModelConfig
 from pipeline.masks import Sidecars, parse_layout, position_ids
@@ -86,6 +87,19 @@ def test_causal_logits_are_those_of_the_stock_class(name: str, stock: Any, stage
     theirs = stock_logits(name, stock, ids, pixels)
     assert theirs.abs().max() > 0.5
     torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+
+
+def test_the_stock_policy_is_the_mask_of_the_stock_class(name: str, stock: Any, stage: Stage) -> None:
+    policy = VLMS[name].stock_policy
+    if policy == "causal":  # shown above; a mask of its own needs the token types of its processor
+        return
+    row = parse_layout("Q2 V4 Q2 V4 Q3")
+    ids, pixels = drawn(row, stock.config.image_token_id)
+    kinds = (row.modality == 1).long()[None]
+    theirs = stock_logits(name, stock, ids, pixels, token_type_ids=kinds)
+    mine, causal = (own_logits(stage, stage_inputs(row, ids, pixels, each)) for each in (policy, "causal"))
+    torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-5)
+    assert (causal - theirs).abs().max() > 1e-2
 
 
 def test_every_tensor_of_the_folder_is_read(stage: Stage, stock: Any) -> None:

@@ -31,12 +31,13 @@ def exported_name(name: str, layout: Layout, start: StartingPoint | None = None)
     """Return the name that a parameter of a global name has in an export; unlisted ones (``lm_head``) keep theirs."""
     if layout == "vlm":
         assert start is not None
-        return _own_name(name, start.family)
+        return vlm_name(name, start.family, start.family.layouts[0])
     return next((theirs + name[len(ours) :] for ours, theirs in _PARTS[layout] if name.startswith(ours)), name)
 
 
-def _own_name(name: str, model: Vlm) -> str:
-    names, (part, _, own) = model.layouts[0], name.partition(".")
+def vlm_name(name: str, model: Vlm, names: Names) -> str:
+    """Return the name that a parameter of a global name has in one of the layouts of a starting point."""
+    part, _, own = name.partition(".")
     if part == "connector":
         return names.connector + model.connector_name(own)
     return {"vision": names.vision, "model": names.text, "lm_head": names.head}[part] + own

@@ -11,6 +11,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dabstractor": {"queries": 4, "hidden": 8, "depth": 1, "heads": 2, "points": 2, "ff": 8},
     "pixel_shuffle": {},
     "attention_pool": {"heads": 2, "hidden": 8},
+    "average_pool": {"window": 2},
     "sva": {"side": 2, "hidden": 8, "depth": 1, "heads": 2},
 }
 """Options of a small connector of each kind."""

@@ -86,6 +86,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int, Grid | None]] = {
     "dabstractor": ({}, 1153 * 1024 + 729 * 1024 + 144 * 1026 + 6 * DEFORMABLE + 1025 * 3072, 144, None),
     "pixel_shuffle": ({"resize": True}, 2 * 4608 + 4609 * 3072 + 3073 * 3072, 196, (14, 14)),
     "attention_pool": ({}, 4 * 1152 * 1153 + 2 * 1152 * 18944 + 18944 * 3072, 196, (14, 14)),
+    "average_pool": ({"window": 3}, 1152 + 1152 * 3072, 81, (9, 9)),
     "sva": (
         {"newline": False},
         1153 * 1024 + 1025 * 1024 + 2048 + 1024 + 3 * SVA_LAYER + 1025 * 3072 + 3073 * 3072,
@@ -326,6 +327,7 @@ def test_packed_rows_equal_single_samples_and_two_stages_one(kind: str) -> None:
 def test_policies_that_need_a_grid_take_the_connectors(kind: str) -> None:
     spec = stage_spec(kind, **({"newline": False} if kind == "sva" else {}))
     kept = {"mlp": (4, 4), "cabstractor": (2, 2), "pixel_shuffle": (2, 2), "attention_pool": (2, 2), "sva": (2, 2)}
+    kept["average_pool"] = (2, 2)
     assert spec.mask_grid == kept.get(kind)
     if spec.mask_grid:
         assert spec.mask_grid[0] * spec.mask_grid[1] == spec.image_tokens
@@ -380,19 +382,27 @@ def test_attention_pool_reads_the_outputs_of_two_blocks(vision: str) -> None:
     assert torch.equal(seen[0], torch.cat([states[2], states[1]], -1)[:, -4:])
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"layers": [2]}, "the tower has 2 blocks, but no block 2"),
-        ({"layers": [0], "frozen": False}, "leaves the end of the tower without a gradient: set model.vision.frozen"),
-    ],
-)
-def test_blocks_that_cannot_be_read_are_refused(changes: dict[str, Any], words: str) -> None:
+def with_layers(*layers: int) -> ModelSpec:
     raw = model_config().model_dump()
-    raw["vision"]["frozen"] = changes.pop("frozen", True)
-    raw["connector"] = {"kind": "attention_pool", **TINY["attention_pool"], **changes}
-    with pytest.raises(ConfigError, match=words):
-        ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+    raw["vision"]["frozen"] = False
+    raw["connector"] = {"kind": "attention_pool", **TINY["attention_pool"], "layers": layers}
+    return ModelSpec.resolve(ModelConfig.model_validate(raw), vocab_size=VOCAB, image_tokens=None)
+
+
+def test_blocks_that_cannot_be_read_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the tower has 2 blocks, but no block 2"):
+        with_layers(2)
+
+
+def test_blocks_after_the_last_that_is_read_stay_as_they_are() -> None:
+    stage = whole_stage(with_layers(0))
+    trained = {name for name, param in stage.vision.named_parameters() if param.requires_grad}
+    frozen = {name for name, _ in stage.vision.named_parameters()} - trained
+    assert {name.split(".")[0] for name in frozen} == {"encoder", "post_layernorm"}
+    assert {name for name in frozen if name.startswith("encoder.layers.1.")} == {
+        name for name, _ in stage.vision.named_parameters() if name.startswith("encoder.layers.1.")
+    }
+    assert any(name.startswith("encoder.layers.0.") for name in trained)
 
 
 # ---- several towers

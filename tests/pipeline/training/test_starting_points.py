@@ -87,7 +87,7 @@ def test_from_its_folder_and_back(name: str, tmp_path: Path) -> None:
 
     packs = PackReader(tmp_path / "data/packs/sft")
     prompt = stock_prompt(tiny, model)
-    written = [row.input_ids.tolist() for row in map(packs.row, range(len(packs)))]
+    written = [row.input_ids.tolist() for row in packs]
     assert any(ids[at : at + len(prompt)] == prompt for ids in written for at in range(len(ids)))
     assert packs.manifest.image_tokens == tiny.tokens
     assert mma(["prove", str(packs.directory), "--policy", "mma"]) == 0

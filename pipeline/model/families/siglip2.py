@@ -45,7 +45,7 @@ class Siglip2(VisionFamily):
         """Return the side of the square that has its own number of patches, in pixels."""
         return math.isqrt(config.num_patches) * int(config.patch_size)
 
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
+    def build(self, config: PreTrainedConfig, *, whole: bool = False) -> PreTrainedModel:
         """Build the tower with attention that takes plans."""
         tower = super().build(config)
         tower.config._attn_implementation = register()

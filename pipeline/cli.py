@@ -13,7 +13,7 @@ from data_prep.common.command_line import OneLineParser, add_version, print_comp
 from pipeline.commands import parsers
 from pipeline.commands.bench import BENCH, add_bench
 from pipeline.commands.export import EXPORT, VERIFY, add_export, add_verify
-from pipeline.commands.model import add_evaluate, add_generate
+from pipeline.commands.model import LOOK, add_evaluate, add_generate, add_look
 from pipeline.commands.serve import CHAT, SERVE, add_chat, add_serve
 
 _OVERVIEW = """\
@@ -140,6 +140,7 @@ _COMMANDS: Mapping[str, tuple[str, Callable[[OneLineParser], None] | None]] = {
     "export": ("export a trained run as a model folder", add_export),
     "verify-export": ("check that a loader computes what training computed", add_verify),
     "generate": ("ask a model a question about images", add_generate),
+    "look": ("show how the states of a picture move with the question", add_look),
     "chat": ("talk to a model in the terminal", add_chat),
     "serve": ("serve a model over HTTP: OpenAI's API and a web page", add_serve),
     "evaluate": ("measure accuracy on held-out packs", add_evaluate),
@@ -162,6 +163,7 @@ _DESCRIPTIONS = {
     "chat": CHAT,
     "serve": SERVE,
     "bench": BENCH,
+    "look": LOOK,
     "completion": parsers.COMPLETION,
 }
 
@@ -187,7 +189,7 @@ def build_parser(only: str | None = None) -> OneLineParser:
         own.set_defaults(parser=own)
         if add_arguments is not None and only in (None, name):
             add_arguments(own)
-        if name in ("generate", "chat", "serve", "evaluate", "bench"):
+        if name in ("generate", "look", "chat", "serve", "evaluate", "bench"):
             own.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
         if name == "completion":
             own.set_defaults(command=_completion)

@@ -1,4 +1,4 @@
-"""``mma generate`` and ``mma evaluate``."""
+"""``mma generate``, ``mma look`` and ``mma evaluate``."""
 
 from __future__ import annotations
 
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
     from pipeline.serving.evaluate import Answer
     from pipeline.serving.flow import AdaptiveFlow
     from pipeline.serving.model import MultimodalModel
+
+
+LOOK = """\
+Show how far the states of a picture's tokens move when the question changes: 1 - cosine per layer, as heat maps over
+the picture, under the model's own mask and under a causal one. Under a causal mask the movement is exactly 0.
+
+  mma look scene.png "How many circles are there?" "What colour is the square?" --model models/demo
+  mma look scene.png "How many?" "What colour?" --model runs/demo_sft --out heat.png"""
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -69,6 +77,12 @@ def _is_file(name: str) -> bool:
         return False
 
 
+def _look(options: argparse.Namespace) -> int:
+    from pipeline.commands.look import look
+
+    return look(options)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from data_prep.common.console import PipeConsole
     from data_prep.packs import PackReader
@@ -119,6 +133,17 @@ def add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--beams", type=positive_int, default=1, metavar="N", help="beams; 1: greedy (default: 1)")
     _add_flow(parser, "answer with")
     parser.set_defaults(command=_generate)
+
+
+def add_look(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``mma look``."""
+    parser.add_argument("image", metavar="IMAGE", help="image file")
+    parser.add_argument("questions", metavar="QUESTION", nargs=2, help="two questions about it, each in quotes")
+    add_model(parser)
+    parser.add_argument(
+        "--out", metavar="FILE", type=Path, default=Path("look.html"), help=".html or .png (default: look.html)"
+    )
+    parser.set_defaults(command=_look)
 
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:

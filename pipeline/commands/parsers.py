@@ -190,6 +190,10 @@ def add_report(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``mma report``."""
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
     parser.add_argument("--packs", metavar="DIR", type=Path, help="held-out packs of mma evaluate, for their pictures")
+    parser.add_argument(
+        "--look", metavar="N", type=positive_int, nargs="?", const=2, default=0,
+        help="also how image states move with the question, for N pictures of --packs (without N: 2)",
+    )  # fmt: skip
     parser.add_argument("--out", metavar="FILE", type=Path, help="default: report.html in the first run folder")
     parser.set_defaults(command=_report)
 

@@ -15,24 +15,28 @@ from pipeline.report.chart import COLOURS, Line, chart, smoothed
 from pipeline.report.facts import data, environment, events
 from pipeline.report.held_out import held_out
 from pipeline.report.history import History
+from pipeline.report.look import looks, section
+from pipeline.serving.export import model_folder
+from pipeline.serving.model import load_model
 from pipeline.training.run.state import format_duration
 
 
-def report(runs: Sequence[History], packs: Path | None = None) -> bytes:
+def report(runs: Sequence[History], packs: Path | None = None, *, pictures: int = 0) -> bytes:
     """Return the page about one run, or several side by side.
 
     Args:
         runs: at least one, with different names.
         packs: the held-out pack folder of the evaluations, whose pictures are shown with the answers.
+        pictures: how many of them are shown with the movement of their states; each run is exported for that.
 
     Raises:
-        UserError: ``packs`` is not a pack folder.
+        UserError: ``packs`` is not a pack folder, or missing with ``pictures``, or a run cannot be exported.
     """
     title = f"Report: {', '.join(run.name for run in runs)}"
     folder = None if packs is None else PackFolder(packs)
     body = [el("h1", title), _legend(runs), *_overview(runs), *_curves(runs), *held_out(runs), *accuracy(runs)]
     for run in runs:
-        body += [*answers(run, folder), *data(run), *events(run)]
+        body += [*answers(run, folder), *_inside(run, folder, pictures), *data(run), *events(run)]
     return page(title, [*body, *environment(runs)])
 
 
@@ -75,6 +79,21 @@ def _figures(run: History) -> dict[str, str]:
     return figures
 
 
+def _inside(run: History, folder: PackFolder | None, pictures: int) -> Iterator[Html]:
+    """Yield how image states move with the question, for the first pictures of a folder."""
+    if not pictures:
+        return
+    if folder is None:
+        raise UserError("--look needs pictures: add --packs with a held-out pack folder")
+    model = load_model(model_folder(run.state.path))
+    yield el("h2", f"Image states of {run.name} under two questions")
+    found = list(looks(model, run.name, folder.reader, pictures))
+    for look in found:
+        yield from section(look)
+    if not found:
+        yield el("p", f"{folder.reader.directory} has no picture with two questions.", class_="quiet")
+
+
 def _curves(runs: Sequence[History]) -> Iterator[Html]:
     yield el("h2", "Training")
     figures = [
@@ -113,13 +132,13 @@ def _waits(runs: Sequence[History]) -> list[Line]:
     return [Line(line.name, line.x, line.y, colour=colour) for colour, line in enumerate(map(share, runs))]
 
 
-def write_report(folders: Sequence[Path], out: Path, packs: Path | None = None) -> int:
+def write_report(folders: Sequence[Path], out: Path, packs: Path | None = None, *, pictures: int = 0) -> int:
     """Write the page; return its bytes. Raises UserError for a folder that is no run, or two of the same name."""
     runs = History.read_all(folders)
     names = [run.name for run in runs]
     if len(set(names)) < len(names):
         raise UserError(f"two runs are called {max(names, key=names.count)}: their lines could not be told apart")
-    content = report(runs, packs)
+    content = report(runs, packs, pictures=pictures)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(content)

@@ -128,7 +128,7 @@ def evaluate(
     Raises:
         UserError: the packs were built with a different tokenizer or ``image_tokens``, or hold no question.
     """
-    _check_same(model, packs)
+    check_same(model, packs)
     asked = list(islice(questions(packs), skip, None if limit is None else skip + limit))
     if not asked:
         raise UserError(f"{packs.directory} holds no question with an answer: give a held-out pack folder")
@@ -139,13 +139,14 @@ def evaluate(
     answers: dict[int, Answer] = {}
     for start in track(range(0, len(order), batch), "asking", console=Console(stderr=True), transient=True):
         chosen = order[start : start + batch]
-        prompts = [_prompt(asked[index], images) for index in chosen]
+        prompts = [prompt_of(asked[index], images) for index in chosen]
         for index, text in zip(chosen, model.generate(prompts, max_new_tokens=longest, flow=flow), strict=True):
             answers[index] = _judge(asked[index], text, model)
     return [answers[index] for index in range(len(asked))]
 
 
-def _check_same(model: MultimodalModel, packs: PackReader) -> None:
+def check_same(model: MultimodalModel, packs: PackReader) -> None:
+    """Raise UserError when packs were built with another tokenizer, or other image tokens, than the model has."""
     manifest = packs.manifest
     if manifest.media != model.spec.media:
         theirs, own = manifest.media_spec.image, model.spec.media_spec.image
@@ -163,7 +164,8 @@ def _check_same(model: MultimodalModel, packs: PackReader) -> None:
         )
 
 
-def _prompt(question: Question, images: ImageStore | None) -> Prompt:
+def prompt_of(question: Question, images: ImageStore | None) -> Prompt:
+    """Return a question with its pictures. Raises UserError when it has some and there is no image store."""
     if question.image_rows and images is None:
         raise UserError(f"sample {question.sample} has images, but the packs name no image store: rebuild the packs")
     rows = [(row, images.read(row)) for row in question.image_rows] if images is not None else []

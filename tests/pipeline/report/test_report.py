@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from data_prep.common.errors import UserError
+from data_prep.packs import PackReader
 from pipeline.cli import main
 from pipeline.config.flags import parse
 from pipeline.report.accuracy import wilson
@@ -19,6 +20,7 @@ from pipeline.report.history import History
 from pipeline.report.page import write_report
 from pipeline.training.run.folder import RunFolder
 from tests.browser import browsing, chromium
+from tests.pipeline.serving.test_evaluate import trained_on
 
 STEPS = 120
 
@@ -92,6 +94,19 @@ def first_sample(packs: Path) -> str:
     from data_prep.packs import PackReader
 
     return PackReader(packs)[0].source[0].sample
+
+
+def test_pictures_show_how_their_states_move(
+    small_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, packs = run_folder(tmp_path / "run", small_demo / "packs/sft"), small_demo / "packs/eval"
+    trained_on(PackReader(packs), tmp_path / "model")
+    monkeypatch.setattr("pipeline.report.page.model_folder", lambda run: tmp_path / "model")
+    assert main(["report", str(folder), "--packs", str(packs), "--look", "1"]) == 0
+    page = (folder / "report.html").read_text()
+    assert "Image states of run under two questions" in page and page.count("exactly 0 in every layer") == 1
+    assert main(["report", str(folder), "--look"]) == 2
+    assert "add --packs" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from data_prep.vlms.base import MODULES, PUBLISHED, Config, Marks, Names, Vlm, p
 class Gemma3(Vlm):
     """Gemma 3 with images, 4B to 27B. Pan-and-scan crops are not made: every image is one square."""
 
-    text_defaults: ClassVar[Config] = {"model_type": "gemma3_text"}
+    text_defaults: ClassVar[Config] = {"model_type": "gemma3_text", "vocab_size": 262_208}
     vision_defaults: ClassVar[Config] = {"model_type": "siglip_vision_model"}
     layouts: ClassVar[tuple[Names, ...]] = (
         PUBLISHED._replace(vision="vision_tower.vision_model."), PUBLISHED,

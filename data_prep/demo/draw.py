@@ -1,4 +1,4 @@
-"""Pictures of scenes: each shape is drawn once with Pillow, then pasted in colour onto a dark background."""
+"""Pictures of scenes: each shape is drawn once with Pillow, then pasted in colour onto grey."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from data_prep.demo.scenes import GRID, Scene, Thing
 
 CELL_PX = 12
 SIDE_PX = GRID * CELL_PX
-GROUND = (20, 20, 20)
+GROUND = (127, 127, 127)  # image processors map it to 0: a patch holds its object and nothing else
 RGB = {"red": (220, 40, 40), "green": (40, 190, 60), "blue": (50, 80, 230), "yellow": (230, 220, 50)}
 RADIUS = {"small": 0.26, "big": 0.42}  # in cells: a big object stays inside its cell after a shift of one pixel
 OVERSAMPLING = 8

@@ -26,7 +26,7 @@ from data_prep.common.processes import worker_pool
 from data_prep.demo import raw
 from data_prep.demo.scenes import Scene, draw_scenes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SCENES_PER_TAR = 1000
 MARKER = "world.json"
 

@@ -37,20 +37,21 @@ MAX_ITEMS, MAX_TEXT, MAX_DEPTH = 65_536, 4_096, 8
 """Largest length of a list or mapping, length of a string, and nesting depth of a value in a config."""
 
 
-def check_config_values(where: str, raw: Mapping[str, Any]) -> None:
+def check_config_values(where: str, raw: Mapping[str, Any], *, fewest_layers: int = 1) -> None:
     """Check every value of a config against the limits.
 
     Args:
         where: the config in messages, such as ``model.llm``.
         raw: the config; any JSON-like values.
+        fewest_layers: smallest ``num_hidden_layers``; all other sizes are at least 1.
 
     Raises:
         ConfigError: naming the key, its value and the limit.
     """
     for name, limit in LIMITS.items():
-        value = raw.get(name)
-        if isinstance(value, (int, float)) and not 1 <= value <= limit:
-            raise ConfigError(f"{where}: {name}={short_repr(value)} is outside 1..{limit}: fix {name}")
+        value, least = raw.get(name), fewest_layers if name == "num_hidden_layers" else 1
+        if isinstance(value, (int, float)) and not least <= value <= limit:
+            raise ConfigError(f"{where}: {name}={short_repr(value)} is outside {least}..{limit}: fix {name}")
     for name, value in raw.items():
         for problem in _problems(value, MAX_DEPTH):
             raise ConfigError(f"{where}: {short_repr(name)} {problem}: fix {short_repr(name)}")

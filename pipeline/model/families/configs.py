@@ -188,7 +188,7 @@ def _make(key: str, family: Family, raw: Mapping[str, Any], written: Mapping[str
                 f"{key}.config: unknown key {short_repr(name)} for {family.model_type}{did_you_mean(str(name), known)}"
             )
     kept = {name: value for name, value in raw.items() if name in known and name != "model_type"}
-    check_config_values(key, kept)
+    check_config_values(key, kept, fewest_layers=family.fewest_layers)
     try:
         made = family.config_class(**kept)
     except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:

@@ -54,6 +54,7 @@ class LlmFamily:
     rotary_per_layer_type = False
     """The rotary embedding takes ``layer_type``; each type of layer has its own frequencies."""
 
+    fewest_layers = 1
     extra_keys: frozenset[str] = frozenset()
     """Keys that its config reads but does not declare."""
 

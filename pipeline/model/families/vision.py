@@ -41,6 +41,8 @@ class VisionFamily:
     extra_keys: frozenset[str] = frozenset()
     """Keys that its config reads but does not declare."""
 
+    fewest_layers = 0
+    """A tower without layers is a patch embedding."""
     native: bool = False
     """Whether it reads images of their own sizes, see :meth:`packed`."""
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import PreTrainedConfig
 
 from data_prep.common.errors import UserError
@@ -21,7 +22,7 @@ from pipeline.model.families.configs import FORBIDDEN, Family, config_keys
 from pipeline.model.families.registry import LLM_FAMILIES, VISION_FAMILIES
 from pipeline.model.limits import LIMITS, MAX_CONFIG_BYTES
 from pipeline.model.spec import ModelSpec
-from tests.pipeline.model.helpers import IMAGE_TOKENS, VOCAB, model_config, tiny_spec
+from tests.pipeline.model.helpers import IMAGE_TOKENS, VOCAB, model_config, tiny_spec, whole_stage
 
 EVIL = {
     "attn_implementation": "someone/kernel",
@@ -60,6 +61,14 @@ def test_a_family_sets_only_its_own_keys(family: Family) -> None:
     keys = config_keys(family)
     assert {"hidden_size", "num_hidden_layers", "model_type"} <= keys
     assert not keys & (set(FORBIDDEN) | {field.name for field in fields(PreTrainedConfig)})
+
+
+def test_a_tower_without_layers_is_a_patch_embedding() -> None:
+    spec = resolved(edited("vision", num_hidden_layers=0))
+    tower, vision = spec.towers["vision"], whole_stage(spec).vision
+    pixels = torch.rand(2, 3, tower.preprocess.size_px, tower.preprocess.size_px)
+    expected = vision.post_layernorm(vision.embeddings(pixels))
+    assert torch.equal(tower.family.features(vision, tower.config, pixels), expected)
 
 
 @pytest.mark.parametrize("part", ["llm", "vision"])

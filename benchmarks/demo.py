@@ -68,8 +68,7 @@ class Trial:
         self._train("pt", self.folder / "pt")
         sft = self.folder / policy
         self._train("sft", sft, "--init-from", str(self.folder / "pt"), "--mask.policy", policy)
-        self._call("export", str(sft), str(sft / "export"))
-        self._call("evaluate", "--model", str(sft / "export"), "--packs", str(self.packs / "eval"))
+        self._call("evaluate", "--model", str(sft), "--packs", str(self.packs / "eval"))
         (found,) = json.loads((sft / "export/evaluation.json").read_text()).values()
         self.made(policy).write_text(json.dumps({**found, "seconds": time.monotonic() - began}))
 

@@ -45,5 +45,6 @@ def keep_size(size: tuple[int, int], unit_px: int, least: int, most: int) -> Gri
     elif rows * columns < least:
         grow = math.sqrt(least * unit_px**2 / (width * height))
         rows, columns = (math.ceil(side * grow / unit_px) for side in (height, width))
-    short = min(rows, columns)
-    return min(rows, max(short, most // short)), min(columns, max(short, most // short))
+    short = min(rows, columns, math.isqrt(most))
+    long = min(max(rows, columns), most // short)
+    return (short, long) if rows <= columns else (long, short)

@@ -34,7 +34,14 @@ class VlmFolder:
                 f"model: {path} holds model_type {short_repr(name)}, which is not supported"
                 f"{did_you_mean(str(name), VLMS)}: {reason}"
             )
-        return cls(path, VLMS[str(name)], config)
+        family = VLMS[str(name)]
+        try:
+            problem = family.problem(config)
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
+            problem = f"its config.json is damaged ({type(error).__name__}: {one_line(error)}): copy the folder again"
+        if problem:
+            raise UserError(f"model: {path}: {problem}")
+        return cls(path, family, config)
 
     @property
     def image_tokens(self) -> int:

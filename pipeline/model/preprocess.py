@@ -52,7 +52,11 @@ class Preprocess:
 
     def resize(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """Return an image resized to the square, uint8[S, S, 3]."""
-        return np.asarray(image.convert("RGB").resize((self.size_px, self.size_px), FILTERS[self.resample]))
+        return np.asarray(self.resize_to(image, self.size_px, self.size_px))
+
+    def resize_to(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return an image resized with the tower's filter; sizes in pixels."""
+        return image.convert("RGB").resize((width, height), FILTERS[self.resample])
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """Return uint8[n, 3, S, S] as normalised float32 on the same device, contiguous.

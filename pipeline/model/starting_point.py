@@ -55,9 +55,16 @@ class StartingPoint:
 
     @property
     def image_processor(self) -> Mapping[str, Any]:
-        """Settings of its image processor; transformers 5 saves them inside those of the processor."""
-        inside: Mapping[str, Any] | None = self.files.get(PROCESSOR, {}).get("image_processor")
-        return inside or self.files.get(IMAGE_PROCESSOR) or {}
+        """Settings of its image processor; transformers 5 saves them inside those of the processor.
+
+        Raises ConfigError where they are not a mapping.
+        """
+        settings = self.files.get(PROCESSOR, {}).get("image_processor") or self.files.get(IMAGE_PROCESSOR) or {}
+        if not isinstance(settings, Mapping):
+            raise ConfigError(
+                f"model.source={self.source}: {PROCESSOR}: image_processor is no mapping: copy it again"
+            )
+        return settings
 
     def files_for(self, side_px: int) -> dict[str, Any]:
         """Return the processor's files, by name, that make every image one square of ``side_px``, as training does."""
@@ -100,6 +107,8 @@ def vlm_family(where: str, config: Mapping[str, Any]) -> Vlm:
     family = VLMS[str(name)]
     try:
         problem = family.problem(config)
+        if not problem:  # whatever is read later is read once here, so that damage is named at once
+            family.text(config), family.vision(config), family.connector(config), family.image_tokens(config)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError) as error:
         problem = f"its config.json is damaged ({type(error).__name__}: {one_line(error)}): copy the folder again"
     if problem:

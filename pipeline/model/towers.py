@@ -98,9 +98,9 @@ def config_errors(key: str) -> Iterator[None]:
 
 
 def _preprocess(
-    saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, size_px: int, resample: str = "bicubic"
+    saved: Mapping[str, Any], where: str, vision: PreTrainedConfig, size_px: int, resample: str = ""
 ) -> Preprocess:
-    """Return mean and std as saved if stated, else those that the tower's family was trained with.
+    """Return mean and std as saved if stated, else those that the tower's family was trained with; so is the filter.
 
     Raises ConfigError naming ``where``.
     """
@@ -108,7 +108,7 @@ def _preprocess(
     try:
         mean = saved.get("image_mean") or family.mean
         std = saved.get("image_std") or family.std
-        return Preprocess(size_px, _channels(mean), _channels(std), resample)
+        return Preprocess(size_px, _channels(mean), _channels(std), resample or family.resample)
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{where}: the image processor is damaged ({one_line(error)}): copy it again") from error
 

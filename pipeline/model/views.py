@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from PIL.Image import Resampling
 
 from data_prep.media.spec import AnyresImages, Extent, MediaSpec, NativeImages
 from pipeline.model.preprocess import Preprocess, stacked
@@ -39,25 +38,25 @@ def pictures_of(
         patches row by row (S: side of a patch).
     """
     if extent is not None and spec is not None and isinstance(spec.image, NativeImages):
-        return _patches(image, extent, spec.image.patch_px)
+        return _patches(image, extent, spec.image.patch_px, preprocess)
     if extent is not None and spec is not None and isinstance(spec.image, AnyresImages):
-        return np.stack([preprocess.resize(view) for view in _tiles(image, extent, spec.image, preprocess.size_px)])
+        return np.stack([preprocess.resize(view) for view in _tiles(image, extent, spec.image, preprocess)])
     return preprocess.resize(image)[None]
 
 
-def _tiles(image: Image.Image, extent: Extent, spec: AnyresImages, side: int) -> Iterator[Image.Image]:
-    rows, columns = extent.view
+def _tiles(image: Image.Image, extent: Extent, spec: AnyresImages, preprocess: Preprocess) -> Iterator[Image.Image]:
+    (rows, columns), side = extent.view, preprocess.size_px
     several = rows * columns > 1
     if several and spec.thumbnail == "first":
         yield image
-    whole = image.convert("RGB").resize((columns * side, rows * side), Resampling.BICUBIC)
+    whole = preprocess.resize_to(image, columns * side, rows * side)
     for row, column in itertools.product(range(rows), range(columns)):
         yield whole.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
     if several and spec.thumbnail == "last":
         yield image
 
 
-def _patches(image: Image.Image, extent: Extent, side: int) -> npt.NDArray[np.uint8]:
+def _patches(image: Image.Image, extent: Extent, side: int, preprocess: Preprocess) -> npt.NDArray[np.uint8]:
     rows, columns = extent.view
-    whole = np.asarray(image.convert("RGB").resize((columns * side, rows * side), Resampling.BICUBIC))
+    whole = np.asarray(preprocess.resize_to(image, columns * side, rows * side))
     return whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2).reshape(-1, side, side, 3)

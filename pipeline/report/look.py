@@ -131,6 +131,8 @@ def looks(model: MultimodalModel, name: str, packs: PackReader, count: int) -> I
     Raises UserError for packs of another tokenizer or other image tokens than the model's.
     """
     check_same(model, packs)
+    if not packs.manifest.image_store:
+        return
     images = ImageStore(packs.directory / packs.manifest.image_store)
     earlier: dict[int, Question] = {}
     for question in questions(packs):

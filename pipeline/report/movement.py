@@ -37,7 +37,8 @@ def movements(model: MultimodalModel, first: Prompt, second: Prompt) -> list[Mov
     under dense masks, so that a state that does not depend on the question is computed by the same operations.
 
     Raises:
-        UserError: the prompts hold no picture, or their image tokens stand at different places.
+        UserError: the prompts hold no picture, their image tokens stand at different places, or the question stands
+            before the picture.
     """
     if len(first.sidecars.instance) == 0 or not (first.sidecars.instance >= 0).any():
         raise UserError("there is no picture in the prompt, so no image state can move: give one")
@@ -46,6 +47,9 @@ def movements(model: MultimodalModel, first: Prompt, second: Prompt) -> list[Mov
     places = [(prompt.sidecars.instance >= 0).nonzero().squeeze(1) for prompt in (first, second)]
     if not places[0].equal(places[1]):
         raise UserError("the picture stands at different places in the two prompts: put it before the question in both")
+    start = int(places[0][-1])
+    if list(first.encoded.ids[:start]) != list(second.encoded.ids[:start]):
+        raise UserError("the model's template writes the question before the picture: any mask lets it move the image")
     policies = {model.policy.name: model.policy}
     policies.setdefault("causal", get_policy("causal"))
     return [

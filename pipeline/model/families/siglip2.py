@@ -26,6 +26,7 @@ class Siglip2(VisionFamily):
     Its position embeddings are interpolated to the grid of each image. Packs of images of one size give it squares.
     """
 
+    resample = "bilinear"
     native = True
     not_read = TEXT_AND_POOLING
 

@@ -30,6 +30,8 @@ class VisionFamily:
     """Per channel, for values in 0..1; used where the tower's folder states none."""
     std: Channels = (0.5, 0.5, 0.5)
     """Per channel, for values in 0..1."""
+    resample: str = "bicubic"
+    """Filter that resizes its images, see `pipeline.model.preprocess`."""
     encoder: str = "encoder.layers"
     """Path of the list of its blocks."""
     not_read = re.compile(r"$^")

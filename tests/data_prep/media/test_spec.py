@@ -72,6 +72,13 @@ def test_own_sizes_are_those_of_qwen() -> None:
         assert keep_size((width, height), 28, 4, 1280) == (rows, columns) or rows * columns > 1280
 
 
+@pytest.mark.parametrize(("least", "most"), [(250, 250), (200, 200), (1, 1), (3, 7), (127, 128)])
+def test_images_that_grow_stay_within_the_most_tokens(least: int, most: int) -> None:
+    for size in [*SIZES, (10, 10), (11, 9)]:
+        rows, columns = keep_size(size, 28, least, most)
+        assert 1 <= rows * columns <= most
+
+
 @pytest.mark.parametrize("name", SPECS)
 def test_every_size_has_an_extent_that_the_reader_of_packs_accepts(name: str) -> None:
     image = SPECS[name]

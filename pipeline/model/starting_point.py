@@ -61,9 +61,7 @@ class StartingPoint:
         """
         settings = self.files.get(PROCESSOR, {}).get("image_processor") or self.files.get(IMAGE_PROCESSOR) or {}
         if not isinstance(settings, Mapping):
-            raise ConfigError(
-                f"model.source={self.source}: {PROCESSOR}: image_processor is no mapping: copy it again"
-            )
+            raise ConfigError(f"model.source={self.source}: {PROCESSOR}: image_processor is no mapping: copy it again")
         return settings
 
     def files_for(self, side_px: int) -> dict[str, Any]:

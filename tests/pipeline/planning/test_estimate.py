@@ -66,7 +66,8 @@ def test_what_is_offloaded_is_counted_for_the_host() -> None:
 
 def test_activations_follow_schedule_and_recomputation() -> None:
     def activations(stage: int, *flags: str) -> float:
-        return load_of("--parallel.pp", "2", "--parallel.layers-per-stage", "2,1", *flags).memory(stage).activations
+        three = ("--model.llm.config.num_hidden_layers", "3", "--parallel.layers-per-stage", "2,1")
+        return load_of("--parallel.pp", "2", *three, *flags).memory(stage).activations
 
     assert activations(0) == 2 * 2 * activations(1), "two micro-batches alive, two layers each, against one and one"
     assert activations(0, "--parallel.schedule", "gpipe") == 4 * activations(0), "all 8 instead of 2"

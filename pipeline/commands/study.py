@@ -6,11 +6,11 @@ import argparse
 import os
 import shutil
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from data_prep.common.errors import UserError, did_you_mean
 from pipeline.study.folder import StudyFolder
@@ -30,8 +30,6 @@ def study(options: argparse.Namespace) -> int:
         from pipeline.study.page import write_report
 
         print(*write_report(folder), sep="\n")
-    elif options.slurm:
-        submit(options.study, options.slurm, options.arms, dry_run=options.dry_run)
     else:
         _run(folder, options)
     return 0
@@ -44,8 +42,11 @@ def _run(folder: StudyFolder, options: argparse.Namespace) -> None:
     for name in arms:
         if name not in folder.study.arms:
             raise UserError(f"--arms {name}: no such arm{did_you_mean(name, folder.study.arms)}")
+    if options.slurm:
+        submit(options.study, options.slurm, options.arms, dry_run=options.dry_run)
+        return
     if options.dry_run:
-        print(*(run.name for run in folder.runs() if not folder.is_done(run)), sep="\n")
+        print(*(run.name for run in folder.runs(arms) if not folder.is_done(run)), sep="\n")
         return
     runner = StudyRunner(folder, options.study, partial(print, flush=True), only=arms)
     runner.prepare()
@@ -81,7 +82,7 @@ def _state(folder: StudyFolder, run: Run) -> str:
 
 def _time_left(folder: StudyFolder, runs: Sequence[Run], states: dict[str, str]) -> str:
     """Return an estimate from the time the finished runs took, one after another."""
-    took = [seconds for run in runs if states[run.name] == "done" and (seconds := _seconds(folder.run_dir(run)))]
+    took = [seconds for run in runs if states[run.name] == "done" and (seconds := _seconds(folder.metrics(run)))]
     left = folder.total - sum(state == "done" for state in states.values())
     if not took or not left:
         return ""
@@ -92,10 +93,9 @@ def _time_left(folder: StudyFolder, runs: Sequence[Run], states: dict[str, str])
     )
 
 
-def _seconds(run_dir: Path) -> float:
-    """Return the seconds from a run's first file to its last."""
-    made = [path.stat().st_mtime for path in run_dir.iterdir() if path.is_file()]
-    return min(max(made) - min(made), time.time()) if made else 0.0
+def _seconds(lines: Sequence[Mapping[str, Any]]) -> float:
+    """Return the seconds that a run's steps, evaluations and saves took, over all of its starts."""
+    return sum(float(line.get(part) or 0) for line in lines for part in ("step_s", "eval_s", "save_s"))
 
 
 def submit(name: str, tasks: int, arms: str, *, dry_run: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from pipeline.config.recipes import load_config
 from pipeline.study.graph import Run, as_word, runs_of
 from pipeline.study.spec import Study
 from pipeline.training.run.best import ACCURACY, evaluations_up_to
-from pipeline.training.run.folder import RunFolder
+from pipeline.training.run.folder import DIVERGED, RunFolder
 
 ANSWERS = "answers.json"
 DEFINITION = "definition.json"
@@ -63,14 +63,19 @@ class StudyFolder:
         return [*words, "--run-dir", str(self.run_dir(run)), "--ranks", str(self.study.ranks)]
 
     def _steps(self, run: Run) -> tuple[int, int]:
-        """Return (steps, steps of one pass over the rows); 0 steps = as the recipe says."""
+        """Return (steps, steps of one pass over the rows). Raises UserError if the rows do not make a step."""
+        from pipeline.planning.run_plan import count_steps
+
         stage = self.study.stages[run.stage]
         overrides = [(key, as_word(value)) for key, value in run.settings]
         config = load_config(stage.recipe, overrides)
-        manifest, batch = Manifest.load(config.data.packs), config.train.global_batch_size
-        tokens_per_step = manifest.tokens / manifest.rows * batch
-        steps = max(1, round(stage.tokens / tokens_per_step)) if stage.tokens else config.train.steps
-        return steps, manifest.rows // batch
+        manifest = Manifest.load(config.data.packs)
+        by_rows = config.train.model_copy(update={"steps": 0, "epochs": 0.0, "decay_steps": 0})
+        one_pass = count_steps(config.model_copy(update={"train": by_rows}), manifest)
+        if not stage.tokens:
+            return count_steps(config, manifest), one_pass
+        tokens_per_step = manifest.tokens / manifest.rows * config.train.global_batch_size
+        return max(1, round(stage.tokens / tokens_per_step)), one_pass
 
     def _length(self, run: Run) -> list[str]:
         if not self.study.stages[run.stage].tokens:
@@ -84,34 +89,49 @@ class StudyFolder:
         """Return the flags of the evaluations: only an arm's last stage has them."""
         if run.kind == "stages":
             return []
-        held_out, (steps, one_pass) = self.study.held_out, self._steps(run)
-        folder = self.study.arms[run.arm].validation or held_out.validation
-        every = max(1, (steps or one_pass) // held_out.evaluations)
+        held_out, (steps, _) = self.study.held_out, self._steps(run)
+        folder = self.study.validation_folder(run.arm)
+        every = max(1, steps // held_out.evaluations)
         words = ["--eval.packs", f"val={folder}", "--eval.every-steps", str(every)]
         return [*words, "--eval.samples", str(held_out.validation_samples)]
 
     def define(self, run: Run, command: list[str]) -> None:
-        """Record how a run is made. Raises UserError if its folder was made in another way."""
+        """Record how a run is made."""
         path = self.run_dir(run) / DEFINITION
-        made = hash_json([command[:-1], VERSION])  # the ranks may change: the result does not depend on them
-        before = _json(path).get("made")
-        if before not in (None, made):
-            raise UserError(f"{path.parent} was made with other settings: name another 'out', or remove that folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps({"made": made, "command": command}, indent=1).encode() + b"\n")
+        write_atomic(path, json.dumps({"made": _made(command), "command": command}, indent=1).encode() + b"\n")
+
+    def check(self, run: Run) -> None:
+        """Check that a run, if it was ever started, was made as the study says now. Raises UserError if not."""
+        path = self.run_dir(run) / DEFINITION
+        before = _json(path).get("made")
+        if before is not None and before != _made(self.command(run)):
+            raise UserError(f"{path.parent} was made with other settings: name another 'out', or remove that folder")
 
     def is_trained(self, run: Run | str) -> bool:
         """Whether a run has reached its last step."""
         return RunFolder(str(self.run_dir(run))).status().get("state") == "done"
 
+    def has_diverged(self, run: Run) -> bool:
+        """Whether a run ended because it diverged. For a trial that is a result: its rate is too high."""
+        status = RunFolder(str(self.run_dir(run))).status()
+        return status.get("state") == "failed" and status.get("reason") == DIVERGED
+
     def is_done(self, run: Run) -> bool:
         """Whether nothing is left to do for a run."""
+        if run.kind == "tuning" and self.has_diverged(run):
+            return True
         return self.is_trained(run) and (run.kind != "final" or self.answers(run) is not None)
 
+    def asked(self, run: Run) -> dict[str, Any]:
+        """Return what the study asks a final run, and how: answers to anything else are not its answers."""
+        ways = {name: spec.model_dump() for name, spec in self.study.measure.items()}
+        return {"ways": ways, "test": self.study.test_folder(run.arm), "test_samples": self.study.held_out.test_samples}
+
     def answers(self, run: Run) -> dict[str, Any] | None:
-        """Return the saved answers of a final run; None if there are none of this version."""
+        """Return the saved answers of a final run; None if there are none to what the study asks now."""
         found = _json(self.run_dir(run) / ANSWERS)
-        return found if found.get("version") == VERSION else None
+        return found if found.get("version") == VERSION and found.get("asked") == self.asked(run) else None
 
     def curve(self, run: Run) -> list[tuple[int, dict[str, float]]]:
         """Return the evaluations of a run: (step, metrics)."""
@@ -123,12 +143,12 @@ class StudyFolder:
         return [json.loads(line) for line in text.splitlines()]
 
     def trials(self, arm: str) -> dict[float, list[float]]:
-        """Return the last validation value of every finished trial of an arm, by rate."""
+        """Return the last validation value of every finished trial of an arm, by rate; NaN where it diverged."""
         metric = f"val/{ACCURACY if self.study.tuning.metric == 'teacher_forced_accuracy' else 'loss'}"
         found: dict[float, list[float]] = {lr: [] for lr in self.study.tuning.lr}
         for run in runs_of(self.study, {}):
-            if run.kind == "tuning" and run.arm == arm and run.lr is not None and self.is_trained(run):
-                curve = self.curve(run)
+            if run.kind == "tuning" and run.arm == arm and run.lr is not None and self.is_done(run):
+                curve = [] if self.has_diverged(run) else self.curve(run)
                 found[run.lr].append(curve[-1][1].get(metric, math.nan) if curve else math.nan)
         return found
 
@@ -144,9 +164,14 @@ class StudyFolder:
             if all(len(of_rate) == len(tuning.seeds) for of_rate in values.values())
         }
 
-    def runs(self) -> list[Run]:
-        """Return all runs that are known by now, each after the one it needs."""
-        return runs_of(self.study, self.chosen())
+    def runs(self, arms: Collection[str] = ()) -> list[Run]:
+        """Return all runs that are known by now, each after the one it needs; with ``arms`` only what these need."""
+        known = runs_of(self.study, self.chosen())
+        names: set[str] = set()
+        for run in reversed(known):
+            if not arms or run.arm in arms or run.name in names:
+                names |= {run.name, run.after}
+        return [run for run in known if run.name in names]
 
     @property
     def total(self) -> int:
@@ -162,6 +187,10 @@ def best_rate(trials: Mapping[float, list[float]], *, higher: bool) -> float:
         return (math.inf if not math.isfinite(mean) else -mean if higher else mean), lr
 
     return min(trials, key=badness)
+
+
+def _made(command: list[str]) -> str:
+    return hash_json([command[:-1], VERSION])  # the ranks may change: the result does not depend on them
 
 
 def _json(path: Path) -> dict[str, Any]:

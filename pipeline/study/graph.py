@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import yaml
-
 from pipeline.config.flags import flag_name
 from pipeline.study.spec import Settings, Study
 
@@ -49,9 +47,7 @@ def as_word(value: object) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return ",".join(map(str, value))
-    return (
-        str(yaml.safe_dump(value, default_flow_style=True).splitlines()[0]) if isinstance(value, dict) else str(value)
-    )
+    return str(value)
 
 
 def runs_of(study: Study, chosen: Mapping[str, float | None]) -> list[Run]:

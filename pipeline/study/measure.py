@@ -7,12 +7,13 @@ import shutil
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.files import hash_json, write_atomic
 from data_prep.common.yaml_files import read_mapping
-from data_prep.packs import PackReader, last_answer
+from data_prep.packs import Manifest, PackReader, last_answer
 from pipeline.config.schema import RunConfig, build_config
 from pipeline.parallel.launch import configure_libraries
 from pipeline.study.folder import ANSWERS, VERSION, StudyFolder
@@ -40,29 +41,27 @@ def measure(folder: StudyFolder, run: Run) -> None:
     if made.exists():
         shutil.rmtree(made)
     export_run(run_dir, made)
-    packs = PackReader(_test_folder(folder, run))
+    packs = PackReader(folder.study.test_folder(run.arm))
     skip, limit = test_part(folder, run, packs), folder.study.held_out.test_samples or None
     sets = {name: _ask(made, spec, packs, skip, limit) for name, spec in folder.study.measure.items()}
     first = next(iter(sets.values()))
     config = build_config(read_mapping(run_dir / "config.yaml"), str(run_dir / "config.yaml"))
-    guesses = _guesses(folder, PackReader(config.data.packs), packs, first)
-    found = {"version": VERSION, "sets": sets, "guesses": guesses, "flops": _flops(run_dir, made, config)}
+    guesses = _guesses(folder, PackReader(config.data.packs), packs, first, skip)
+    found = {
+        "version": VERSION, "asked": folder.asked(run), "sets": sets, "guesses": guesses,
+        "flops": _flops(run_dir, made, config),
+    }  # fmt: skip
     write_atomic(run_dir / ANSWERS, json.dumps(found, separators=(",", ":")).encode() + b"\n")
     shutil.rmtree(made)
-
-
-def _test_folder(folder: StudyFolder, run: Run) -> str:
-    return folder.study.arms[run.arm].test or folder.study.held_out.test
 
 
 def test_part(folder: StudyFolder, run: Run, packs: PackReader) -> int:
     """Return how many questions at the start of the test packs belong to the validation."""
     from pipeline.serving.evaluate import questions
 
-    held_out = folder.study.held_out
-    if (folder.study.arms[run.arm].validation or held_out.validation) != _test_folder(folder, run):
+    if not folder.study.tests_validation_rows(run.arm):
         return 0
-    rows = packs.rows_that_hold(held_out.validation_samples)
+    rows = packs.rows_that_hold(folder.study.held_out.validation_samples)
     return sum(1 for _ in questions(packs, range(rows)))
 
 
@@ -90,31 +89,40 @@ def _flops(run_dir: Path, made: Path, config: RunConfig) -> float:
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_bytes().splitlines()]
     sums = {name: sum(step[name] for step in steps) for name in ("tokens", "targets", "images")}
     one_stage = config.model_copy(update={"parallel": type(config.parallel)()})
-    split = StageSplit.of(ExportConfig.load(made).spec, one_stage, image_share=0.0, target_share=1.0)
-    return split.counts.step_flops(**sums)
+    spec = ExportConfig.load(made).spec
+    split = StageSplit.of(spec, one_stage, image_share=0.0, target_share=1.0)
+    media_tokens = media_tokens_of(Manifest.load(config.data.packs), sums.pop("images"))
+    return split.counts.step_flops(**sums, images=spec.views(media_tokens))
+
+
+def media_tokens_of(manifest: Manifest, images: int) -> int:
+    """Return the tokens of so many images, at the mean of the packs: images of `media` packs differ in size."""
+    return round(images * manifest.all_media_tokens / max(1, manifest.images))
 
 
 def _guesses(
-    folder: StudyFolder, trained: PackReader, packs: PackReader, answers: list[dict[str, Any]]
+    folder: StudyFolder, trained: PackReader, packs: PackReader, answers: list[dict[str, Any]], skip: int
 ) -> dict[str, list[bool]]:
     """Return which questions two guesses get right that see no picture, learned from the training rows.
 
     ``constant``: the most frequent answer of the question's family; ``question_only``: the most frequent answer to the
-    same question, else the constant. They are the same for all runs on the same packs, and kept in a file.
+    same question, else the constant. They are the same for all runs with the same packs and questions, and kept in a
+    file. ``answers`` are to the questions of ``packs`` after the first ``skip``, in order.
     """
-    key = hash_json([trained.manifest.plan_sha256, packs.manifest.plan_sha256, len(answers), VERSION])[:12]
+    asked = [(answer["sample"], answer["family"]) for answer in answers]
+    key = hash_json([trained.manifest.plan_sha256, packs.manifest.plan_sha256, skip, asked, VERSION])[:12]
     path = folder.path / "guesses" / f"{key}.json"
     if path.is_file():
         return dict(json.loads(path.read_bytes()))
-    prompts = _prompts(packs)
     by_family, by_question = _frequencies(trained)
     found: dict[str, list[bool]] = {"constant": [], "question_only": []}
-    for answer in answers:
-        family, prompt, truth = answer["family"], *prompts[answer["sample"]]
+    questions = islice(_segments(packs, skip + len(answers)), skip, None)
+    for (sample, family), (source, prompt, truth) in zip(asked, questions, strict=True):
+        assert source.sample == sample, "questions and segments are in the same order"
         constant = (by_family.get(family) or _total(by_family)).most_common(1)[0][0]
         found["constant"].append(constant == truth)
-        asked = by_question.get(prompt)
-        found["question_only"].append((asked.most_common(1)[0][0] if asked else constant) == truth)
+        same = by_question.get(prompt)
+        found["question_only"].append((same.most_common(1)[0][0] if same else constant) == truth)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(found).encode() + b"\n")
     return found
@@ -138,10 +146,6 @@ def _segments(packs: PackReader, limit: int) -> Any:
             count += 1
             if count == limit:
                 return
-
-
-def _prompts(packs: PackReader) -> dict[str, tuple[_Text, _Text]]:
-    return {source.sample: (prompt, answer) for source, prompt, answer in _segments(packs, 1 << 30)}
 
 
 def _frequencies(packs: PackReader) -> tuple[dict[str, Counter[_Text]], dict[_Text, Counter[_Text]]]:

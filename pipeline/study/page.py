@@ -23,8 +23,8 @@ _CURVES = {"teacher_forced": "teacher-forced accuracy", "loss": "loss, nats per 
 def write_report(folder: StudyFolder) -> list[str]:
     """Write results.json, results.csv, costs.json and report.html; return the lines of its conclusions and their paths.
 
-    results.json and results.csv depend on the answers alone: they are the same after any kills and on any machine that
-    gives the same answers. Times are in costs.json.
+    results.json and results.csv depend on answers and evaluations, not on times: they are the same after any kills, and
+    on any machine that gives the same answers and evaluations. Times are in costs.json and report.html.
     """
     found, cost = results(folder), costs(folder)
     files = {
@@ -40,14 +40,21 @@ def write_report(folder: StudyFolder) -> list[str]:
 
 
 def conclusions(found: Mapping[str, Any]) -> list[str]:
-    """Return one line for each comparison: a null is stated as plainly as a gain."""
-    lines = []
+    """Return what is missing, then one line for each comparison: a null is stated as plainly as a gain."""
+    lines = _unfinished(found)
     for entry in found["comparisons"]:
         gap = f"{100 * entry['mean']:+.1f} points [{100 * entry['low']:+.1f}, {100 * entry['high']:+.1f}]"
         p_value = f"p={entry['p']:.4f}, with Holm's correction {entry['p_holm']:.4f}, {len(entry['seeds'])} seeds"
         outcome = _outcome(entry)
         lines.append(f"{entry['arm']} - {found['baseline']}: {outcome}: {gap}, {p_value}")
     return lines
+
+
+def _unfinished(found: Mapping[str, Any]) -> list[str]:
+    """Return a line that names the missing runs; none where all are finished."""
+    arms = found["arms"].items()
+    missing = [f"{name} (seeds {', '.join(map(str, arm['missing']))})" for name, arm in arms if arm["missing"]]
+    return [f"NOT FINISHED, numbers will change: {'; '.join(missing)}"] if missing else []
 
 
 def _outcome(entry: Mapping[str, Any]) -> str:
@@ -95,9 +102,7 @@ def _overview(found: Mapping[str, Any]) -> Iterator[Html]:
             (f"{len(entries) - separated}", "arms not separated from it"),
         ]
     )
-    missing = [f"{name} (seeds {', '.join(map(str, arm['missing']))})" for name, arm in arms.items() if arm["missing"]]
-    if missing:
-        yield el("p", f"NOT FINISHED, numbers will change: {'; '.join(missing)}", class_="quiet")
+    yield from (el("p", line, class_="quiet") for line in _unfinished(found))
 
 
 def _differences(found: Mapping[str, Any]) -> Iterator[Html]:
@@ -115,9 +120,9 @@ def _differences(found: Mapping[str, Any]) -> Iterator[Html]:
     yield table(["arm", "outcome", "difference", "95 % interval", "seeds", "p", "p, Holm"], rows, texts=2)
     yield el(
         "p",
-        "p: paired permutation test over seeds, two-sided; Holm's correction over all rows. The interval is a "
-        "bootstrap over seeds and questions. NOT DECIDABLE: even if all seeds had agreed, the corrected p would be "
-        f"above {ALPHA:g}.",
+        "p: paired permutation test over seeds, two-sided; Holm's correction over all comparisons of the study, a "
+        "missing one counts with p = 1. The interval is a bootstrap over seeds and questions. NOT DECIDABLE: even if "
+        f"all seeds had agreed, the corrected p would be above {ALPHA:g}.",
         class_="quiet",
     )
 
@@ -231,7 +236,7 @@ def _trial(values: list[float | None]) -> str:
 def _costs(cost: Mapping[str, Any]) -> Iterator[Html]:
     if not cost:
         return
-    yield el("h2", "Cost of a run: its last stage, mean over seeds")
+    yield el("h2", "Cost of a run: its last stage, mean over seeds; the largest memory of all seeds")
     rows = []
     for name, entry in cost.items():
         memory = "" if entry["memory_gib"] is None else f"{entry['memory_gib']:.1f}"

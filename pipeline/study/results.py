@@ -1,4 +1,4 @@
-"""What a study has found so far: one tree of numbers, without times, so that it depends on the answers alone."""
+"""What a study has found so far: one tree of numbers, from answers and evaluations, without times."""
 
 from __future__ import annotations
 
@@ -41,24 +41,32 @@ class ArmData:
         )
 
     def _ordered(self, seed: int, way: str) -> list[dict[str, Any]]:
-        return sorted(self.answers[seed]["sets"][way], key=lambda answer: str(answer["sample"]))
+        return sorted(self.answers[seed]["sets"][way], key=_question)
 
     def keys(self, seed: int, way: str) -> list[tuple[str, str]]:
         """Return (sample, family) of the questions."""
-        return [(answer["sample"], answer["family"]) for answer in self._ordered(seed, way)]
+        return [_question(answer) for answer in self._ordered(seed, way)]
 
     def guesses(self) -> dict[str, FloatArray]:
         """Return float64[Q] of each guess that sees no picture, in order of `keys`."""
         first = self.answers[self.seeds[0]]
         asked = next(iter(first["sets"].values()))
-        order = sorted(range(len(asked)), key=lambda at: str(asked[at]["sample"]))
+        order = sorted(range(len(asked)), key=lambda at: _question(asked[at]))
         return {name: np.array([float(right[at]) for at in order]) for name, right in first["guesses"].items()}
 
 
+def _question(answer: Mapping[str, Any]) -> tuple[str, str]:
+    return str(answer["sample"]), str(answer["family"])
+
+
 def arms_of(folder: StudyFolder) -> dict[str, ArmData]:
-    """Read the answers of all finished runs. Raises UserError if two runs were asked different questions."""
+    """Read the answers of all finished runs.
+
+    Raises UserError if a run was made with other settings than the study's, or asked other questions than the others.
+    """
     found: dict[str, tuple[dict[int, Run], dict[int, dict[str, Any]]]] = {arm: ({}, {}) for arm in folder.study.arms}
     for run in folder.runs():
+        folder.check(run)
         if run.kind == "final":
             found[run.arm][0][run.seed] = run
             answers = folder.answers(run)
@@ -130,7 +138,10 @@ def _arm(folder: StudyFolder, arm: ArmData) -> dict[str, Any]:
 
 
 def _comparisons(folder: StudyFolder, arms: Mapping[str, ArmData]) -> list[dict[str, Any]]:
-    """Compare every arm with the baseline, on the seeds and the questions that both have."""
+    """Compare every arm with the baseline, on the seeds and the questions that both have.
+
+    Holm's correction covers all comparisons of the study from the start: one that is missing yet counts with p = 1.
+    """
     study, way = folder.study, next(iter(folder.study.measure))
     if study.baseline not in arms:
         return []
@@ -143,7 +154,8 @@ def _comparisons(folder: StudyFolder, arms: Mapping[str, ArmData]) -> list[dict[
         p_value = permutation_p(differences.mean(1))
         found.append({"arm": name, "seeds": shared, "p": p_value, **asdict(estimate(differences))})
     p_values = [entry["p"] for entry in found]
-    for at, (entry, adjusted) in enumerate(zip(found, holm(p_values), strict=True)):
+    p_values += [1.0] * (len(study.arms) - 1 - len(found))
+    for at, (entry, adjusted) in enumerate(zip(found, holm(p_values), strict=False)):
         entry["p_holm"] = adjusted
         best = [*p_values[:at], smallest_p(len(entry["seeds"])), *p_values[at + 1 :]]
         entry["smallest_p_holm"] = holm(best)[at]  # if all of its seeds had agreed
@@ -193,7 +205,7 @@ def _tokens(folder: StudyFolder, arm: ArmData) -> dict[int, int]:
 
 
 def costs(folder: StudyFolder) -> dict[str, dict[str, float | int | None]]:
-    """Return means over the finished runs of each arm's last stage: what depends on the machine, and FLOPs."""
+    """Return the costs of each arm's last stage: means over its finished runs, but the largest memory of all."""
     found: dict[str, dict[str, float | int | None]] = {}
     for name, arm in arms_of(folder).items():
         lines = [folder.metrics(arm.runs[seed]) for seed in arm.seeds]

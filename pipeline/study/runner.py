@@ -11,7 +11,6 @@ import shlex
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -44,9 +43,10 @@ class StudyRunner:
             folder: the study's.
             name: name or file of the study, for the processes that ask the models.
             say: gets a line for each event.
-            only: arms to make; none = all.
+            only: arms to make, with the stages they need; none = all.
         """
         self._folder, self._name, self._say, self._only = folder, name, say, frozenset(only)
+        self._stopped = threading.Event()
         self._failed: dict[str, str] = {}
         self._mine: set[str] = set()
         self._guard = threading.Lock()
@@ -67,25 +67,38 @@ class StudyRunner:
                     raise UserError(f"'{step.run}' failed or did not make {step.makes}: {_last_error(log)}; see {log}")
 
     def run(self, workers: int) -> None:
-        """Make all runs, ``workers`` at a time. Raises UserError naming the runs that failed."""
-        with ThreadPoolExecutor(workers, thread_name_prefix="study") as pool:
+        """Make all runs, ``workers`` at a time. Raises UserError naming the runs that failed.
+
+        A run that was made with other settings than the study's is refused. Ctrl-C reaches the children too: they end
+        and no other run starts.
+        """
+        self._check()
+        pool = ThreadPoolExecutor(workers, thread_name_prefix="study")
+        try:
             for future in [pool.submit(self._work) for _ in range(workers)]:
                 future.result()
+        except BaseException:
+            self._stopped.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+        self._check()  # now the rates are known, and with them all runs
         if self._failed:
             listing = "; ".join(f"{name}: {why}" for name, why in sorted(self._failed.items()))
             raise UserError(f"{len(self._failed)} runs failed ({listing}): fix that and run the same command again")
 
+    def _check(self) -> None:
+        for run in self._folder.runs():
+            self._folder.check(run)
+
     def _work(self) -> None:
-        while True:
-            missing = [run for run in self._folder.runs() if self._is_wanted(run) and not self._folder.is_done(run)]
+        while not self._stopped.is_set():
+            missing = [run for run in self._folder.runs(self._only) if not self._folder.is_done(run)]
             open_ones = [run for run in missing if not self._is_blocked(run, missing)]
             if not open_ones:
                 return
             if not any(self._take(run) for run in open_ones if self._is_ready(run)):
-                time.sleep(POLL_S)
-
-    def _is_wanted(self, run: Run) -> bool:
-        return not self._only or not run.arm or run.arm in self._only
+                self._stopped.wait(POLL_S)
 
     def _is_ready(self, run: Run) -> bool:
         return not run.after or self._folder.is_trained(run.after)
@@ -109,7 +122,7 @@ class StudyRunner:
                 if not self._folder.is_done(run):
                     self._make(run)
         except UserError as error:
-            if self._folder.lock(run).is_held():  # another process was faster
+            if self._stopped.is_set() or self._folder.lock(run).is_held():  # another process was faster
                 return False
             self._failed[run.name] = str(error)
             self._say(f"{run.name} failed: {error}")
@@ -120,29 +133,40 @@ class StudyRunner:
 
     def _make(self, run: Run) -> None:
         command = self._folder.command(run)
+        self._folder.check(run)
         self._folder.define(run, command)
         self._wait_for_orphans(run)
         if not self._folder.is_trained(run):
-            self._say(f"{run.name}: training")
-            self._step(run, "pipeline.cli", ["train", *command])
+            code = self._start(run, "training", "pipeline.cli", ["train", *command])
+            if run.kind == "tuning" and self._folder.has_diverged(run):
+                self._say(f"{run.name}: diverged, so its rate is the worst")
+                return
+            self._succeeded(run, code)
             if not self._folder.is_trained(run):
                 raise UserError("the run was stopped before its last step")
         if run.kind == "final":
-            self._say(f"{run.name}: answering")
-            self._step(run, "pipeline.study.measure", [self._name, run.name])
+            words = [self._name, run.name]
+            self._succeeded(run, self._start(run, "answering", "pipeline.study.measure", words))
 
     def _wait_for_orphans(self, run: Run) -> None:
         """Wait for ranks of a killed launcher: they train on to the end, and hold the lock of the run folder."""
         lock = lock_of(self._folder.run_dir(run))
         if lock.is_held():
             self._say(f"{run.name}: waiting for ranks that a killed study has left")
-        while lock.is_held():
-            time.sleep(POLL_S)
+        while lock.is_held() and not self._stopped.wait(POLL_S):
+            pass
 
-    def _step(self, run: Run, module: str, words: Sequence[str]) -> None:
-        name = run.name.replace("/", ".")
-        if self._call(name, module, words):
-            raise UserError(f"{_last_error(self._log(name))} (see {self._log(name)})")
+    def _start(self, run: Run, what: str, module: str, words: Sequence[str]) -> int:
+        if self._stopped.is_set():
+            raise UserError("the study was stopped")
+        self._say(f"{run.name}: {what}")
+        return self._call(_log_name(run), module, words)
+
+    def _succeeded(self, run: Run, code: int) -> None:
+        """Raise UserError with the last error of a run's log unless its process ended with code 0."""
+        if code:
+            log = self._log(_log_name(run))
+            raise UserError(f"{_last_error(log)} (see {log})")
 
     def _call(self, name: str, module: str, words: Sequence[str]) -> int:
         """Run a module's ``main`` in a process that ends with this one; return its exit code."""
@@ -165,6 +189,10 @@ class StudyRunner:
 
     def _data_lock(self) -> FolderLock:
         return FolderLock(self._folder.path / "locks" / "data", busy="{folder} is used by {holder}", once="start once")
+
+
+def _log_name(run: Run) -> str:
+    return run.name.replace("/", ".")
 
 
 def _last_error(log: Path) -> str:

@@ -82,12 +82,6 @@ class HeldOutSpec(Section):
     evaluations: Positive = 8
     """Evaluations of a run: the points of its learning curve."""
 
-    @model_validator(mode="after")
-    def _apart(self) -> HeldOutSpec:
-        if self.validation == self.test and not self.validation_samples:
-            raise ValueError("validation and test are one folder: set validation_samples, the test uses the other rows")
-        return self
-
 
 class MeasureSpec(Section):
     """One way to ask the trained models of all arms."""
@@ -141,6 +135,14 @@ class Study(Section):
         return self
 
     @model_validator(mode="after")
+    def _test_is_held_out(self) -> Study:
+        if not self.held_out.validation_samples and any(map(self.tests_validation_rows, self.arms)):
+            raise ValueError(
+                "held_out: validation and test are one folder: set validation_samples, the test uses the other rows"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _seeds_are_fresh(self) -> Study:
         tuning = self.tuning
         if len(tuning.lr) > 1 and not tuning.seeds:
@@ -150,6 +152,18 @@ class Study(Section):
         if len(set(self.seeds)) < len(self.seeds) or not self.measure:
             raise ValueError("seeds occur once each, and measure is not empty")
         return self
+
+    def validation_folder(self, arm: str) -> str:
+        """Return the pack folder that an arm is validated on."""
+        return self.arms[arm].validation or self.held_out.validation
+
+    def test_folder(self, arm: str) -> str:
+        """Return the pack folder of an arm's test questions."""
+        return self.arms[arm].test or self.held_out.test
+
+    def tests_validation_rows(self, arm: str) -> bool:
+        """Whether an arm's validation and test are one folder, however they are written."""
+        return Path(self.validation_folder(arm)).resolve() == Path(self.test_folder(arm)).resolve()
 
     def last_stage(self, arm: str) -> str:
         """Return the name of an arm's last stage."""

@@ -19,9 +19,10 @@ from data_prep.common.errors import UserError
 from data_prep.common.events import StrictEvent
 from data_prep.common.validation import first_problem
 from pipeline.checkpoints.checkpoint import SHOWN_S, checkpoint_folders, unfinished_folders
+from pipeline.checkpoints.writing import DivergedError
 from pipeline.parallel.launch import device_of_rank
 from pipeline.parallel.topology import Topology
-from pipeline.training.run.folder import RunFolder, lock_of
+from pipeline.training.run.folder import DIVERGED, RunFolder, lock_of
 from pipeline.training.run.logs import RankLog
 from pipeline.training.run.redact import redact
 from pipeline.watchdog.channel import listen
@@ -146,6 +147,8 @@ def end_with(error: BaseException, *, folder: RunFolder, log: RankLog, watch: Wa
     """Log this rank's error, have it printed once, and return the exit code."""
     log.error(error)
     code = 2 if isinstance(error, UserError) else 1
+    if isinstance(error, DivergedError):  # on all ranks alike, so rank 0 knows it too when it reports another's error
+        folder.reason = DIVERGED
     text = str(error) if code == 2 else f"{_summary(error)}; traceback: {log.path}"
     if watch is None or not watch.fail(text, code):
         report_own_error(text, rank)

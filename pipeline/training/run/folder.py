@@ -4,6 +4,7 @@ runs/NAME/config.yaml     the resolved configuration of the last start
 runs/NAME/env.json        versions, ranks, git state and environment of the last start
 runs/NAME/status.json     {"state": "running" | "done" | "stopped" | "failed", "step": n, "steps": of how many, ...};
                           while running, "step" is the last one saved; a killed run keeps saying "running"
+                          a failed run has "error", and "reason": "diverged" if it diverged
 runs/NAME/metrics.jsonl   one line a step
 runs/NAME/events.jsonl    skipped steps, changed settings, damaged files, failures: see `data_prep.common.events`
 runs/NAME/logs/           rank-N.log: warnings, errors with tracebacks and, after a hang, stacks of that rank
@@ -37,6 +38,8 @@ from pipeline.training.run.environment import environment
 from pipeline.training.run.redact import redact
 
 State = Literal["running", "done", "stopped", "failed"]
+DIVERGED = "diverged"
+"""``reason`` of a failed run whose weights or losses were not finite: the same command would fail again."""
 
 
 class RunFolder:
@@ -49,6 +52,8 @@ class RunFolder:
         self.stop_file = self.path / "STOP"
         self.start = 0
         """Random number of this start of the run, the same on all ranks (see `watch_ranks`)."""
+        self.reason = ""
+        """Why the run fails, for programs, written with a failure: `DIVERGED` or nothing."""
         self._steps = 0
         self._lock: IO[str] | None = None
 
@@ -111,8 +116,9 @@ class RunFolder:
         if before.get("state") == "failed" if own else self._lock is None:
             return
         self._steps = before.get("steps", 0)
+        why = {"error": text, **({"reason": self.reason} if self.reason else {})}
         with suppress(UserError):  # the disk may be full; the failure itself matters more
-            self.set_status("failed", before.get("step", 0) if step is None else step, error=text)
+            self.set_status("failed", before.get("step", 0) if step is None else step, **why)
 
     def status(self) -> dict[str, Any]:
         """Return status.json; an empty dictionary before the first start, or if the file is damaged."""
@@ -164,7 +170,7 @@ def read_regular(path: Path, last_bytes: int = 1 << 20) -> bytes:
 
 def typed_status(raw: object) -> dict[str, Any]:
     """Return the entries of a status whose types are right: others may have written the file."""
-    types: dict[str, type | tuple[type, ...]] = {"state": str, "error": str, "time": str}
+    types: dict[str, type | tuple[type, ...]] = {"state": str, "error": str, "reason": str, "time": str}
     types |= {"step": int, "steps": int, "start": int}
     entries = raw.items() if isinstance(raw, dict) else ()
     return {

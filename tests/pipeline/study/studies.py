@@ -60,7 +60,7 @@ def made_up(
             finish(study, run.name, generator, arms[run.arm])
             sets = {way: answers(generator, arms[run.arm], questions) for way in study.study.measure}
             guesses = {"constant": [True, False] * (questions // 2), "question_only": [True] * questions}
-            content = {"version": VERSION, "sets": sets, "guesses": guesses, "flops": 2e12}
+            content = {"version": VERSION, "asked": study.asked(run), "sets": sets, "guesses": guesses, "flops": 2e12}
             (study.run_dir(run) / ANSWERS).write_text(json.dumps(content))
     return path
 

@@ -5,28 +5,39 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from data_prep.common.errors import UserError
 from data_prep.packs import PackReader
+from pipeline.checkpoints.writing import DivergedError
 from pipeline.cli import main
 from pipeline.commands.study import status
 from pipeline.config.recipes import load_config
 from pipeline.masks import get_policy
+from pipeline.serving.evaluate import questions
 from pipeline.study.folder import StudyFolder, best_rate
 from pipeline.study.graph import as_word
+from pipeline.study.measure import _guesses as guesses_of
+from pipeline.study.measure import media_tokens_of
 from pipeline.study.page import conclusions, write_report
 from pipeline.study.results import results
 from pipeline.study.runner import StudyRunner
 from pipeline.study.spec import STUDIES, load_study
 from pipeline.study.statistics import holm, permutation_p
+from pipeline.training.run.folder import RunFolder
+from pipeline.training.supervise import end_with
 from tests.browser import browsing, chromium
 from tests.pipeline.report.test_report import brightness
-from tests.pipeline.study.studies import made_up, write_study
+from tests.pipeline.study.studies import finish, made_up, write_study
 
 
 def test_chains_share_stages_and_name_what_they_need(small_demo: Path, tmp_path: Path) -> None:
@@ -132,6 +143,7 @@ def test_masks_demo_has_every_arm() -> None:
         ({"stages": {"sft": {"recipe": "demo_sft", "after": "pt"}}}, r"stages\.sft\.after: no stage 'pt' above it"),
         ({"arms": {"causal": {"sets": {}}}}, r"unknown key arms\.causal\.sets"),
         ({"held_out": {"validation": "x", "test": "x"}}, r"set validation_samples"),
+        ({"held_out": {"validation": "x", "test": "y/../x/"}}, r"set validation_samples"),
     ],
 )
 def test_wrong_studies_are_one_line(more: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -231,3 +243,166 @@ def test_the_page_fits_its_window(tmp_path: Path) -> None:
                 assert (brightness(ink) > brightness(paper)) == dark
                 page.photograph(tmp_path / f"{width}-{dark}.png")
         assert page.complaints == []
+
+
+def edited(path: Path, **more: Any) -> StudyFolder:
+    """Change keys of a study's file; return its folder."""
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | more, sort_keys=False))
+    return StudyFolder(load_study(str(path)))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"arms": {"causal": {"set": {"mask.policy": "mma"}}, "mma": {}}},
+        {"stages": {"sft": {"recipe": "demo_sft", "tokens": 3000}}},
+        {"stages": {"sft": {"recipe": "demo_pt"}}},
+        {"held_out": {"validation": "v", "test": "t", "evaluations": 2}},
+    ],
+)
+def test_a_run_of_other_settings_is_refused_though_it_is_finished(
+    more: dict[str, Any], small_demo: Path, tmp_path: Path
+) -> None:
+    path = write_study(tmp_path, small_demo)
+    folder = StudyFolder(load_study(str(path)))
+    run = folder.runs()[0]
+    finish(folder, run.name, np.random.default_rng(0), 0.5)
+    folder.define(run, folder.command(run))
+    folder.check(run)
+    folder = edited(path, **more)
+    message = r"final/causal-s3 was made with other settings"
+    with pytest.raises(UserError, match=message):
+        StandIn(folder, lambda *call: pytest.fail("a run was started")).run(1)
+    with pytest.raises(UserError, match=message):
+        results(folder)
+
+
+@pytest.mark.parametrize(
+    "measure",
+    [
+        {"plain": {}, "adaptive_flow": {"adaptive_flow": True}, "more": {"policy": "mma"}},
+        {"plain": {"policy": "causal"}, "adaptive_flow": {"adaptive_flow": True}},
+    ],
+)
+def test_other_ways_to_ask_repeat_only_the_asking(measure: dict[str, Any], tmp_path: Path) -> None:
+    path = made_up(tmp_path, arms={"causal": 0.4, "mma": 0.8}, seeds=2)
+    assert all(map(StudyFolder(load_study(str(path))).is_done, StudyFolder(load_study(str(path))).runs()))
+    folder = edited(path, measure=measure)
+    finals = [run for run in folder.runs() if run.kind == "final"]
+    assert len(finals) == 4 and all(folder.is_trained(run) and not folder.is_done(run) for run in finals)
+    assert results(folder)["arms"]["mma"]["missing"] == [10, 11]
+    assert "2 to be asked" in "\n".join(status(folder))
+
+
+def test_holms_correction_covers_what_is_not_finished_yet(tmp_path: Path) -> None:
+    arms, missing = {"causal": 0.2, "mma": 0.9, "b": 0.4}, tuple(f"b-s{seed}" for seed in range(10, 16))
+    found = results(StudyFolder(load_study(str(made_up(tmp_path, arms=arms, seeds=6, missing=missing)))))
+    (entry,) = found["comparisons"]
+    assert entry["p"] == 2 / 2**6 and entry["p_holm"] == entry["smallest_p_holm"] == 2 * 2 / 2**6 > 0.05
+    first, line = conclusions(found)
+    assert first.startswith("NOT FINISHED, numbers will change: b (seeds 10, 11") and "NOT DECIDABLE" in line
+    assert 12 * 2 / 2**9 <= 0.05 < 12 * 2 / 2**8, "nine seeds are the fewest for twelve arms"
+
+
+def test_a_trial_that_diverged_is_the_worst_and_blocks_nothing(small_demo: Path, tmp_path: Path) -> None:
+    tuning = {"lr": [1e-3, 9.0], "seeds": [1]}
+    folder = StudyFolder(load_study(str(write_study(tmp_path, small_demo, tuning=tuning, measure={"plain": {}}))))
+    log: Any = SimpleNamespace(error=lambda error: None)
+
+    def child(name: str, module: str, words: Sequence[str]) -> int:
+        run = name.replace(".", "/", 1)
+        if "lr9" in name:
+            failed = RunFolder(str(folder.run_dir(run)))
+            return end_with(DivergedError("20 steps in a row"), folder=failed, log=log, watch=None, rank=0)
+        finish(folder, run, np.random.default_rng(0), 0.5)
+        return int(module == "pipeline.study.measure")
+
+    with pytest.raises(UserError, match="4 runs failed"):  # the final ones: nobody asks them here
+        StandIn(folder, child).run(1)
+    assert folder.chosen() == {"causal": 1e-3, "mma": 1e-3}
+    trial = next(run for run in folder.runs() if run.lr == 9.0)
+    assert folder.is_done(trial) and not folder.is_trained(trial)
+    trials = results(folder)["arms"]["mma"]["trials"]
+    assert trials["9"] == [None] and trials["0.001"][0] > 0.5
+
+
+class StandIn(StudyRunner):
+    """A runner with a function in place of child processes."""
+
+    def __init__(self, folder: StudyFolder, child: Callable[[str, str, Sequence[str]], int]) -> None:
+        self.said: list[str] = []
+        super().__init__(folder, "study", self.said.append)
+        self.child, self.stopped = child, self._stopped
+
+    def _call(self, name: str, module: str, words: Sequence[str]) -> int:
+        return self.child(name, module, words)
+
+
+def test_ctrl_c_stops_a_study(small_demo: Path, tmp_path: Path) -> None:
+    folder, started = StudyFolder(load_study(str(write_study(tmp_path, small_demo)))), []
+
+    def child(name: str, module: str, words: Sequence[str]) -> int:
+        """End as a child does that Ctrl-C has reached as well."""
+        started.append(name)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert runner.stopped.wait(20)
+        return 130
+
+    runner = StandIn(folder, child)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(1)
+    assert started == ["final.causal-s3"] and runner.said == ["final/causal-s3: training"], "nothing is said to fail"
+
+
+def test_arms_need_only_their_own_stages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stages = {
+        "pt": {"recipe": "demo_pt"},
+        "other": {"recipe": "demo_pt"},
+        "long": {"recipe": "demo_sft", "after": "other"},
+        "sft": {"recipe": "demo_sft", "after": "pt"},
+    }
+    path = str(write_study(tmp_path, tmp_path, stages=stages, arms={"causal": {}, "mma": {"stage": "long"}}))
+    assert main(["study", "run", path, "--dry-run", "--arms", "mma"]) == 0
+    assert capsys.readouterr().out.split() == [
+        f"{name}-s{seed}" for seed in (3, 4) for name in ("stages/other", "final/mma")
+    ]
+    assert main(["study", "run", path, "--slurm", "2", "--arms", "mna"]) == 2
+    assert "did you mean 'mma'" in capsys.readouterr().err
+
+
+def test_fewer_rows_than_a_step_needs_are_one_line(small_demo: Path, tmp_path: Path) -> None:
+    flags = {"data.packs": str(small_demo / "packs/sft"), "train.global_batch_size": 100_000}
+    stages = {"sft": {"recipe": "demo_sft", "tokens": 1000}}
+    folder = StudyFolder(load_study(str(write_study(tmp_path, small_demo, flags=flags, stages=stages))))
+    with pytest.raises(UserError, match=r"fewer than train\.global_batch_size=100000"):
+        folder.command(folder.runs()[0])
+
+
+def test_evaluations_are_spread_over_all_epochs(small_demo: Path, tmp_path: Path) -> None:
+    flags = {"data.packs": str(small_demo / "packs/sft"), "train.global_batch_size": 6}
+    flags |= {"train.steps": 0, "train.epochs": 4.0}
+    folder = StudyFolder(load_study(str(write_study(tmp_path, small_demo, flags=flags))))
+    words = folder.command(folder.runs()[0])
+    rows = PackReader(small_demo / "packs/sft").manifest.rows
+    assert int(words[words.index("--eval.every-steps") + 1]) == 4 * (rows // 6) // 2
+
+
+def test_guesses_are_of_the_questions_that_are_asked(small_demo: Path, tmp_path: Path) -> None:
+    folder = StudyFolder(load_study(str(write_study(tmp_path, small_demo))))
+    trained, packs = PackReader(small_demo / "packs/sft"), PackReader(small_demo / "packs/eval")
+    asked = [{"sample": one.sample, "family": one.family} for one in questions(packs)]
+    whole = guesses_of(folder, trained, packs, asked, 0)
+    assert len(asked) > 12 and 0 < sum(whole["constant"]) < len(asked)
+    half = len(asked) // 2
+    for skip in (0, half):  # the same number of other questions
+        part = guesses_of(folder, trained, packs, asked[skip : skip + half], skip)
+        assert part == {name: right[skip : skip + half] for name, right in whole.items()}
+    with pytest.raises(AssertionError):
+        guesses_of(folder, trained, packs, asked[1:], 0)
+
+
+def test_flops_count_images_by_their_tokens(small_demo: Path) -> None:
+    manifest = PackReader(small_demo / "packs/sft").manifest
+    assert media_tokens_of(manifest, 10) == 10 * manifest.image_tokens
+    sized: Any = SimpleNamespace(images=4, all_media_tokens=600)
+    assert media_tokens_of(sized, 10) == 1500

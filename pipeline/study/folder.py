@@ -50,11 +50,12 @@ class StudyFolder:
         )  # fmt: skip
 
     def command(self, run: Run) -> list[str]:
-        """Return the flags of ``mma train`` for a run. Raises UserError if its packs are missing."""
+        """Return the flags of ``mma train`` for a run. Raises UserError if its packs are missing or too few."""
+        steps, one_pass = self._steps(run)
         words = [
             *run.words(),
-            *self._length(run),
-            *self._evaluation(run),
+            *self._length(run, steps, one_pass),
+            *self._evaluation(run, steps),
             "--recipe",
             self.study.stages[run.stage].recipe,
         ]
@@ -77,20 +78,18 @@ class StudyFolder:
         tokens_per_step = manifest.tokens / manifest.rows * config.train.global_batch_size
         return max(1, round(stage.tokens / tokens_per_step)), one_pass
 
-    def _length(self, run: Run) -> list[str]:
+    def _length(self, run: Run, steps: int, one_pass: int) -> list[str]:
         if not self.study.stages[run.stage].tokens:
             return []
-        steps, one_pass = self._steps(run)
         if steps <= one_pass:
             return ["--train.steps", str(steps), "--train.epochs", "0"]
         return ["--train.steps", "0", "--train.epochs", repr(steps / one_pass)]
 
-    def _evaluation(self, run: Run) -> list[str]:
+    def _evaluation(self, run: Run, steps: int) -> list[str]:
         """Return the flags of the evaluations: only an arm's last stage has them."""
         if run.kind == "stages":
             return []
-        held_out, (steps, _) = self.study.held_out, self._steps(run)
-        folder = self.study.validation_folder(run.arm)
+        held_out, folder = self.study.held_out, self.study.validation_folder(run.arm)
         every = max(1, steps // held_out.evaluations)
         words = ["--eval.packs", f"val={folder}", "--eval.every-steps", str(every)]
         return [*words, "--eval.samples", str(held_out.validation_samples)]

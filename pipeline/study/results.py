@@ -60,13 +60,9 @@ def _question(answer: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def arms_of(folder: StudyFolder) -> dict[str, ArmData]:
-    """Read the answers of all finished runs.
-
-    Raises UserError if a run was made with other settings than the study's, or asked other questions than the others.
-    """
+    """Read the answers of all finished runs. Raises UserError if two runs were asked different questions."""
     found: dict[str, tuple[dict[int, Run], dict[int, dict[str, Any]]]] = {arm: ({}, {}) for arm in folder.study.arms}
     for run in folder.runs():
-        folder.check(run)
         if run.kind == "final":
             found[run.arm][0][run.seed] = run
             answers = folder.answers(run)
@@ -88,7 +84,12 @@ def _check_questions(folder: StudyFolder, arms: Mapping[str, ArmData]) -> None:
 
 
 def results(folder: StudyFolder) -> dict[str, Any]:
-    """Return all numbers of the study so far; JSON types only. Raises UserError as `arms_of` does."""
+    """Return all numbers of the study so far; JSON types only.
+
+    Raises UserError if a run was made with other settings than the study's, or asked other questions than the others.
+    """
+    for run in folder.runs():
+        folder.check(run)
     study, arms = folder.study, arms_of(folder)
     finished = {name: arm for name, arm in arms.items() if arm.seeds}
     found: dict[str, Any] = {

@@ -291,7 +291,8 @@ def test_other_ways_to_ask_repeat_only_the_asking(measure: dict[str, Any], tmp_p
     finals = [run for run in folder.runs() if run.kind == "final"]
     assert len(finals) == 4 and all(folder.is_trained(run) and not folder.is_done(run) for run in finals)
     assert results(folder)["arms"]["mma"]["missing"] == [10, 11]
-    assert "2 to be asked" in "\n".join(status(folder))
+    shown = status(folder)
+    assert "2 to be asked" in "\n".join(shown) and "(2s a run)" in shown[-1], "4 steps of 0.5 s"
 
 
 def test_holms_correction_covers_what_is_not_finished_yet(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from pathlib import Path
@@ -17,6 +16,7 @@ from pipeline.checkpoints.checkpoint import checkpoint_folders, set_aside_unprov
 from pipeline.checkpoints.shards import first_not_finite, shards
 from pipeline.train import main
 from pipeline.training.checkpoint_manager import CheckpointManager
+from pipeline.training.run.folder import RunFolder
 from tests.pipeline.training.runs import curve, flags, same_bits, train, weights
 
 
@@ -126,13 +126,16 @@ def test_a_diverged_run_fails_and_the_old_rate_continues_to_the_bit(small_demo: 
     diverged = train(small_demo, run_dir, *absurd, "--allow-change", "train.lr")
     assert diverged.code == 2 and "Traceback" not in diverged.output, diverged.output
     assert "step-00000012 is not saved: " in diverged.output and "is not finite" in diverged.output
-    assert json.loads((run_dir / "status.json").read_text())["state"] == "failed"
+    status = RunFolder(str(run_dir)).status()
+    assert (status["state"], status["reason"]) == ("failed", "diverged")
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000011"]
     counts = EventLedger(run_dir / EVENTS_FILE).summary()
     assert counts["setting-changed"] == 1 == counts["checkpoint-unhealthy"] and counts["run-failed"] == 1, counts
     late = train(small_demo, run_dir, *words, "--train.lr", "1e30", "--allow-change", "train.lr")
     assert late.code == 2 and "the last 3 steps, up to 15, were skipped" in late.output, late.output
+    assert RunFolder(str(run_dir)).status()["reason"] == "diverged"
     assert [folder.name for folder in checkpoint_folders(run_dir)] == ["step-00000011"]
     assert "(step 11/15)" in train(small_demo, run_dir, *words).check().output
+    assert "reason" not in RunFolder(str(run_dir)).status(), "the reason was that of an earlier start"
     assert curve(run_dir) == curve(undisturbed)
     assert same_bits(weights(run_dir), weights(undisturbed))

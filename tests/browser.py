@@ -113,7 +113,7 @@ def browsing() -> Iterator[Page]:
     our_in, their_out = os.pipe()
     their_in, our_out = os.pipe()
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"]
-    with tempfile.TemporaryDirectory() as profile:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # The browser reads commands from its descriptor 3 and writes answers to 4.
         shell = f'exec "$@" 3<&{their_in} 4>&{their_out}'
         command = [browser, *flags, "--remote-debugging-pipe", f"--user-data-dir={profile}/own", "about:blank"]

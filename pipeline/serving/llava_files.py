@@ -36,6 +36,7 @@ def check_llava(export_config: ExportConfig, *, prefill_causal: bool) -> None:
         "second tower (model.extra_vision)": bool(spec.extra_towers),
         "images of different sizes (media.image)": spec.media is not None,
         f"tower of type {spec.vision.model_type}": spec.vision_family.last_norm is None,
+        "tower without layers": spec.vision.num_hidden_layers == 0,
         f"scaled or capped logits of {config.model_type}": capped or family.logit_scale(config) != 1.0,
         f"positions of policy '{policy.name}'": policy.grid is not None,
     }

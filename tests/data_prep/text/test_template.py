@@ -75,7 +75,8 @@ def test_training_begins_with_the_prompt_of_inference(name: str, system: str) ->
     template = Template(name, system=system)
     whole, prompt = template.pieces(TWO_TURNS), template.prompt_pieces(TWO_TURNS.turns)
     assert whole[: len(prompt)] == prompt
-    assert whole[len(prompt) :] == [Text("yes", generated=True), Special(template.ends[0], generated=True)]
+    prefix = [Text(CHAT_FORMATS[name].answer_prefix, generated=True)] if CHAT_FORMATS[name].answer_prefix else []
+    assert whole[len(prompt) :] == [*prefix, Text("yes", generated=True), Special(template.ends[0], generated=True)]
     assert template.prompt_pieces(TWO_TURNS.turns[:-1]) == prompt
 
 

@@ -35,7 +35,7 @@ def test_an_unknown_policy_is_refused() -> None:
     ("words", "message"),
     [
         ("--pp 3 --ranks 4", "--pp 3 does not divide --ranks 4"),
-        ("--pp 4 --ranks 4", "= 4 is more than the model's 3"),
+        ("--pp 4 --ranks 4", "= 4 is more than the model's 2"),
         ("--pp 0", "argument --pp: '0' is not a whole number above 0"),
         ("--ranks -2", "argument --ranks: '-2' is not a whole number above 0"),
         ("--ranks 100000", "start fewer ranks"),

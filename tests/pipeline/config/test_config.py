@@ -120,8 +120,8 @@ def test_flags_accept_the_underscores_of_keys() -> None:
 
 def test_another_model_type_replaces_the_parents_config(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: qwen3, hidden_size: 32}}}")
-    assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "qwen3", "hidden_size": 32}
+    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: llama, hidden_size: 32}}}")
+    assert read_recipe(str(path))["model"]["llm"]["config"] == {"model_type": "llama", "hidden_size": 32}
     config = parse(["--model.llm.config.hidden_size", "48", "--model.llm.config.rope_theta=1e4"]).config
     assert config.model.llm.config["hidden_size"] == 48
     assert config.model.llm.config["rope_theta"] == 10_000.0, "a number, although YAML 1.1 requires a dot"
@@ -150,9 +150,9 @@ def test_a_flag_makes_the_variable_it_overrides_unnecessary(monkeypatch: pytest.
 
 def test_a_changed_model_type_names_the_inherited_keys_it_drops(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
-    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: qwen3, hidden_size: 32}}}")
+    path.write_text("extends: demo_sft\nmodel: {llm: {config: {model_type: llama, hidden_size: 32}}}")
     (note,) = parse(["--recipe", str(path)]).notes
-    assert note.startswith("model.llm.config.model_type changes from llama to qwen3, which drops the inherited ")
+    assert note.startswith("model.llm.config.model_type changes from qwen3 to llama, which drops the inherited ")
     assert "intermediate_size" in note and "num_hidden_layers" in note and " hidden_size" not in note
     assert "\n" not in note
     assert parse(["--recipe", "demo_sft", "--model.llm.config.hidden_size", "48"]).notes == ()

@@ -23,12 +23,14 @@ SAME = [
     "--parallel.micro-batches", "0",
 ]  # fmt: skip
 
+TOWER = ["--model.vision.config.num_hidden_layers", "1"]  # the stock class reads the output of a layer
+
 
 @pytest.fixture(scope="module")
 def start(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps of pre-training: a run, and its export as a stock LLaVA beside it."""
     folder = tmp_path_factory.mktemp("trainers")
-    train(small_demo, folder / "run", "--train.steps", "2", ranks=1, recipe="demo_pt", packs="pt").check()
+    train(small_demo, folder / "run", *TOWER, "--train.steps", "2", ranks=1, recipe="demo_pt", packs="pt").check()
     export_run(folder / "run", folder / "llava", layout="llava", prefill_causal=True)
     return folder
 
@@ -36,7 +38,7 @@ def start(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def own(start: Path, small_demo: Path) -> list[float]:
     """The losses of this project's trainer from that start."""
-    words = [*SAME, "--train.steps", str(STEPS), "--init-from", str(start / "run")]
+    words = [*SAME, *TOWER, "--train.steps", str(STEPS), "--init-from", str(start / "run")]
     train(small_demo, start / "own", *words, ranks=1).check()
     return [line["loss"] for line in metrics(start / "own")]
 

@@ -157,7 +157,7 @@ def test_the_stock_llava_class_computes_the_same(vision: str, tmp_path: Path) ->
 
 def test_the_stock_class_is_told_apart_where_it_prefills_causally(tmp_path: Path) -> None:
     folder = llava(tmp_path, policy="mma", causal=True)
-    assert "this model was trained under the policy `mma`" in (folder / CARD).read_text()
+    assert "but this model was trained under `mma`" in (folder / CARD).read_text()
     check_logits(read_golden(folder), own_logits(load_model(folder)), "own")
     with pytest.raises(UserError, match="It runs a causal mask"):
         check_logits(read_golden(folder), transformers_logits(folder), "stock")

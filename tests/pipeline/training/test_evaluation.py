@@ -27,6 +27,8 @@ from tests.pipeline.training.runs import curve, flags, metrics, same_bits, train
 
 FAST = [
     "--train.lr", "1e-2", "--train.schedule", "constant", "--train.warmup-steps", "0",
+    "--model.llm.config.hidden_size", "96", "--model.llm.config.intermediate_size", "256",
+    "--model.llm.config.num_attention_heads", "4", "--model.llm.config.head_dim", "24",
     "--model.llm.config.num_hidden_layers", "4", "--train.global-batch-size", "6", "--train.steps", "12",
 ]  # fmt: skip
 """After twelve steps some answers are right and some are wrong. Four layers make two virtual stages of two stages."""

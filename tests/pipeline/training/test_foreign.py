@@ -221,6 +221,7 @@ PLACES_OF_PICKLE = {
     # collectives between the ranks of one job, which trust each other; nothing of it is ever a file
     ("pipeline/checkpoints/writing.py", "all_gather_object"),
     ("pipeline/training/checkpoint_manager.py", "all_gather_object"),
+    ("pipeline/training/trainer.py", "broadcast_object_list"),
     ("pipeline/training/origin.py", "all_gather_object"),
     ("pipeline/commands/doctor.py", "all_gather_object"),
     ("pipeline/training/tracing.py", "all_gather_object"),

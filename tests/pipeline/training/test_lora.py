@@ -23,7 +23,8 @@ from tests.pipeline.training.runs import curve, furthest, metrics, same_bits, tr
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 STEPS = ["--train.steps", "4", "--model.lora.rank", "4", "--model.lora.alpha", "8", "--train.lr", "1e-2"]
-TARGETS = ["--model.lora.targets", "model.layers.*,vision.*.q_proj,vision.*.fc1"]
+TOWER = ["--model.vision.config.num_hidden_layers", "1"]
+TARGETS = ["--model.lora.targets", "model.layers.*,vision.*.q_proj,vision.*.fc1", *TOWER]
 GRID = ["--parallel.pp", "2"]
 
 
@@ -31,7 +32,7 @@ GRID = ["--parallel.pp", "2"]
 def base(small_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that trains everything."""
     run_dir = tmp_path_factory.mktemp("base") / "run"
-    train(small_demo, run_dir, "--train.steps", "2", ranks=1).check()
+    train(small_demo, run_dir, *TOWER, "--train.steps", "2", ranks=1).check()
     return run_dir
 
 

@@ -27,9 +27,9 @@ def spec_of(*flags: str) -> ModelSpec:
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
     [
-        ("--model.llm.config.num_hidden_layers", "2", "llm.num_hidden_layers=3, but it is 2"),
+        ("--model.llm.config.num_hidden_layers", "3", r"llm.layer_types=\[.*\], but it is"),
         ("--model.llm.config.rope_theta", "5e5", "rope_theta"),
-        ("--model.llm.config.num_attention_heads", "6", "llm.head_dim=24, but it is 16"),
+        ("--model.llm.config.head_dim", "64", "llm.head_dim=32, but it is 64"),
         ("--model.llm.config.hidden_act", "gelu", "llm.hidden_act='silu', but it is 'gelu'"),
     ],
 )
@@ -50,7 +50,10 @@ def test_a_damaged_description_of_pixels_is_named(text: str, tmp_path: Path) -> 
     (tmp_path / "preprocessor_config.json").write_text(text)
     model = parse([]).config.model.model_dump()
     config = ModelConfig.model_validate({**model, "vision": {"source": str(tmp_path)}})
-    with pytest.raises(UserError, match=r"preprocessor_config.json is damaged .*copy it again"):
+    with pytest.raises(
+        UserError,
+        match=r"preprocessor_config.json(: the .* is damaged| is not ).*copy .* again",
+    ):
         ModelSpec.resolve(config, vocab_size=512, image_tokens=16)
 
 

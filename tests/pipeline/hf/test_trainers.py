@@ -61,7 +61,7 @@ def prepared(model: Any, start: Path, small_demo: Path) -> dict[str, Any]:
 
 OPTIONS: dict[str, Any] = {
     "max_steps": STEPS, "per_device_train_batch_size": ROWS // 2, "gradient_accumulation_steps": 2,
-    "learning_rate": 2e-3, "lr_scheduler_type": "constant", "weight_decay": 0.01, "adam_beta2": 0.98,
+    "learning_rate": 1.5e-3, "lr_scheduler_type": "constant", "weight_decay": 0.01, "adam_beta2": 0.98,
     "max_grad_norm": 1.0, "train_sampling_strategy": "sequential", "remove_unused_columns": False, "report_to": [],
     "use_cpu": True, "bf16": False, "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
 }  # fmt: skip

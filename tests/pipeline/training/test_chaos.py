@@ -156,10 +156,10 @@ def _until(reached: Callable[[], bool], job: Job, timeout_s: float = 1200.0, pol
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4.8 MB, which holds one checkpoint but not three."""
+    """A file system of 2.7 MB, which holds two checkpoints but not three."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=4800k", "tmpfs", str(folder)]
+    command = ["mount", "-t", "tmpfs", "-o", "size=2700k", "tmpfs", str(folder)]
     if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("mounting a small tmpfs needs root")
     try:

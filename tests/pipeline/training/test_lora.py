@@ -157,7 +157,7 @@ def _inputs(demo: Path, spec: ModelSpec) -> Any:
 
 def test_another_run_starts_from_the_merged_weights(small_demo: Path, adapted: Path, tmp_path: Path) -> None:
     """Without LoRA, and with adapters of its own on top; and the base must still be there, unchanged."""
-    frozen = ["--train.steps", "1", "--init-from", str(adapted)]
+    frozen = [*TOWER, "--train.steps", "1", "--init-from", str(adapted)]
     train(small_demo, tmp_path / "plain", *frozen, "--train.lr", "1e-9", "--train.min-lr", "0", ranks=1).check()
     assert furthest(weights(tmp_path / "plain"), weights(adapted)) <= 1e-6
     tiny = ["--train.lr", "1e-9", "--train.min-lr", "0", "--model.lora.rank", "2"]

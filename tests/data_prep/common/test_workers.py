@@ -26,6 +26,7 @@ from tests.data_prep.common.test_workers import begin_and_wait
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup ignores this one
     try:
         LocalTeam(2).map(begin_and_wait, sys.argv[1:], print)
     except KeyboardInterrupt:

@@ -1,7 +1,7 @@
 """Does the demo learn everywhere? Held-out accuracy over seeds and vector widths of the CPU.
 
-    python -m benchmarks.demo --out /tmp/demos                          5 seeds x 3 widths
-    python -m benchmarks.demo --out /tmp/demos --seeds 0 --widths avx2 --compare causal
+    python -m benchmarks.demo --out demos                          5 seeds x 3 widths
+    python -m benchmarks.demo --out demos --seeds 0 --widths avx2 --compare causal
 
 The width of vector instructions changes the order of sums, so it changes the last bit of every product, as another CPU
 would. Every run is PT and SFT by the shipped recipes, an export and its held-out accuracy. Finished runs are kept: the
@@ -132,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     policies = [POLICY, *([options.compare] if options.compare else [])]
 
     def measure(trial: Trial) -> str:
+        """Return what went wrong, or nothing."""
         try:
             for policy in policies:
                 trial.measure(policy)

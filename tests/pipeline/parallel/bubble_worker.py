@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from benchmarks.simulator_worker import fall_asleep
 from pipeline.parallel.groups import Groups, create_groups
 from pipeline.parallel.launch import fill_rank_variables, start_processes, stop_processes
 from pipeline.parallel.topology import Topology
@@ -36,25 +35,6 @@ ROW = micro_batch(0, 1)  # text: an image's tower would run on the first stage a
 CPU = torch.device("cpu")
 
 
-class Asleep(torch.autograd.Function):
-    """Passes hidden states through, and their gradient, after a while."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, forward_s: float) -> torch.Tensor:  # type: ignore[override]
-        ctx.forward_s = forward_s
-        time.sleep(forward_s)
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(2 * ctx.forward_s)
-        return grads[0], None
-
-
-def fall_asleep(module: nn.Module, args: Any, hidden: torch.Tensor, forward_s: float) -> torch.Tensor:
-    return Asleep.apply(hidden, forward_s)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def one_step(case: Case, topology: Topology, groups: Groups, wire: list[int]) -> tuple[float, list[Span]]:
     """Time a step, after one without sleep; ``wire`` is left with the size of each of its messages."""
     number_from_zero()
@@ -64,7 +44,7 @@ def one_step(case: Case, topology: Topology, groups: Groups, wire: list[int]) ->
     job.stage.step(LR)
     layers = list(job.stage.module.model.layers.values())  # type: ignore[union-attr, operator]
     for layer in layers:
-        layer.register_forward_hook(partial(fall_asleep, forward_s=FORWARD_S[case.pp] / len(layers)))
+        layer.register_forward_hook(partial(fall_asleep, seconds=FORWARD_S[case.pp] / len(layers)))
     job.stage.traffic.take()
     wire.clear()
     dist.barrier()

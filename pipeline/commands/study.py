@@ -23,6 +23,9 @@ SCRIPT = "slurm/study.sh"
 
 def study(options: argparse.Namespace) -> int:
     """Run, show or report a study; return 0. Raises UserError if a run fails or the study is wrong."""
+    given = {"--arms": options.arms, "--slurm": options.slurm, "--dry-run": options.dry_run}
+    if options.action != "run" and (unused := [flag for flag, value in given.items() if value]):
+        raise UserError(f"{unused[0]} goes with mma study run alone: {options.action} is of the whole study")
     folder = StudyFolder(load_study(options.study))
     if options.action == "status":
         print(*status(folder), sep="\n")

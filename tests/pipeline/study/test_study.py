@@ -407,3 +407,10 @@ def test_flops_count_images_by_their_tokens(small_demo: Path) -> None:
     assert media_tokens_of(manifest, 10) == 10 * manifest.image_tokens
     sized: Any = SimpleNamespace(images=4, all_media_tokens=600)
     assert media_tokens_of(sized, 10) == 1500
+
+
+@pytest.mark.parametrize("flags", [["--arms", "mma"], ["--slurm", "2"], ["--dry-run"]])
+@pytest.mark.parametrize("action", ["status", "report"])
+def test_flags_of_run_are_refused_elsewhere(action: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["study", action, "masks_demo", *flags]) == 2
+    assert f"{flags[0]} goes with mma study run alone" in capsys.readouterr().err
